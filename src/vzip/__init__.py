@@ -1,0 +1,59 @@
+"""vzip: visual token compression for vision-language models, wrapped around Hugging Face and never editing it.
+
+Public names load on first use, so that `import vzip` costs nothing and a machine without transformers can still use
+the compressors.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compressors import (
+        CompressedTokens,
+        Compressor,
+        ContextualOnly,
+        DominantOnly,
+        Identity,
+        RandomTokens,
+        TokenBudget,
+        UniformTokens,
+        VisionOutput,
+        VisionZip,
+    )
+    from .models.compressed_vlm import CompressedVlm
+    from .models.load import load_vlm
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressedTokens",
+    "CompressedVlm",
+    "Compressor",
+    "ContextualOnly",
+    "DominantOnly",
+    "Identity",
+    "RandomTokens",
+    "TokenBudget",
+    "UniformTokens",
+    "VisionOutput",
+    "VisionZip",
+    "load_vlm",
+]
+
+_HOME_OF = {name: ".compressors" for name in __all__}
+_HOME_OF["CompressedVlm"] = ".models.compressed_vlm"
+_HOME_OF["load_vlm"] = ".models.load"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'vzip' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
