@@ -188,7 +188,8 @@ def validate(model, packer: Packer, canvas: int, num_pictures: int = 96) -> dict
     right: dict[str, list[bool]] = {task: [] for task in TASKS}
     shares: list[Tensor] = []
     for first in range(0, num_pictures, 16):
-        seeds = list(range(VALIDATION_SEEDS[0] + first, VALIDATION_SEEDS[0] + first + 16))
+        last = min(first + 16, num_pictures)
+        seeds = range(VALIDATION_SEEDS[0] + first, VALIDATION_SEEDS[0] + last)
         batch = make_batch(seeds, canvas, packer, benchmark_questions)
         layer_input, selected, _ = run_tower(model, batch.pixel_values)
         hit = answer_logits(model, selected, batch.packed).argmax(-1) == batch.packed.answer_ids
@@ -220,7 +221,7 @@ def learning_rate(step: int, stages: tuple[Stage, ...]) -> tuple[float, Stage, i
         if step < stage.num_steps:
             warm = min(1.0, (step + 1) / WARMUP_STEPS)
             decay = 0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * step / stage.num_steps))
-            return stage.learning_rate * warm * decay, stage, step
+            return float(stage.learning_rate * warm * decay), stage, step
         step -= stage.num_steps
     raise ValueError("step is beyond the last stage")
 
@@ -244,7 +245,14 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: P
     processor.save_pretrained(out)
 
 
-def train(run_dir: Path, out: Path, stages: tuple[Stage, ...] = STAGES, seed: int = 0, save_every: int = 100) -> None:
+def train(
+    run_dir: Path,
+    out: Path,
+    stages: tuple[Stage, ...] = STAGES,
+    seed: int = 0,
+    save_every: int = 100,
+    num_validation_pictures: int = 96,
+) -> None:
     """Trains, or continues, and writes the checkpoint to `out` and the log to `run_dir/log.jsonl`."""
     run_dir.mkdir(parents=True, exist_ok=True)
     processor = build_processor(tokenizer_texts())
@@ -293,7 +301,7 @@ def train(run_dir: Path, out: Path, stages: tuple[Stage, ...] = STAGES, seed: in
                 row["pictures_per_s"] = round(pictures / (time.perf_counter() - started), 1)
                 if step % 400 == 0 or step == total:
                     with torch.autocast("cpu", torch.bfloat16):
-                        row["validation"] = validate(model, packer, stage.canvas)
+                        row["validation"] = validate(model, packer, stage.canvas, num_validation_pictures)
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 started, pictures, sums = time.perf_counter(), 0, {}

@@ -1,0 +1,60 @@
+"""Which patches a compressor kept and which it merged, drawn over the picture."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vzip.compressors.base import CompressedTokens
+
+KEPT_COLOR = (255, 210, 0)
+DIMMED = 0.28  # brightness left to what was not kept
+
+
+def group_colors(count: int) -> np.ndarray:
+    """`count` colours [count, 3], uint8, neighbours in index far apart in hue."""
+    hues = (np.arange(count) * 0.61803398875) % 1.0
+    rgb = [Image.new("HSV", (1, 1), (int(255 * h), 190, 235)).convert("RGB").getpixel((0, 0)) for h in hues]
+    return np.array(rgb, dtype=np.uint8).reshape(count, 3)
+
+
+def draw_overlay(picture: Image.Image, tokens: CompressedTokens, row: int, grid: tuple[int, int], has_cls: bool) -> Image.Image:
+    """Draws one crop as two panels side by side: kept patches bright and framed; merge groups, one colour each.
+
+    Args:
+        picture: the crop as the vision tower saw it, a square RGB picture.
+        tokens: what the compressor returned for a batch.
+        row: which crop of the batch.
+        grid: (rows, cols) of patches.
+        has_cls: whether row 0 of `tokens`' indices means the CLS token, which has no place in the picture.
+
+    Returns:
+        An RGB picture, twice as wide as `picture` plus a gap of 8 pixels.
+    """
+    first, num_patches = int(has_cls), grid[0] * grid[1]
+    kept = np.zeros(num_patches, dtype=bool)
+    source = tokens.source_index[row].cpu().numpy() - first
+    kept[source[source >= 0]] = True
+    groups = tokens.merge_index[row].cpu().numpy()[first:].reshape(grid)
+    kept = kept.reshape(grid)
+    cell_w, cell_h = picture.width / grid[1], picture.height / grid[0]
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+
+    def spread(cells: np.ndarray) -> np.ndarray:
+        """[rows, cols] -> one value a pixel."""
+        ys = np.minimum((np.arange(picture.height) / cell_h).astype(int), grid[0] - 1)
+        xs = np.minimum((np.arange(picture.width) / cell_w).astype(int), grid[1] - 1)
+        return cells[ys[:, None], xs[None, :]]
+
+    left = Image.fromarray((pixels * np.where(spread(kept), 1.0, DIMMED)[..., None]).astype(np.uint8))
+    pen = ImageDraw.Draw(left)
+    for y, x in zip(*np.nonzero(kept), strict=True):
+        pen.rectangle((x * cell_w, y * cell_h, (x + 1) * cell_w - 1, (y + 1) * cell_h - 1), outline=KEPT_COLOR)
+    colors = group_colors(max(1, int(groups.max()) + 1))
+    tint = colors[np.maximum(groups, 0)].astype(np.float32)
+    merged = spread(groups >= 0)[..., None]
+    right = Image.fromarray(np.where(merged, 0.45 * pixels + 0.55 * spread(tint), pixels).astype(np.uint8))
+    sheet = Image.new("RGB", (2 * picture.width + 8, picture.height), "white")
+    sheet.paste(left, (0, 0))
+    sheet.paste(right, (picture.width + 8, 0))
+    return sheet

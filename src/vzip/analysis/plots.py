@@ -1,0 +1,48 @@
+"""Retention against visual tokens, one line a method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run: retention in percent of vanilla with the ends of its confidence interval."""
+
+    method: str
+    num_tokens: int
+    retention: float
+    low: float
+    high: float
+
+
+def plot_retention(points: Sequence[Point], out: Path, title: str) -> None:
+    """Draws the points to `out` (PNG or SVG by its suffix); tokens on a logarithmic axis, vanilla as a line at 100."""
+    from matplotlib.figure import Figure  # slow to import; only figures need it
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(100, color="0.5", linewidth=1, linestyle="--")
+    axes.annotate("vanilla", (0.995, 100), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4")
+    for method in dict.fromkeys(p.method for p in points):
+        line = sorted((p for p in points if p.method == method), key=lambda p: p.num_tokens)
+        axes.errorbar(
+            [p.num_tokens for p in line],
+            [p.retention for p in line],
+            yerr=[[p.retention - p.low for p in line], [p.high - p.retention for p in line]],
+            marker="o",
+            capsize=3,
+            label=method,
+        )
+    ticks = sorted({p.num_tokens for p in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("visual tokens per picture")
+    axes.set_ylabel("retention, % of vanilla (95 % interval)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out, dpi=150)

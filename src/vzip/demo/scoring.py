@@ -1,0 +1,64 @@
+"""How `scenes` is scored: the metrics of the benchmarks it stands in for, on plain lists of per-question results.
+
+A result is a dict with `answer` (the right one), `said` (normalised) and `pair` (MME's twins share it). lmms-eval calls
+these as aggregations, the demo on bootstrap resamples; all return percent.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import TypedDict
+
+
+class Result(TypedDict):
+    """One answered question."""
+
+    answer: str
+    said: str
+    pair: str
+
+
+def normalise(text: str) -> str:
+    """Lower case, surrounding white space and final punctuation removed."""
+    return text.strip().lower().rstrip(".!,").strip()
+
+
+def accuracy(results: Sequence[Result]) -> float:
+    """Exact match."""
+    return 100 * sum(r["said"] == r["answer"] for r in results) / len(results)
+
+
+def f1(results: Sequence[Result]) -> float:
+    """F1 of "yes", POPE's measure; anything but yes counts as no."""
+    hits = sum(r["said"] == r["answer"] == "yes" for r in results)
+    said, true = sum(r["said"] == "yes" for r in results), sum(r["answer"] == "yes" for r in results)
+    return 200 * hits / (said + true) if said + true else 0.0
+
+
+def mme(results: Sequence[Result]) -> float:
+    """Mean of accuracy and accuracy+ (both twins right), MME's score as a share of its maximum."""
+    pairs: dict[str, list[bool]] = defaultdict(list)
+    for r in results:
+        pairs[r["pair"]].append(r["said"] == r["answer"])
+    plus = 100 * sum(all(twins) for twins in pairs.values()) / len(pairs)
+    return (accuracy(results) + plus) / 2
+
+
+METRICS = {"existence": f1, "attributes": accuracy, "counting": mme, "reading": accuracy}
+
+
+def chance(task: str, rows: Sequence[dict]) -> float:
+    """Score of the best blind strategy: it knows the questions and how often each answer is right, never a picture.
+
+    existence: always yes. counting: a fair coin (a constant answer never gets both twins). The others: the commonest
+    answer to each kind of question.
+    """
+    if task == "existence":
+        return f1([Result(answer=r["answer"], said="yes", pair="") for r in rows])
+    if task == "counting":
+        return (50.0 + 25.0) / 2
+    best = 0
+    for kind in {r["kind"] for r in rows}:
+        best += Counter(r["answer"] for r in rows if r["kind"] == kind).most_common(1)[0][1]
+    return 100 * best / len(rows)

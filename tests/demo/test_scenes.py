@@ -1,0 +1,182 @@
+"""Scenes: what a picture shows, what is asked about it, and that both are the same everywhere."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from vzip.demo import benchmark, scoring
+from vzip.demo.render import CHARACTERS, SUPERSAMPLE, patch_labels, render, shape_mask, sign_label, thing_label
+from vzip.demo.scenes import (
+    COLORS,
+    NUMBER_WORDS,
+    SHAPES,
+    TEST_SEEDS,
+    TRAIN_SEEDS,
+    Scene,
+    Sign,
+    Thing,
+    attribute_questions,
+    counting_pairs,
+    existence_questions,
+    sample_scene,
+    training_questions,
+)
+from vzip.demo.train_tiny import VALIDATION_SEEDS
+
+SEEDS = range(TEST_SEEDS[0], TEST_SEEDS[0] + 150)
+
+
+def test_pictures_are_the_same_bytes_on_every_machine():
+    digest = hashlib.sha256(b"".join(render(sample_scene(seed)).tobytes() for seed in range(TEST_SEEDS[0], TEST_SEEDS[0] + 6)))
+    assert digest.hexdigest() == "e1f32e01955c9c0f9fdfde405347dca223744ed0c0019f049c7a31ad7525df56"
+
+
+def test_questions_are_the_same_on_every_machine():
+    rows = benchmark.build_rows(benchmark.test_scenes())
+    text = "".join(f"{r['id']}|{r['question']}|{r['answer']}|{r['image']}\n" for task in rows.values() for r in task)
+    assert hashlib.sha256(text.encode()).hexdigest() == "d23116d6912f791605bbb17f04e36f7894942764aab03338d4621b2cd9d3b482"
+    assert {task: len(r) for task, r in rows.items()} == dict.fromkeys(rows, benchmark.QUESTIONS_PER_TASK)
+    assert all(len({r["id"] for r in task}) == len(task) for task in rows.values())
+
+
+def test_training_validation_and_benchmark_never_share_a_seed():
+    ranges = sorted([TRAIN_SEEDS, VALIDATION_SEEDS, TEST_SEEDS])
+    assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+    assert ranges[-1][1] < 2**32
+
+
+@pytest.mark.parametrize("canvas", [168, 336])
+def test_nothing_overlaps_or_leaves_the_canvas(canvas):
+    for seed in SEEDS:
+        scene = sample_scene(seed, canvas)
+        boxes = [(t.left, t.top, t.left + t.edge, t.top + t.edge) for t in scene.things]
+        if scene.sign:
+            s = scene.sign
+            boxes.append((s.left, s.top, s.left + s.width, s.top + s.height))
+        taken = np.zeros((canvas, canvas), dtype=int)
+        for left, top, right, bottom in boxes:
+            assert left >= 0 and top >= 0 and right <= canvas and bottom <= canvas
+            taken[top:bottom, left:right] += 1
+        assert taken.max(initial=0) <= 1
+
+
+def test_answers_agree_with_the_scene():
+    """Every kind of question, re-answered from the scene by a parser that shares no code with the generator."""
+    kinds = set()
+    for seed in SEEDS:
+        scene = sample_scene(seed)
+        rng = np.random.RandomState(seed % 1000)
+        asked = existence_questions(scene, rng) + attribute_questions(scene, rng)
+        asked += [q for pair in counting_pairs(scene, rng) for q in pair] + training_questions(scene, rng, 12)
+        for question in asked:
+            kinds.add((question.task, question.kind))
+            assert answer(scene, question.text) == question.answer, (question, scene)
+    assert {k for _, k in kinds} == {
+        *("yes", "no", "color", "shape", "size", "relation", "count", "count_shape", "position", "word", "number", "open")
+    }
+
+
+def answer(scene: Scene, text: str) -> str:
+    words = text.rstrip("?").split()
+    by_name = {(t.color, t.shape): t for t in scene.things}
+
+    def yes(condition: bool) -> str:
+        return "yes" if condition else "no"
+
+    def quarter(t: Thing) -> tuple[str, str]:
+        x, y = t.left + t.edge / 2, t.top + t.edge / 2
+        return ("top" if y < scene.canvas / 2 else "bottom", "left" if x < scene.canvas / 2 else "right")
+
+    if text.startswith("Is there a"):
+        return yes((words[3], words[4]) in by_name)
+    if text.startswith("What color"):
+        (thing,) = [t for t in scene.things if t.shape == words[-1]]
+        return thing.color
+    if text.startswith("What shape"):
+        (thing,) = [t for t in scene.things if t.color == words[4]]
+        return thing.shape
+    if text.endswith("small or large?"):
+        (thing,) = [t for t in scene.things if t.shape == words[2]]
+        return "small" if thing.edge <= 32 else "large"
+    if "to the left or to the right" in text:
+        a, b = by_name[words[2], words[3]], by_name[words[-2], words[-1]]
+        return "left" if a.left + a.edge / 2 < b.left + b.edge / 2 else "right"
+    if "above or below" in text:
+        a, b = by_name[words[2], words[3]], by_name[words[-2], words[-1]]
+        return "above" if a.top + a.edge / 2 < b.top + b.edge / 2 else "below"
+    if text.startswith("Is the number of objects"):
+        return yes(NUMBER_WORDS[len(scene.things)] == words[-1])
+    if text.startswith("Is the number of"):
+        return yes(NUMBER_WORDS[sum(t.shape == words[4] for t in scene.things)] == words[-1])
+    if text.startswith("How many objects"):
+        return NUMBER_WORDS[len(scene.things)]
+    if text.startswith("Where is"):
+        return " ".join(quarter(by_name[words[-2], words[-1]]))
+    if "in the top" in text or "in the bottom" in text:
+        return yes(quarter(by_name[words[2], words[3]]) == (words[6], words[7]))
+    assert text.startswith("What word") or text.startswith("What number")
+    assert scene.sign is not None
+    return scene.sign.text.lower()
+
+
+def test_half_of_the_existence_answers_and_all_counting_twins_are_balanced():
+    rows = benchmark.build_rows(benchmark.test_scenes())
+    assert sum(r["answer"] == "yes" for r in rows["existence"]) == 200
+    twins: dict[str, list[str]] = {}
+    for r in rows["counting"]:
+        twins.setdefault(r["pair"], []).append(r["answer"])
+    assert all(sorted(t) == ["no", "yes"] for t in twins.values())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_fill_a_sensible_part_of_their_square(shape):
+    mask = shape_mask(shape, 40)
+    assert mask.shape == (40, 40) and mask.min() == 0 and mask.max() == SUPERSAMPLE**2
+    assert 0.25 < mask.mean() / SUPERSAMPLE**2 < 0.8
+    assert (mask == mask[:, ::-1]).all()  # all are symmetric left to right
+    assert len({shape_mask(s, 40).tobytes() for s in SHAPES}) == len(SHAPES)
+
+
+def test_colors_and_sign_are_where_the_scene_says():
+    thing = Thing("square", "red", "large", 100, 200, 50)
+    sign = Sign("STOP", 1, 18, 20, 30, 90, 34, dark=False)
+    scene = Scene(7, 336, (thing,), sign)
+    pixels = np.asarray(render(scene)).astype(int)
+    assert abs(pixels[225, 125] - np.array(COLORS["red"])).max() <= 14
+    assert pixels[31, 21].min() >= 205  # the plate's corner
+    assert pixels[30:64, 20:110].min() <= 70  # ink
+    labels, characters = patch_labels(scene)
+    assert labels[225 // 14, 125 // 14] == thing_label(thing)
+    assert labels[40 // 14, 60 // 14] == sign_label(sign)
+    assert labels[0, 0] == 0 and characters[0, 0] == 0
+    letters = [CHARACTERS[c - 1] for c in characters[3] if c]
+    assert [c for i, c in enumerate(letters) if i == 0 or c != letters[i - 1]] == list("STOP")
+
+
+def test_scores_known_by_hand():
+    def rows(*said):
+        return [scoring.Result(answer=a, said=s, pair=p) for a, s, p in said]
+
+    # 2 true yes, 1 false yes, 1 missed yes: precision 2/3, recall 2/3.
+    assert scoring.f1(rows(("yes", "yes", ""), ("yes", "yes", ""), ("no", "yes", ""), ("yes", "no", ""))) == pytest.approx(
+        200 / 3
+    )
+    assert scoring.f1(rows(("no", "no", ""))) == 0.0
+    # three of four right, one of two pairs wholly right: (75 + 50) / 2.
+    twins = rows(("yes", "yes", "a"), ("no", "no", "a"), ("yes", "no", "b"), ("no", "no", "b"))
+    assert scoring.mme(twins) == pytest.approx(62.5)
+    assert scoring.accuracy(twins) == 75.0
+    assert scoring.normalise(" Top left.\n") == "top left"
+
+
+def test_chance_is_what_the_best_blind_answerer_gets():
+    rows = benchmark.build_rows(benchmark.test_scenes())
+    assert scoring.chance("existence", rows["existence"]) == pytest.approx(200 / 3)  # 200 of 400 are yes
+    assert scoring.chance("counting", rows["counting"]) == 37.5
+    kinds: dict[str, dict[str, int]] = {}
+    for r in rows["attributes"]:
+        counts = kinds.setdefault(r["kind"], {})
+        counts[r["answer"]] = counts.get(r["answer"], 0) + 1
+    by_hand = 100 * sum(max(c.values()) for c in kinds.values()) / 400
+    assert scoring.chance("attributes", rows["attributes"]) == pytest.approx(by_hand)
