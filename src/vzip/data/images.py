@@ -1,0 +1,171 @@
+"""Reading picture files and turning pictures into the vision tower's pixels.
+
+Two rules, chosen explicitly: ``llava`` pads a picture to a square with the processor's mean colour and then lets the
+checkpoint's image processor resize and normalise it, as the paper's evaluation scripts do; ``hf`` leaves everything to
+the checkpoint's image processor (CLIP's cuts the centre out of an oblong picture).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from vzip.errors import ConfigError, ImageError
+
+Preprocess = Literal["llava", "hf"]
+PREPROCESSES: tuple[str, ...] = get_args(Preprocess)
+
+# Above this side the padded square is never made (4096 squared, three channels: 48 MiB) but resized strip by strip.
+MAX_PADDED_SIDE = 4096
+# CLIP's processor enlarges the short side to 336 first: at 100:1 that is already 336 x 33600 pixels.
+MAX_HF_ASPECT_RATIO = 100
+_STRIP_ROWS = 256
+
+# What Pillow raises for files that are cut off, damaged or no pictures at all (each seen from some decoder).
+_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
+
+
+def load_image(source: str | Path | Image.Image) -> Image.Image:
+    """Reads a picture as upright 8-bit RGB.
+
+    The rules: an animated picture gives its first frame; the EXIF orientation is applied; 16-bit grey is scaled to 8
+    bits (not cut off at 255); CMYK, palette, grey and two-level pictures are converted; an alpha channel is dropped and
+    the colour stored under it shown, as the paper's scripts do.
+
+    Args:
+        source: a file, or a picture already open.
+
+    Returns:
+        a new RGB picture, fully decoded.
+
+    Raises:
+        ImageError: no such file, empty, not a picture, cut off, damaged, or more pixels than Pillow's safety limit.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "the picture given")
+    if str(source).startswith(("http://", "https://")):
+        raise ImageError(f"{source}: pictures are read from files; download it first and give the path.")
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise ImageError(f"{path}: {'is a directory, not a file' if path.is_dir() else 'no such picture file'}.")
+    try:
+        if path.stat().st_size == 0:
+            raise ImageError(f"{path}: the file is empty (0 bytes).")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is allowed; twice that is an error
+            with Image.open(path) as image:
+                return _to_rgb(image, str(path))
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path}: not a picture in a format Pillow {Image.__version__} reads.") from error
+    except PermissionError as error:
+        raise ImageError(f"{path}: may not be read ({error.strerror}).") from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Decodes the first frame, turns it upright and converts it to 8-bit RGB."""
+    try:
+        if getattr(image, "is_animated", False):  # only multi-frame formats of Pillow define it
+            image.seek(0)
+        image.load()
+        if 0 in image.size:
+            raise ImageError(f"{name}: has no pixels ({image.width} x {image.height}).")
+        upright = ImageOps.exif_transpose(image)
+        return _eight_bit(upright).convert("RGB")
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: too many pixels ({error}).") from error
+    except _DECODER_ERRORS as error:
+        raise ImageError(f"{name}: cut off or damaged ({error}).") from error
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Scales grey pictures of more than 8 bits to mode L; Pillow's own conversion cuts values off at 255."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image.convert("I"), dtype=np.int64).clip(0, 65535)
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8), mode=None)
+    if image.mode == "F":  # no range is defined for floats: the picture's own becomes 0..255
+        floats = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        spread = floats.max() - floats.min()
+        return Image.fromarray(np.round((floats - floats.min()) * (255 / (spread or 1.0))).astype(np.uint8))
+    if image.mode in ("P", "PA") or "transparency" in image.info:
+        return image.convert("RGBA")
+    return image
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """Centres an RGB picture on a square of its longer side (LLaVA's ``expand2square``)."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def pad_and_shrink(image: Image.Image, colour: tuple[int, int, int], side: int, resample: int) -> Image.Image:
+    """``pad_to_square(image, colour).resize((side, side), resample)``, without ever making the square.
+
+    Pillow resizes rows first and then columns, rounding to 8 bits in between, so rows can be shrunk in strips: the
+    result is the same to the last bit, and a 20000 x 3 picture costs megabytes instead of 1.2 GB.
+    """
+    width, height = image.size
+    longer = max(width, height)
+    left, top = (longer - width) // 2, (longer - height) // 2
+    narrow = Image.new("RGB", (side, longer), colour)
+    for start in range(0, height, _STRIP_ROWS):
+        rows = min(_STRIP_ROWS, height - start)
+        strip = Image.new("RGB", (longer, rows), colour)
+        strip.paste(image.crop((0, start, width, start + rows)), (left, 0))
+        narrow.paste(strip.resize((side, rows), Image.Resampling(resample)), (0, top + start))
+    return narrow.resize((side, side), Image.Resampling(resample))
+
+
+def prepare_pictures(images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess) -> dict[str, Tensor]:
+    """Pictures -> ``pixel_values`` ``[images, 3, h, w]`` float32, and whatever else the processor returns.
+
+    Args:
+        images: pictures of any mode and size.
+        image_processor: the checkpoint's Hugging Face image processor.
+        preprocess: ``"llava"`` or ``"hf"``.
+
+    Raises:
+        ConfigError: another ``preprocess``.
+        ImageError: a picture that cannot be decoded; with ``"hf"``, one more oblong than 100:1.
+    """
+    pictures = [load_image(image) for image in images]
+    if preprocess == "llava":
+        colour = tuple(int(channel * 255) for channel in image_processor.image_mean)
+        pictures = [_square(picture, colour, image_processor) for picture in pictures]
+    elif preprocess == "hf":
+        for picture in pictures:
+            _refuse_oblong(picture)
+    else:
+        raise ConfigError(f"model.preprocess={preprocess!r}: must be one of {', '.join(PREPROCESSES)}.")
+    return dict(image_processor(images=pictures, return_tensors="pt"))
+
+
+def _square(picture: Image.Image, colour: tuple[int, ...], image_processor: Any) -> Image.Image:
+    red, green, blue = colour
+    if max(picture.size) <= MAX_PADDED_SIDE:
+        return pad_to_square(picture, (red, green, blue))
+    size = image_processor.size
+    side = size["shortest_edge"] if size.get("shortest_edge") else size["height"]
+    return pad_and_shrink(picture, (red, green, blue), side, int(image_processor.resample))
+
+
+def _refuse_oblong(picture: Image.Image) -> None:
+    longer, shorter = max(picture.size), min(picture.size)
+    if longer > MAX_HF_ASPECT_RATIO * shorter:
+        raise ImageError(
+            f"A picture of {picture.width} x {picture.height} pixels is more oblong than {MAX_HF_ASPECT_RATIO}:1;"
+            " model.preprocess=hf would enlarge its short side and cut the rest off. Use model.preprocess=llava, which"
+            " takes any shape, or crop the picture."
+        )

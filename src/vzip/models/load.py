@@ -1,0 +1,203 @@
+"""Loading a checkpoint, a directory or a hub id, with every check that needs no weights made before any is read."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, ProcessorMixin
+
+import vzip
+from vzip.compressors.base import Compressor
+from vzip.compressors.controls import Identity
+from vzip.data.images import PREPROCESSES, Preprocess
+from vzip.errors import CheckpointError, ConfigError, MissingPackageError, nearest
+
+from .adapters import adapter_class_for_config
+from .compressed_vlm import CompressedVlm
+from .environment import refuse_broken_packages
+
+_LOG = logging.getLogger(__name__)
+
+BUILT_IN_NAME = "vzip/tiny"
+DTYPES: dict[str, str | torch.dtype] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+QUANTIZATIONS = ("8bit", "4bit")
+# Only the language model is quantised: selection reads the tower's projections, and the projector may be trained.
+_NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def load_vlm(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device_map: Any = None,
+    attn_implementation: str = "sdpa",
+    quantization: str | None = None,
+    compressor: Compressor | None = None,
+    preprocess: Preprocess = "llava",
+) -> CompressedVlm:
+    """Loads a checkpoint and wraps it.
+
+    Args:
+        name_or_path: a directory, a hub id (``llava-hf/llava-1.5-7b-hf``), or ``vzip/tiny``, the model in the package.
+        revision: branch, tag or commit on the hub.
+        dtype: ``auto`` (as the checkpoint says), ``float32``, ``bfloat16`` or ``float16``.
+        device_map: as Hugging Face's; None loads to the CPU.
+        attn_implementation: as Hugging Face's; compression needs no particular one.
+        quantization: None, ``8bit`` or ``4bit``: the language model only, through bitsandbytes (a GPU).
+        compressor: the method; None is ``Identity()``.
+        preprocess: ``llava`` or ``hf``.
+
+    Returns:
+        the wrapped model in eval mode, with its processor if the checkpoint has one.
+
+    Raises:
+        ConfigError: a setting that cannot work, a budget that does not fit the vision tower.
+        CheckpointError: a checkpoint that cannot be found, reached or read.
+        UnsupportedModelError: a model class, vision tower or setting without an adapter.
+        MissingPackageError: bitsandbytes is missing, or an installed package is broken.
+    """
+    _check_choice("model.dtype", dtype, DTYPES)
+    _check_choice("model.preprocess", preprocess, PREPROCESSES)
+    if quantization is not None:
+        _check_choice("model.quantization", quantization, QUANTIZATIONS, "null")
+    refuse_broken_packages(["torchvision", "timm"])
+    source = resolve_checkpoint(name_or_path)
+    compressor = Identity() if compressor is None else compressor
+
+    config = _reach(source, lambda: AutoConfig.from_pretrained(source, revision=revision))
+    adapter_class = adapter_class_for_config(config)
+    geometry = adapter_class.check_config(config)
+    compressor.check_fits(geometry.num_patches, geometry.has_cls)
+    if isinstance(source, Path):
+        _check_weight_files(source)
+
+    settings: dict[str, Any] = {
+        "revision": revision,
+        "dtype": DTYPES[dtype],
+        "device_map": device_map,
+        "attn_implementation": attn_implementation,
+    }
+    if quantization is not None:
+        settings["quantization_config"] = quantization_config(quantization, dtype)
+    processor = _load_processor(source, revision)
+    model = _reach(source, lambda: adapter_class.model_class.from_pretrained(source, config=config, **settings))
+    model.eval()
+    return CompressedVlm(model, compressor, processor, preprocess)
+
+
+def resolve_checkpoint(name_or_path: str | Path) -> Path | str:
+    """A directory as ``Path``, a hub id as ``str``; ``vzip/tiny`` becomes the package's directory.
+
+    Raises:
+        CheckpointError: neither a directory with a ``config.json`` nor anything that could be a hub id.
+    """
+    if str(name_or_path) == BUILT_IN_NAME:
+        tiny = Path(vzip.__file__).parent / "demo" / "tiny"
+        if not (tiny / "config.json").is_file():
+            raise CheckpointError(f"{BUILT_IN_NAME}: {tiny} holds no checkpoint; train it with `make tiny`.")
+        return tiny
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"model.name_or_path={name_or_path}: the directory holds no config.json. It must be a checkpoint in"
+                " Hugging Face format (config.json, weights, processor and tokenizer files)."
+            )
+        return path
+    if path.is_file():
+        raise CheckpointError(f"model.name_or_path={name_or_path}: is a file; a checkpoint is a directory.")
+    if isinstance(name_or_path, Path) or not _HUB_ID.fullmatch(name_or_path) or path.parent.is_dir():
+        raise CheckpointError(
+            f"model.name_or_path={name_or_path}: no such directory. Give a checkpoint directory, a hub id such"
+            f" as llava-hf/llava-1.5-7b-hf, or {BUILT_IN_NAME}."
+        )
+    return str(name_or_path)
+
+
+def quantization_config(quantization: str, dtype: str) -> BitsAndBytesConfig:
+    """The bitsandbytes settings for ``8bit`` or ``4bit``: the language model only.
+
+    Raises:
+        MissingPackageError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingPackageError(
+            f"model.quantization={quantization} needs the package bitsandbytes, which is not installed: pip install"
+            " bitsandbytes (a GPU is needed too), or set model.quantization=null."
+        )
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(_NOT_QUANTIZED))
+    compute = DTYPES[dtype] if dtype != "auto" else torch.bfloat16
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        llm_int8_skip_modules=list(_NOT_QUANTIZED),
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def _check_choice(key: str, value: object, allowed: Any, *more: str) -> None:
+    names = [*allowed, *more]
+    if value not in list(allowed):
+        raise ConfigError(f"{key}={value}: must be one of {', '.join(names)}{nearest(str(value), names)}.")
+
+
+def _reach(source: Path | str, load: Any) -> Any:
+    """Runs a Hugging Face loader and turns what it raises for absent or unreadable checkpoints into ours."""
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(source, Path):
+            raise CheckpointError(f"{source}: the checkpoint cannot be loaded ({first_line}).") from error
+        raise CheckpointError(
+            f"model.name_or_path={source}: the checkpoint is neither in the local cache nor could it be fetched from"
+            f" the hub ({first_line}). Check the name and the network, or download it elsewhere and point to it with"
+            " model.name_or_path=DIR (model=llava_local on the command line)."
+        ) from error
+
+
+def _check_weight_files(directory: Path) -> None:
+    """Raises CheckpointError unless the directory holds all weight files it names."""
+    for index_name in _WEIGHT_INDEXES:
+        index = directory / index_name
+        if index.is_file():
+            try:
+                wanted = set(json.loads(index.read_text())["weight_map"].values())
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(f"{index}: not a readable weight index ({error}).") from error
+            missing = sorted(name for name in wanted if not (directory / name).is_file())
+            if missing:
+                raise CheckpointError(
+                    f"{directory}: {len(missing)} of {len(wanted)} weight files are missing ({', '.join(missing[:4])}"
+                    f"{', ...' if len(missing) > 4 else ''}); {index_name} names them. Download them again."
+                )
+            return
+    if not any((directory / name).is_file() for name in _WEIGHT_FILES):
+        raise CheckpointError(
+            f"{directory}: has a config.json but no weights ({', '.join((*_WEIGHT_FILES, *_WEIGHT_INDEXES))})."
+        )
+
+
+def _load_processor(source: Path | str, revision: str | None) -> ProcessorMixin | None:
+    """The checkpoint's processor; None for a directory that holds none of its files."""
+    files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
+    if isinstance(source, Path) and not any((source / name).is_file() for name in files):
+        _LOG.warning("%s holds no processor; the model takes tensors only.", source)
+        return None
+    return _reach(source, lambda: AutoProcessor.from_pretrained(source, revision=revision))

@@ -1,0 +1,224 @@
+"""Putting visual tokens where the placeholders are: embeddings, mask, positions and labels for the language model.
+
+The plan (which positions of which prompt become which image) is made on the host from ``input_ids``, once a batch; the
+tensors are then assembled with slices and one concatenation per prompt, so gradients flow into the visual tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vzip.errors import PromptError
+
+PaddingSide = Literal["left", "right"]
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class PreparedInputs:
+    """What the language model gets.
+
+    Attributes:
+        inputs_embeds: ``[B, T, d_text]``; zeros where padded.
+        attention_mask: int64 ``[B, T]``, 1 on text and visual tokens, 0 on padding.
+        position_ids: int64 ``[B, T]``, 0, 1, 2, ... over the tokens of each prompt, 0 on padding.
+        labels: int64 ``[B, T]`` with -100 on visual tokens and padding, or None.
+        num_visual_tokens: visual tokens that entered, for each image in order.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor | None
+    num_visual_tokens: list[int]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a prompt: text positions start..stop, or an image (then ``image`` is its number)."""
+
+    start: int
+    stop: int
+    image: int | None = None
+
+
+@dataclass(frozen=True)
+class SplicePlan:
+    """Which stretches of each prompt are text and which are images, and how the result is padded."""
+
+    rows: list[list[_Piece]]
+    padding_side: PaddingSide
+
+
+def plan_splice(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    image_token_id: int,
+    expanded_lengths: Sequence[int],
+    padding_side: PaddingSide | None = None,
+) -> SplicePlan:
+    """Matches placeholders to images, prompt by prompt.
+
+    A stretch of consecutive placeholders is either the processor's expansion (its length is the sum of the expanded
+    lengths of the next images) or one placeholder an image. Positions the mask excludes are padding, whatever their id.
+
+    Args:
+        input_ids: integers ``[B, T]``.
+        attention_mask: ``[B, T]`` or None for no padding.
+        image_token_id: id of the placeholder.
+        expanded_lengths: for each image of the batch, in order, the placeholders the processor would write.
+        padding_side: side of the result's padding; None: the input's own, left where the input has none.
+
+    Raises:
+        PromptError: shapes that do not fit, or another number of placeholders than images; names both.
+    """
+    if input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise PromptError(
+            f"input_ids is {input_ids.dtype} of shape {tuple(input_ids.shape)}: integers of shape [prompts, length] are"
+            " needed."
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise PromptError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: must be"
+            " equal."
+        )
+    ids = input_ids.tolist()
+    masks = [[1] * len(row) for row in ids] if attention_mask is None else attention_mask.tolist()
+    rows: list[list[_Piece]] = []
+    placeholders_per_row: list[int] = []
+    num_images = len(expanded_lengths)
+    next_image = 0
+    for row_ids, row_mask in zip(ids, masks, strict=True):
+        pieces, next_image = _plan_row(row_ids, row_mask, image_token_id, expanded_lengths, next_image)
+        rows.append(pieces)
+        placeholders_per_row.append(
+            sum(i == image_token_id and bool(m) for i, m in zip(row_ids, row_mask, strict=True))
+        )
+    if next_image != num_images:
+        lengths = sorted(set(expanded_lengths))
+        run = f", or a run of {' or '.join(map(str, lengths))}" if lengths else ""
+        raise PromptError(
+            f"The prompts hold {sum(placeholders_per_row)} <image> placeholders ({_per_prompt(placeholders_per_row)})"
+            f" but {num_images} images were given. Each image needs one placeholder in its prompt{run} as the processor"
+            " writes it."
+        )
+    return SplicePlan(rows, padding_side or _padding_side(masks))
+
+
+def _per_prompt(counts: list[int]) -> str:
+    shown = ", ".join(f"prompt {row}: {count}" for row, count in enumerate(counts[:8]))
+    return shown + (", ..." if len(counts) > 8 else "")
+
+
+def _plan_row(
+    ids: list[int], mask: list[int], image_token_id: int, expanded_lengths: Sequence[int], next_image: int
+) -> tuple[list[_Piece], int]:
+    """The pieces of one prompt and the number of the next unused image (beyond the last one: too many placeholders)."""
+    pieces: list[_Piece] = []
+    position, end = 0, len(ids)
+    while position < end:
+        start = position
+        if not mask[position]:
+            position += 1
+            continue
+        is_image = ids[position] == image_token_id
+        while position < end and mask[position] and (ids[position] == image_token_id) == is_image:
+            position += 1
+        if not is_image:
+            pieces.append(_Piece(start, position))
+            continue
+        num_in_run = _images_in_run(position - start, expanded_lengths, next_image)
+        pieces += [_Piece(start, position, image) for image in range(next_image, next_image + num_in_run)]
+        next_image += num_in_run
+    return pieces, next_image
+
+
+def _images_in_run(length: int, expanded_lengths: Sequence[int], next_image: int) -> int:
+    """Images that a run of placeholders stands for: those whose expansions it is, else one each."""
+    total = 0
+    for count, expanded in enumerate(expanded_lengths[next_image:], start=1):
+        total += expanded
+        if total == length:
+            return count
+        if total > length:
+            break
+    return length
+
+
+def _padding_side(masks: list[list[int]]) -> PaddingSide:
+    """Right if some prompt ends in padding and none begins with it; else left, the side generation needs."""
+    begins = any(mask and not mask[0] for mask in masks)
+    ends = any(mask and not mask[-1] for mask in masks)
+    return "right" if ends and not begins else "left"
+
+
+def splice(
+    plan: SplicePlan,
+    input_ids: Tensor,
+    embed_tokens: nn.Module,
+    images: Sequence[Tensor],
+    image_token_id: int,
+    labels: Tensor | None = None,
+) -> PreparedInputs:
+    """Builds the language model's inputs from a plan.
+
+    Args:
+        plan: from ``plan_splice`` for these ``input_ids`` and as many images.
+        input_ids: integers ``[B, T]``.
+        embed_tokens: the text embedding, ids -> ``[.., d_text]``.
+        images: for each image ``[num_visual_tokens, d_text]``.
+        image_token_id: id of the placeholder; it may lie outside the embedding's vocabulary.
+        labels: integers ``[B, T]`` or None.
+
+    Returns:
+        ``PreparedInputs``, as long as its longest prompt.
+
+    Raises:
+        PromptError: labels of another shape than ``input_ids``.
+    """
+    if labels is not None and labels.shape != input_ids.shape:
+        raise PromptError(f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}: must be equal.")
+    text = embed_tokens(input_ids.masked_fill(input_ids == image_token_id, 0))
+    visual = [image.to(text.device, text.dtype) for image in images]
+    rows = [
+        torch.cat(
+            [text[row, p.start : p.stop] if p.image is None else visual[p.image] for p in pieces]
+            or [text[row, :0]]  # a prompt that is all padding
+        )
+        for row, pieces in enumerate(plan.rows)
+    ]
+    lengths = [row.shape[0] for row in rows]
+    longest = max(lengths, default=0)
+
+    def pad(row: Tensor, value: float) -> Tensor:
+        missing = longest - row.shape[0]
+        sides = (missing, 0) if plan.padding_side == "left" else (0, missing)
+        return functional.pad(row, (0, 0, *sides) if row.ndim == 2 else sides, value=value)
+
+    mask = torch.stack([pad(torch.ones(length, dtype=torch.int64), 0) for length in lengths]).to(text.device)
+    positions = ((mask.cumsum(dim=1) - 1) * mask).clamp(min=0)
+    new_labels = None
+    if labels is not None:
+        labels = labels.to(text.device)
+        ignored = [labels.new_full((image.shape[0],), IGNORED_LABEL) for image in visual]
+        label_rows = [
+            torch.cat(
+                [labels[row, p.start : p.stop] if p.image is None else ignored[p.image] for p in pieces]
+                or [labels[row, :0]]
+            )
+            for row, pieces in enumerate(plan.rows)
+        ]
+        new_labels = torch.stack([pad(row, IGNORED_LABEL) for row in label_rows])
+    return PreparedInputs(
+        inputs_embeds=torch.stack([pad(row, 0.0) for row in rows]),
+        attention_mask=mask,
+        position_ids=positions,
+        labels=new_labels,
+        num_visual_tokens=[image.shape[0] for image in visual],
+    )
