@@ -1,0 +1,7 @@
+"""``python -m vzip``."""
+
+import sys
+
+from vzip.cli import main
+
+sys.exit(main())

@@ -1,0 +1,83 @@
+"""``python -m vzip COMMAND``: one table of commands, each living in its own module.
+
+A module offers ``add_arguments(parser)`` and ``main(args) -> int`` and is imported only when its command is chosen, so
+that ``bench`` runs where lmms-eval, datasets or Hydra are not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vzip import log
+from vzip.errors import ConfigError, MissingPackageError, VzipError, nearest
+
+USER_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command lives and what it is for."""
+
+    module: str
+    help: str
+
+
+COMMANDS: Mapping[str, Command] = {
+    "list": Command("vzip.config.listing", "recipes and the options of every group, for eval.py and train.py"),
+    "compare": Command("vzip.report.compare", "a record against its recipe's expected numbers and its vanilla run"),
+    "demo": Command("vzip.demo.run", "the built-in model on its benchmark: every method and budget in one table"),
+    "ask": Command("vzip.demo.ask", "a question about a picture file"),
+    "bench": Command("vzip.bench.cli", "what compression costs and saves: time by stage, memory, FLOPs"),
+    "scenes": Command("vzip.demo.benchmark", "write or check the built-in benchmark's data"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, what the command returns, or 2 for a user's error."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    log.setup()
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(usage())
+            return 0 if words else USER_ERROR
+        return run(words[0], words[1:])
+    except VzipError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Imports the command's module, reads its arguments and runs it.
+
+    Raises:
+        ConfigError: there is no such command.
+        MissingPackageError: the command needs a package that is not installed.
+    """
+    if name not in COMMANDS:
+        raise ConfigError(f"'{name}': no such command{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}.")
+    command = COMMANDS[name]
+    try:
+        module = importlib.import_module(command.module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "vzip":
+            raise
+        raise MissingPackageError(
+            f"`{name}` needs the package {error.name.split('.')[0]}, which is not installed: `make install` installs"
+            " everything; pyproject.toml names the extra it belongs to."
+        ) from error
+    parser = argparse.ArgumentParser(
+        prog=f"python -m vzip {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    return int(module.main(parser.parse_args(list(words))))
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = [f"  {name:<9} {command.help}" for name, command in COMMANDS.items()]
+    first = "usage: python -m vzip COMMAND [...]   (COMMAND --help for more)"
+    return "\n".join([first, "", *lines, "", "See also eval.py, train.py."])

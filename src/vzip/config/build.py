@@ -1,0 +1,169 @@
+"""Turns a composed ``DictConfig`` into plain arguments; behind this file nobody sees a ``DictConfig``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose
+from omegaconf import DictConfig, OmegaConf
+
+from vzip.config.options import RECIPE_GROUP, config_dir, options
+from vzip.config.rundir import recipe_changes, run_directory
+from vzip.config.validate import BUILT_IN, build_compressor, validate
+from vzip.errors import ConfigError, RunExistsError, nearest
+
+if TYPE_CHECKING:
+    from vzip.compressors import Compressor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """Everything an evaluation needs, checked, with nothing loaded.
+
+    Attributes:
+        model: keyword arguments of ``vzip.load_vlm``, the compressor left out.
+        compressor: what ``compressor=`` names, built.
+        evaluation: keyword arguments of ``vzip.evaluation.run.evaluate``; ``include_path`` may still be ``built-in``.
+        num_threads: CPU threads for torch; None leaves torch's choice.
+        scenes_dir: where the generated benchmark lives; None for the project's cache.
+    """
+
+    model: dict[str, Any]
+    compressor: Compressor
+    evaluation: dict[str, Any]
+    num_threads: int | None
+    scenes_dir: str | None
+
+    def include_path(self) -> str | None:
+        """The folder of task files, the generated benchmark being prepared if it is asked for."""
+        path = self.evaluation["include_path"]
+        if path != BUILT_IN:
+            return path
+        from vzip.demo import benchmark
+
+        return str(benchmark.prepare(None if self.scenes_dir is None else Path(self.scenes_dir).expanduser()))
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The composed configuration as plain containers, interpolations resolved, missing values as ``???``."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    if not isinstance(container, dict):
+        raise ConfigError("the configuration must be a mapping; start from configs/eval.yaml or configs/train.yaml.")
+    return {str(key): value for key, value in container.items()}
+
+
+def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
+    """Checks a composed evaluation and says what it will do.
+
+    Raises:
+        ConfigError: naming every problem of the configuration.
+        RunExistsError: the run directory holds a record and ``overwrite`` is false.
+    """
+    config = resolved(cfg)
+    validate(config)
+    if config["train"]["name"] != "none":
+        raise ConfigError(
+            f"train={config['train']['name']}: eval.py trains nothing. Train with `python train.py"
+            f" {_recipe_word(config)}`, then evaluate with model=llava_local model.name_or_path=DIR."
+        )
+    directory = config_dir()
+    run_dir = run_directory(config, directory)
+    config["recipe"] = unchanged_recipe(config, "eval")
+    if (run_dir / "run.json").exists() and not config["overwrite"]:
+        raise RunExistsError(
+            f"{run_dir} already holds a record (run.json): set overwrite=true to replace it, or paths.run_dir=DIR to"
+            " write elsewhere."
+        )
+    config["paths"]["run_dir"] = str(run_dir)
+    model, evaluation = config["model"], config["eval"]
+    asked = {key: value for key, value in evaluation["gen_kwargs"].items() if value is not None}
+    load_keys = ("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess")
+    name_or_path = model["name_or_path"]
+    if name_or_path.startswith("~"):
+        name_or_path = str(Path(name_or_path).expanduser())
+    include_path = evaluation["include_path"]
+    if include_path not in (None, BUILT_IN):
+        include_path = str(Path(include_path).expanduser())
+    return EvaluationPlan(
+        model={"name_or_path": name_or_path, **{key: model[key] for key in load_keys}},
+        compressor=build_compressor(config["compressor"]),
+        evaluation={
+            "tasks": list(evaluation["tasks"]),
+            "limit": evaluation["limit"],
+            "batch_size": evaluation["batch_size"],
+            "include_path": include_path,
+            "gen_kwargs": asked or None,
+            "seed": config["seed"],
+            "run_dir": run_dir,
+            "overwrite": config["overwrite"],
+            "resolved_config": config,
+        },
+        num_threads=config["launcher"]["num_threads"],
+        scenes_dir=config["paths"]["scenes_dir"],
+    )
+
+
+def training_plan(cfg: DictConfig) -> dict[str, Any]:
+    """Checks a composed training and returns the arguments of ``vzip.demo.train_tiny.train``.
+
+    Raises:
+        ConfigError: naming every problem, or that what is asked for cannot be trained with this version.
+    """
+    config = resolved(cfg)
+    validate(config)
+    name = config["train"]["name"]
+    if name == "none":
+        what = _recipe_word(config) or f"model={config['model']['name']}"
+        raise ConfigError(
+            f"nothing to train: {what} goes with train=none, and fine-tuning the projector is not part of this version."
+            " What can be trained is the built-in model, from scratch: python train.py +exp=tiny_from_scratch."
+        )
+    wrong = [
+        f"{group}={config[group]['name']} (must be {option})"
+        for group, option in (("model", "tiny"), ("compressor", "none"), ("budget", "full"), ("data", "scenes"))
+        if config[group]["name"] != option
+    ]
+    if wrong:
+        raise ConfigError(
+            f"train={name} builds the built-in model on generated pictures with every visual token, so these have no"
+            f" effect: {', '.join(wrong)}. Use python train.py +exp=tiny_from_scratch."
+        )
+    paths = config["paths"]
+    if paths["run_dir"] is not None:
+        run_dir = Path(paths["run_dir"]).expanduser()
+    else:
+        run_dir = Path(paths["runs_dir"]).expanduser() / "train" / name / f"seed{config['seed']}"
+    return {"run_dir": run_dir, "out": run_dir / "checkpoint", "seed": config["seed"]}
+
+
+def unchanged_recipe(config: Mapping[str, Any], primary: str) -> str | None:
+    """The recipe's name if every setting that changes results is still the recipe's, else None, with a warning.
+
+    A changed run keeps its directory under the recipe's name (the compressor's and the budget's part tells them
+    apart), but its record must not be held against the recipe's expected numbers.
+
+    Raises:
+        ConfigError: ``recipe`` names no file in configs/exp.
+    """
+    name = config["recipe"]
+    if name is None:
+        return None
+    known = options(config_dir(), RECIPE_GROUP)
+    if name not in known:
+        raise ConfigError(f"recipe={name}: no such recipe{nearest(name, known)}; recipes: {', '.join(known)}.")
+    recipe = resolved(compose(primary, [f"+{RECIPE_GROUP}={name}"]))
+    changes = recipe_changes(config, recipe)
+    if not changes:
+        return str(name)
+    logger.warning("not the recipe %s any more, and not recorded as such: %s", name, "; ".join(changes))
+    return None
+
+
+def _recipe_word(config: Mapping[str, Any]) -> str:
+    return f"+{RECIPE_GROUP}={config['recipe']}" if config["recipe"] else ""

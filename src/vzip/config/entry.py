@@ -1,0 +1,75 @@
+"""The wrapper of ``train.py`` and ``eval.py``: user errors without a traceback, exit code 2."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from vzip import log
+from vzip.config.options import config_dir
+from vzip.config.overrides import check_overrides
+from vzip.errors import VzipError
+
+USER_ERROR = 2
+_FULL = "HYDRA_FULL_ERROR"
+
+
+def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Makes a function of a composed configuration the main of a script.
+
+    Args:
+        config_name: the primary in ``configs``, without its ending.
+
+    What the user caused (``VzipError``, Hydra's and OmegaConf's errors) is printed as one message, exit code 2;
+    everything else keeps its traceback. ``HYDRA_FULL_ERROR=1`` shows every traceback.
+    """
+
+    def decorate(function: Callable[[DictConfig], None]) -> Callable[[], None]:
+        @functools.wraps(function)
+        def main() -> None:
+            log.setup()
+            wants_traceback = os.environ.get(_FULL) == "1"
+
+            def job(cfg: DictConfig) -> None:
+                try:
+                    function(cfg)
+                except VzipError as error:
+                    # A sweep goes on with its other jobs, and Hydra names the overrides of the one that failed.
+                    if wants_traceback or HydraConfig.get().mode is RunMode.MULTIRUN:
+                        raise
+                    fail(error)
+
+            try:
+                directory = config_dir()
+                check_overrides(sys.argv[1:], directory, config_name)
+                # Hydra must hand its exceptions on instead of printing them: this is its own switch for that.
+                os.environ[_FULL] = "1"
+                hydra.main(version_base="1.3", config_path=str(directory), config_name=config_name)(job)()
+            except (VzipError, HydraException, OmegaConfBaseException) as error:
+                if wants_traceback:
+                    raise
+                fail(error)
+            finally:
+                if not wants_traceback:
+                    os.environ.pop(_FULL, None)
+
+        return main
+
+    return decorate
+
+
+def fail(error: Exception) -> NoReturn:
+    """Prints a user's error, without Hydra's lines about where it searched, and ends with USER_ERROR."""
+    message = str(error).split("\nConfig search path:")[0].strip()
+    print(f"{type(error).__name__}: {message}", file=sys.stderr)
+    sys.exit(USER_ERROR)

@@ -1,0 +1,47 @@
+"""The configuration folder: its groups, their options and the recipes' headers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import vzip
+from vzip.errors import ConfigError
+
+RECIPE_GROUP = "exp"
+
+
+def config_dir() -> Path:
+    """Returns the checkout's ``configs`` folder.
+
+    Raises:
+        ConfigError: vzip was installed without its checkout and is not run inside one.
+    """
+    candidates = (Path(vzip.__file__).resolve().parents[2] / "configs", Path.cwd() / "configs")
+    for folder in candidates:
+        if (folder / "base.yaml").is_file():
+            return folder
+    raise ConfigError(
+        f"no configs/base.yaml beside the installed package ({candidates[0]}) nor in the working directory: the recipes"
+        " and groups are part of the checkout; run from there, or install with `make install`."
+    )
+
+
+def groups(directory: Path) -> list[str]:
+    """Names of the option groups, recipes left out."""
+    return sorted(p.name for p in directory.iterdir() if p.is_dir() and p.name != RECIPE_GROUP)
+
+
+def options(directory: Path, group: str) -> list[str]:
+    """Names a group can be set to."""
+    return sorted(p.stem for p in (directory / group).glob("*.yaml"))
+
+
+def header(path: Path) -> list[str]:
+    """The comment at the top of a config file, without Hydra's ``@package`` line and the comment signs."""
+    lines: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if "@package" not in line:
+            lines.append(line.lstrip("#").strip())
+    return lines

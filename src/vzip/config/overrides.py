@@ -1,0 +1,146 @@
+"""Reads the command line before Hydra does, so that every wrong word is named at once, each with its nearest name."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Sweep
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from vzip.config import schema
+from vzip.config.options import RECIPE_GROUP, groups, header, options
+from vzip.config.validate import find_problems, raise_all
+from vzip.errors import ConfigError, nearest
+
+# Words of Hydra's own command line that take a value of their own.
+_FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
+_FLAGS_WITH_VALUE |= {"--config-dir", "-cd", "--experimental-rerun", "--info", "-i"}
+
+# A sweep's jobs that are composed beforehand (a quarter of a second each); every job is checked again when it starts.
+MAX_JOBS_CHECKED = 64
+
+
+def override_words(arguments: Sequence[str]) -> list[str]:
+    """The ``key=value`` words of a command line, Hydra's own flags and their values left out."""
+    words: list[str] = []
+    skip = False
+    for word in arguments:
+        if skip:
+            skip = False
+        elif word.startswith("-"):
+            skip = word in _FLAGS_WITH_VALUE
+        else:
+            words.append(word)
+    return words
+
+
+def check_overrides(arguments: Sequence[str], directory: Path, config_name: str) -> None:
+    """Checks groups, options and keys of a command line against the configuration folder.
+
+    If a word is wrong, the others are composed and their values judged too, so that one message names everything. The
+    jobs of a sweep are judged before the first one starts. Otherwise values are left to the composed configuration.
+
+    Raises:
+        ConfigError: naming every wrong word.
+    """
+    problems: list[str] = []
+    good: list[Override] = []
+    parser = OverridesParser.create()
+    for word in override_words(arguments):
+        found = _check_word(word, parser, directory)
+        problems += found
+        good += [] if found else parser.parse_overrides([word])
+    if problems or is_sweep(arguments):
+        problems += _check_values(good, directory, config_name)
+    raise_all(problems)
+
+
+def is_sweep(arguments: Sequence[str]) -> bool:
+    return any(word in ("-m", "--multirun") for word in arguments)
+
+
+def _check_values(overrides: Sequence[Override], directory: Path, config_name: str) -> list[str]:
+    """Problems of the configurations that the overrides compose: one, or each of a sweep, before any of it starts."""
+    choices: list[list[str]] = []
+    for override in overrides:
+        if not override.is_sweep_override():
+            choices.append([str(override.input_line)])
+        elif override.is_discrete_sweep():
+            choices.append([f"{override.get_key_element()}={value!s}" for value in override.sweep_string_iterator()])
+        else:
+            return []  # an interval of an optimising sweeper: its values are not known yet
+    problems: list[str] = []
+    with initialize_config_dir(str(directory), version_base="1.3"):
+        for words in itertools.islice(itertools.product(*choices), MAX_JOBS_CHECKED):
+            composed = OmegaConf.to_container(compose(config_name, list(words)), resolve=True)
+            if isinstance(composed, dict):
+                problems += find_problems({str(key): value for key, value in composed.items()})
+    return list(dict.fromkeys(problems))
+
+
+def _check_word(word: str, parser: OverridesParser, directory: Path) -> list[str]:
+    # Hydra's parser speaks of "lexer errors"; the commonest slip is a word without a value.
+    if "=" not in word and not word.startswith("~"):
+        return [f"'{word}': not a setting; write group=option or key=value."]
+    try:
+        override = parser.parse_overrides([word])[0]
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        return [f"'{word}': cannot be read ({reason}); quote the whole word, as 'eval.tasks=[pope,gqa]'."]
+    key = override.key_or_group
+    if re.split(r"[./]", key)[0] == "hydra":
+        return []
+    known = groups(directory)
+    if key == RECIPE_GROUP or key in known:
+        return _check_option(override, directory)
+    return _check_key(key, directory, known)
+
+
+def _check_option(override: Override, directory: Path) -> list[str]:
+    group = override.key_or_group
+    if group == RECIPE_GROUP and not override.is_add():
+        return [f"{group} is no group of the defaults list: write +{group}=NAME."]
+    if override.is_delete():
+        return [f"~{group}: every group must keep an option."]
+    value = override.value()
+    names = [str(v) for v in value.list] if isinstance(value, Sweep) and hasattr(value, "list") else [str(value)]
+    allowed = options(directory, group)
+    return [
+        f"{group}={name}: no such option{nearest(name, allowed)}. Available options in '{group}':\n"
+        + "\n".join(f"       {option}" for option in allowed)
+        for name in names
+        if name not in allowed and not isinstance(value, dict)
+    ]
+
+
+def _check_key(key: str, directory: Path, known: list[str]) -> list[str]:
+    keys = [*schema.known_keys(), *_compressor_keys(directory)]
+    if key in keys or any(k.startswith(f"{key}.") for k in keys) or key.startswith("compressor."):
+        # A compressor of one's own may take any argument; its class judges them.
+        return []
+    group, dot, _ = key.partition(".")
+    within = [k for k in keys if k.startswith(f"{group}.")]
+    if not dot or not within:
+        hint = nearest(key, [*known, *schema.TOP, *keys])
+        return [f"{key}: no such key or group{hint}; groups: {', '.join(known)}; keys: {', '.join(schema.TOP)}."]
+    return [f"{key}: no such key{nearest(key, within)}; keys of {group}: {', '.join(_names(within))}."]
+
+
+def _names(keys: list[str]) -> list[str]:
+    return [key.partition(".")[2] for key in keys if key.count(".") == 1]
+
+
+def _compressor_keys(directory: Path) -> list[str]:
+    keys: set[str] = set()
+    for path in (directory / "compressor").glob("*.yaml"):
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{path}: must be a mapping with name and _target_; it starts: {header(path)[:1]}.")
+        keys |= {f"compressor.{key}" for key in loaded}
+    return sorted(keys)

@@ -1,0 +1,99 @@
+"""Where a run's record goes, and whether the run is still its recipe.
+
+``<runs_dir>/<task>/<recipe or model>/<compressor>-<budget>/seed<k>``. Each part is the option's name as long as the
+option is as its file says; a changed setting that changes results is written out, so that no two different runs share
+a directory by accident.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from vzip.config.validate import show
+
+# Settings that change results, by group; where to run and how many at once do not.
+RESULT_KEYS: Mapping[str, tuple[str, ...]] = {
+    "model": ("name_or_path", "revision", "dtype", "attn_implementation", "quantization", "preprocess"),
+    "budget": ("num_dominant", "num_contextual"),
+    "eval": ("tasks", "include_path", "gen_kwargs"),
+}
+
+
+def run_directory(config: Mapping[str, Any], directory: Path) -> Path:
+    """The run directory of a composed, resolved and valid configuration."""
+    paths = config["paths"]
+    if paths["run_dir"] is not None:
+        return Path(paths["run_dir"]).expanduser()
+    parts = (
+        task_label(config["eval"], directory),
+        config["recipe"] or model_label(config["model"], directory),
+        f"{compressor_label(config['compressor'], directory)}-{budget_label(config['budget'], directory)}",
+        f"seed{config['seed']}",
+    )
+    return Path(paths["runs_dir"]).expanduser().joinpath(*map(_safe, parts))
+
+
+def task_label(evaluation: Mapping[str, Any], directory: Path) -> str:
+    usual = _file(directory, "eval", evaluation["name"])
+    label = evaluation["name"] if evaluation["tasks"] == usual.get("tasks") else "+".join(evaluation["tasks"])
+    asked = {k: v for k, v in evaluation["gen_kwargs"].items() if v != usual.get("gen_kwargs", {}).get(k)}
+    label += "".join(f"_{key}-{show(value)}" for key, value in asked.items())
+    return label + (f"_limit-{evaluation['limit']}" if evaluation["limit"] is not None else "")
+
+
+def model_label(model: Mapping[str, Any], directory: Path) -> str:
+    usual = _file(directory, "model", model["name"])
+    same = model["name_or_path"] == usual.get("name_or_path")
+    label = model["name"] if same else Path(model["name_or_path"]).expanduser().resolve().name
+    changed = [k for k in RESULT_KEYS["model"] if k != "name_or_path" and model[k] != usual.get(k)]
+    return label + "".join(f"_{key}-{show(model[key])}" for key in changed)
+
+
+def compressor_label(compressor: Mapping[str, Any], directory: Path) -> str:
+    usual = _file(directory, "compressor", compressor["name"])
+    skipped = ("name", "_target_", "budget")
+    changed = {
+        key: value
+        for key, value in compressor.items()
+        if key not in skipped and value != usual.get(key) and "${" not in str(usual.get(key))
+    }
+    return compressor["name"] + "".join(f"_{key}-{show(value)}" for key, value in changed.items())
+
+
+def budget_label(budget: Mapping[str, Any], directory: Path) -> str:
+    usual = _file(directory, "budget", budget["name"])
+    if all(budget[key] == usual.get(key) for key in RESULT_KEYS["budget"]):
+        return budget["name"]
+    return f"{budget['num_dominant']}+{budget['num_contextual']}"
+
+
+def recipe_changes(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
+    """Settings that change results and differ from the recipe's own, as ``key=value (recipe: value)``."""
+    changes = [
+        f"{group}.{key}={show(config[group][key])} (recipe: {show(recipe[group][key])})"
+        for group, keys in RESULT_KEYS.items()
+        for key in keys
+        if config[group][key] != recipe[group][key]
+    ]
+    # The budget inside the compressor and the control's seed repeat settings named elsewhere.
+    for key in sorted({*config["compressor"], *recipe["compressor"]} - {"_target_", "budget", "seed"}):
+        ours, theirs = config["compressor"].get(key), recipe["compressor"].get(key)
+        if ours != theirs:
+            changes.append(f"compressor.{key}={show(ours)} (recipe: {show(theirs)})")
+    return changes
+
+
+def _file(directory: Path, group: str, name: str) -> dict[str, Any]:
+    path = directory / group / f"{name}.yaml"
+    loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path.is_file() else {}
+    return {str(key): value for key, value in loaded.items()} if isinstance(loaded, dict) else {}
+
+
+def _safe(part: str) -> str:
+    """A part as a directory name: no separators, no spaces, at most 120 characters."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", part).strip("-.")[:120] or "unnamed"

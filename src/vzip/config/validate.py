@@ -1,0 +1,206 @@
+"""Finds everything wrong with a composed configuration, before anything is loaded or written."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vzip.config import schema
+from vzip.errors import ConfigError, VzipError, nearest
+
+MISSING = "???"
+BUILT_IN = "built-in"
+COUNTS = ("num_dominant", "num_contextual")
+_PATH_STARTS = ("/", "./", "../", "~")
+
+
+def validate(config: Mapping[str, Any]) -> None:
+    """Checks a composed configuration, resolved to plain containers.
+
+    Raises:
+        ConfigError: naming every problem at once.
+    """
+    raise_all(find_problems(config))
+
+
+def raise_all(problems: list[str]) -> None:
+    """Raises one ConfigError for all problems, or does nothing if there is none."""
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        listed = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))
+        raise ConfigError(f"{len(problems)} problems in the configuration:\n{listed}")
+
+
+def find_problems(config: Mapping[str, Any]) -> list[str]:
+    """Every problem of a configuration, in the order of the keys."""
+    problems: list[str] = []
+    allowed = [*schema.TOP, *schema.GROUPS, schema.COMPRESSOR_OPEN_GROUP]
+    for key, value in config.items():
+        if key in schema.TOP:
+            problems += _check_value(key, value, schema.TOP[key])
+        elif key in schema.GROUPS:
+            problems += _check_group(key, value, schema.GROUPS[key])
+        elif key != schema.COMPRESSOR_OPEN_GROUP:
+            problems.append(f"{key}: no such key{nearest(key, allowed)}; allowed: {', '.join(allowed)}.")
+    absent = [key for key in allowed if key not in config]
+    problems += [f"{key}: missing from the configuration; start from configs/base.yaml." for key in absent]
+    if not absent and isinstance(config["compressor"], Mapping):
+        problems += _check_compressor(config["compressor"], config["budget"])
+        problems += _check_budget_fits(config["model"], config["compressor"], config["budget"])
+        problems += _check_paths(config["model"], config["eval"])
+    return problems
+
+
+def _check_group(group: str, values: Any, rules: Mapping[str, schema.Rule]) -> list[str]:
+    if not isinstance(values, Mapping):
+        return [f"{group}={values!r}: must be one of the group's options, not a value."]
+    problems = []
+    for key, value in values.items():
+        name = f"{group}.{key}"
+        if key not in rules:
+            problems.append(f"{name}: no such key{_near_key(name, rules, group)}; allowed: {', '.join(rules)}.")
+        elif name == "eval.gen_kwargs" and isinstance(value, Mapping):
+            problems += _check_group(name, value, schema.GENERATION)
+        else:
+            problems += _check_value(name, value, rules[key])
+    missing = [key for key in rules if key not in values and rules is not schema.GENERATION]
+    return problems + [f"{group}.{key}: missing; {group}/*.yaml sets it." for key in missing]
+
+
+def _near_key(name: str, rules: Mapping[str, schema.Rule], group: str) -> str:
+    return nearest(name, [f"{group}.{key}" for key in rules])
+
+
+def _check_value(name: str, value: Any, rule: schema.Rule) -> list[str]:
+    if value == MISSING:
+        return [f"{name}: must be given, as {name}=VALUE: {rule.text}."]
+    if rule.allows(value):
+        return []
+    hint = nearest(str(value), rule.choices) if rule.choices else ""
+    return [f"{name}={show(value)}: must be {rule.text}{hint}."]
+
+
+def show(value: Any) -> str:
+    """A value as one types it on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def _check_compressor(compressor: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:
+    name = compressor.get("name", compressor.get("_target_"))
+    target = compressor.get("_target_")
+    if not isinstance(target, str):
+        return [f"compressor={show(name)}: the file must name its class in _target_, as vzip.VisionZip."]
+    problems = _check_compressor_arguments(target, compressor)
+    counts = (budget.get("num_dominant"), budget.get("num_contextual"))
+    if "budget" not in compressor:
+        if any(count is not None for count in counts):
+            problems.append(
+                f"compressor={name} keeps every visual token, but budget={budget.get('name')} asks for"
+                f" {show(counts[0])} dominant + {show(counts[1])} contextual: set budget=full, or choose a compressor."
+            )
+    elif any(count is None for count in counts):
+        problems.append(
+            f"compressor={name} needs a budget, but budget={budget.get('name')} names no counts: set budget=64tok (or"
+            " another), or compressor=none for a run without compression."
+        )
+    return problems or _check_construction(compressor, counts)
+
+
+def _check_construction(compressor: Mapping[str, Any], counts: tuple[Any, Any]) -> list[str]:
+    """Builds the compressor, which is cheap, so that what its class refuses is reported with everything else."""
+    rules = schema.GROUPS["budget"]
+    if "budget" in compressor and not all(rules[key].allows(v) for key, v in zip(COUNTS, counts, strict=True)):
+        return []  # reported already, as a value of the budget
+    try:
+        build_compressor(compressor)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def build_compressor(compressor: Mapping[str, Any]) -> Any:
+    """Instantiates the compressor group; ``name`` is for people and run directories only.
+
+    Raises:
+        ConfigError: the class refuses its arguments.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate({key: value for key, value in compressor.items() if key != "name"})
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise ConfigError(f"compressor={compressor.get('name')}: {error.__cause__ or error}") from error
+
+
+def _check_compressor_arguments(target: str, compressor: Mapping[str, Any]) -> list[str]:
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        built = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        return [f"compressor._target_={target}: cannot be imported ({error}); it must be a class, as vzip.VisionZip."]
+    parameters = inspect.signature(built).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return []
+    unknown = [key for key in compressor if key not in parameters and key not in ("name", "_target_")]
+    return [
+        f"compressor.{key}: {target} has no such argument{nearest(key, parameters)};"
+        f" allowed: {', '.join(parameters) or 'none'}."
+        for key in unknown
+    ]
+
+
+def _check_budget_fits(model: Mapping[str, Any], compressor: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:
+    """Holds the budget against the vision tower: by the option's own fact, or by the checkpoint's configuration."""
+    counts = [budget.get(key) for key in COUNTS]
+    if "budget" not in compressor or not all(isinstance(count, int) for count in counts):
+        return []
+    available, total = model.get("num_tower_tokens"), sum(count for count in counts if isinstance(count, int))
+    if isinstance(available, int):
+        if total <= available:
+            return []
+        return [
+            f"budget.num_dominant={counts[0]} + budget.num_contextual={counts[1]} = {total} visual tokens a crop, but"
+            f" the vision tower of model={model.get('name')} produces {available} (CLS included): choose smaller"
+            " counts, or compressor=none budget=full."
+        ]
+    folder = Path(str(model.get("name_or_path"))).expanduser()
+    if not (folder / "config.json").is_file():
+        return []  # a hub id without the fact: load_vlm compares, before it loads any weight
+    from transformers import AutoConfig
+
+    from vzip.models.adapters import adapter_class_for_config
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        geometry = adapter_class_for_config(config).check_config(config)
+        build_compressor(compressor).check_fits(geometry.num_patches, geometry.has_cls)
+    except VzipError as error:
+        return [str(error)]
+    except (ValueError, OSError) as error:
+        return [f"model.name_or_path={folder}: its config.json cannot be read ({str(error).splitlines()[0]})."]
+    return []
+
+
+def _check_paths(model: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
+    problems = []
+    source = model.get("name_or_path")
+    if isinstance(source, str) and source.startswith(_PATH_STARTS) and not Path(source).expanduser().is_dir():
+        problems.append(f"model.name_or_path={source}: no such directory.")
+    folder = evaluation.get("include_path")
+    if isinstance(folder, str) and folder != BUILT_IN and not Path(folder).expanduser().is_dir():
+        problems.append(
+            f"eval.include_path={folder}: no such directory; it must hold lmms-eval task files (*.yaml),"
+            f" or be {BUILT_IN} for the generated benchmark."
+        )
+    return problems
