@@ -1,0 +1,17 @@
+"""What lmms-eval finds through the entry point ``lmms_eval.models``: `lmms-eval --model vzip --model_args ...`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+MODEL_ID = "vzip"
+
+
+def manifests() -> list[ModelManifest]:
+    """The one model this package brings; the class is imported only when it is chosen."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return [ModelManifest(model_id=MODEL_ID, chat_class_path="vzip.evaluation.lmms.VzipLmms")]

@@ -1,0 +1,214 @@
+"""lmms-eval's results as rows and as a record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vzip.report.stats import bootstrap_standard_error
+
+from . import provenance
+from .catalog import task_config
+from .protocol import Protocol, protocol_of
+from .token_count import budget_of
+
+if TYPE_CHECKING:
+    from lmms_eval.tasks import TaskManager
+
+    from vzip.models.compressed_vlm import CompressedVlm
+
+    from .lmms import SampleLog, VzipLmms
+
+SCHEMA_VERSION = 1
+# What lmms-eval logs about a sample beside its scores.
+_NOT_SCORES = frozenset(
+    {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "input_media"}
+)
+
+
+def sample_rows(output: Mapping[str, Any], logs: Mapping[tuple[str, int], SampleLog]) -> list[dict[str, Any]]:
+    """One row a question: task, doc_id, question, prompt, target, answer, scores, num_visual_tokens.
+
+    A task with several answer filters has several rows a question, told apart by ``filter_index``.
+    """
+    rows: list[dict[str, Any]] = []
+    for task, samples in output["samples"].items():
+        seen: dict[int, int] = {}
+        of_task = []
+        for sample in samples:
+            doc_id = sample["doc_id"]
+            log = logs[task, doc_id]
+            filter_index = seen.get(doc_id, 0)
+            seen[doc_id] = filter_index + 1
+            answers = sample["filtered_resps"]
+            of_task.append(
+                {
+                    "task": task,
+                    "doc_id": doc_id,
+                    "filter_index": filter_index,
+                    "question": next((text for text in sample["arguments"] if isinstance(text, str)), ""),
+                    "prompt": log.prompt,
+                    "target": sample["target"],
+                    "answer": answers[0] if len(answers) == 1 else answers,
+                    "scores": {key: value for key, value in sample.items() if key not in _NOT_SCORES},
+                    "num_visual_tokens": log.num_visual_tokens,
+                }
+            )
+        rows += sorted(of_task, key=lambda row: (row["filter_index"], row["doc_id"]))
+    return rows
+
+
+def build_record(
+    *,
+    vlm: CompressedVlm,
+    lm: VzipLmms,
+    manager: TaskManager,
+    output: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    wall_time_s: float,
+    run: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of ``run.json``; see ``vzip.report.record`` for its fields."""
+    tasks: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    for name, result in output["results"].items():
+        of_task = [row for row in rows if row["task"] == name]
+        config = task_config(manager, name) if name in manager.all_tasks else {}
+        tasks[name] = _task_entry(name, result, of_task, config)
+        if name in lm.task_dict:
+            data[name] = provenance.data_of(config or output["configs"][name], lm.task_dict[name], of_task)
+
+    code = provenance.code_state()
+    reasons = []
+    if run["limit"] is not None:
+        reasons.append(f"limit={run['limit']}: only the first questions of each task were asked")
+    if code["dirty"]:
+        reasons.append("the checkout had changes that are not committed")
+    if code["commit"] is None:
+        reasons.append("not run from a checkout, so the code's commit is not known")
+    counts = [count for row in rows if row["filter_index"] == 0 for count in row["num_visual_tokens"]]
+    budget = budget_of(vlm.compressor)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "evaluation",
+        **run,
+        "model": _model_entry(vlm),
+        "compressor": {
+            "name": type(vlm.compressor).__name__,
+            "settings": repr(vlm.compressor),
+            "num_dominant": None if budget is None else budget.num_dominant,
+            "num_contextual": None if budget is None else budget.num_contextual,
+            "num_tokens": None if budget is None else budget.num_tokens,
+        },
+        "visual_tokens": {
+            "budget_per_crop": None if budget is None else budget.num_tokens,
+            "measured_min": min(counts, default=None),
+            "measured_max": max(counts, default=None),
+            "num_images": len(counts),
+        },
+        "tasks": tasks,
+        "data": data,
+        "code": code,
+        "versions": provenance.versions(),
+        "hardware": provenance.hardware(),
+        "wall_time_s": round(wall_time_s, 3),
+        "num_resumed_answers": 0 if lm.store is None else lm.store.num_resumed,
+        "peak_memory_gib": provenance.peak_memory_gib(),
+        "provisional": bool(reasons),
+        "provisional_reasons": reasons,
+    }
+
+
+def _model_entry(vlm: CompressedVlm) -> dict[str, Any]:
+    model = vlm.model
+    return {
+        "name_or_path": model.name_or_path,
+        # Set by transformers when the files came from the hub.
+        "revision": getattr(model.config, "_commit_hash", None),
+        "class": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "num_parameters": model.num_parameters(),
+        "preprocess": vlm.preprocess,
+    }
+
+
+def _task_entry(
+    name: str, result: Mapping[str, Any], rows: list[dict[str, Any]], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    metrics: dict[str, dict[str, Any]] = {}
+    for key, value in result.items():
+        metric, _, answer_filter = key.partition(",")
+        if not answer_filter or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if any(f"{metric},{answer_filter}".startswith(f"{other}_stderr") for other in _metric_names(result)):
+            continue
+        label = metric if answer_filter == "none" else f"{metric},{answer_filter}"
+        given = result.get(f"{metric}_stderr,{answer_filter}")
+        known = isinstance(given, int | float) and math.isfinite(given)
+        metrics[label] = {
+            "value": float(value),
+            "standard_error": float(given) if known else None,
+            "standard_error_source": "lmms-eval" if known else None,
+        }
+    protocol = protocol_of(name)
+    if protocol is not None:
+        _complete(metrics, protocol, rows, config)
+    listed = [str(entry["metric"]) for entry in config.get("metric_list") or []]
+    primary = protocol.primary if protocol else next((m for m in [*listed, *metrics] if m in metrics), None)
+    return {
+        "primary_metric": primary if primary in metrics else None,
+        "unit": protocol.unit if protocol else None,
+        "chance": protocol.chance if protocol else None,
+        "cluster": protocol.cluster if protocol else None,
+        "num_samples": len({row["doc_id"] for row in rows}),
+        "metrics": metrics,
+    }
+
+
+def _metric_names(result: Mapping[str, Any]) -> list[str]:
+    names = {key.partition(",")[0] for key in result if "," in key}
+    return [name for name in names if "_stderr" not in name]
+
+
+def _complete(
+    metrics: dict[str, dict[str, Any]], protocol: Protocol, rows: list[dict[str, Any]], config: Mapping[str, Any]
+) -> None:
+    """Adds sums of metrics and the standard errors that lmms-eval does not give."""
+    parts = protocol.primary.split("+")
+    listed = {str(entry["metric"]): entry.get("aggregation") for entry in config.get("metric_list") or []}
+    for metric in parts:
+        if metric not in metrics or metrics[metric]["standard_error"] is not None or protocol.error is None:
+            continue
+        entry = metrics[metric]
+        scored = [row["scores"][metric] for row in rows if metric in row["scores"]]
+        if protocol.error == "binomial":
+            scale = 100 if protocol.unit == "percent" else 1
+            share = entry["value"] / scale
+            entry["standard_error"] = scale * math.sqrt(max(0.0, share * (1 - share)) / len(scored))
+        elif callable(aggregate := listed.get(metric)) and len(scored) > 1:
+            entry["standard_error"] = bootstrap_standard_error(
+                _object_array(scored),
+                lambda drawn, aggregate=aggregate: aggregate(list(drawn)),
+                cluster_key=protocol.cluster,
+            )
+        if entry["standard_error"] is not None:
+            entry["standard_error_source"] = protocol.error
+    if len(parts) > 1 and all(part in metrics for part in parts):
+        errors = [metrics[part]["standard_error"] for part in parts]
+        metrics[protocol.primary] = {
+            "value": sum(metrics[part]["value"] for part in parts),
+            # The parts are scores of different questions, so their errors are independent.
+            "standard_error": None if None in errors else math.hypot(*errors),
+            "standard_error_source": None if None in errors else protocol.error,
+        }
+
+
+def _object_array(values: Iterable[object]) -> np.ndarray:
+    items = list(values)
+    array = np.empty(len(items), dtype=object)
+    array[:] = items
+    return array

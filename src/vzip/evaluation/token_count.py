@@ -1,0 +1,78 @@
+"""No silent vanilla: what reached the language model is measured and held against the budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vzip.compressors import Compressor, TokenBudget
+    from vzip.models.compressed_vlm import CompressedVlm
+
+
+class TokenCountError(RuntimeError):
+    """A picture entered the language model with another number of visual tokens than it should have."""
+
+
+def budget_of(compressor: Compressor) -> TokenBudget | None:
+    """The compressor's ``budget`` field, or None for a method without one (no compression)."""
+    from vzip.compressors import TokenBudget
+
+    if not dataclasses.is_dataclass(compressor):
+        return None
+    values = [getattr(compressor, field.name) for field in dataclasses.fields(compressor)]
+    budgets = [value for value in values if isinstance(value, TokenBudget)]
+    return budgets[0] if budgets else None
+
+
+def stock_tokens_per_crop(vlm: CompressedVlm) -> int:
+    """Visual tokens a crop of the unmodified model, from its configuration alone."""
+    config = vlm.model.config
+    vision = config.vision_config
+    num_patches = (vision.image_size // vision.patch_size) ** 2
+    has_cls = vision.model_type == "clip_vision_model"
+    return num_patches + int(has_cls and config.vision_feature_select_strategy == "full")
+
+
+def crops_per_image(pixel_values: Tensor) -> list[int]:
+    """Crops each picture really has: 1 for ``[images, 3, h, w]``, else those that are not zero padding."""
+    if pixel_values.dim() == 4:
+        return [1] * pixel_values.shape[0]
+    return pixel_values.flatten(2).ne(0).any(dim=2).sum(dim=1).tolist()
+
+
+def check_token_counts(vlm: CompressedVlm, pixel_values: Tensor | None, num_images: list[int]) -> list[list[int]]:
+    """The measured visual tokens, one list a question with one number a picture.
+
+    Args:
+        vlm: the wrapper that has just generated.
+        pixel_values: what it was given; None for questions without a picture.
+        num_images: pictures a question, in order.
+
+    Raises:
+        TokenCountError: the counts are not those of the compressor's budget.
+    """
+    measured = list(vlm.last_num_visual_tokens)
+    if len(measured) != sum(num_images):
+        raise TokenCountError(
+            f"{sum(num_images)} pictures were asked about, {len(measured)} entered the language model: {measured}"
+        )
+    if measured:
+        assert pixel_values is not None
+        budget = budget_of(vlm.compressor)
+        per_crop = stock_tokens_per_crop(vlm) if budget is None else budget.num_tokens
+        expected = [per_crop * num_crops for num_crops in crops_per_image(pixel_values)]
+        # Without compression, several crops are packed by the model's own rule (unpadding, newlines): no plain product.
+        comparable = budget is not None or pixel_values.dim() == 4
+        if comparable and measured != expected:
+            raise TokenCountError(
+                f"{type(vlm.compressor).__name__} should pass {expected} visual tokens to the language model, one number"
+                f" a picture; measured {measured}. These answers are not what the configuration says, so the run ends."
+            )
+    split: list[list[int]] = []
+    for count in num_images:
+        split.append(measured[:count])
+        measured = measured[count:]
+    return split

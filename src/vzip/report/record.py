@@ -1,0 +1,138 @@
+"""Reading a run's record (``run.json``) and its answers (``samples.jsonl``).
+
+Fields of a record: ``schema_version``, ``kind``, ``created``, ``config`` (resolved, or null), ``requested_tasks``, ``seed``,
+``limit``, ``batch_size``, ``gen_kwargs``, ``include_path``, ``system_prompt``, ``model``, ``compressor``,
+``visual_tokens`` (budget per crop, measured least and most), ``tasks`` (by name: ``primary_metric``, ``unit``,
+``chance``, ``num_samples``, ``metrics`` by name: ``value``, ``standard_error``, ``standard_error_source``), ``data``
+(by task: path, revision or file digests, digest of the questions), ``code`` (commit, dirty), ``versions``,
+``hardware``, ``wall_time_s``, ``num_resumed_answers``, ``peak_memory_gib``, ``provisional``, ``provisional_reasons``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vzip.errors import ManifestError
+
+RECORD_NAME = "run.json"
+SAMPLES_NAME = "samples.jsonl"
+SCHEMA_VERSION = 1
+_REQUIRED = ("schema_version", "model", "compressor", "visual_tokens", "tasks", "provisional")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of a record.
+
+    Attributes:
+        value: as lmms-eval gave it.
+        standard_error: in the same unit, or None.
+        num_samples: questions behind it.
+    """
+
+    value: float
+    standard_error: float | None
+    num_samples: int
+
+
+def record_path(run: str | Path) -> Path:
+    """``run.json`` of a run directory; a path to the file itself is returned as it is."""
+    run = Path(run)
+    return run / RECORD_NAME if run.is_dir() else run
+
+
+def read_record(run: str | Path) -> dict[str, Any]:
+    """Reads and checks a record.
+
+    Args:
+        run: a run directory or the path of its ``run.json``.
+
+    Raises:
+        ManifestError: no such file, not JSON, or not a record this version can read.
+    """
+    path = record_path(run)
+    if not path.is_file():
+        what = "holds no run.json" if Path(run).is_dir() else "does not exist"
+        raise ManifestError(f"{str(run)!r} {what}: a run directory of a finished evaluation is needed.")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ManifestError(f"{path} is not JSON ({error}). Run the evaluation again with overwrite=true.") from error
+    missing = [key for key in _REQUIRED if key not in record] if isinstance(record, dict) else list(_REQUIRED)
+    if missing:
+        raise ManifestError(f"{path} is not an evaluation record: it lacks {', '.join(missing)}.")
+    if record["schema_version"] != SCHEMA_VERSION:
+        raise ManifestError(
+            f"{path} has schema_version {record['schema_version']}; this version of vzip reads {SCHEMA_VERSION}."
+        )
+    return record
+
+
+def read_samples(run: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """The answers of a run by task, in order of question.
+
+    Raises:
+        ManifestError: the run has no ``samples.jsonl``.
+    """
+    path = record_path(run).with_name(SAMPLES_NAME)
+    if not path.is_file():
+        raise ManifestError(f"{path} does not exist: the answers of this run were not kept.")
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        by_task.setdefault(row["task"], []).append(row)
+    return by_task
+
+
+def score_of(record: Mapping[str, Any], task: str, metric: str) -> Score | None:
+    """A metric of a task, ``a+b`` for a sum; None if the record does not have it.
+
+    A sum has a standard error only where the record states one, since its parts may share questions.
+    """
+    entry = record["tasks"].get(task)
+    if entry is None:
+        return None
+    metrics = entry["metrics"]
+    if metric in metrics:
+        return Score(metrics[metric]["value"], metrics[metric]["standard_error"], entry["num_samples"])
+    parts = metric.split("+")
+    if len(parts) > 1 and all(part in metrics for part in parts):
+        return Score(sum(metrics[part]["value"] for part in parts), None, entry["num_samples"])
+    return None
+
+
+def primary_scores(record: Mapping[str, Any]) -> dict[str, Score]:
+    """The primary metric of every task that has one."""
+    found = {}
+    for task, entry in record["tasks"].items():
+        score = None if entry["primary_metric"] is None else score_of(record, task, entry["primary_metric"])
+        if score is not None:
+            found[task] = score
+    return found
+
+
+def is_vanilla_of(candidate: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether ``candidate`` is an uncompressed run that ``record`` may be compared with.
+
+    The same model in the same precision and preprocessing, the same questions of every task they share (by digest), the
+    same generation settings.
+    """
+    if candidate["compressor"]["name"] != "Identity":
+        return False
+    same: list[Callable[[Mapping[str, Any]], object]] = [
+        lambda r: [r["model"].get(key) for key in ("name_or_path", "revision", "class", "dtype", "preprocess")],
+        lambda r: r.get("gen_kwargs"),
+        lambda r: r.get("system_prompt"),
+        lambda r: r.get("limit"),
+    ]
+    if any(of(candidate) != of(record) for of in same):
+        return False
+    shared = [task for task in record["tasks"] if task in candidate["tasks"]]
+    digest = "questions_sha256"
+    return bool(shared) and all(
+        record["data"].get(task, {}).get(digest) == candidate["data"].get(task, {}).get(digest) for task in shared
+    )

@@ -1,0 +1,65 @@
+"""A record as a table in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .record import score_of
+
+
+def print_record(record: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints model, measured visual tokens, every metric with its standard error, time and memory.
+
+    Args:
+        record: as ``vzip.evaluation.run.evaluate`` returns it; nothing is printed for the empty dict of other ranks.
+        console: where to; standard output if None.
+    """
+    if not record:
+        return
+    console = console or Console()
+    tokens, compressor, model = record["visual_tokens"], record["compressor"], record["model"]
+    table = Table(
+        title=f"{model['name_or_path'] or model['class']}: {compressor['settings']}",
+        caption=_caption(record),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name, side in (("task", "left"), ("metric", "left"), ("score", "right"), ("± s.e.", "right")):
+        table.add_column(name, justify="left" if side == "left" else "right")
+    table.add_column("questions", justify="right")
+    for task, entry in record["tasks"].items():
+        first = True
+        for metric in sorted(entry["metrics"], key=lambda name: name != entry["primary_metric"]):
+            score = score_of(record, task, metric)
+            assert score is not None
+            mark = " *" if metric == entry["primary_metric"] and len(entry["metrics"]) > 1 else ""
+            error = "" if score.standard_error is None else f"{score.standard_error:.4g}"
+            table.add_row(
+                task if first else "",
+                metric + mark,
+                f"{score.value:.4g}",
+                error,
+                f"{score.num_samples}" if first else "",
+            )
+            first = False
+    console.print(table)
+    measured = f"{tokens['measured_min']}"
+    if tokens["measured_max"] != tokens["measured_min"]:
+        measured += f" to {tokens['measured_max']}"
+    console.print(f"visual tokens a picture, measured: {measured} ({tokens['num_images']} pictures)")
+    for reason in record["provisional_reasons"]:
+        console.print(f"provisional: {reason}")
+
+
+def _caption(record: Mapping[str, Any]) -> str:
+    memory = record["peak_memory_gib"]
+    parts = [f"{record['wall_time_s']:.0f} s", f"peak memory {memory['process']:.1f} GiB"]
+    if memory["cuda"] is not None:
+        parts.append(f"GPU {memory['cuda']:.1f} GiB")
+    if any(len(entry["metrics"]) > 1 for entry in record["tasks"].values()):
+        parts.append("* primary metric")
+    return ", ".join(parts)
