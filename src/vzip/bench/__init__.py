@@ -1,0 +1,1 @@
+"""Measures what visual tokens cost: time per stage, memory, key-value cache and floating point operations."""

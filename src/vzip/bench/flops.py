@@ -1,0 +1,91 @@
+"""Floating point operations, counted twice: by torch on the meta device, and by closed formulas.
+
+Convention: one multiply-add is two operations. Matrix products, convolutions and attention count; normalisations,
+activations, softmax and sorting do not. Attention counts in full, not halved for causality. Papers that quote half of
+these numbers count multiply-adds (LLaVA-1.5-7B at 576 visual tokens: 4.4 T against 8.8 T).
+
+On the meta device tensors have shapes but no contents, so counting a 7B model takes no memory and a fraction of a second;
+on the CPU torch's counter misses its fused attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PretrainedConfig
+
+CONVENTION = (
+    "1 multiply-add = 2 FLOPs; matrix products, convolution and attention only; attention in full (not causal-halved)"
+)
+
+GATED_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "vicuna")
+"""Text model types whose layer is q, k, v, o projections and a gated three-matrix MLP, which the formula below counts."""
+
+
+def count(run: Callable[[], object]) -> int:
+    """Returns the operations of one call, by torch's counter; inputs and weights should be on the meta device."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def tower_formula(config: PretrainedConfig, *, num_layers: int, num_crops: int, has_cls: bool) -> int:
+    """Returns the operations of a vision transformer's patch embedding and first ``num_layers`` layers.
+
+    Args:
+        config: a CLIP or SigLIP vision configuration.
+        num_layers: layers that run; fewer than the tower has when it stops after the select layer.
+        num_crops: inputs in the batch.
+        has_cls: whether a CLS token is added to the patches.
+    """
+    dim, mlp_dim = config.hidden_size, config.intermediate_size
+    num_patches = (config.image_size // config.patch_size) ** 2
+    num_tokens = num_patches + int(has_cls)
+    embedding = 2 * num_patches * (config.num_channels * config.patch_size**2) * dim
+    projections = 2 * num_tokens * (4 * dim * dim + 2 * dim * mlp_dim)
+    attention = 2 * 2 * num_tokens * num_tokens * dim
+    return num_crops * (embedding + num_layers * (projections + attention))
+
+
+def scoring_formula(config: PretrainedConfig, *, num_crops: int, has_cls: bool) -> int:
+    """Returns the operations of the scores of one layer, over all heads.
+
+    With a CLS token that is one row of query-key products; without one, all rows.
+    """
+    num_tokens = (config.image_size // config.patch_size) ** 2 + int(has_cls)
+    num_queries = 1 if has_cls else num_tokens
+    return num_crops * 2 * num_queries * num_tokens * config.hidden_size
+
+
+def projector_formula(*, num_tokens: int, vision_dim: int, text_dim: int) -> int:
+    """Returns the operations of LLaVA's projector: two linear layers with an activation between them."""
+    return 2 * num_tokens * (vision_dim * text_dim + text_dim * text_dim)
+
+
+def decoder_formula(
+    config: PretrainedConfig, *, num_new: int, num_past: int, num_logits: int, batch_size: int = 1
+) -> int | None:
+    """Returns the operations of a Llama-type decoder that reads ``num_new`` tokens after ``num_past`` cached ones.
+
+    Args:
+        config: the text configuration; grouped key and value heads are taken into account.
+        num_new: tokens in this call: all of them for prefill, one for a decoding step.
+        num_past: tokens already in the cache.
+        num_logits: positions whose vocabulary scores are computed (one when generating, all when scoring).
+        batch_size: sequences in the batch.
+
+    Returns:
+        The operations, or None for a model type the formula does not describe.
+    """
+    if config.model_type not in GATED_DECODERS:
+        return None
+    dim, num_heads = config.hidden_size, config.num_attention_heads
+    num_kv_heads = config.num_key_value_heads or num_heads
+    head_dim = getattr(config, "head_dim", None) or dim // num_heads  # not every Llama-type configuration has the key
+    weights = 2 * dim * num_heads * head_dim + 2 * dim * num_kv_heads * head_dim + 3 * dim * config.intermediate_size
+    attention = 2 * 2 * num_new * (num_new + num_past) * num_heads * head_dim
+    head = 2 * num_logits * dim * config.vocab_size
+    return batch_size * (config.num_hidden_layers * (2 * num_new * weights + attention) + head)

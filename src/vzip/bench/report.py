@@ -1,0 +1,136 @@
+"""A measurement for reading: terminal table, JSON file, plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from vzip.bench.memory import GIB
+from vzip.bench.run import BenchResult, MethodResult
+from vzip.bench.stages import STAGES
+from vzip.errors import MissingPackageError
+
+MIB = 1024**2
+PLOTTED = ("preprocess", "tower", "selection", "projector", "splice", "prefill")
+ROW_WORDS = {
+    "scoring": "  scoring in it",
+    "decode_per_token": "decode a token",
+    "time_to_first_token": "to first token",
+}
+FLOPS_WORDS = {"tower": "tower GFLOPs", "prefill": "prefill GFLOPs", "decode_per_token": "decode GFLOPs"}
+RATIO_WORDS = {
+    "selection_share_of_tower": "scoring + selection + merge: {:.2%} of the tower",
+    "tower_and_selection_speedup_over_eager_maps": "tower + selection: {:.2f}x as fast as eager_maps",
+    "tower_and_selection_speedup_over_vanilla": "tower + selection: {:.2f}x as fast as vanilla's tower",
+    "prefill_speedup_over_vanilla": "prefill: {:.2f}x as fast as vanilla",
+    "decode_per_token_speedup_over_vanilla": "decode per token: {:.2f}x as fast as vanilla",
+    "time_to_first_token_speedup_over_vanilla": "time to first token: {:.2f}x as fast as vanilla",
+    "time_to_first_token_speedup_over_eager_maps": "time to first token: {:.2f}x as fast as eager_maps",
+    "kv_cache_reduction_over_vanilla": "key-value cache: {:.2f}x smaller than vanilla's",
+}
+
+
+def print_result(result: BenchResult, console: Console) -> None:
+    """Prints the table, the ratios and what was checked."""
+    r, e = result.resolved, result.environment
+    console.print(
+        f"[bold]{result.model}[/bold]  {r['num_parameters'] / 1e6:.1f} M parameters, {r['weights']} weights, {r['dtype']} on "
+        f"{r['device']} ({e['processor']}, {e['num_threads']} threads), {result.settings['batch_size']} prompts of "
+        f"{r['num_crops']} crops, budget {r['num_dominant']}+{r['num_contextual']} a crop, "
+        f"{result.settings['repeats']} interleaved repeats, torch {e['torch']}, transformers {e['transformers']}",
+        highlight=False,
+    )
+    console.print(build_table(result))
+    for key, words in RATIO_WORDS.items():
+        if key in result.ratios():
+            console.print("  vzip " + words.format(result.ratios()[key]), highlight=False)
+    if result.agreement is not None:
+        console.print(
+            f"  checked: vzip and eager_maps give the same visual tokens to {result.agreement.max_token_difference:.1e} "
+            f"(float32); in {r['dtype']} {result.selection_overlap:.0%} of the dominant tokens are the same",
+            highlight=False,
+        )
+    kind = next(iter(result.methods.values())).memory_kind
+    console.print(f"  peak memory is {_MEMORY_WORDS[kind]}; 1 multiply-add = 2 FLOPs", highlight=False)
+    for note in result.notes:
+        console.print(f"  note: {note}", highlight=False)
+
+
+_MEMORY_WORDS = {
+    "cuda_max_allocated": "what torch allocated on the GPU at most, weights included",
+    "rss_peak": "the process's largest resident memory during a pass, weights and program included",
+    "rss_peak_of_process": "the process's largest resident memory since it began (this system cannot reset it)",
+}
+
+
+def build_table(result: BenchResult) -> Table:
+    """One column a method, one row a quantity; times are medians with the quartiles."""
+    table = Table(title="times in milliseconds: median \\[quartiles]", title_justify="left")
+    table.add_column("")
+    for name in result.methods:
+        table.add_column(name, justify="right")
+    methods = list(result.methods.values())
+    for stage in STAGES:
+        if any(stage in m.stages for m in methods):
+            table.add_row(ROW_WORDS.get(stage, stage), *(_time(m, stage) for m in methods))
+    table.add_section()
+    table.add_row("visual tokens", *(str(m.num_visual_tokens) for m in methods))
+    if not result.resolved["tower_only"]:
+        table.add_row("prompt tokens", *(str(m.num_prompt_tokens) for m in methods))
+        table.add_row("KV cache, MiB", *(f"{m.kv_cache_bytes / MIB:.2f}" for m in methods))
+    table.add_row("peak memory, GiB", *(f"{m.peak_memory_bytes / GIB:.2f}" for m in methods))
+    table.add_row("  added by pass", *(f"{m.peak_memory_added_bytes / GIB:.2f}" for m in methods))
+    for stage in FLOPS_WORDS:
+        if stage in methods[0].flops:
+            table.add_row(FLOPS_WORDS[stage], *(f"{m.flops[stage].counted / 1e9:.3f}" for m in methods))
+    return table
+
+
+def _time(method: MethodResult, stage: str) -> str:
+    if stage not in method.stages:
+        return "-"
+    t = method.stages[stage]
+    digits = 0 if t.median_ms >= 100 else 1 if t.median_ms >= 10 else 2 if t.median_ms >= 1 else 3
+    return f"{t.median_ms:.{digits}f} [{t.q1_ms:.{digits}f}-{t.q3_ms:.{digits}f}]"
+
+
+def write_json(result: BenchResult, path: Path) -> None:
+    """Writes the whole measurement, samples included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result.to_json(), indent=1) + "\n")
+
+
+def write_plot(result: BenchResult, path: Path) -> None:
+    """Draws the way to the first token as one stacked bar a method.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingPackageError(
+            f"the plot needs matplotlib, which cannot be imported ({error}); pip install matplotlib"
+        ) from error
+    figure = Figure(figsize=(8, 0.8 * len(result.methods) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    names = list(result.methods)[::-1]
+    left = dict.fromkeys(names, 0.0)
+    for stage in PLOTTED:
+        widths = [result.methods[name].median_ms(stage) for name in names]
+        if not any(widths):
+            continue
+        axes.barh(names, widths, left=[left[name] for name in names], label=stage)
+        left = {name: left[name] + width for name, width in zip(names, widths, strict=True)}
+    axes.set_xlabel("milliseconds (sum of stage medians)")
+    axes.set_title(
+        f"{result.model}, {result.resolved['dtype']}, {result.resolved['device']}: "
+        + ", ".join(f"{name} {result.methods[name].num_visual_tokens} visual tokens" for name in result.methods),
+        fontsize="small",
+    )
+    axes.legend(fontsize="small", ncols=len(PLOTTED), loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,248 @@
+"""One measurement from start to end: check, build, compare, time, count, and a result that can be written down."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from vzip.bench import flops, operations, shapes, workload
+from vzip.bench.eager_maps import Agreement, check_agreement
+from vzip.bench.memory import PeakMemory, kv_cache_formula_bytes
+from vzip.bench.settings import BenchSettings
+from vzip.bench.stages import METHOD_CLASSES, STAGES, EagerMapsMethod, Method, PassResult, Vzip, preprocess, run_pass
+from vzip.bench.timing import StageTimes, Timing, run_interleaved
+from vzip.bench.workload import Workload
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What was measured of one method.
+
+    Attributes:
+        stages: stage -> durations; the names are ``vzip.bench.stages.STAGES``.
+        num_visual_tokens: of each prompt, counted on the tensors that entered the language model.
+        num_prompt_tokens: length of the language model's input; 0 for a bare tower.
+        kv_cache_bytes: allocated by the cache after prefill, over the batch.
+        kv_cache_formula_bytes: what it should be.
+        peak_memory_bytes: largest use during a pass, weights included; see ``memory_kind``.
+        peak_memory_added_bytes: of that, what came on top of what was in use before the pass.
+        memory_kind: how it was measured.
+        flops: stage -> operations.
+    """
+
+    stages: dict[str, Timing]
+    num_visual_tokens: int
+    num_prompt_tokens: int
+    kv_cache_bytes: int
+    kv_cache_formula_bytes: int
+    peak_memory_bytes: int
+    peak_memory_added_bytes: int
+    memory_kind: str
+    flops: dict[str, operations.StageFlops]
+
+    def median_ms(self, *stages: str) -> float:
+        """Sum of the medians of stages; those this method does not have count nothing."""
+        return sum(self.stages[stage].median_ms for stage in stages if stage in self.stages)
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """A whole measurement; ``to_json`` is what is written.
+
+    Attributes:
+        model: its name.
+        settings: as given, with what ``auto`` came to under ``resolved``.
+        resolved: device, dtype, budget, weights and crops in effect.
+        environment: versions and hardware.
+        agreement: vzip against eager_maps before the measurement, or None where one of them is left out.
+        selection_overlap: share of dominant tokens that both kept in the measured dtype, or None likewise.
+        methods: results by name.
+        notes: what a reader must know.
+    """
+
+    model: str
+    settings: dict[str, Any]
+    resolved: dict[str, Any]
+    environment: dict[str, Any]
+    agreement: Agreement | None
+    selection_overlap: float | None
+    methods: dict[str, MethodResult]
+    notes: list[str]
+
+    def ratios(self) -> dict[str, float]:
+        """The numbers the measurement is made for, from medians; only those its methods allow."""
+        found: dict[str, float] = {}
+        by_name = self.methods
+        if "vzip" not in by_name:
+            return found
+        ours = by_name["vzip"]
+        # Scoring is timed apart and inside `tower` as well: it belongs to what selection costs.
+        tower_ms = ours.median_ms("tower") - ours.median_ms("scoring")
+        found["selection_share_of_tower"] = ours.median_ms("selection", "scoring") / tower_ms
+        for name in ("vanilla", "eager_maps"):
+            if name not in by_name:
+                continue
+            other = by_name[name]
+            found[f"tower_and_selection_speedup_over_{name}"] = other.median_ms("tower", "selection") / ours.median_ms(
+                "tower", "selection"
+            )
+            for stage in ("prefill", "decode_per_token", "time_to_first_token"):
+                if stage in ours.stages:
+                    found[f"{stage}_speedup_over_{name}"] = other.median_ms(stage) / ours.median_ms(stage)
+            if ours.kv_cache_bytes:
+                found[f"kv_cache_reduction_over_{name}"] = other.kv_cache_bytes / ours.kv_cache_bytes
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values for ``json.dump``."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **asdict(self),
+            "ratios": self.ratios(),
+            "conventions": {"flops": flops.CONVENTION, "stages": STAGES, "times": "median and quartiles, milliseconds"},
+        }
+
+
+def measure(
+    settings: BenchSettings,
+    log: Callable[[str], None] = lambda _line: None,
+    on_step: Callable[[int, int], None] = lambda _done, _total: None,
+) -> BenchResult:
+    """Runs a measurement.
+
+    Args:
+        settings: what to measure.
+        log: called with a line at each act.
+        on_step: called with passes done and passes in all.
+
+    Raises:
+        ConfigError, UnsupportedModelError, CheckpointError: as ``workload.check`` and ``workload.build``.
+        NotEquivalentError: vzip and eager_maps do not compute the same tokens.
+    """
+    model = shapes.resolve(settings.model)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    workload.check(settings, model)
+    log(f"building {model.name} on {settings.torch_device} in {str(settings.torch_dtype).removeprefix('torch.')}")
+    w = workload.build(settings, model)
+    agreement = overlap = None
+    if {"vzip", "eager_maps"} <= set(settings.methods):
+        log("checking that vzip and eager_maps compute the same visual tokens")
+        with torch.inference_mode():
+            pixel_values = preprocess(w)
+        agreement = check_agreement(w.tower_module, w.select_layer, w.compressor, pixel_values)
+        overlap = selection_overlap(w, pixel_values[:1])
+    methods = {name: METHOD_CLASSES[name](w) for name in settings.methods}
+
+    total = len(methods) * (settings.warmup + settings.repeats + 1)
+    done = 0
+    last: dict[str, PassResult] = {}
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        on_step(done, total)
+
+    def run_once(method: Method) -> StageTimes:
+        last[method.name] = result = run_pass(method)
+        return result.times_ms
+
+    log("measuring")
+    timings = run_interleaved(
+        {name: (lambda method=method: run_once(method)) for name, method in methods.items()},  # type: ignore[misc]
+        repeats=settings.repeats,
+        warmup=settings.warmup,
+        on_step=advance,
+    )
+    results = {}
+    for name, method in methods.items():
+        with PeakMemory(w.device) as peak:
+            run_pass(method)
+        advance()
+        passed = last[name]
+        results[name] = MethodResult(
+            stages=timings[name],
+            num_visual_tokens=passed.num_visual_tokens,
+            num_prompt_tokens=passed.num_prompt_tokens,
+            kv_cache_bytes=passed.kv_cache_bytes,
+            kv_cache_formula_bytes=_expected_cache_bytes(w, passed.num_prompt_tokens),
+            peak_memory_bytes=peak.peak_bytes,
+            peak_memory_added_bytes=peak.peak_bytes - peak.start_bytes,
+            memory_kind=peak.kind,
+            flops=operations.count_method(w, model, name, passed.num_visual_tokens),
+        )
+    return BenchResult(
+        model=model.name,
+        settings=asdict(settings),
+        resolved=_resolved(settings, model, w),
+        environment=_environment(w.device),
+        agreement=agreement,
+        selection_overlap=overlap,
+        methods=results,
+        notes=list(model.approximations),
+    )
+
+
+@torch.inference_mode()
+def selection_overlap(w: Workload, pixel_values: torch.Tensor) -> float:
+    """Returns the share of dominant tokens that vzip and eager_maps both keep in the dtype measured."""
+    kept = [
+        set(w.compressor(method(w).run_tower(pixel_values)).source_index[0].tolist())
+        for method in (Vzip, EagerMapsMethod)
+    ]
+    return len(kept[0] & kept[1]) / len(kept[0])
+
+
+def _expected_cache_bytes(w: Workload, num_prompt_tokens: int) -> int:
+    if w.adapter is None:
+        return 0
+    text = w.model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return kv_cache_formula_bytes(
+        num_layers=text.num_hidden_layers,
+        num_kv_heads=text.num_key_value_heads,
+        head_dim=head_dim,
+        num_tokens=num_prompt_tokens,
+        batch_size=w.settings.batch_size,
+        element_bytes=w.dtype.itemsize,
+    )
+
+
+def _resolved(settings: BenchSettings, model: shapes.BenchModel, w: Workload) -> dict[str, Any]:
+    name, budget = settings.token_budget(model)
+    return {
+        "device": str(w.device),
+        "dtype": str(w.dtype).removeprefix("torch."),
+        "budget": name,
+        "num_dominant": budget.num_dominant,
+        "num_contextual": budget.num_contextual,
+        "num_crops": w.num_crops,
+        "weights": model.default_weights if settings.weights == "auto" else settings.weights,
+        "tower_only": model.tower_only,
+        "num_parameters": sum(p.numel() for p in w.model.parameters()),
+    }
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "processor": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "num_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "load_average_1min": os.getloadavg()[0],
+    }

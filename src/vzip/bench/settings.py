@@ -1,0 +1,242 @@
+"""The settings of one measurement: ``key=value`` words in, checked values out, all mistakes named at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from vzip.bench.shapes import BenchModel
+from vzip.compressors import TokenBudget
+from vzip.errors import ConfigError, nearest
+
+BUDGETS: dict[str, tuple[int, int]] = {
+    "192tok": (162, 30),
+    "128tok": (108, 20),
+    "64tok": (54, 10),
+    "32tok": (27, 5),
+}
+"""Names of the paper's budgets per crop: dominant and contextual tokens (Tables 8 and 9)."""
+
+METHODS = ("vanilla", "vzip", "eager_maps")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHTS = ("auto", "random", "pretrained")
+
+HELP = {
+    "model": "tiny, clip_l_336 (the tower alone), llava15_7b, llava15_13b, llava_next_7b (5 crops), or a directory",
+    "weights": "auto | random | pretrained (auto: random for bare shapes, pretrained for tiny and directories)",
+    "budget": "auto | 192tok | 128tok | 64tok | 32tok | D+C: dominant and contextual tokens per crop (auto: 64tok; "
+    "llava_next_7b: 32tok)",
+    "methods": "comma-separated, of vanilla, vzip, eager_maps",
+    "dtype": "auto | float32 | bfloat16 | float16 (auto: bfloat16 on a GPU, float32 on a CPU)",
+    "device": "auto | cpu | cuda | cuda:N",
+    "batch_size": "prompts in a batch",
+    "num_crops": "tower inputs (pictures) in each prompt; 0: the model's own (1, llava_next_7b: 5)",
+    "num_new_tokens": "tokens decoded after the first one",
+    "prompt_tokens": "text tokens in each prompt, placeholders not counted",
+    "repeats": "measured rounds",
+    "warmup": "rounds before them that are thrown away",
+    "threads": "CPU threads; 0: torch's default",
+    "seed": "of the random weights, pictures and prompts",
+    "out": "directory for bench.json and bench.png; auto: runs/bench/...",
+    "overwrite": "true | false: whether an existing out directory may be written to",
+}
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """One measurement; see ``HELP`` for what each value means."""
+
+    model: str = "tiny"
+    weights: str = "auto"
+    budget: str = "auto"
+    methods: tuple[str, ...] = METHODS
+    dtype: str = "auto"
+    device: str = "auto"
+    batch_size: int = 1
+    num_crops: int = 0
+    num_new_tokens: int = 8
+    prompt_tokens: int = 60
+    repeats: int = 5
+    warmup: int = 1
+    threads: int = 0
+    seed: int = 0
+    out: str = "auto"
+    overwrite: bool = False
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device measured on."""
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of weights and activations."""
+        if self.dtype != "auto":
+            return DTYPES[self.dtype]
+        return torch.bfloat16 if self.torch_device.type == "cuda" else torch.float32
+
+    def token_budget(self, model: BenchModel) -> tuple[str, TokenBudget]:
+        """Returns the budget's name and counts per crop."""
+        name = self.budget
+        if name == "auto":
+            name = "32tok" if model.num_crops > 1 else "64tok"
+        dominant, contextual = BUDGETS[name] if name in BUDGETS else map(int, name.split("+"))
+        return name, TokenBudget(num_dominant=dominant, num_contextual=contextual)
+
+    def crops_per_prompt(self, model: BenchModel) -> int:
+        """Returns the number of tower inputs in each prompt."""
+        return self.num_crops or model.num_crops
+
+    def out_directory(self, model: BenchModel) -> Path:
+        """Returns where the results go."""
+        if self.out != "auto":
+            return Path(self.out).expanduser()
+        name = Path(self.model).name
+        dtype = str(self.torch_dtype).removeprefix("torch.")
+        return Path("runs", "bench", name, f"vzip-{self.token_budget(model)[0]}-{dtype}-{self.torch_device.type}")
+
+
+_MINIMUM = {
+    "batch_size": 1,
+    "num_crops": 0,
+    "num_new_tokens": 1,
+    "prompt_tokens": 1,
+    "repeats": 1,
+    "warmup": 0,
+    "threads": 0,
+    "seed": 0,
+}
+
+
+def parse(words: Sequence[str]) -> BenchSettings:
+    """Reads ``key=value`` words.
+
+    Raises:
+        ConfigError: with every mistake of the line, one a row.
+    """
+    known = {field.name for field in fields(BenchSettings)}
+    values: dict[str, object] = {}
+    problems: list[str] = []
+    for word in words:
+        key, separator, text = word.partition("=")
+        if not separator:
+            problems.append(f"{word!r} is not of the form key=value{nearest(key, known)}; keys: {', '.join(HELP)}")
+        elif key not in known:
+            problems.append(f"unknown key {key!r}{nearest(key, known)}; keys: {', '.join(HELP)}")
+        elif key in values:
+            problems.append(f"{key} is given twice")
+        else:
+            values[key] = _value(key, text, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return BenchSettings(**values)  # type: ignore[arg-type]  # _value gave each key the type of its field
+
+
+def _value(key: str, text: str, problems: list[str]) -> object:
+    """Converts one value; what is wrong with it goes into ``problems``."""
+    if key in _MINIMUM:
+        if not re.fullmatch(r"\d+", text) or int(text) < _MINIMUM[key]:
+            problems.append(f"{key}={text}: must be a whole number of at least {_MINIMUM[key]}")
+            return 0
+        return int(text)
+    if key == "overwrite":
+        if text not in ("true", "false"):
+            problems.append(f"overwrite={text}: must be true or false")
+        return text == "true"
+    if key == "methods":
+        chosen = tuple(dict.fromkeys(text.split(",")))
+        problems += [
+            f"methods={text}: unknown method {m!r}{nearest(m, METHODS)}; methods: {', '.join(METHODS)}"
+            for m in chosen
+            if m not in METHODS
+        ]
+        return chosen
+    if key == "budget":
+        _check_budget(text, problems)
+    elif key == "device":
+        _check_device(text, problems)
+    elif key in ("dtype", "weights"):
+        allowed = ("auto", *DTYPES) if key == "dtype" else WEIGHTS
+        if text not in allowed:
+            problems.append(f"{key}={text}: must be one of {', '.join(allowed)}{nearest(text, allowed)}")
+    elif not text:
+        problems.append(f"{key}= is empty: {HELP[key]}")
+    return text
+
+
+def _check_budget(text: str, problems: list[str]) -> None:
+    if text == "full":
+        problems.append(
+            "budget=full is the method 'vanilla', which is always measured: methods=vanilla measures it alone"
+        )
+    elif re.fullmatch(r"\d+\+\d+", text):
+        try:
+            TokenBudget(*map(int, text.split("+")))
+        except ConfigError as error:
+            problems.append(f"budget={text}: {error}")
+    elif text != "auto" and text not in BUDGETS:
+        hint = f" (did you mean '{text}tok'?)" if f"{text}tok" in BUDGETS else nearest(text, BUDGETS)
+        problems.append(
+            f"budget={text}: must be auto, one of {', '.join(BUDGETS)}, or counts per crop as DOMINANT+CONTEXTUAL such as "
+            f"54+10{hint}"
+        )
+
+
+def _check_device(text: str, problems: list[str]) -> None:
+    if text not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", text):
+        problems.append(f"device={text}: must be auto, cpu, cuda or cuda:N")
+    elif text.startswith("cuda"):
+        index = int(text.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            problems.append(
+                f"device={text}: this machine's torch sees {torch.cuda.device_count()} CUDA devices; use cpu"
+            )
+
+
+def estimate_bytes(settings: BenchSettings, model: BenchModel, num_parameters: int) -> int:
+    """Estimates the largest memory a measurement needs, before anything is allocated.
+
+    Counts the weights, the float32 copy of a half-precision tower that the equality check makes, every attention map and
+    hidden state that ``eager_maps`` keeps, the cache, and a language model layer's activations. An estimate from above:
+    the parts do not all peak together.
+
+    Args:
+        settings: the measurement.
+        model: its model.
+        num_parameters: of the whole model.
+    """
+    element_bytes = settings.torch_dtype.itemsize
+    vision = model.vision_config
+    num_rows = (vision.image_size // vision.patch_size) ** 2 + 1
+    num_inputs = settings.batch_size * settings.crops_per_prompt(model)
+    needed = num_parameters * element_bytes
+    # A tower layer's activations: input, normalised copy, q, k, v, output and the MLP's middle, twice.
+    needed += num_inputs * num_rows * (6 * vision.hidden_size + 2 * vision.intermediate_size) * element_bytes
+    if "eager_maps" in settings.methods:
+        map_elements = num_inputs * vision.num_attention_heads * num_rows**2
+        needed += vision.num_hidden_layers * (map_elements + num_inputs * num_rows * vision.hidden_size) * element_bytes
+        needed += 2 * map_elements * 4  # scores and their float32 softmax, of the layer at work
+        if element_bytes < 4:
+            needed += 4 * tower_parameters(vision)
+    if not model.tower_only:
+        text = model.config.text_config
+        num_tokens = settings.batch_size * (num_rows * settings.crops_per_prompt(model) + settings.prompt_tokens)
+        cached = num_tokens + settings.batch_size * settings.num_new_tokens
+        needed += 2 * text.num_hidden_layers * cached * text.hidden_size * element_bytes
+        needed += num_tokens * (8 * text.hidden_size + 3 * text.intermediate_size) * element_bytes
+    return needed
+
+
+def tower_parameters(config: PretrainedConfig) -> int:
+    """Returns the weights of a vision transformer's layers, patch embedding and positions (norms and biases left out)."""
+    dim = config.hidden_size
+    num_rows = (config.image_size // config.patch_size) ** 2 + 1
+    per_layer = 4 * dim * dim + 2 * dim * config.intermediate_size
+    return config.num_hidden_layers * per_layer + dim * (config.num_channels * config.patch_size**2 + num_rows)

@@ -1,0 +1,221 @@
+"""One pass of one method, stage by stage, from pictures to decoded tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vzip.bench.eager_maps import EagerMaps, select_layer_index
+from vzip.bench.hooks import recorded_outputs
+from vzip.bench.memory import storage_bytes
+from vzip.bench.timing import StageTimes, Stopwatch, synchronize
+from vzip.bench.workload import Workload
+from vzip.compressors import VisionOutput
+from vzip.data.images import prepare_pictures
+from vzip.models.splice import PreparedInputs, plan_splice, splice
+from vzip.models.tap import run_tower
+from vzip.ops.attention import cls_attention, mean_keys, received_attention
+
+STAGES = {
+    "preprocess": "pictures to pixel values on the device",
+    "tower": "vision tower, with what scoring needs",
+    "scoring": "the part of `tower` that makes scores and keys from one layer's projections, timed apart",
+    "selection": "selection and merge",
+    "projector": "projector",
+    "splice": "planning and building the language model's inputs",
+    "prefill": "language model on the whole prompt, scores of the last position only",
+    "decode_per_token": "one further token, with the cache",
+    "time_to_first_token": "pixel values on the device to the first token's id, one uninterrupted run (not the sum)",
+}
+"""Stage -> what it covers, in the order of the pipeline."""
+
+
+class Method(ABC):
+    """A way of making visual tokens; what follows is the same for all."""
+
+    name: str
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+
+    @abstractmethod
+    def run_tower(self, pixel_values: Tensor) -> VisionOutput:
+        """Encodes crops ``[N, 3, h, w]``."""
+
+    def select(self, vision: VisionOutput) -> Tensor:
+        """Returns the tokens ``[N, K, D]`` that go to the projector."""
+        return self.workload.compressor(vision).tokens
+
+
+class Vanilla(Method):
+    """The unmodified model: every layer of the tower runs, as Hugging Face runs it, and every patch is used."""
+
+    name = "vanilla"
+
+    def run_tower(self, pixel_values: Tensor) -> VisionOutput:
+        w = self.workload
+        layer = w.tower.layers[select_layer_index(w.tower, w.select_layer)]
+        # Asking for output_hidden_states would leave hooks on the model; one temporary hook costs and leaves nothing.
+        with recorded_outputs({"hidden": layer}) as outputs:
+            w.tower_module(pixel_values)
+        geometry = w.tower.geometry
+        return VisionOutput(outputs["hidden"], geometry.has_cls, geometry.grid, stock_offset=w.stock_offset)
+
+    def select(self, vision: VisionOutput) -> Tensor:
+        return vision.hidden[:, vision.first_stock_row :]
+
+
+class Vzip(Method):
+    """This project's way: fused attention, one softmax row, a stop after the select layer."""
+
+    name = "vzip"
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self._projections: dict[str, Tensor] = {}
+
+    def run_tower(self, pixel_values: Tensor) -> VisionOutput:
+        w = self.workload
+        return run_tower(w.tower, pixel_values, w.select_layer, w.compressor.requires, w.stock_offset)
+
+    def run_scoring(self, pixel_values: Tensor, watch: Stopwatch) -> None:
+        """Times scoring by itself, on projections recorded once."""
+        tower = self.workload.tower
+        index = select_layer_index(tower, self.workload.select_layer)
+        query_projection, key_projection, scale = tower.attention_of(index)
+        if not self._projections:
+            with recorded_outputs({"queries": query_projection, "keys": key_projection}) as outputs:
+                self.run_tower(pixel_values)
+            self._projections = outputs
+        queries, keys = self._projections["queries"], self._projections["keys"]
+        with watch.stage("scoring"):
+            score = cls_attention if tower.geometry.has_cls else received_attention
+            score(queries, keys, tower.num_heads, scale)
+            mean_keys(keys, tower.num_heads)
+
+
+class EagerMapsMethod(Method):
+    """The published way; see ``vzip.bench.eager_maps``."""
+
+    name = "eager_maps"
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self.eager = EagerMaps(workload.tower_module, workload.select_layer, workload.stock_offset)
+
+    def run_tower(self, pixel_values: Tensor) -> VisionOutput:
+        return self.eager.encode(pixel_values)
+
+
+METHOD_CLASSES: dict[str, type[Method]] = {m.name: m for m in (Vanilla, Vzip, EagerMapsMethod)}
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one pass showed.
+
+    Attributes:
+        times_ms: stage -> milliseconds.
+        num_visual_tokens: visual tokens of each prompt, counted on the tensors.
+        num_prompt_tokens: length of the language model's input, or 0 for a bare tower.
+        kv_cache_bytes: allocated by the cache after prefill, over the whole batch.
+        token_ids: int64 ``[batch_size, 1 + num_new_tokens]``, or None for a bare tower.
+    """
+
+    times_ms: StageTimes
+    num_visual_tokens: int
+    num_prompt_tokens: int
+    kv_cache_bytes: int
+    token_ids: Tensor | None
+
+
+def preprocess(workload: Workload) -> Tensor:
+    """Turns the pictures into ``pixel_values [N, 3, h, w]`` on the device, in the model's dtype."""
+    prepared = prepare_pictures(workload.pictures, workload.image_processor, "llava")
+    return prepared["pixel_values"].to(workload.device, workload.dtype)
+
+
+@torch.inference_mode()
+def run_pass(method: Method) -> PassResult:
+    """Runs one method once, with the clock stopped between stages."""
+    w = method.workload
+    watch = Stopwatch(w.device)
+    with watch.stage("preprocess"):
+        pixel_values = preprocess(w)
+    with watch.stage("tower"):
+        vision = method.run_tower(pixel_values)
+    if isinstance(method, Vanilla):  # a view of the tower's output: nothing to time
+        tokens = method.select(vision)
+    else:
+        with watch.stage("selection"):
+            tokens = method.select(vision)
+    if isinstance(method, Vzip):
+        method.run_scoring(pixel_values, watch)
+    del vision
+    if w.adapter is None:
+        return PassResult(watch.times_ms, tokens.shape[1] * w.num_crops, 0, 0, None)
+    with watch.stage("projector"):
+        projected = w.adapter.projector(tokens)
+    with watch.stage("splice"):
+        prepared = _splice(w, projected)
+    with watch.stage("prefill"):
+        output = _prefill(w, prepared)
+        token_ids = output.logits[:, -1:].argmax(dim=-1)
+    cache = output.past_key_values
+    kv_cache_bytes = storage_bytes([t for layer in cache.layers for t in (layer.keys, layer.values)])
+    num_visual_tokens = sum(prepared.num_visual_tokens) // w.settings.batch_size
+    decoded = [token_ids]
+    mask, position = prepared.attention_mask, prepared.position_ids[:, -1:]
+    with watch.stage("decode_per_token", divide_by=w.settings.num_new_tokens):
+        for _ in range(w.settings.num_new_tokens):
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+            position = position + 1
+            output = w.model(
+                inputs_embeds=w.adapter.embed_tokens(decoded[-1]),
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            decoded.append(output.logits[:, -1:].argmax(dim=-1))
+    result_ids = torch.cat(decoded, dim=1)
+    num_prompt_tokens = prepared.inputs_embeds.shape[1]
+    del prepared, output, cache, projected, tokens
+    watch.times_ms["time_to_first_token"] = _time_to_first_token_ms(method, pixel_values)
+    return PassResult(watch.times_ms, num_visual_tokens, num_prompt_tokens, kv_cache_bytes, result_ids)
+
+
+def _time_to_first_token_ms(method: Method, pixel_values: Tensor) -> float:
+    """Times the way from pixel values to the first token's id on the host without stopping in between."""
+    w = method.workload
+    assert w.adapter is not None
+    watch = Stopwatch(w.device)
+    with watch.stage("all"):
+        tokens = method.select(method.run_tower(pixel_values))
+        output = _prefill(w, _splice(w, w.adapter.projector(tokens)))
+        output.logits[:, -1].argmax(dim=-1).tolist()
+    return watch.times_ms["all"]
+
+
+def _splice(w: Workload, projected: Tensor) -> PreparedInputs:
+    assert w.adapter is not None and w.input_ids is not None
+    images = w.adapter.pack(projected.split(1), None)
+    lengths = w.adapter.expanded_lengths(len(images), None)
+    token_id = w.adapter.image_token_id
+    plan = plan_splice(w.input_ids, None, token_id, lengths)
+    return splice(plan, w.input_ids, w.adapter.embed_tokens, images, token_id)
+
+
+def _prefill(w: Workload, prepared: PreparedInputs) -> Any:
+    return w.model(
+        inputs_embeds=prepared.inputs_embeds,
+        attention_mask=prepared.attention_mask,
+        position_ids=prepared.position_ids,
+        use_cache=True,
+        logits_to_keep=1,
+    )
