@@ -27,14 +27,13 @@ def main(cfg: DictConfig) -> None:
     import torch
 
     import vzip
-    from vzip.evaluation.catalog import find_tasks
     from vzip.evaluation.run import evaluate
     from vzip.report.table import print_record
 
     if plan.num_threads is not None:
         torch.set_num_threads(plan.num_threads)
     include_path = plan.include_path()
-    find_tasks(plan.evaluation["tasks"], include_path)  # an unknown task is an error before the model is loaded
+    plan.check_tasks(include_path)
     logger.info("loading %s with %s", plan.model["name_or_path"], plan.compressor)
     vlm = vzip.load_vlm(**plan.model, compressor=plan.compressor)
     logger.info("evaluating %s into %s", ", ".join(plan.evaluation["tasks"]), plan.evaluation["run_dir"])

@@ -49,6 +49,18 @@ class EvaluationPlan:
 
         return str(benchmark.prepare(None if self.scenes_dir is None else Path(self.scenes_dir).expanduser()))
 
+    def check_tasks(self, include_path: str | None) -> None:
+        """Finds every task, so that an unknown one is an error before the model is loaded.
+
+        Raises:
+            ConfigError: an unknown task, or a folder without tasks.
+            MissingPackageError: lmms-eval is not installed.
+        """
+        from vzip.evaluation import lmms  # noqa: F401  says what to install if lmms-eval is missing
+        from vzip.evaluation.catalog import find_tasks
+
+        find_tasks(self.evaluation["tasks"], include_path)
+
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
     """The composed configuration as plain containers, interpolations resolved, missing values as ``???``."""
@@ -100,6 +112,7 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
             "include_path": include_path,
             "gen_kwargs": asked or None,
             "seed": config["seed"],
+            "system_prompt": model["system_prompt"],
             "run_dir": run_dir,
             "overwrite": config["overwrite"],
             "resolved_config": config,

@@ -18,7 +18,15 @@ from vzip.config.validate import show
 
 # Settings that change results, by group; where to run and how many at once do not.
 RESULT_KEYS: Mapping[str, tuple[str, ...]] = {
-    "model": ("name_or_path", "revision", "dtype", "attn_implementation", "quantization", "preprocess"),
+    "model": (
+        "name_or_path",
+        "revision",
+        "dtype",
+        "attn_implementation",
+        "quantization",
+        "preprocess",
+        "system_prompt",
+    ),
     "budget": ("num_dominant", "num_contextual"),
     "eval": ("tasks", "include_path", "gen_kwargs"),
 }

@@ -85,6 +85,7 @@ GROUPS: Mapping[str, Mapping[str, Rule]] = {
         "quantization": optional(one_of("8bit", "4bit")),
         "preprocess": one_of("llava", "hf"),
         "num_tower_tokens": optional(whole_number(1)),
+        "system_prompt": optional(text("a text")),
     },
     "budget": {
         "name": text("the option's name"),
