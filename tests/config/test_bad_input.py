@@ -1,0 +1,165 @@
+"""Each wrong setting has one clear message, before any model is loaded, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import vzip
+from vzip.config.options import config_dir
+
+ROOT = config_dir().parent
+Run = Callable[..., tuple[int, str]]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs eval.py or train.py in an empty directory, where loading a model is a failure."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(vzip, "load_vlm", refuse, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str, name: str = "eval") -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        try:
+            script(name).main()
+        except SystemExit as end:
+            return int(end.code or 0), capfd.readouterr().err
+        return 0, capfd.readouterr().err
+
+    return run
+
+
+MESSAGES = {
+    ("eval.limt=3",): ["eval.limt: no such key (did you mean 'eval.limit'?); keys of eval:"],
+    ("+eval.limt=3",): ["eval.limt: no such key (did you mean 'eval.limit'?)"],
+    ("budgt=64tok",): ["budgt: no such key or group (did you mean 'budget'?)"],
+    ("budget=64",): ["budget=64: no such option (did you mean '64tok'?). Available options in 'budget':", "192tok"],
+    ("compressor=vision_zip",): ["compressor=vision_zip: no such option (did you mean 'visionzip'?)", "uniform"],
+    ("model=llava_next_13b",): ["Available options in 'model':", "llava15_13b", "llava15_7b", "llava_local", "tiny"],
+    ("exp=llava15_7b_64tok",): ["write +exp=NAME"],
+    ("+exp=llava15_7b_64",): ["no such option (did you mean 'llava15_7b_64tok'?)"],
+    ("visionzip",): ["'visionzip': not a setting; write group=option or key=value."],
+    ("eval.tasks=[pope",): ["'eval.tasks=[pope': cannot be read"],
+    ("compressor=none",): [
+        "compressor=none keeps every visual token, but budget=64tok asks for 54 dominant + 10 contextual: set budget=full"
+    ],
+    ("budget=full",): ["compressor=visionzip needs a budget, but budget=full names no counts: set budget=64tok"],
+    ("budget.num_dominant=0",): ["budget.num_dominant=0: must be a whole number of tokens a crop, 1 or more"],
+    ("budget.num_dominant=-3",): ["budget.num_dominant=-3: must be a whole number of tokens a crop, 1 or more"],
+    ("budget.num_dominant=0.5",): ["budget.num_dominant=0.5: must be a whole number of tokens a crop", "not a ratio"],
+    ("budget.num_contextual=-1",): ["budget.num_contextual=-1: must be a whole number of tokens a crop, 0 or more"],
+    ("budget.num_dominant=true",): ["budget.num_dominant=true: must be a whole number"],
+    ("budget.num_dominant=600",): [
+        "budget.num_dominant=600 + budget.num_contextual=10 = 610 visual tokens a crop, but the vision tower of"
+        " model=tiny produces 577 (CLS included)"
+    ],
+    ("model.dtype=bf16",): [
+        "model.dtype=bf16: must be one of auto, float32, bfloat16, float16 (did you mean 'bfloat16'?)"
+    ],
+    ("model.quantization=4",): ["model.quantization=4: must be one of 8bit, 4bit, or null"],
+    ("model.preprocess=pad",): ["model.preprocess=pad: must be one of llava, hf"],
+    ("model.attn_implementation=flash",): ["must be one of sdpa, eager, flash_attention_2"],
+    ("model=llava_local",): ["model.name_or_path: must be given, as model.name_or_path=VALUE"],
+    ("model=llava_local", "model.name_or_path=./nowhere"): ["model.name_or_path=./nowhere: no such directory"],
+    ("eval.batch_size=0",): ["eval.batch_size=0: must be a whole number, 1 or more"],
+    ("eval.limit=0",): ["eval.limit=0: must be a whole number, 1 or more, or null"],
+    ("eval.limit=0.5",): ["eval.limit=0.5: must be a whole number"],
+    ("eval.tasks=[]",): ["eval.tasks=[]: must be a list of at least one task name"],
+    ("eval.tasks=pope",): ["eval.tasks=pope: must be a list of at least one task name, as eval.tasks=[pope,gqa]"],
+    ("eval.include_path=nowhere",): ["eval.include_path=nowhere: no such directory"],
+    ("+eval.gen_kwargs.max_new_token=5",): ["(did you mean 'eval.gen_kwargs.max_new_tokens'?)"],
+    ("eval.gen_kwargs.num_beams=0",): ["eval.gen_kwargs.num_beams=0: must be a whole number, 1 or more, or null"],
+    ("compressor.merge_rule=max",): ["merge_rule='max': must be one of sum, mean"],
+    ("+compressor.merge_rul=mean",): ["compressor.merge_rul: vzip.VisionZip has no such argument (did you mean"],
+    ("compressor._target_=vzip.Nothing",): ["compressor._target_=vzip.Nothing: cannot be imported"],
+    ("seed=-1",): ["seed=-1: must be a whole number, 0 or more"],
+    ("overwrite=1",): ["overwrite=1: must be true or false"],
+    ("eval.limit=${nowhere}",): ["Interpolation key 'nowhere' not found"],
+    ("launcher.num_threads=0",): ["launcher.num_threads=0: must be a whole number, 1 or more, or null"],
+    ("+exp=tiny_from_scratch",): ["train=tiny_from_scratch: eval.py trains nothing"],
+    ("recipe=mine",): ["recipe=mine: no such recipe"],
+}
+
+
+@pytest.mark.parametrize("words", list(MESSAGES), ids=" ".join)
+def test_message(words: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+    code, message = run(*words)
+    assert code == 2
+    for part in MESSAGES[words]:
+        assert part in message
+    assert "problems in the configuration" not in message, "one slip is one message"
+    assert "Traceback" not in message
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
+
+
+def test_all_problems_at_once(run: Run) -> None:
+    code, message = run("eval.limt=3", "budgt=x", "model=nope", "model.dtype=bf16", "budget.num_dominant=0", "seed=-1")
+    assert code == 2 and "6 problems in the configuration:" in message
+    for part in ("eval.limt", "budgt", "model=nope", "model.dtype=bf16", "budget.num_dominant=0", "seed=-1"):
+        assert part in message
+
+
+def test_a_sweep_is_judged_before_its_first_job(run: Run, tmp_path: Path) -> None:
+    code, message = run("-m", "budget=64tok,full", "compressor.merge_rule=sum,max")
+    assert code == 2 and "2 problems in the configuration:" in message
+    assert "budget=full names no counts" in message and "merge_rule='max'" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_record_is_refused_before_the_model_is_loaded(run: Run, tmp_path: Path) -> None:
+    record = tmp_path / "runs/scenes/tiny/visionzip-64tok/seed0/run.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("kept")
+    code, message = run()
+    assert code == 2 and message.startswith("RunExistsError: runs/scenes/tiny/visionzip-64tok/seed0 already holds")
+    assert "overwrite=true" in message and record.read_text() == "kept"
+
+
+def test_a_budget_is_held_against_a_local_checkpoints_own_tower(run: Run, tmp_path: Path) -> None:
+    # 28 px, patch 14: four patches and CLS. Only the configuration is there, no weights.
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    vision = {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, "num_hidden_layers": 2}
+    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "vision_config": vision}
+    (folder / "config.json").write_text(json.dumps(config))
+    local = ("model=llava_local", f"model.name_or_path={folder}")
+    code, message = run(*local)
+    assert code == 2 and "64" in message and "budget" in message
+    # The same folder gives no complaint about a budget that fits: what stops it then is another error.
+    code, message = run(*local, "budget.num_dominant=2", "budget.num_contextual=1", "eval.batch_size=0")
+    assert code == 2 and "eval.batch_size=0" in message and "budget" not in message
+
+
+def test_a_model_class_without_adapter(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    code, message = run("model=llava_local", f"model.name_or_path={folder}")
+    assert code == 2 and "Llama" in message and "LlavaForConditionalGeneration" in message
+
+
+def test_training_says_what_it_cannot_do(run: Run, tmp_path: Path) -> None:
+    code, message = run("+exp=llava15_7b_64tok", name="train")
+    assert code == 2 and "fine-tuning the projector is not part of this version" in message
+    code, message = run("train=tiny_from_scratch", name="train")
+    assert code == 2 and "compressor=visionzip (must be none), budget=64tok (must be full)" in message
+    assert list(tmp_path.iterdir()) == []
