@@ -24,8 +24,8 @@ FORWARDED = (
     "length_penalty",
 )
 _SAMPLING_ONLY = ("temperature", "top_p", "top_k")
-# Written into lmms-eval's task files for its own LLaVA wrapper. Here the picture's treatment is `model.preprocess`, which
-# holds for all tasks of a run and stands in the record.
+# Written into lmms-eval's task files for its own LLaVA wrapper. Here `model.preprocess` decides how pictures are
+# treated; it holds for all tasks of a run and stands in the record.
 _ABOUT_OTHER_WRAPPERS = ("image_aspect_ratio",)
 
 

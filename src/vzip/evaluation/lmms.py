@@ -106,6 +106,7 @@ class VzipLmms(lmms):
                 " prompt format is not known. Add the template to the checkpoint directory."
             )
         self.vlm = vlm
+        self.processor: Any = vlm.processor
         self.batch_size = batch_size
         self.gen_kwargs = check_overrides(gen_kwargs)
         self.system_prompt = system_prompt
@@ -127,7 +128,7 @@ class VzipLmms(lmms):
     @property
     def device(self) -> torch.device:
         """Where lmms-eval may put its counters in a multi-process run."""
-        return self.vlm.model.device
+        return self.vlm.device
 
     def clean(self) -> None:
         """Keeps the model. lmms-eval's own ``clean`` deletes every module after a run; a sweep uses it again."""
@@ -175,10 +176,10 @@ class VzipLmms(lmms):
             position, (task, doc_id), settings, padding_only="__padding_only__" in (request.metadata or {})
         )
         messages = doc_to_messages(self.task_dict[task][split][doc_id])
-        question.images, turns = read_messages(messages, task, doc_id, str(self.vlm.processor.image_token))
+        question.images, turns = read_messages(messages, task, doc_id, str(self.processor.image_token))
         if self.system_prompt:
             turns.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
-        question.prompt = self.vlm.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        question.prompt = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         return question
 
     def _answer(self, questions: list[_Question], settings: GenerationSettings) -> list[str]:
@@ -196,7 +197,7 @@ class VzipLmms(lmms):
         return [done[question.position].answer for question in questions]
 
     def _generate(self, questions: list[_Question], settings: GenerationSettings) -> list[SampleLog]:
-        tokenizer = self.vlm.processor.tokenizer
+        tokenizer = self.processor.tokenizer
         inputs = self.vlm.build_inputs([q.prompt for q in questions], [q.images for q in questions])
         kwargs = dict(settings.kwargs)
         if tokenizer.pad_token_id is not None:
@@ -244,8 +245,8 @@ def read_messages(
             elif part["type"] == "text":
                 if image_token in part["text"]:
                     raise PromptError(
-                        f"task {task}, question {doc_id}: its text contains {image_token!r}, which marks where a picture"
-                        " goes. Pictures come from doc_to_visual; take the marker out in the task's doc_to_text."
+                        f"task {task}, question {doc_id}: its text contains {image_token!r}, which marks where a"
+                        " picture goes. Pictures come from doc_to_visual; take the marker out in doc_to_text."
                     )
                 parts.append({"type": "text", "text": part["text"]})
             else:

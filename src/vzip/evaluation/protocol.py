@@ -25,8 +25,8 @@ class Protocol:
         chance: of the primary metric, in its unit, for a guesser who follows the answer format; None where it depends
             on the answers' distribution.
         cluster: the key of a sample's score that names questions scored together, or None.
-        error: how the standard error is had where lmms-eval gives none: "binomial" where every question counts the same,
-            0 or 1; "bootstrap" through the task's own aggregation, by clusters; None where lmms-eval gives it.
+        error: how the standard error is had where lmms-eval gives none: "binomial" where every question counts 0 or 1,
+            all the same; "bootstrap" through the task's own aggregation, by clusters; None where lmms-eval gives it.
     """
 
     primary: str

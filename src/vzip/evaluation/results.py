@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -148,11 +149,11 @@ def _task_entry(
             continue
         label = metric if answer_filter == "none" else f"{metric},{answer_filter}"
         given = result.get(f"{metric}_stderr,{answer_filter}")
-        known = isinstance(given, int | float) and math.isfinite(given)
+        error = float(given) if isinstance(given, int | float) and math.isfinite(given) else None
         metrics[label] = {
             "value": float(value),
-            "standard_error": float(given) if known else None,
-            "standard_error_source": "lmms-eval" if known else None,
+            "standard_error": error,
+            "standard_error_source": None if error is None else "lmms-eval",
         }
     protocol = protocol_of(name)
     if protocol is not None:
@@ -192,7 +193,7 @@ def _complete(
         elif callable(aggregate := listed.get(metric)) and len(scored) > 1:
             entry["standard_error"] = bootstrap_standard_error(
                 _object_array(scored),
-                lambda drawn, aggregate=aggregate: aggregate(list(drawn)),
+                partial(_on_list, aggregate),
                 cluster_key=protocol.cluster,
             )
         if entry["standard_error"] is not None:
@@ -205,6 +206,10 @@ def _complete(
             "standard_error": None if None in errors else math.hypot(*errors),
             "standard_error_source": None if None in errors else protocol.error,
         }
+
+
+def _on_list(aggregate: Callable[[list[Any]], float], rows: np.ndarray) -> float:
+    return aggregate(list(rows))
 
 
 def _object_array(values: Iterable[object]) -> np.ndarray:

@@ -46,8 +46,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates ``vlm`` on lmms-eval tasks and writes ``run.json`` and ``samples.jsonl`` to ``run_dir``.
 
-    An interrupted run goes on where it stopped when called again with the same settings. In a multi-process run (torchrun)
-    rank 0 writes; the other ranks return an empty dict.
+    An interrupted run goes on where it stopped when called again with the same settings. In a multi-process run
+    (torchrun) rank 0 writes; the other ranks return an empty dict.
 
     Args:
         vlm: the wrapper; its compressor decides the budget.

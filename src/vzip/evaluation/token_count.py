@@ -68,8 +68,8 @@ def check_token_counts(vlm: CompressedVlm, pixel_values: Tensor | None, num_imag
         comparable = budget is not None or pixel_values.dim() == 4
         if comparable and measured != expected:
             raise TokenCountError(
-                f"{type(vlm.compressor).__name__} should pass {expected} visual tokens to the language model, one number"
-                f" a picture; measured {measured}. These answers are not what the configuration says, so the run ends."
+                f"{type(vlm.compressor).__name__} should pass {expected} visual tokens to the language model, one"
+                f" number a picture; measured {measured}. The answers are not those of this budget: the run ends."
             )
     split: list[list[int]] = []
     for count in num_images:

@@ -110,7 +110,7 @@ def compare(
 
 
 def _factor(unit: str | None, row: ExpectedRow) -> float:
-    """From the record's unit to the expectation's. A task of one's own states no unit: its numbers are taken as they are."""
+    """From the record's unit to the expectation's. The numbers of a task without a known unit are taken as they are."""
     if unit is None or unit == row.unit:
         return 1.0
     if {unit, row.unit} == {"fraction", "percent"}:

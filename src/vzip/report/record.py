@@ -1,7 +1,7 @@
 """Reading a run's record (``run.json``) and its answers (``samples.jsonl``).
 
-Fields of a record: ``schema_version``, ``kind``, ``created``, ``config`` (resolved, or null), ``requested_tasks``, ``seed``,
-``limit``, ``batch_size``, ``gen_kwargs``, ``include_path``, ``system_prompt``, ``model``, ``compressor``,
+Fields of a record: ``schema_version``, ``kind``, ``created``, ``config`` (resolved, or null), ``requested_tasks``,
+``seed``, ``limit``, ``batch_size``, ``gen_kwargs``, ``include_path``, ``system_prompt``, ``model``, ``compressor``,
 ``visual_tokens`` (budget per crop, measured least and most), ``tasks`` (by name: ``primary_metric``, ``unit``,
 ``chance``, ``num_samples``, ``metrics`` by name: ``value``, ``standard_error``, ``standard_error_source``), ``data``
 (by task: path, revision or file digests, digest of the questions), ``code`` (commit, dirty), ``versions``,

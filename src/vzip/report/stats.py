@@ -86,8 +86,8 @@ def retention_interval(
         compressed, vanilla = np.asarray(compressed), np.asarray(vanilla)
         if len(compressed) != len(vanilla) or len(vanilla) == 0:
             raise ConfigError(
-                f"task {task}: {len(compressed)} compressed and {len(vanilla)} vanilla scores; retention needs both runs"
-                " on the same questions."
+                f"task {task}: {len(compressed)} compressed and {len(vanilla)} vanilla scores; retention needs both"
+                " runs on the same questions."
             )
         score = (aggregate or {}).get(task, _mean)
         base = score(vanilla)
@@ -154,7 +154,9 @@ def _take(rows: np.ndarray, draw: NDArray[np.int64], units: list[list[int]], clu
     """The rows of the drawn units; groups under new names, since an aggregate tells groups apart by their name."""
     if cluster_key is None:
         return rows[draw]
-    renamed = [{**rows[index], cluster_key: order} for order, unit in enumerate(draw) for index in units[unit]]
+    renamed: list[dict[str, object]] = []
+    for order, unit in enumerate(draw):
+        renamed += [{**dict(rows[index]), cluster_key: order} for index in units[unit]]
     taken = np.empty(len(renamed), dtype=object)
     taken[:] = renamed
     return taken

@@ -38,13 +38,8 @@ def print_record(record: Mapping[str, Any], console: Console | None = None) -> N
             assert score is not None
             mark = " *" if metric == entry["primary_metric"] and len(entry["metrics"]) > 1 else ""
             error = "" if score.standard_error is None else f"{score.standard_error:.4g}"
-            table.add_row(
-                task if first else "",
-                metric + mark,
-                f"{score.value:.4g}",
-                error,
-                f"{score.num_samples}" if first else "",
-            )
+            questions = f"{score.num_samples}" if first else ""
+            table.add_row(task if first else "", metric + mark, f"{score.value:.4g}", error, questions)
             first = False
     console.print(table)
     measured = f"{tokens['measured_min']}"
