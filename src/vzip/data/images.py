@@ -8,11 +8,13 @@ the checkpoint's image processor (CLIP's cuts the centre out of an oblong pictur
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -48,37 +50,42 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
         ImageError: no such file, empty, not a picture, cut off, damaged, or more pixels than Pillow's safety limit.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "the picture given")
+        with _named_errors("the picture given"):
+            return _to_rgb(source)
     if str(source).startswith(("http://", "https://")):
         raise ImageError(f"{source}: pictures are read from files; download it first and give the path.")
     path = Path(source).expanduser()
     if not path.is_file():
         raise ImageError(f"{path}: {'is a directory, not a file' if path.is_dir() else 'no such picture file'}.")
-    try:
+    with _named_errors(str(path)), warnings.catch_warnings():
         if path.stat().st_size == 0:
             raise ImageError(f"{path}: the file is empty (0 bytes).")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is allowed; twice that is an error
-            with Image.open(path) as image:
-                return _to_rgb(image, str(path))
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: not a picture in a format Pillow {Image.__version__} reads.") from error
-    except PermissionError as error:
-        raise ImageError(f"{path}: may not be read ({error.strerror}).") from error
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is allowed; twice that is an error
+        with Image.open(path) as image:
+            return _to_rgb(image)
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """Decodes the first frame, turns it upright and converts it to 8-bit RGB."""
+    if getattr(image, "is_animated", False):  # only multi-frame formats of Pillow define it
+        image.seek(0)
+    image.load()
+    if 0 in image.size:
+        raise ImageError(f"A picture of {image.width} x {image.height} has no pixels.")
+    return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
+
+
+@contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Turns whatever Pillow raises for an unusable picture into an ImageError that names it."""
     try:
-        if getattr(image, "is_animated", False):  # only multi-frame formats of Pillow define it
-            image.seek(0)
-        image.load()
-        if 0 in image.size:
-            raise ImageError(f"{name}: has no pixels ({image.width} x {image.height}).")
-        upright = ImageOps.exif_transpose(image)
-        return _eight_bit(upright).convert("RGB")
+        yield
     except ImageError:
         raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not a picture in a format Pillow {PIL.__version__} reads.") from error
+    except PermissionError as error:
+        raise ImageError(f"{name}: may not be read ({error.strerror}).") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: too many pixels ({error}).") from error
     except _DECODER_ERRORS as error:
@@ -89,7 +96,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     """Scales grey pictures of more than 8 bits to mode L; Pillow's own conversion cuts values off at 255."""
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image.convert("I"), dtype=np.int64).clip(0, 65535)
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8), mode=None)
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode == "F":  # no range is defined for floats: the picture's own becomes 0..255
         floats = np.nan_to_num(np.asarray(image, dtype=np.float64))
         spread = floats.max() - floats.min()

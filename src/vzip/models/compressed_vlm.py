@@ -182,10 +182,17 @@ class CompressedVlm(nn.Module):
 
         Raises:
             PromptError: as ``prepare``; or an argument that belongs to the uncompressed sequence.
+            ConfigError: ``use_cache=False``, which Hugging Face cannot do from embeddings.
         """
         _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values", "labels"), "generate")
+        if kwargs.get("use_cache") is False:
+            # Hugging Face would switch the cache on without a word: from embeddings it cannot start over each step.
+            raise ConfigError(
+                "generate(use_cache=False): generation from compressed pictures always uses the cache. Leave use_cache"
+                " out, or set it to True."
+            )
         prepared = self.prepare(input_ids, attention_mask, pixel_values, image_sizes, padding_side="left")
-        return self.model.generate(  # type: ignore[operator]
+        return self.model.generate(
             inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **kwargs
         )
 

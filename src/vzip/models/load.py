@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, ProcessorMixin
 
-import vzip
 from vzip.compressors.base import Compressor
 from vzip.compressors.controls import Identity
 from vzip.data.images import PREPROCESSES, Preprocess
@@ -107,7 +106,7 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path | str:
         CheckpointError: neither a directory with a ``config.json`` nor anything that could be a hub id.
     """
     if str(name_or_path) == BUILT_IN_NAME:
-        tiny = Path(vzip.__file__).parent / "demo" / "tiny"
+        tiny = Path(__file__).parents[1] / "demo" / "tiny"
         if not (tiny / "config.json").is_file():
             raise CheckpointError(f"{BUILT_IN_NAME}: {tiny} holds no checkpoint; train it with `make tiny`.")
         return tiny

@@ -1,0 +1,282 @@
+"""Every compressor against the same promises; VisionZip against published numbers and plain loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vzip
+from tests import reference
+from vzip.compressors import CompressedTokens, Compressor, VisionOutput
+from vzip.errors import ConfigError
+
+BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
+COMPRESSORS = [
+    vzip.VisionZip(BUDGET),
+    vzip.VisionZip(BUDGET, merge_rule="mean"),
+    vzip.VisionZip(vzip.TokenBudget(1, 5)),
+    vzip.VisionZip(vzip.TokenBudget(4, 0)),
+    vzip.RandomTokens(BUDGET, seed=3),
+    vzip.UniformTokens(BUDGET),
+    vzip.DominantOnly(BUDGET),
+    vzip.ContextualOnly(BUDGET),
+    vzip.Identity(),
+]
+every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+with_and_without_cls = pytest.mark.parametrize("has_cls", [True, False], ids=["cls", "no_cls"])
+
+
+def vision_output(has_cls=True, num_crops=4, grid=(5, 8), dtype=torch.float32, seed=0, device="cpu"):
+    num_patches = grid[0] * grid[1]
+    generator = torch.Generator().manual_seed(seed)
+    length = num_patches + has_cls
+    return VisionOutput(
+        hidden=torch.randn(num_crops, length, 6, generator=generator).to(device, dtype),
+        has_cls=has_cls,
+        grid=grid,
+        attention=torch.rand(num_crops, num_patches, generator=generator).to(device),
+        keys=torch.randn(num_crops, length, 4, generator=generator).to(device),
+    )
+
+
+def crop_of(vision: VisionOutput, number: int) -> VisionOutput:
+    part = slice(number, number + 1)
+    return VisionOutput(
+        vision.hidden[part], vision.has_cls, vision.grid, vision.attention[part], vision.keys[part]
+    )
+
+
+def golden_names() -> list[str]:
+    return ["49_20+20", "100_13+9", *(f"576_{b}" for b in ("2+1", "14+3", "28+4", "54+10", "100+7", "108+20", "162+30"))]
+
+
+@pytest.mark.parametrize("name", golden_names())
+def test_visionzip_equals_the_published_code(golden, name):
+    numbers = load_file(golden / f"compress_{name}.safetensors")
+    patches, budget = name.split("_")
+    num_dominant, num_contextual = map(int, budget.split("+"))
+    vision = VisionOutput(
+        hidden=numbers["hidden"],
+        has_cls=True,
+        grid=(1, int(patches)),
+        attention=numbers["cls_attention"].sum(dim=1),
+        keys=numbers["key_mean"],
+    )
+    result = vzip.VisionZip(vzip.TokenBudget(num_dominant, num_contextual))(vision)
+    torch.testing.assert_close(result.tokens, numbers["tokens"], rtol=0, atol=1e-5)
+    assert torch.equal(result.source_index, numbers["dominant_indices"].to(torch.int64))
+
+
+def test_golden_names_are_all_the_files(golden):
+    assert sorted(f"compress_{name}.safetensors" for name in golden_names()) == sorted(
+        path.name for path in golden.glob("compress_*")
+    )
+
+
+@with_and_without_cls
+@pytest.mark.parametrize("rule", ["sum", "mean"])
+@pytest.mark.parametrize("budget", [(1, 1), (6, 3), (3, 9), (10, 0), (2, 11), (30, 10), (39, 1)])
+def test_visionzip_equals_plain_loops(has_cls, rule, budget):
+    vision = vision_output(has_cls, dtype=torch.float64, seed=sum(budget))
+    result = vzip.VisionZip(vzip.TokenBudget(*budget), rule)(vision)
+    for crop in range(4):
+        tokens, kept, merged = reference.visionzip(
+            vision.hidden[crop].tolist(),
+            vision.attention[crop].tolist(),
+            vision.keys[crop].tolist(),
+            *budget,
+            has_cls,
+            rule,
+        )
+        assert result.source_index[crop].tolist() == kept
+        assert result.merge_index[crop].tolist() == merged
+        expected = torch.tensor(tokens, dtype=torch.float64)
+        torch.testing.assert_close(result.tokens[crop], expected, rtol=0, atol=1e-12)
+
+
+@every_compressor
+@with_and_without_cls
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_count_type_and_indices(compressor, has_cls, dtype):
+    vision = vision_output(has_cls, dtype=dtype)
+    result = compressor(vision)
+    budget = getattr(compressor, "budget", None)
+    assert result.num_tokens == (40 if budget is None else budget.num_tokens)
+    assert result.tokens.dtype == dtype and torch.isfinite(result.tokens).all()
+    num_kept = result.source_index.shape[1]
+    for crop in range(4):
+        kept = result.source_index[crop].tolist()
+        assert kept == sorted(set(kept))
+        assert torch.equal(result.tokens[crop, :num_kept], vision.hidden[crop, kept])
+        merged_into = set(result.merge_index[crop].tolist()) - {-1}
+        assert merged_into == set(range(result.num_tokens - num_kept))  # each contextual token has at least its target
+        assert all(result.merge_index[crop, row] == -1 for row in kept)
+
+
+@every_compressor
+@with_and_without_cls
+def test_a_batch_equals_one_by_one(compressor, has_cls):
+    vision = vision_output(has_cls)
+    together = compressor(vision)
+    for number in range(4):
+        alone = compressor(crop_of(vision, number))
+        torch.testing.assert_close(together.tokens[number : number + 1], alone.tokens, rtol=0, atol=1e-6)
+        assert torch.equal(together.source_index[number : number + 1], alone.source_index)
+        assert torch.equal(together.merge_index[number : number + 1], alone.merge_index)
+
+
+@every_compressor
+@with_and_without_cls
+def test_no_host_synchronisation(compressor, has_cls):
+    """On fake tensors every read of a value on the host raises: .item(), nonzero, boolean masks."""
+    with FakeTensorMode() as mode:
+        vision = vision_output(has_cls, device="cpu")
+        with pytest.raises(DataDependentOutputException):
+            _ = vision.attention.sum().item()  # the guard bites
+    with mode:
+        result = compressor(vision)
+    assert result.tokens.shape[1] == compressor.num_tokens(vision)
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts the kernels a block runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num_calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+@every_compressor
+def test_no_loop_over_crops(compressor):
+    counts = []
+    for num_crops in (1, 9):
+        vision = vision_output(num_crops=num_crops)
+        with CountCalls() as counter:
+            compressor(vision)
+        counts.append(counter.num_calls)
+    assert counts[0] == counts[1]
+
+
+@every_compressor
+def test_input_is_left_alone(compressor):
+    vision = vision_output()
+    before = [tensor.clone() for tensor in (vision.hidden, vision.attention, vision.keys)]
+    compressor(vision)
+    for old, new in zip(before, (vision.hidden, vision.attention, vision.keys), strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("compressor", [vzip.VisionZip(BUDGET), vzip.VisionZip(BUDGET, "mean"), vzip.ContextualOnly(BUDGET)])
+def test_gradients_through_kept_and_merged_tokens(compressor):
+    vision = vision_output(num_crops=2, dtype=torch.float64)
+    hidden = vision.hidden.clone().requires_grad_()
+
+    def tokens(hidden):
+        return compressor(VisionOutput(hidden, True, vision.grid, vision.attention, vision.keys)).tokens
+
+    assert torch.autograd.gradcheck(tokens, (hidden,))
+    (gradient,) = torch.autograd.grad(tokens(hidden).sum(), hidden)
+    first_patch = 0 if isinstance(compressor, vzip.VisionZip) else 1
+    assert (gradient[:, first_patch:] != 0).all()  # every row that is kept or merged is reached
+
+
+@with_and_without_cls
+def test_identity_is_what_the_stock_model_uses(has_cls):
+    vision = vision_output(has_cls)
+    result = vzip.Identity()(vision)
+    assert torch.equal(result.tokens, vision.hidden[:, int(has_cls) :])
+    for offset in (0, 1):
+        given = VisionOutput(vision.hidden, has_cls, vision.grid, stock_offset=offset)
+        assert torch.equal(vzip.Identity()(given).tokens, vision.hidden[:, offset:])
+
+
+def test_controls_keep_patches_and_never_cls():
+    vision = vision_output(True)
+    for control in (vzip.RandomTokens(BUDGET), vzip.UniformTokens(BUDGET)):
+        rows = control(vision).source_index
+        assert (rows >= 1).all() and (rows == rows[0]).all()
+    seeds = {tuple(vzip.RandomTokens(BUDGET, seed)(vision).source_index[0].tolist()) for seed in range(20)}
+    assert len(seeds) == 20
+
+
+def test_dominant_only_is_visionzip_without_the_merge():
+    vision = vision_output(True)
+    ours = vzip.DominantOnly(BUDGET)(vision)
+    assert torch.equal(ours.tokens, vzip.VisionZip(vzip.TokenBudget(9, 0))(vision).tokens)
+
+
+@pytest.mark.parametrize("counts", [(-1, 5), (5, -1), (0, 0), (5.0, 1), (0.5, 1), ("54", 10), (True, 1), (5, None)])
+def test_impossible_budgets_are_refused(counts):
+    with pytest.raises(ConfigError, match=r"budget\.num_(dominant|contextual)="):
+        vzip.TokenBudget(*counts)
+
+
+@pytest.mark.parametrize("kind", [vzip.VisionZip, vzip.RandomTokens, vzip.UniformTokens, vzip.DominantOnly, vzip.ContextualOnly])
+def test_a_budget_larger_than_the_tower_is_refused(kind):
+    with pytest.raises(ConfigError, match=r"= 60 visual tokens per crop.*has 4[01] .*budget\.num_dominant"):
+        kind(vzip.TokenBudget(50, 10))(vision_output(True))
+
+
+def test_the_largest_budget_works_and_cls_must_be_kept():
+    vision = vision_output(True)
+    assert vzip.VisionZip(vzip.TokenBudget(30, 11))(vision).num_tokens == 41
+    with pytest.raises(ConfigError, match="41 to choose from"):
+        vzip.VisionZip(vzip.TokenBudget(30, 12))(vision)
+    with pytest.raises(ConfigError, match=r"budget\.num_dominant=0"):
+        vzip.VisionZip(vzip.TokenBudget(0, 5))(vision)
+    assert vzip.VisionZip(vzip.TokenBudget(0, 5))(vision_output(False)).num_tokens == 5
+
+
+def test_settings_are_checked():
+    with pytest.raises(ConfigError, match=r"merge_rule='summ'.*did you mean 'sum'"):
+        vzip.VisionZip(BUDGET, merge_rule="summ")
+    for seed in (-1, 0.5, True):
+        with pytest.raises(ConfigError, match=r"compressor\.seed"):
+            vzip.RandomTokens(BUDGET, seed)
+
+
+class _Wrong(Compressor):
+    """Promises three tokens."""
+
+    def __init__(self, tokens, rows=3):
+        self.tokens, self.rows = tokens, rows
+
+    def num_tokens(self, vision):
+        return 3
+
+    def check_fits(self, num_patches, has_cls):
+        pass
+
+    def compress(self, vision):
+        index = torch.full((4, 41), -1)
+        return CompressedTokens(self.tokens, torch.zeros(4, self.rows, dtype=torch.int64), index)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(4, 2, 6), "promised"),
+        (torch.zeros(3, 3, 6), "promised"),
+        (torch.zeros(4, 3, 6, dtype=torch.float64), "float64"),
+        (torch.zeros(4, 3, 6, device="meta"), "meta"),
+    ],
+)
+def test_the_base_class_holds_methods_to_their_promise(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        _Wrong(tokens)(vision_output(True))
+    assert _Wrong(torch.zeros(4, 3, 6))(vision_output(True)).num_tokens == 3
+
+
+def test_unknown_requirement_and_missing_input_are_named():
+    with pytest.raises(TypeError, match="attentions"):
+        type("Bad", (vzip.Compressor,), {"requires": frozenset({"attentions"})})
+    bare = VisionOutput(torch.zeros(1, 41, 6), True, (5, 8))
+    with pytest.raises(ValueError, match="requires"):
+        vzip.VisionZip(BUDGET)(bare)
