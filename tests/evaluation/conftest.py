@@ -157,7 +157,8 @@ def scripted(processor: Any) -> Callable[..., ScriptedVlm]:
 
 def save_parquet(rows: list[dict[str, Any]], path: Path) -> None:
     features = datasets.Dataset.from_list(rows[:1]).features.copy()
-    features["image"] = datasets.Image()
+    one = datasets.Image()
+    features["image"] = datasets.Sequence(one) if isinstance(rows[0]["image"], list) else one
     datasets.Dataset.from_list(rows, features=features).to_parquet(str(path))
 
 
