@@ -1,0 +1,135 @@
+"""`python -m vzip`: commands load only what they need, and user errors are one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from vzip import cli
+from vzip.config.options import RECIPE_GROUP, config_dir, groups, options
+from vzip.errors import ImageError
+
+ROOT = config_dir().parent
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def module_with(monkeypatch: pytest.MonkeyPatch, outcome: int | Exception) -> list[Namespace]:
+    """Makes `ask` a command that ends as told, and returns what it was called with."""
+    calls: list[Namespace] = []
+    module = ModuleType("a command")
+
+    def main(args: Namespace) -> int:
+        calls.append(args)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    module.__dict__.update(main=main, add_arguments=lambda parser: parser.add_argument("picture"))
+    monkeypatch.setitem(sys.modules, cli.COMMANDS["ask"].module, module)
+    return calls
+
+
+def test_list_names_every_recipe_and_option(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for group in [*groups(config_dir()), RECIPE_GROUP]:
+        for option in options(config_dir(), group):
+            assert option in shown
+    assert "LLaVA-1.5-7B, VisionZip at 64 visual tokens (54 dominant + 10 contextual), no training." in shown
+    assert "needs no judge" not in shown.replace("need no judge", "")
+
+
+def test_list_of_one_group(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["list", "budget"]) == 0
+    shown = capsys.readouterr().out
+    assert "192tok" in shown and "llava15_7b" not in shown
+    assert cli.main(["list", RECIPE_GROUP]) == 0
+    assert "python eval.py +exp=llava15_7b_64tok" in capsys.readouterr().out
+    assert cli.main(["list", "budgets"]) == 2
+    assert "'budgets': no such group (did you mean 'budget'?)" in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["comprae", "runs"]) == 2
+    assert "'comprae': no such command (did you mean 'compare'?)" in capsys.readouterr().err
+
+
+def test_without_a_command_the_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2 and cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in cli.COMMANDS)
+
+
+def test_a_command_gets_its_arguments_and_gives_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = module_with(monkeypatch, 3)
+    assert cli.main(["ask", "cat.png"]) == 3 and calls[0].picture == "cat.png"
+
+
+def test_a_users_error_is_one_line_and_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module_with(monkeypatch, ImageError("cat.png: empty"))
+    assert cli.main(["ask", "cat.png"]) == 2
+    assert capsys.readouterr().err == "ImageError: cat.png: empty\n"
+
+
+def test_any_other_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    module_with(monkeypatch, ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["ask", "cat.png"])
+
+
+def test_a_missing_package_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "needs_something.py").write_text("import a_package_nobody_has.part\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(cli, "COMMANDS", {"ask": cli.Command("needs_something", "")})
+    assert cli.main(["ask"]) == 2
+    message = capsys.readouterr().err
+    assert "MissingPackageError" in message and "a_package_nobody_has" in message and "make install" in message
+
+
+def test_only_the_chosen_commands_module_is_imported() -> None:
+    others = [command.module for name, command in cli.COMMANDS.items() if name != "list"]
+    shown = python(
+        f"import sys; from vzip.cli import main; main(['list']); print([m for m in {others} if m in sys.modules])"
+    )
+    assert shown.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_is_there(name: str) -> None:
+    module = __import__(cli.COMMANDS[name].module, fromlist=["main"])
+    module.add_arguments(ArgumentParser())
+    assert callable(module.main)
+
+
+def test_bench_loads_no_evaluation_packages() -> None:
+    # Not even where they are installed: a speed measurement must run where they are not.
+    code = (
+        "import sys\n"
+        "from vzip.cli import main\n"
+        "try:\n"
+        "    main(['bench', '--help'])\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0\n"
+        "heavy = ('lmms_eval', 'datasets', 'hydra', 'omegaconf', 'wandb', 'deepspeed')\n"
+        "print([name for name in heavy if name in sys.modules])\n"
+    )
+    shown = python(code)
+    assert "usage: python -m vzip bench" in shown and shown.splitlines()[-1] == "[]"

@@ -1,0 +1,171 @@
+"""What a good command line turns into: plain arguments, and a run directory of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+import vzip
+import vzip.evaluation.run
+import vzip.report.table
+from tests.config.test_bad_input import script
+from vzip.config.build import EvaluationPlan, evaluation_plan, resolved, unchanged_recipe
+from vzip.config.options import config_dir
+from vzip.config.rundir import run_directory
+
+ROOT = config_dir().parent
+
+
+@pytest.fixture
+def hydra_folder() -> Iterator[None]:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        yield
+
+
+def config_of(*words: str) -> dict[str, Any]:
+    return resolved(compose("eval", list(words)))
+
+
+DIRECTORIES = {
+    (): "runs/scenes/tiny/visionzip-64tok/seed0",
+    ("compressor=none", "budget=full", "seed=3"): "runs/scenes/tiny/none-full/seed3",
+    ("+exp=llava15_7b_64tok",): "runs/paper_image/llava15_7b_64tok/visionzip-64tok/seed0",
+    ("+exp=llava15_7b_64tok", "budget=128tok"): "runs/paper_image/llava15_7b_64tok/visionzip-128tok/seed0",
+    ("model=llava15_7b", "eval=quick"): "runs/quick_limit-200/llava15_7b/visionzip-64tok/seed0",
+    # A changed setting that changes results is written out; where and how fast it runs is not.
+    ("budget.num_dominant=50",): "runs/scenes/tiny/visionzip-50+10/seed0",
+    ("compressor.merge_rule=mean",): "runs/scenes/tiny/visionzip_merge_rule-mean-64tok/seed0",
+    ("model.preprocess=hf",): "runs/scenes/tiny_preprocess-hf/visionzip-64tok/seed0",
+    ("model=llava_local", "model.name_or_path=some/where/mine"): "runs/scenes/mine/visionzip-64tok/seed0",
+    ("eval.tasks=[mine,other]",): "runs/mine+other/tiny/visionzip-64tok/seed0",
+    ("eval.gen_kwargs.num_beams=3",): "runs/scenes_num_beams-3/tiny/visionzip-64tok/seed0",
+    ("eval.batch_size=2", "model.device_map=auto"): "runs/scenes/tiny/visionzip-64tok/seed0",
+    ("compressor=random", "seed=5"): "runs/scenes/tiny/random-64tok/seed5",
+    ("paths.runs_dir=/elsewhere",): "/elsewhere/scenes/tiny/visionzip-64tok/seed0",
+    ("paths.run_dir=here",): "here",
+}
+
+
+@pytest.mark.parametrize("words", list(DIRECTORIES), ids=" ".join)
+def test_run_directory(words: tuple[str, ...], hydra_folder: None) -> None:
+    assert run_directory(config_of(*words), config_dir()) == Path(DIRECTORIES[words])
+
+
+def test_a_changed_recipe_is_not_the_recipe(hydra_folder: None, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = "+exp=llava15_7b_64tok"
+    same = ("eval.limit=5", "eval.batch_size=4", "seed=1", "model.device_map=cpu", "paths.runs_dir=x")
+    assert unchanged_recipe(config_of(recipe, *same), "eval") == "llava15_7b_64tok"
+    logging.getLogger("vzip").propagate = True
+    for change, named in (
+        ("budget=128tok", "budget.num_dominant=108 (recipe: 54)"),
+        ("model.preprocess=hf", "model.preprocess=hf (recipe: llava)"),
+        ("compressor.merge_rule=mean", "compressor.merge_rule=mean (recipe: sum)"),
+        ("compressor=random", "compressor.name=random (recipe: visionzip)"),
+        ("eval.tasks=[pope]", "eval.tasks=['pope']"),
+        ("model.revision=null", "model.revision=null"),
+    ):
+        caplog.clear()
+        assert unchanged_recipe(config_of(recipe, change), "eval") is None
+        assert named in caplog.text
+
+
+def test_plain_arguments(hydra_folder: None) -> None:
+    words = ["model=llava15_13b", "compressor=random", "budget=32tok", "seed=4", "eval=paper_image", "eval.limit=9"]
+    words += ["eval.gen_kwargs.max_new_tokens=7", "launcher.num_threads=2", "model.quantization=4bit"]
+    plan = evaluation_plan(compose("eval", words))
+    model = OmegaConf.load(config_dir() / "model/llava15_13b.yaml")
+    assert isinstance(model, DictConfig)
+    assert plan.model == {
+        "name_or_path": "llava-hf/llava-1.5-13b-hf",
+        "revision": model.revision,
+        "dtype": "float16",
+        "device_map": "auto",
+        "attn_implementation": "sdpa",
+        "quantization": "4bit",
+        "preprocess": "llava",
+    }
+    assert plan.compressor == vzip.RandomTokens(vzip.TokenBudget(num_dominant=27, num_contextual=5), seed=4)
+    arguments = dict(plan.evaluation)
+    record = arguments.pop("resolved_config")
+    assert json.loads(json.dumps(record))["budget"]["num_dominant"] == 27, "plain containers only"
+    assert arguments.pop("tasks")[0] == "gqa" and len(record["eval"]["tasks"]) == 9
+    assert arguments.pop("system_prompt").startswith("A chat between a curious user and an artificial intelligence")
+    assert arguments == {
+        "limit": 9,
+        "batch_size": 1,
+        "include_path": None,
+        "gen_kwargs": {"max_new_tokens": 7},
+        "seed": 4,
+        "run_dir": Path("runs/paper_image_max_new_tokens-7_limit-9/llava15_13b_quantization-4bit/random-32tok/seed4"),
+        "overwrite": False,
+    }
+    assert (plan.num_threads, plan.scenes_dir) == (2, None)
+
+
+def test_a_sweep_runs_each_job_into_its_own_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    printed: list[Any] = []
+    monkeypatch.setattr(vzip, "load_vlm", lambda **model: model, raising=False)
+    monkeypatch.setattr(
+        vzip.evaluation.run, "evaluate", lambda vlm, **rest: calls.append((vlm, rest)) or {"number": len(calls)}
+    )
+    monkeypatch.setattr(vzip.report.table, "print_record", printed.append)
+    monkeypatch.setattr(EvaluationPlan, "include_path", lambda self: "tasks")
+    monkeypatch.setattr(EvaluationPlan, "check_tasks", lambda self, include_path: None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["eval.py", "-m", "budget=192tok,128tok,64tok"])
+    script("eval").main()
+    assert [model["compressor"].budget.num_tokens for model, _ in calls] == [192, 128, 64]
+    assert [str(rest["run_dir"]) for _, rest in calls] == [
+        f"runs/scenes/tiny/visionzip-{budget}/seed0" for budget in ("192tok", "128tok", "64tok")
+    ]
+    assert all(rest["include_path"] == "tasks" for _, rest in calls)
+    assert printed == [{"number": 1}, {"number": 2}, {"number": 3}]
+
+
+def command(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), *words], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def test_the_composed_configuration_can_be_shown(tmp_path: Path) -> None:
+    shown = command("--cfg", "job", "--resolve", "+exp=llava15_7b_64tok", folder=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    config = OmegaConf.create(shown.stdout)
+    assert (config.recipe, config.compressor.budget.num_dominant) == ("llava15_7b_64tok", 54)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_users_error_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:
+    ended = command("budget=full", folder=tmp_path)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert (
+        ended.stderr.startswith("ConfigError: compressor=visionzip needs a budget") and "Traceback" not in ended.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(cfg: Any) -> None:
+        raise ZeroDivisionError("ours")
+
+    module = script("eval")
+    monkeypatch.setattr(module, "evaluation_plan", broken)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["eval.py"])
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        module.main()
+    assert "HYDRA_FULL_ERROR" not in os.environ

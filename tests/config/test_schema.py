@@ -1,0 +1,46 @@
+"""The schema and the YAML files say the same; so do the schema and the code behind it."""
+
+from __future__ import annotations
+
+import inspect
+
+from omegaconf import OmegaConf
+
+import vzip
+from vzip.config import schema
+from vzip.config.options import config_dir, groups, options
+from vzip.evaluation.generation import FORWARDED
+from vzip.evaluation.run import evaluate
+
+
+def test_every_option_file_has_exactly_the_schemas_keys() -> None:
+    for group, rules in schema.GROUPS.items():
+        for option in options(config_dir(), group):
+            loaded = OmegaConf.to_container(OmegaConf.load(config_dir() / group / f"{option}.yaml"))
+            assert isinstance(loaded, dict) and set(loaded) == set(rules), f"{group}/{option}.yaml"
+            if group == "eval":
+                assert set(loaded["gen_kwargs"]) == set(schema.GENERATION)
+
+
+def test_every_group_has_rules_and_base_lists_it() -> None:
+    names = {*schema.GROUPS, schema.COMPRESSOR_OPEN_GROUP}
+    assert set(groups(config_dir())) == names
+    base = OmegaConf.to_container(OmegaConf.load(config_dir() / "base.yaml"))
+    assert isinstance(base, dict)
+    assert {next(iter(entry)) for entry in base["defaults"] if isinstance(entry, dict)} == names
+    assert set(base) - {"defaults", "hydra"} == set(schema.TOP)
+
+
+def test_model_settings_are_those_of_load_vlm() -> None:
+    accepted = set(inspect.signature(vzip.load_vlm).parameters) - {"compressor"}
+    assert set(schema.GROUPS["model"]) - {"name", "num_tower_tokens", "system_prompt"} == accepted
+
+
+def test_generation_settings_are_known_to_the_evaluation() -> None:
+    assert set(schema.GENERATION) <= {*FORWARDED, "until"}
+    assert {"tasks", "limit", "batch_size", "include_path", "gen_kwargs"} <= set(inspect.signature(evaluate).parameters)
+
+
+def test_whole_numbers_exclude_booleans_and_fractions() -> None:
+    rule = schema.whole_number(1)
+    assert [rule.allows(v) for v in (1, 2, 0, True, 1.0, "1", None)] == [True, True, False, False, False, False, False]

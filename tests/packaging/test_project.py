@@ -1,0 +1,78 @@
+"""What is installed, and what importing it costs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def requirements() -> list[Requirement]:
+    listed = [*PROJECT["dependencies"], *(one for extra in PROJECT["optional-dependencies"].values() for one in extra)]
+    return [Requirement(one) for one in listed]
+
+
+def test_importing_vzip_loads_nothing_heavy() -> None:
+    heavy = ("lmms_eval", "deepspeed", "transformers", "hydra", "datasets", "wandb", "matplotlib")
+    code = f"import vzip, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_tested_version_is_in_the_range_it_is_declared_for() -> None:
+    pinned = pins()
+    checked = [r for r in requirements() if r.name in pinned]
+    assert len(checked) >= 15
+    for requirement in checked:
+        assert requirement.specifier.contains(pinned[requirement.name]), requirement
+
+
+def test_the_floor_of_transformers_is_the_one_that_is_tested() -> None:
+    floor = re.search(r"FLOOR +\?= transformers==(\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert floor is not None
+    transformers = next(r for r in requirements() if r.name == "transformers")
+    assert transformers.specifier.contains(floor[1])
+    assert f">={floor[1].removesuffix('.0')}" in str(transformers.specifier)
+
+
+def test_lmms_eval_finds_the_model() -> None:
+    assert PROJECT["entry-points"]["lmms_eval.models"] == {"vzip": "vzip.evaluation.plugin:manifests"}
+    installed = entry_points(group="lmms_eval.models")
+    if "vzip" not in installed.names:
+        pytest.skip("vzip is not installed here, only on the path")
+    manifests = installed["vzip"].load()()
+    assert [manifest.model_id for manifest in manifests] == ["vzip"]
+
+
+def test_make_targets() -> None:
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("install", "demo", "test", "check", "test-floor", "tiny", "clean"):
+        assert re.search(rf"^  make {target} +\S", shown, re.MULTILINE), target
+
+
+def test_continuous_integration_runs_what_a_person_types() -> None:
+    assert "make check test" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_shell_scripts_name_existing_recipes() -> None:
+    text = (ROOT / "scripts/reproduce_llava15.sh").read_text(encoding="utf-8")
+    assert subprocess.run(["sh", "-n", "scripts/reproduce_llava15.sh"], cwd=ROOT).returncode == 0
+    for budget in ("vanilla", "192tok", "128tok", "64tok"):
+        assert budget in text
+        for size in ("7b", "13b"):
+            assert (ROOT / f"configs/exp/llava15_{size}_{budget}.yaml").is_file()
