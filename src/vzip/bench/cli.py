@@ -22,9 +22,9 @@ from vzip.errors import MissingPackageError, RunExistsError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the ``key=value`` words."""
-    keys = "\n".join(f"  {key:<15} {text}" for key, text in settings.HELP.items())
+    keys = "\n".join(f"  {key:<15} {text} [{settings.default_word(key)}]" for key, text in settings.HELP.items())
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
-    parser.epilog = f"keys (defaults: {settings.BenchSettings()}):\n{keys}"
+    parser.epilog = f"keys [default]:\n{keys}"
 
 
 def main(args: argparse.Namespace) -> int:
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     directory = chosen.out_directory(shapes.resolve(chosen.model))
     if (directory / "bench.json").exists() and not chosen.overwrite:
         raise RunExistsError(
-            f"{directory} already holds a bench.json; give another directory as out=DIR, or overwrite=true to replace it"
+            f"{directory} already holds a bench.json; give another one as out=DIR, or overwrite=true to replace it"
         )
     console = Console()
     with Progress(console=console, transient=True) as progress:

@@ -1,8 +1,8 @@
 """The published way of scoring tokens, for comparison: every attention map of the tower is built and kept.
 
-The published code switches the whole tower to eager attention, asks it for the maps and hidden states of all layers, and
-then reads one row of one of them. This is our own rendering of that, on a second instance of the tower that shares the
-first one's weights, so that the model being measured stays as it is.
+The published code switches the whole tower to eager attention, asks it for the maps and hidden states of all layers,
+and then reads one row of one of them. This is our own rendering of that, on a second instance of the tower that shares
+the first one's weights, so that the model being measured stays as it is.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def _eager_twin(tower_module: PreTrainedModel) -> PreTrainedModel:
         twin = AutoModel.from_config(config, dtype=first.dtype, attn_implementation="eager")
     if type(twin) is not type(tower_module):
         raise UnsupportedModelError(
-            f"eager_maps: {type(tower_module).__name__} is rebuilt from its configuration as {type(twin).__name__}; leave "
-            "eager_maps out of methods for this model"
+            f"eager_maps: {type(tower_module).__name__} is rebuilt from its configuration as {type(twin).__name__}; "
+            "leave eager_maps out of methods for this model"
         )
     twin.to_empty(device=first.device)
     twin.load_state_dict(tower_module.state_dict(), assign=True, strict=True)
@@ -104,8 +104,8 @@ def select_layer_index(tower: Tower, select_layer: int) -> int:
     num_layers = tower.geometry.num_layers_to_run(select_layer)
     if num_layers == 0:
         raise UnsupportedModelError(
-            f"vision_feature_layer={select_layer} is the input of the vision tower's first layer: the bench compares ways "
-            "of reading attention, and there is none before it"
+            f"vision_feature_layer={select_layer} is the input of the vision tower's first layer: the bench compares "
+            "ways of reading attention, and there is none before it"
         )
     return num_layers - 1
 
@@ -174,7 +174,7 @@ def _same_selection(ours: CompressedTokens, theirs: CompressedTokens) -> bool:
 
 
 def _compare(what: str, ours: Tensor, theirs: Tensor) -> float:
-    """Returns the largest absolute difference; raises if it exceeds the tolerances, scaled to the tensor's largest value."""
+    """Returns the largest absolute difference; raises if it exceeds the tolerances (relative to the largest value)."""
     difference = float((ours - theirs).abs().max())
     allowed = ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * float(theirs.abs().max())
     if not difference <= allowed:  # also catches a NaN

@@ -4,8 +4,8 @@ Convention: one multiply-add is two operations. Matrix products, convolutions an
 activations, softmax and sorting do not. Attention counts in full, not halved for causality. Papers that quote half of
 these numbers count multiply-adds (LLaVA-1.5-7B at 576 visual tokens: 4.4 T against 8.8 T).
 
-On the meta device tensors have shapes but no contents, so counting a 7B model takes no memory and a fraction of a second;
-on the CPU torch's counter misses its fused attention.
+On the meta device tensors have shapes but no contents, so counting a 7B model takes no memory and a fraction of a
+second; on the CPU torch's counter misses its fused attention.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ CONVENTION = (
     "1 multiply-add = 2 FLOPs; matrix products, convolution and attention only; attention in full (not causal-halved)"
 )
 
-GATED_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "vicuna")
-"""Text model types whose layer is q, k, v, o projections and a gated three-matrix MLP, which the formula below counts."""
+GATED_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+"""Text model types whose layer is q, k, v, o projections and a gated three-matrix MLP, as the formula below counts."""
 
 
 def count(run: Callable[[], object]) -> int:

@@ -56,8 +56,8 @@ def refuse_if_too_large(needed_bytes: int, device: torch.device, what: str) -> N
     if available is not None and needed_bytes > available:
         raise ConfigError(
             f"{what} needs about {needed_bytes / GIB:.1f} GiB on {device}, but only {available / GIB:.1f} GiB is "
-            "available; choose a smaller one (model=tiny, model=clip_l_336), dtype=bfloat16, fewer num_crops, a smaller "
-            "batch_size, or another device"
+            "available; choose a smaller one (model=tiny, model=clip_l_336), dtype=bfloat16, fewer num_crops, a "
+            "smaller batch_size, or another device"
         )
 
 
@@ -77,8 +77,8 @@ class PeakMemory:
 
     Attributes:
         kind: ``cuda_max_allocated`` (bytes in tensors, from torch's allocator), ``rss_peak`` (resident memory of the
-            process, peak reset on entry) or ``rss_peak_of_process`` (where the system cannot reset it: the peak since the
-            process began, hence an upper bound).
+            process, peak reset on entry) or ``rss_peak_of_process`` (where the system cannot reset it: the peak since
+            the process began, hence an upper bound).
         peak_bytes: the peak, everything included (weights, and on the CPU the program itself).
         start_bytes: what was in use on entry, so that ``peak_bytes - start_bytes`` is what the work itself added.
     """

@@ -36,27 +36,50 @@ RATIO_WORDS = {
 def print_result(result: BenchResult, console: Console) -> None:
     """Prints the table, the ratios and what was checked."""
     r, e = result.resolved, result.environment
-    console.print(
-        f"[bold]{result.model}[/bold]  {r['num_parameters'] / 1e6:.1f} M parameters, {r['weights']} weights, {r['dtype']} on "
-        f"{r['device']} ({e['processor']}, {e['num_threads']} threads), {result.settings['batch_size']} prompts of "
-        f"{r['num_crops']} crops, budget {r['num_dominant']}+{r['num_contextual']} a crop, "
-        f"{result.settings['repeats']} interleaved repeats, torch {e['torch']}, transformers {e['transformers']}",
-        highlight=False,
+    facts = (
+        f"{r['num_parameters'] / 1e6:.1f} M parameters, {r['weights']} weights",
+        f"{r['dtype']} on {r['device']} ({e['processor']}, {e['num_threads']} threads)",
+        f"{result.settings['batch_size']} prompts of {r['num_crops']} crops",
+        f"budget {r['num_dominant']}+{r['num_contextual']} a crop",
+        f"{result.settings['repeats']} interleaved repeats",
+        f"torch {e['torch']}, transformers {e['transformers']}",
     )
+    console.print(f"[bold]{result.model}[/bold]: " + "; ".join(facts), highlight=False)
     console.print(build_table(result))
     for key, words in RATIO_WORDS.items():
         if key in result.ratios():
             console.print("  vzip " + words.format(result.ratios()[key]), highlight=False)
     if result.agreement is not None:
+        tokens, overlap = result.agreement.max_token_difference, result.selection_overlap
         console.print(
-            f"  checked: vzip and eager_maps give the same visual tokens to {result.agreement.max_token_difference:.1e} "
-            f"(float32); in {r['dtype']} {result.selection_overlap:.0%} of the dominant tokens are the same",
+            f"  checked: vzip and eager_maps give the same visual tokens to {tokens:.1e} (float32); "
+            f"in {r['dtype']} {overlap:.0%} of the dominant tokens are the same",
             highlight=False,
         )
+    console.print("  " + _flops_words(result), highlight=False)
     kind = next(iter(result.methods.values())).memory_kind
-    console.print(f"  peak memory is {_MEMORY_WORDS[kind]}; 1 multiply-add = 2 FLOPs", highlight=False)
+    console.print(f"  peak memory is {_MEMORY_WORDS[kind]}", highlight=False)
     for note in result.notes:
         console.print(f"  note: {note}", highlight=False)
+
+
+def _flops_words(result: BenchResult) -> str:
+    """One line on the operation counts: the convention, and whether the two ways of counting agree."""
+    both = [
+        (f"{name} {stage}", f.counted, f.formula)
+        for name, method in result.methods.items()
+        for stage, f in method.flops.items()
+        if f.formula is not None
+    ]
+    apart = [
+        f"{what}: {counted} counted, {formula} by formula" for what, counted, formula in both if counted != formula
+    ]
+    agree = (
+        f"counted operations differ from the formula in {'; '.join(apart)}"
+        if apart
+        else (f"counted operations equal the closed formula in all {len(both)} cases that have one")
+    )
+    return f"FLOPs: 1 multiply-add = 2; {agree}"
 
 
 _MEMORY_WORDS = {
@@ -85,7 +108,7 @@ def build_table(result: BenchResult) -> Table:
     table.add_row("  added by pass", *(f"{m.peak_memory_added_bytes / GIB:.2f}" for m in methods))
     for stage in FLOPS_WORDS:
         if stage in methods[0].flops:
-            table.add_row(FLOPS_WORDS[stage], *(f"{m.flops[stage].counted / 1e9:.3f}" for m in methods))
+            table.add_row(FLOPS_WORDS[stage], *(f"{m.flops[stage].counted / 1e9:,.3f}" for m in methods))
     return table
 
 
@@ -93,7 +116,7 @@ def _time(method: MethodResult, stage: str) -> str:
     if stage not in method.stages:
         return "-"
     t = method.stages[stage]
-    digits = 0 if t.median_ms >= 100 else 1 if t.median_ms >= 10 else 2 if t.median_ms >= 1 else 3
+    digits = 0 if t.median_ms >= 100 else 1 if t.median_ms >= 10 else 2
     return f"{t.median_ms:.{digits}f} [{t.q1_ms:.{digits}f}-{t.q3_ms:.{digits}f}]"
 
 

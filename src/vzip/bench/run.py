@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -233,6 +234,14 @@ def _resolved(settings: BenchSettings, model: shapes.BenchModel, w: Workload) ->
     }
 
 
+def _cpu_name() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def _environment(device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
@@ -241,7 +250,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "platform": platform.platform(),
-        "processor": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "processor": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
         "num_cores": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "load_average_1min": os.getloadavg()[0],

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
+from vzip.bench import shapes
 from vzip.bench.shapes import BenchModel
 from vzip.compressors import TokenBudget
-from vzip.errors import ConfigError, nearest
+from vzip.errors import ConfigError, UnsupportedModelError, nearest
 
 BUDGETS: dict[str, tuple[int, int]] = {
     "192tok": (162, 30),
@@ -115,21 +116,30 @@ _MINIMUM = {
 }
 
 
+def default_word(key: str) -> str:
+    """Returns a key's default the way a user writes it."""
+    value = getattr(BenchSettings(), key)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
 def parse(words: Sequence[str]) -> BenchSettings:
     """Reads ``key=value`` words.
 
     Raises:
         ConfigError: with every mistake of the line, one a row.
     """
-    known = {field.name for field in fields(BenchSettings)}
+    known = [field.name for field in fields(BenchSettings)]
+    keys = ", ".join(known)
     values: dict[str, object] = {}
     problems: list[str] = []
     for word in words:
         key, separator, text = word.partition("=")
         if not separator:
-            problems.append(f"{word!r} is not of the form key=value{nearest(key, known)}; keys: {', '.join(HELP)}")
+            problems.append(f"{word!r} is not of the form key=value{nearest(key, known)}; keys: {keys}")
         elif key not in known:
-            problems.append(f"unknown key {key!r}{nearest(key, known)}; keys: {', '.join(HELP)}")
+            problems.append(f"unknown key {key!r}{nearest(key, known)}; keys: {keys}")
         elif key in values:
             problems.append(f"{key} is given twice")
         else:
@@ -158,7 +168,12 @@ def _value(key: str, text: str, problems: list[str]) -> object:
             if m not in METHODS
         ]
         return chosen
-    if key == "budget":
+    if key == "model":
+        try:
+            shapes.resolve(text)
+        except (ConfigError, UnsupportedModelError) as error:
+            problems.append(str(error))
+    elif key == "budget":
         _check_budget(text, problems)
     elif key == "device":
         _check_device(text, problems)
@@ -184,8 +199,8 @@ def _check_budget(text: str, problems: list[str]) -> None:
     elif text != "auto" and text not in BUDGETS:
         hint = f" (did you mean '{text}tok'?)" if f"{text}tok" in BUDGETS else nearest(text, BUDGETS)
         problems.append(
-            f"budget={text}: must be auto, one of {', '.join(BUDGETS)}, or counts per crop as DOMINANT+CONTEXTUAL such as "
-            f"54+10{hint}"
+            f"budget={text}: must be auto, one of {', '.join(BUDGETS)}, or counts per crop as DOMINANT+CONTEXTUAL such "
+            f"as 54+10{hint}"
         )
 
 
@@ -203,9 +218,9 @@ def _check_device(text: str, problems: list[str]) -> None:
 def estimate_bytes(settings: BenchSettings, model: BenchModel, num_parameters: int) -> int:
     """Estimates the largest memory a measurement needs, before anything is allocated.
 
-    Counts the weights, the float32 copy of a half-precision tower that the equality check makes, every attention map and
-    hidden state that ``eager_maps`` keeps, the cache, and a language model layer's activations. An estimate from above:
-    the parts do not all peak together.
+    Counts the weights, the float32 copy of a half-precision tower that the equality check makes, every attention map
+    and hidden state that ``eager_maps`` keeps, the cache, and a language model layer's activations. An estimate from
+    above: the parts do not all peak together.
 
     Args:
         settings: the measurement.
@@ -235,7 +250,7 @@ def estimate_bytes(settings: BenchSettings, model: BenchModel, num_parameters: i
 
 
 def tower_parameters(config: PretrainedConfig) -> int:
-    """Returns the weights of a vision transformer's layers, patch embedding and positions (norms and biases left out)."""
+    """Returns the number of weights of a vision transformer, norms and biases left out."""
     dim = config.hidden_size
     num_rows = (config.image_size // config.patch_size) ** 2 + 1
     per_layer = 4 * dim * dim + 2 * dim * config.intermediate_size

@@ -1,7 +1,7 @@
 """The models a measurement can be made on, and how to build them without downloading anything.
 
-Time and memory depend on shapes and not on what the weights say, so the true 7B and 13B shapes can be measured with random
-weights. They are built on the target device in the target dtype, with no float32 copy on the way.
+Time and memory depend on shapes and not on what the weights say, so the true 7B and 13B shapes can be measured with
+random weights. They are built on the target device in the target dtype, with no float32 copy on the way.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def resolve(name: str) -> BenchModel:
     if not (directory / "config.json").is_file():
         if name == TINY:
             raise ConfigError(
-                f"model=tiny: {directory} holds no config.json; `make tiny` trains it, or choose one of {', '.join(SHAPES)}"
+                f"model=tiny: {directory} holds no config.json; `make tiny` trains it, or choose one of "
+                f"{', '.join(SHAPES)}"
             )
         allowed = [TINY, *SHAPES]
         raise ConfigError(
@@ -150,8 +151,8 @@ def resolve(name: str) -> BenchModel:
 class _ParametersOnMeta(TorchFunctionMode):
     """Sends ``torch.empty`` (which all large parameters start as) to the meta device, and leaves the rest where it is.
 
-    So a model's buffers (position indices, rotary frequencies) get their true contents while its weights take no memory and
-    their initialisers, which would take minutes on a CPU, do nothing.
+    So a model's buffers (position indices, rotary frequencies) get their true contents while its weights take no memory
+    and their initialisers, which would take minutes on a CPU, do nothing.
     """
 
     def __torch_function__(
@@ -179,8 +180,8 @@ def build_meta(model: BenchModel, dtype: torch.dtype) -> PreTrainedModel:
 def build_random(model: BenchModel, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
     """Builds the model with random weights, directly on the device and in the dtype.
 
-    Weights of variance 1 / fan-in keep activations near one; query and key projections of the tower are twice that, so that
-    the attention differs clearly from patch to patch, as it does in trained towers, and ranking has no near ties.
+    Weights of variance 1 / fan-in keep activations near one; query and key projections of the tower have twice that, so
+    that attention differs clearly from patch to patch, as it does in trained towers, and near ties are rare.
 
     Args:
         model: what to build.
@@ -192,6 +193,7 @@ def build_random(model: BenchModel, device: torch.device, dtype: torch.dtype, se
         built = _construct(model, dtype)
     buffers = dict(built.named_buffers())
     built.to_empty(device=device)
+    built.tie_weights()  # to_empty gives each user of a shared weight its own
     for name, buffer in built.named_buffers():
         buffer.copy_(buffers[name])
     generator = torch.Generator(device=device).manual_seed(seed)

@@ -12,7 +12,7 @@ from torch import Tensor
 from vzip.bench.eager_maps import EagerMaps, select_layer_index
 from vzip.bench.hooks import recorded_outputs
 from vzip.bench.memory import storage_bytes
-from vzip.bench.timing import StageTimes, Stopwatch, synchronize
+from vzip.bench.timing import StageTimes, Stopwatch
 from vzip.bench.workload import Workload
 from vzip.compressors import VisionOutput
 from vzip.data.images import prepare_pictures

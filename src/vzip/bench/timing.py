@@ -1,8 +1,8 @@
 """Timing that can be trusted: synchronised stages, interleaved repeats, medians with quartiles.
 
 A GPU runs behind the Python program, so a clock that is read without waiting for it times the launch and not the work.
-Every stage here starts and ends with a synchronisation. Methods take turns (A B C A B C ...) so that a machine that slows
-down or speeds up during the measurement treats all of them alike.
+Every stage here starts and ends with a synchronisation. Methods take turns (A B C A B C ...) so that a machine that
+slows down or speeds up during the measurement treats all of them alike.
 """
 
 from __future__ import annotations

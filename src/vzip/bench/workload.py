@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from vzip.bench import shapes
 from vzip.bench.memory import refuse_if_too_large
@@ -79,9 +79,9 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
         allowed = model.config.text_config.max_position_embeddings
         if longest > allowed:
             raise ConfigError(
-                f"a prompt of up to {num_visual} visual, {settings.prompt_tokens} text and {settings.num_new_tokens} new "
-                f"tokens is {longest} long, and {model.name} has {allowed} positions; lower num_crops, prompt_tokens or "
-                "num_new_tokens"
+                f"a prompt of up to {num_visual} visual, {settings.prompt_tokens} text and "
+                f"{settings.num_new_tokens} new tokens is {longest} long, and {model.name} has {allowed} positions; "
+                "lower num_crops, prompt_tokens or num_new_tokens"
             )
     num_parameters = sum(p.numel() for p in shapes.build_meta(model, settings.torch_dtype).parameters())
     needed = estimate_bytes(settings, model, num_parameters)
@@ -97,7 +97,7 @@ def build(settings: BenchSettings, model: BenchModel) -> Workload:
     """
     device, dtype = settings.torch_device, settings.torch_dtype
     weights = model.default_weights if settings.weights == "auto" else settings.weights
-    image_processor: Any = None
+    image_processor: Any = None  # taken from the checkpoint, or else CLIP's
     if weights == "random":
         hf_model = shapes.build_random(model, device, dtype, settings.seed)
     elif model.tower_only:
@@ -124,12 +124,17 @@ def build(settings: BenchSettings, model: BenchModel) -> Workload:
         select_layer=TOWER_ONLY_SELECT_LAYER if adapter is None else adapter.select_layer,
         stock_offset=int(tower.geometry.has_cls) if adapter is None else adapter.stock_offset,
         compressor=VisionZip(settings.token_budget(model)[1]),
-        image_processor=image_processor
-        or CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        image_processor=image_processor or _clip_image_processor(side),
         pictures=make_pictures(settings.batch_size * num_crops, settings.seed),
         input_ids=None if adapter is None else make_prompts(settings, adapter, num_crops),
         num_crops=num_crops,
     )
+
+
+def _clip_image_processor(side: int) -> Any:
+    from transformers import CLIPImageProcessor  # here, because it warns about torchvision when it is imported
+
+    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 def _load_tower(model: BenchModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -140,8 +145,8 @@ def _load_tower(model: BenchModel, device: torch.device, dtype: torch.dtype) -> 
         loaded = loader.from_pretrained(model.checkpoint, dtype=dtype, attn_implementation="sdpa")
     except OSError as error:
         raise CheckpointError(
-            f"model={model.name} weights=pretrained: {model.checkpoint} could not be loaded ({error}); without a network "
-            "give a local directory as model=DIR, or weights=random, which measures the same shapes"
+            f"model={model.name} weights=pretrained: {model.checkpoint} could not be loaded ({error}); without a "
+            "network give a local directory as model=DIR, or weights=random, which measures the same shapes"
         ) from error
     return loaded.to(device).eval().requires_grad_(False)
 

@@ -1,0 +1,161 @@
+"""The command: bad words, files, and what it may import."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vzip.bench import cli
+from vzip.bench.settings import HELP, BenchSettings, parse
+from vzip.errors import ConfigError, RunExistsError
+
+
+def run(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    return cli.main(parser.parse_args(list(words)))
+
+
+def test_every_key_is_documented() -> None:
+    assert list(HELP) and set(HELP) == set(BenchSettings.__dataclass_fields__)
+
+
+def test_values_are_read() -> None:
+    s = parse(["model=llava15_7b", "budget=54+10", "methods=vzip,vanilla", "num_crops=5", "overwrite=true"])
+    assert (s.model, s.budget, s.methods, s.num_crops, s.overwrite) == (
+        "llava15_7b",
+        "54+10",
+        ("vzip", "vanilla"),
+        5,
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("batchsize=2", "unknown key 'batchsize' (did you mean 'batch_size'?)"),
+        ("budget", "'budget' is not of the form key=value"),
+        ("budget=64", "did you mean '64tok'?"),
+        ("budget=full", "methods=vanilla"),
+        ("budget=0+0", "keeps no visual token"),
+        ("budget=1.5+2", "budget=1.5+2: must be"),
+        ("budget=-1+2", "budget=-1+2: must be"),
+        ("dtype=fp16", "did you mean 'float16'?"),
+        ("device=tpu", "must be auto, cpu, cuda or cuda:N"),
+        ("device=cuda:99", "CUDA devices"),
+        ("repeats=0", "repeats=0: must be a whole number of at least 1"),
+        ("num_crops=two", "num_crops=two"),
+        ("warmup=-1", "warmup=-1"),
+        ("methods=vzip,eager", "unknown method 'eager' (did you mean 'eager_maps'?)"),
+        ("weights=randm", "did you mean 'random'?"),
+        ("overwrite=yes", "must be true or false"),
+        ("out=", "out= is empty"),
+        ("model=llava15_7", "did you mean 'llava15_7b'?"),
+    ],
+)
+def test_bad_word(word: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse([word])
+    assert message in str(error.value)
+
+
+def test_all_mistakes_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(["repeat=3", "dtype=half", "budget=1:2", "seed=1", "seed=2"])
+    lines = str(error.value).splitlines()
+    assert len(lines) == 4 and "seed is given twice" in lines[-1]
+
+
+def test_budget_larger_than_the_tower(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="65"):
+        run(f"model={checkpoint}", "budget=64+10", f"out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_whole_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        f"model={checkpoint}",
+        "budget=12+4",
+        "device=cpu",
+        "repeats=2",
+        "warmup=0",
+        "num_crops=2",
+        f"out={tmp_path}",
+    ]
+    assert run(*words) == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert result["schema_version"] == 1
+    assert {
+        "model",
+        "settings",
+        "resolved",
+        "environment",
+        "agreement",
+        "methods",
+        "ratios",
+        "conventions",
+        "notes",
+    } <= set(result)
+    assert list(result["methods"]) == ["vanilla", "vzip", "eager_maps"]
+    for name, method in result["methods"].items():
+        assert method["num_visual_tokens"] == 2 * (64 if name == "vanilla" else 16)
+        assert method["kv_cache_bytes"] == method["kv_cache_formula_bytes"] > 0
+        assert method["peak_memory_bytes"] >= method["peak_memory_added_bytes"]
+        assert all(len(stage["samples_ms"]) == 2 for stage in method["stages"].values())
+        for stage in method["flops"].values():
+            assert stage["formula"] in (None, stage["counted"])
+    vzip, maps = result["methods"]["vzip"], result["methods"]["eager_maps"]
+
+    def medians(method: dict, *stages: str) -> float:
+        return sum(method["stages"][stage]["median_ms"] for stage in stages)
+
+    ratios = result["ratios"]
+    assert ratios["tower_and_selection_speedup_over_eager_maps"] == pytest.approx(
+        medians(maps, "tower", "selection") / medians(vzip, "tower", "selection")
+    )
+    assert ratios["selection_share_of_tower"] == pytest.approx(
+        medians(vzip, "selection", "scoring") / (medians(vzip, "tower") - medians(vzip, "scoring"))
+    )
+    assert ratios["kv_cache_reduction_over_vanilla"] == pytest.approx((7 + 53 + 128) / (7 + 53 + 32))
+    assert result["resolved"]["weights"] == "pretrained" and result["settings"]["prompt_tokens"] == 60
+    printed = capsys.readouterr().out
+    for word in ("vanilla", "eager_maps", "prefill", "KV cache", "closed formula", "resident memory"):
+        assert word in printed
+    with pytest.raises(RunExistsError, match="overwrite=true"):
+        run(*words)
+    assert run(*words, "overwrite=true", "methods=vzip") == 0
+    assert list(json.loads((tmp_path / "bench.json").read_text())["methods"]) == ["vzip"]
+
+
+def test_no_plot_without_matplotlib(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run(f"model={checkpoint}", "budget=12+4", "repeats=1", "warmup=0", "methods=vzip", f"out={tmp_path}") == 0
+    assert (tmp_path / "bench.json").exists() and not (tmp_path / "bench.png").exists()
+    assert "no plot" in capsys.readouterr().out
+
+
+def test_needs_torch_and_transformers_alone(checkpoint: Path, tmp_path: Path) -> None:
+    """Runs where nothing else of the project's dependencies can be imported."""
+    program = """
+import sys
+for name in ("hydra", "omegaconf", "datasets", "lmms_eval", "wandb", "deepspeed", "peft", "matplotlib"):
+    sys.modules[name] = None
+import argparse
+from vzip.bench import cli
+parser = argparse.ArgumentParser()
+cli.add_arguments(parser)
+sys.exit(cli.main(parser.parse_args(sys.argv[1:])))
+"""
+    words = [f"model={checkpoint}", "weights=random", "budget=12+4", "repeats=1", "warmup=0", f"out={tmp_path}"]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "bench.json").read_text())["resolved"]["weights"] == "random"

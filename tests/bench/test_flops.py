@@ -1,0 +1,81 @@
+"""Counted operations equal closed formulas and figures known from elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.bench.conftest import bench_model, build
+
+from vzip.bench import flops, shapes
+from vzip.bench.operations import count_method
+
+
+def test_vit_l_336_is_381_9_gflops() -> None:
+    model = shapes.resolve("clip_l_336")
+    tower = shapes.build_meta(model, torch.float32)
+    counted = flops.count(lambda: tower(torch.empty(1, 3, 336, 336, device="meta")))
+    # By hand: 24 layers of 577 x (4 x 1024^2 + 2 x 1024 x 4096) + 2 x 577^2 x 1024 multiply-adds, and the patches.
+    by_hand = 2 * (24 * (577 * (4 * 1024**2 + 2 * 1024 * 4096) + 2 * 577**2 * 1024) + 576 * 588 * 1024)
+    assert counted == by_hand == flops.tower_formula(model.config, num_layers=24, num_crops=1, has_cls=True)
+    assert counted / 1e9 == pytest.approx(381.9, abs=0.05)
+
+
+@pytest.mark.parametrize(("num_tokens", "teraflops"), [(636, 8.6166), (124, 1.6467)])
+def test_llama_7b_prefill(num_tokens: int, teraflops: float) -> None:
+    """The known figures count the vocabulary scores of every position."""
+    model = shapes.resolve("llava15_7b")
+    meta = shapes.build_meta(model, torch.bfloat16)
+
+    def prefill() -> object:
+        return meta(
+            inputs_embeds=torch.empty(1, num_tokens, 4096, device="meta", dtype=torch.bfloat16),
+            attention_mask=torch.zeros(1, 1, num_tokens, num_tokens, device="meta", dtype=torch.bfloat16),
+            position_ids=torch.zeros(1, num_tokens, device="meta", dtype=torch.int64),
+        )
+
+    counted = flops.count(prefill)
+    text = model.config.text_config
+    assert counted == flops.decoder_formula(text, num_new=num_tokens, num_past=0, num_logits=num_tokens)
+    assert counted / 1e12 == pytest.approx(teraflops, abs=5e-5)
+
+
+def test_decoder_formula_counts_grouped_heads_and_the_cache() -> None:
+    text = bench_model().config.text_config  # width 32, MLP 64, 2 layers, 4 heads of 8, 2 key and value heads, 64 words
+    per_layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
+    attention = 2 * 3 * (3 + 10) * 32
+    expected = 2 * (2 * (3 * per_layer + attention) + 1 * 32 * 64)
+    assert flops.decoder_formula(text, num_new=3, num_past=10, num_logits=1) == expected
+    assert flops.decoder_formula(text, num_new=3, num_past=10, num_logits=1, batch_size=5) == 5 * expected
+
+
+def test_decoder_formula_is_silent_on_what_it_does_not_describe() -> None:
+    text = bench_model().config.text_config
+    other = type(text).from_dict(text.to_dict())
+    other.model_type = "mixtral"
+    assert flops.decoder_formula(other, num_new=1, num_past=0, num_logits=1) is None
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("method", ["vanilla", "vzip", "eager_maps"])
+def test_every_stage_equals_its_formula(tower: str, method: str) -> None:
+    model = bench_model(tower)
+    w = build(model, batch_size=2, num_crops=3)
+    num_visual = 3 * (16 if method != "vanilla" else 64 - int(tower == "siglip"))
+    stages = count_method(w, model, method, num_visual)
+    assert {"tower", "projector", "prefill", "decode_per_token"} <= set(stages)
+    for stage, operations in stages.items():
+        if operations.formula is not None:
+            assert operations.counted == operations.formula, stage
+    # SigLIP's pooling head, which only the methods that run the whole tower pay for, has no formula here.
+    whole_siglip = tower == "siglip" and method != "vzip"
+    assert (stages["tower"].formula is None) == whole_siglip
+    assert ("selection" in stages) == (method != "vanilla")
+
+
+def test_vzip_tower_saves_the_last_layer() -> None:
+    model = bench_model()
+    w = build(model)
+    whole = count_method(w, model, "vanilla", 64)["tower"].counted
+    ours = count_method(w, model, "vzip", 16)["tower"].counted
+    one_layer = 2 * (65 * (4 * 32**2 + 2 * 32 * 64) + 2 * 65**2 * 32)
+    assert whole - ours == one_layer - 2 * 65 * 32  # less the CLS query's scores

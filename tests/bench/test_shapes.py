@@ -1,0 +1,137 @@
+"""Models built without downloading: sizes, buffers, dtype, and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests import tiny
+from tests.bench.conftest import bench_model
+
+from vzip.bench import memory, shapes
+from vzip.bench.settings import BenchSettings, tower_parameters
+from vzip.bench.shapes import BenchModel
+from vzip.bench.workload import check
+from vzip.errors import ConfigError, UnsupportedModelError
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "projector"),
+    [("clip_l_336", 303.5, 0), ("llava15_7b", 7063.4, 20_979_712), ("llava15_13b", 13350.8, 31_467_520)],
+)
+def test_shapes_have_the_known_sizes(name: str, millions: float, projector: int) -> None:
+    built = shapes.build_meta(shapes.resolve(name), torch.bfloat16)
+    assert sum(p.numel() for p in built.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert sum(p.numel() for n, p in built.named_parameters() if "multi_modal_projector" in n) == projector
+
+
+def test_llava_next_is_declared_an_approximation() -> None:
+    model = shapes.resolve("llava_next_7b")
+    assert model.num_crops == 5
+    assert any("2880" in line for line in model.approximations)
+    name, budget = BenchSettings().token_budget(model)
+    assert (name, budget.num_tokens * 5) == ("32tok", 160)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_build_has_the_stock_buffers_and_finite_varied_weights(dtype: torch.dtype) -> None:
+    model = bench_model()
+    built = shapes.build_random(model, torch.device("cpu"), dtype)
+    stock = tiny.llava()
+    expected = dict(stock.named_buffers())
+    found = dict(built.named_buffers())
+    assert found.keys() == expected.keys() and found
+    for name, buffer in expected.items():
+        assert torch.equal(found[name], buffer), name
+    for name, parameter in built.named_parameters():
+        assert parameter.dtype == dtype and parameter.device.type == "cpu" and not parameter.requires_grad
+        assert torch.isfinite(parameter).all(), name
+        if parameter.ndim > 1:
+            assert not torch.equal(parameter[0], parameter[1]), name
+    inputs = {
+        "pixel_values": tiny.pixels(1).to(dtype),
+        "input_ids": torch.tensor([[5] + [tiny.IMAGE_TOKEN] * 64 + [6]]),
+    }
+    logits = built(**inputs).logits
+    assert torch.isfinite(logits).all() and logits.std() > 0.1
+
+
+def test_random_weights_depend_on_the_seed_alone() -> None:
+    first, again, other = (
+        shapes.build_random(bench_model(), torch.device("cpu"), torch.float32, seed).state_dict() for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_shared_weights_stay_shared() -> None:
+    model = bench_model()
+    model.config.tie_word_embeddings = True
+    model.config.text_config.tie_word_embeddings = True
+    built = shapes.build_random(model, torch.device("cpu"), torch.float32)
+    assert built.get_input_embeddings().weight is built.get_output_embeddings().weight
+
+
+def test_large_weights_repeat_no_row() -> None:
+    """The noise is shorter than a large weight; its prime length keeps rows of a matrix apart."""
+    parameter = torch.empty(3000, 1024)
+    noise = torch.randn(shapes.NOISE_PERIOD)
+    shapes._fill_from(parameter, noise, 5, 0.5)
+    flat = parameter.view(-1)
+    assert flat[0] == noise[5] * 0.5
+    assert (
+        flat[shapes.NOISE_PERIOD] == flat[0] and flat[-1] == noise[(5 + flat.numel() - 1) % shapes.NOISE_PERIOD] * 0.5
+    )
+    assert torch.unique(parameter[:, 0]).numel() > 2900
+
+
+def test_local_directory_is_read(checkpoint: Path) -> None:
+    model = shapes.resolve(str(checkpoint))
+    assert model.default_weights == "pretrained" and not model.tower_only
+    assert model.vision_config.hidden_size == 32
+
+
+def test_unknown_name_gets_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'llava15_7b'") as error:
+        shapes.resolve("llava15_7")
+    assert "clip_l_336" in str(error.value)
+
+
+def test_other_classes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UnsupportedModelError, match="'bert'"):
+        shapes.resolve(str(tmp_path))
+
+
+def test_too_large_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda _device: 20 * memory.GIB)
+    settings = BenchSettings(model="llava15_13b", device="cpu", dtype="float32")
+    with pytest.raises(ConfigError, match=r"needs about \d+\.\d GiB on cpu, but only 20\.0 GiB"):
+        check(settings, shapes.resolve("llava15_13b"))
+    check(BenchSettings(model="clip_l_336", device="cpu"), shapes.resolve("clip_l_336"))
+
+
+def test_estimate_counts_the_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CLIP-L with 5 crops keeps 24 x 5 x 16 x 577^2 float32 numbers: 2.4 GiB more than without eager_maps."""
+    asked: list[int] = []
+    monkeypatch.setattr("vzip.bench.workload.refuse_if_too_large", lambda needed, _device, _what: asked.append(needed))
+    model = shapes.resolve("clip_l_336")
+    for methods in (("vzip",), ("vzip", "eager_maps")):
+        check(BenchSettings(device="cpu", dtype="float32", num_crops=5, methods=methods), model)
+    maps = 24 * 5 * 16 * 577**2 * 4
+    assert asked[0] > 303_000_000 * 4
+    assert maps < asked[1] - asked[0] < 1.5 * maps
+
+
+def test_tower_parameters_are_nearly_all() -> None:
+    model = shapes.resolve("clip_l_336")
+    exact = sum(p.numel() for p in shapes.build_meta(model, torch.float32).parameters())
+    assert exact * 0.99 < tower_parameters(model.config) <= exact
+
+
+def test_prompt_longer_than_the_positions() -> None:
+    model: BenchModel = bench_model()  # 512 positions
+    with pytest.raises(ConfigError, match="512 positions"):
+        check(BenchSettings(device="cpu", budget="12+4", num_crops=8), model)
