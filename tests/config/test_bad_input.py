@@ -60,7 +60,8 @@ MESSAGES = {
     ("visionzip",): ["'visionzip': not a setting; write group=option or key=value."],
     ("eval.tasks=[pope",): ["'eval.tasks=[pope': cannot be read"],
     ("compressor=none",): [
-        "compressor=none keeps every visual token, but budget=64tok asks for 54 dominant + 10 contextual: set budget=full"
+        "compressor=none keeps every visual token, but budget=64tok asks for 54 dominant + 10 contextual: set"
+        " budget=full"
     ],
     ("budget=full",): ["compressor=visionzip needs a budget, but budget=full names no counts: set budget=64tok"],
     ("budget.num_dominant=0",): ["budget.num_dominant=0: must be a whole number of tokens a crop, 1 or more"],

@@ -41,7 +41,17 @@ PRINTED_AVERAGE = {
     "llava15_13b_128tok": 97.0,
     "llava15_13b_64tok": 93.7,
 }
-TASKS = "gqa mmbench_en_dev_static mme pope scienceqa_img vqav2_val textvqa_val mmmu_val seedbench".split()
+TASKS = [
+    "gqa",
+    "mmbench_en_dev_static",
+    "mme",
+    "pope",
+    "scienceqa_img",
+    "vqav2_val",
+    "textvqa_val",
+    "mmmu_val",
+    "seedbench",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

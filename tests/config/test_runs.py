@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from tests.config.test_bad_input import script
 
 import vzip
 import vzip.evaluation.run
 import vzip.report.table
-from tests.config.test_bad_input import script
 from vzip.config.build import EvaluationPlan, evaluation_plan, resolved, unchanged_recipe
 from vzip.config.options import config_dir
 from vzip.config.rundir import run_directory

@@ -72,7 +72,8 @@ def _check_values(overrides: Sequence[Override], directory: Path, config_name: s
         if not override.is_sweep_override():
             choices.append([str(override.input_line)])
         elif override.is_discrete_sweep():
-            choices.append([f"{override.get_key_element()}={value!s}" for value in override.sweep_string_iterator()])
+            values = [str(value) for value in override.sweep_string_iterator()]
+            choices.append([f"{override.get_key_element()}={value}" for value in values])
         else:
             return []  # an interval of an optimising sweeper: its values are not known yet
     problems: list[str] = []
