@@ -32,7 +32,7 @@ def vision_config(tower: Literal["clip", "siglip"], num_layers: int = 4) -> Any:
     kind = CLIPVisionConfig if tower == "clip" else SiglipVisionConfig
     return kind(
         hidden_size=32,
-        intermediate_size=64,
+        intermediate_size=80,  # no other size may look like an attention map's (64 or 65)
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         image_size=IMAGE_SIZE,
@@ -40,8 +40,9 @@ def vision_config(tower: Literal["clip", "siglip"], num_layers: int = 4) -> Any:
     )
 
 
-def sharpen(model: torch.nn.Module, factor: float = 12.0) -> None:
+def sharpen(model: torch.nn.Module, tower: Literal["clip", "siglip"]) -> None:
     """Makes random attention peaked, so that rankings have no near-ties and outputs depend on every input."""
+    factor = 12.0 if tower == "clip" else 3.0  # SigLIP starts from larger weights
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -81,7 +82,7 @@ def llava(
     model = LlavaForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id = None  # never stop early: every token is compared
     model.generation_config.pad_token_id = 3
-    sharpen(model)
+    sharpen(model, tower)
     return model
 
 
