@@ -91,6 +91,7 @@ MESSAGES = {
     ("eval.gen_kwargs.num_beams=0",): ["eval.gen_kwargs.num_beams=0: must be a whole number, 1 or more, or null"],
     ("compressor.merge_rule=max",): ["merge_rule='max': must be one of sum, mean"],
     ("+compressor.merge_rul=mean",): ["compressor.merge_rul: vzip.VisionZip has no such argument (did you mean"],
+    ("compressor.merge_rul=mean",): ["compressor.merge_rul: no such key (did you mean 'compressor.merge_rule'?)"],
     ("compressor._target_=vzip.Nothing",): ["compressor._target_=vzip.Nothing: cannot be imported"],
     ("seed=-1",): ["seed=-1: must be a whole number, 0 or more"],
     ("overwrite=1",): ["overwrite=1: must be true or false"],

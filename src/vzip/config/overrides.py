@@ -100,7 +100,7 @@ def _check_word(word: str, parser: OverridesParser, directory: Path) -> list[str
     known = groups(directory)
     if key == RECIPE_GROUP or key in known:
         return _check_option(override, directory)
-    return _check_key(key, directory, known)
+    return _check_key(key, directory, known, adds=override.is_add())
 
 
 def _check_option(override: Override, directory: Path) -> list[str]:
@@ -120,11 +120,12 @@ def _check_option(override: Override, directory: Path) -> list[str]:
     ]
 
 
-def _check_key(key: str, directory: Path, known: list[str]) -> list[str]:
+def _check_key(key: str, directory: Path, known: list[str], adds: bool) -> list[str]:
     keys = [*schema.known_keys(), *_compressor_keys(directory)]
-    if key in keys or any(k.startswith(f"{key}.") for k in keys) or key.startswith("compressor."):
-        # A compressor of one's own may take any argument; its class judges them.
+    if key in keys or any(k.startswith(f"{key}.") for k in keys):
         return []
+    if key.startswith("compressor.") and (adds or key.startswith("compressor.budget.")):
+        return []  # an argument that no file names yet: the compressor's class judges it
     group, dot, _ = key.partition(".")
     within = [k for k in keys if k.startswith(f"{group}.")]
     if not dot or not within:
@@ -143,5 +144,5 @@ def _compressor_keys(directory: Path) -> list[str]:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         if not isinstance(loaded, dict):
             raise ConfigError(f"{path}: must be a mapping with name and _target_; it starts: {header(path)[:1]}.")
-        keys |= {f"compressor.{key}" for key in loaded}
+        keys |= {"compressor." + str(key) for key in loaded}
     return sorted(keys)
