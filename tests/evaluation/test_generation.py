@@ -42,7 +42,7 @@ def test_overrides_win_and_can_turn_sampling_on():
 
 
 def test_an_unknown_setting_of_a_task_is_an_error():
-    with pytest.raises(ConfigError, match="task t: generation_kwargs.num_beam=2 .*did you mean 'num_beams'"):
+    with pytest.raises(ConfigError, match=r"task t: generation_kwargs.num_beam=2 .*did you mean 'num_beams'"):
         settings_for("t", {"num_beam": 2}, {})
 
 

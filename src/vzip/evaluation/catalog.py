@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,28 +39,34 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> TaskMan
         if set(tasks) <= set(own.all_tasks):
             _check_generative(own, tasks)
             return own
-    everything = TaskManager(
-        verbosity="ERROR", include_path=None if own is None else str(include_path), model_name="vzip"
-    )
+    built_in = built_in_tasks()
+    own_names = set() if own is None else set(own.all_tasks)
+    known = sorted({*built_in.all_tasks, *own_names})
     for name in tasks:
-        if name not in everything.all_tasks:
-            known = everything.all_tasks
+        if name not in known:
             raise ConfigError(
                 f"task {name!r} is not known{nearest(name, known)}. There are {len(known)} names in lmms-eval"
                 + (f" and {str(include_path)!r}" if own else "; eval.include_path names a folder of your own tasks")
                 + ". Change eval.tasks."
             )
-        if own is not None and name in own.all_tasks and _path_of(own, name) != _path_of(everything, name):
+        if name in own_names and name in built_in.all_tasks:
             raise ConfigError(
-                f"task {name!r} of {_path_of(own, name)} has the name of a built-in task of lmms-eval, which would be"
+                f"task {name!r} of {str(include_path)!r} has the name of a built-in task of lmms-eval, which would be"
                 " run instead. Give yours another name."
             )
-    _check_generative(everything, tasks)
-    return everything
+    manager = built_in
+    if own_names & set(tasks):  # some from each
+        manager = TaskManager(verbosity="ERROR", include_path=str(include_path), model_name="vzip")
+    _check_generative(manager, tasks)
+    return manager
 
 
-def _path_of(manager: TaskManager, name: str) -> str:
-    return str(manager.task_index[name]["yaml_path"])
+@cache
+def built_in_tasks() -> TaskManager:
+    """lmms-eval's own tasks; read once a process, for it takes seconds."""
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager(verbosity="ERROR", model_name="vzip")
 
 
 def task_config(manager: TaskManager, name: str) -> dict[str, Any]:

@@ -86,10 +86,9 @@ def _row(path: Path, number: int, row: Any) -> ExpectedRow:
     missing = [name for name in names if name not in row]
     unknown = [name for name in row if name not in names]
     if missing or unknown:
-        problems = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(
-            unknown
+        raise ManifestError(
+            f"{where}: missing keys {missing}, unknown keys {unknown}; each row has exactly {', '.join(names)}."
         )
-        raise ManifestError(f"{where}: {' and '.join(problems)}; the keys are {', '.join(names)}.")
     for name in ("value", "tolerance"):
         value = row[name]
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,0 +1,234 @@
+"""Records, expectations, and `python -m vzip compare`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from vzip.errors import ManifestError
+from vzip.report import compare as comparison
+from vzip.report.expected import read_expected
+from vzip.report.record import primary_scores, read_record, read_samples, score_of
+from vzip.report.table import print_record
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def record(compressor="VisionZip", scores=(0.6, 0.7), **change):
+    def task(metrics, primary, unit):
+        entries = {k: {"value": v, "standard_error": e, "standard_error_source": "x"} for k, (v, e) in metrics.items()}
+        return {"primary_metric": primary, "unit": unit, "chance": None, "num_samples": 50, "metrics": entries}
+
+    return {
+        "schema_version": 1,
+        "kind": "evaluation",
+        "created": "2026-01-01",
+        "config": {"recipe": "mine"},
+        "gen_kwargs": {},
+        "system_prompt": None,
+        "limit": None,
+        "model": {"name_or_path": "m", "revision": None, "class": "L", "dtype": "float16", "preprocess": "llava"},
+        "compressor": {"name": compressor, "settings": compressor},
+        "visual_tokens": {"budget_per_crop": 64, "measured_min": 64, "measured_max": 64, "num_images": 100},
+        "tasks": {
+            "gqa": task({"exact_match": (scores[0], 0.01)}, "exact_match", "fraction"),
+            "mme": task({"p": (100 * scores[1], None), "c": (30.0, None)}, "p+c", "points"),
+        },
+        "data": {"gqa": {"questions_sha256": "g"}, "mme": {"questions_sha256": "m"}},
+        "wall_time_s": 3.2,
+        "peak_memory_gib": {"process": 1.0, "cuda": None},
+        "provisional": False,
+        "provisional_reasons": [],
+    } | change
+
+
+def expected(rows, **top):
+    blank = {"tolerance": None, "source": "Table 1", "protocol": "as there"}
+    return {"recipe": "mine", "vanilla": "mine_vanilla", **top, "rows": [blank | row for row in rows]}
+
+
+ROWS = [
+    {"task": "gqa", "metric": "exact_match", "value": 55.0, "unit": "percent", "tolerance": 1.0},
+    {"task": "mme", "metric": "p+c", "value": 110, "unit": "points"},
+    {"task": "pope", "metric": "f", "value": 1, "unit": "percent"},
+]
+VANILLA_ROWS = [
+    {"task": "gqa", "metric": "exact_match", "value": 61.9, "unit": "percent"},
+    {"task": "mme", "metric": "p+c", "value": 200, "unit": "points"},
+]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A runs tree with a compressed run, its vanilla run, and runs that must not be taken for it."""
+
+    def put(name, content):
+        folder = tmp_path / "runs" / "eval" / name
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(content))
+        return folder
+
+    put("mine_vanilla/none-full/seed0", record("Identity", (0.8, 1.7)))
+    put("other/none-full/seed0", record("Identity", (0.1, 0.1), model={"name_or_path": "another"}))
+    put("limited/none-full/seed0", record("Identity", (0.2, 0.2), limit=5, created="2027"))
+    put("questions/none-full/seed0", record("Identity", created="2027", data={"gqa": {"questions_sha256": "x"}}))
+    put("broken/none-full/seed0", {"kind": "bench"})
+    for name, rows in (("mine", ROWS), ("mine_vanilla", VANILLA_ROWS)):
+        (tmp_path / f"{name}.expected.json").write_text(json.dumps(expected(rows)))
+    return put("mine/visionzip-64tok/seed0", record()), tmp_path
+
+
+def run_main(*args):
+    parser = argparse.ArgumentParser()
+    comparison.add_arguments(parser)
+    return comparison.main(parser.parse_args([str(arg) for arg in args]))
+
+
+def test_numbers(tree):
+    run, folder = tree
+    vanilla = comparison.find_vanilla(read_record(run), run)
+    assert vanilla == folder / "runs/eval/mine_vanilla/none-full/seed0/run.json"
+    rows = comparison.compare(
+        read_record(run),
+        read_expected(folder / "mine.expected.json"),
+        read_record(vanilla),
+        read_expected(folder / "mine_vanilla.expected.json"),
+    )
+    gqa, mme, pope = rows
+    assert gqa.measured == pytest.approx(60.0) and gqa.difference == pytest.approx(5.0)
+    assert gqa.standard_error == pytest.approx(1.0) and gqa.verdict == "off"
+    assert gqa.measured_retention == pytest.approx(0.6 / 0.8)
+    assert gqa.expected_retention == pytest.approx(55 / 61.9)
+    assert mme.measured == pytest.approx(100.0) and mme.difference == pytest.approx(-10.0) and mme.verdict == "-"
+    assert mme.measured_retention == pytest.approx(0.5) and mme.expected_retention == pytest.approx(0.55)
+    assert (pope.measured, pope.difference, pope.verdict) == (None, None, "missing")
+
+
+def test_printed(tree, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    run, folder = tree
+    assert run_main(run, "--expected", folder / "mine.expected.json") == 1
+    out = capsys.readouterr().out
+    for text in ("60.00", "+5.00", "75.0 %", "88.9 %", "off", "missing", "Table 1", "none-full"):
+        assert text in out, text
+
+
+def test_within_tolerance(tree, capsys):
+    run, folder = tree
+    wide = json.loads((folder / "mine.expected.json").read_text())
+    wide["rows"][0]["tolerance"] = 5.0001
+    (folder / "wide.expected.json").write_text(json.dumps(wide))
+    assert run_main(run / "run.json", "--expected", folder / "wide.expected.json") == 0
+
+
+def test_no_vanilla_run_is_said(tree, capsys):
+    run, folder = tree
+    (folder / "runs/eval/mine_vanilla/none-full/seed0/run.json").unlink()
+    run_main(run, "--expected", folder / "mine.expected.json")
+    assert "none found" in capsys.readouterr().out
+
+
+def test_the_recipe_of_the_record_is_found(tree, monkeypatch, capsys):
+    run, folder = tree
+    (folder / "configs" / "exp").mkdir(parents=True)
+    (folder / "mine.expected.json").rename(folder / "configs/exp/mine.expected.json")
+    monkeypatch.chdir(folder)
+    assert run_main(run) == 1
+    assert "mine: measured beside expected" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is not JSON"),
+        ("{}", "list 'rows'"),
+        (json.dumps({"rows": [{"task": "x"}]}), r"row 0: missing keys \['metric'"),
+        (json.dumps(expected([ROWS[0] | {"extra": 1}])), r"unknown keys \['extra'\]"),
+        (json.dumps(expected([ROWS[0] | {"value": "55"}])), "value is '55'"),
+        (json.dumps(expected([ROWS[0] | {"tolerance": -1}])), "0 or more"),
+        (json.dumps(expected([ROWS[0] | {"unit": "%"}])), "unit is '%'"),
+        (json.dumps(expected([ROWS[0], ROWS[0]])), "stands there twice"),
+    ],
+)
+def test_bad_expectations(tmp_path, content, message):
+    path = tmp_path / "a.expected.json"
+    path.write_text(content)
+    with pytest.raises(ManifestError, match=message):
+        read_expected(path)
+
+
+def test_errors_have_no_traceback(tmp_path, capsys):
+    assert run_main(tmp_path) == 2
+    assert "holds no run.json" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text(json.dumps(record(config=None)))
+    assert run_main(tmp_path) == 2
+    assert "--expected FILE" in capsys.readouterr().err
+
+
+def test_units_that_cannot_be_converted(tree):
+    run, folder = tree
+    rows = [{"task": "mme", "metric": "p+c", "value": 1, "unit": "percent"}]
+    (folder / "bad.expected.json").write_text(json.dumps(expected(rows)))
+    with pytest.raises(ManifestError, match="expected in percent, but the record has points"):
+        comparison.compare(read_record(run), read_expected(folder / "bad.expected.json"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("x", "is not JSON"), ('{"a": 1}', "lacks schema_version"), ("[]", "lacks"), (None, "does not exist")],
+)
+def test_bad_records(tmp_path, content, message):
+    path = tmp_path / "run.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ManifestError, match=message):
+        read_record(path)
+
+
+def test_a_record_of_another_version(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(record(schema_version=9)))
+    with pytest.raises(ManifestError, match="schema_version 9"):
+        read_record(tmp_path)
+
+
+def test_scores():
+    content = record()
+    assert score_of(content, "gqa", "exact_match").value == 0.6
+    assert score_of(content, "mme", "p+c").value == pytest.approx(100)
+    assert score_of(content, "gqa", "none") is None and score_of(content, "none", "x") is None
+    assert {task: score.value for task, score in primary_scores(content).items()} == {
+        "gqa": 0.6,
+        "mme": pytest.approx(100),
+    }
+
+
+def test_samples(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ManifestError, match="were not kept"):
+        read_samples(tmp_path)
+    (tmp_path / "samples.jsonl").write_text('{"task": "a", "x": 1}\n{"task": "b"}\n{"task": "a", "x": 2}\n')
+    assert [row["x"] for row in read_samples(tmp_path)["a"]] == [1, 2]
+
+
+def test_table(capsys):
+    console = Console(width=120)
+    print_record(record(provisional_reasons=["limit=5"]), console)
+    print_record({}, console)
+    out = capsys.readouterr().out
+    for text in ("gqa", "exact_match", "0.6", "0.01", "50", "measured: 64 (100 pictures)", "provisional: limit=5"):
+        assert text in out, text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "exp").glob("*.expected.json")), ids=lambda path: path.name)
+def test_the_recipes_expectations_are_readable_and_comparable(path):
+    from vzip.evaluation.protocol import PROTOCOLS
+
+    expectation = read_expected(path)
+    assert path.with_name(f"{expectation.recipe}.yaml").is_file()
+    for row in expectation.rows:
+        assert row.task in PROTOCOLS
+        comparison._factor(PROTOCOLS[row.task].unit, row)
