@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.bench.conftest import bench_model, build
+from transformers import LlamaConfig
 
 from vzip.bench import flops, shapes
 from vzip.bench.operations import count_method
@@ -40,8 +41,15 @@ def test_llama_7b_prefill(num_tokens: int, teraflops: float) -> None:
 
 
 def test_decoder_formula_counts_grouped_heads_and_the_cache() -> None:
-    text = bench_model().config.text_config  # width 32, MLP 64, 2 layers, 4 heads of 8, 2 key and value heads, 64 words
-    per_layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
+    text = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    per_layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
     attention = 2 * 3 * (3 + 10) * 32
     expected = 2 * (2 * (3 * per_layer + attention) + 1 * 32 * 64)
     assert flops.decoder_formula(text, num_new=3, num_past=10, num_logits=1) == expected
@@ -77,5 +85,6 @@ def test_vzip_tower_saves_the_last_layer() -> None:
     w = build(model)
     whole = count_method(w, model, "vanilla", 64)["tower"].counted
     ours = count_method(w, model, "vzip", 16)["tower"].counted
-    one_layer = 2 * (65 * (4 * 32**2 + 2 * 32 * 64) + 2 * 65**2 * 32)
-    assert whole - ours == one_layer - 2 * 65 * 32  # less the CLS query's scores
+    dim, mlp_dim = model.vision_config.hidden_size, model.vision_config.intermediate_size
+    one_layer = 2 * (65 * (4 * dim**2 + 2 * dim * mlp_dim) + 2 * 65**2 * dim)
+    assert whole - ours == one_layer - 2 * 65 * dim  # less the CLS query's scores

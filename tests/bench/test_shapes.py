@@ -16,14 +16,30 @@ from vzip.bench.shapes import BenchModel
 from vzip.bench.workload import check
 from vzip.errors import ConfigError, UnsupportedModelError
 
+# 24 layers with biases and norms; patch and position embeddings, CLS, the norms before and after.
+TOWER = 24 * (4 * 1024**2 + 2 * 1024 * 4096 + 13 * 1024) + (588 + 577 + 1 + 4) * 1024
+
 
 @pytest.mark.parametrize(
-    ("name", "millions", "projector"),
-    [("clip_l_336", 303.5, 0), ("llava15_7b", 7063.4, 20_979_712), ("llava15_13b", 13350.8, 31_467_520)],
+    ("name", "num_parameters", "projector"),
+    [
+        ("clip_l_336", TOWER, 0),
+        # tower, projector, layers, then the text embedding and head of 32064 words each and the last norm
+        (
+            "llava15_7b",
+            TOWER + 20_979_712 + 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 64129 * 4096,
+            20_979_712,
+        ),
+        (
+            "llava15_13b",
+            TOWER + 31_467_520 + 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 64129 * 5120,
+            31_467_520,
+        ),
+    ],
 )
-def test_shapes_have_the_known_sizes(name: str, millions: float, projector: int) -> None:
+def test_shapes_have_the_known_sizes(name: str, num_parameters: int, projector: int) -> None:
     built = shapes.build_meta(shapes.resolve(name), torch.bfloat16)
-    assert sum(p.numel() for p in built.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert sum(p.numel() for p in built.parameters()) == num_parameters
     assert sum(p.numel() for n, p in built.named_parameters() if "multi_modal_projector" in n) == projector
 
 

@@ -64,10 +64,19 @@ def test_cache_bytes_equal_the_formula(method: str, dtype: str) -> None:
     passed = run_pass(METHOD_CLASSES[method](w))
     num_tokens = 7 + 3 * (64 if method == "vanilla" else 16)
     assert passed.num_prompt_tokens == num_tokens
-    by_hand = 2 * 2 * 2 * 8 * num_tokens * 2 * {"float32": 4, "bfloat16": 2}[dtype]
+    text = w.model.config.text_config
+    assert text.num_key_value_heads < text.num_attention_heads  # or grouped heads would go unnoticed
+    head_dim = text.hidden_size // text.num_attention_heads
+    element_bytes = {"float32": 4, "bfloat16": 2}[dtype]
+    by_hand = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * num_tokens * 2 * element_bytes
     assert passed.kv_cache_bytes == by_hand
     formula = kv_cache_formula_bytes(
-        num_layers=2, num_kv_heads=2, head_dim=8, num_tokens=num_tokens, batch_size=2, element_bytes=w.dtype.itemsize
+        num_layers=text.num_hidden_layers,
+        num_kv_heads=text.num_key_value_heads,
+        head_dim=head_dim,
+        num_tokens=num_tokens,
+        batch_size=2,
+        element_bytes=w.dtype.itemsize,
     )
     assert formula == by_hand
 
