@@ -31,9 +31,7 @@ def attention_map(queries: list[list[float]], keys: list[list[float]], num_heads
     """Full softmax maps: [head][query][key]."""
     q = [heads_of(row, num_heads) for row in queries]
     k = [heads_of(row, num_heads) for row in keys]
-    return [
-        [softmax([scale * dot(query[head], key[head]) for key in k]) for query in q] for head in range(num_heads)
-    ]
+    return [[softmax([scale * dot(query[head], key[head]) for key in k]) for query in q] for head in range(num_heads)]
 
 
 def scores(queries, keys, num_heads: int, scale: float, has_cls: bool) -> list[float]:

@@ -79,7 +79,9 @@ def test_the_checker_sees_imports(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     (tmp_path / "ops").mkdir()
     file = tmp_path / "ops" / "bad.py"
-    file.write_text("def f():\n    from ..models.tap import run_tower\n    import transformers.utils\n    from .. import data\n")
+    file.write_text(
+        "def f():\n    from ..models.tap import run_tower\n    import transformers.utils\n    from .. import data\n"
+    )
     assert {"vzip.models.tap", "transformers.utils", "vzip.data"} <= imported_modules(file)
     assert vzip_parts(file) == {"models", "data"}
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests import reference
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vzip
-from tests import reference
 from vzip.compressors import CompressedTokens, Compressor, VisionOutput
 from vzip.errors import ConfigError
 
@@ -44,13 +44,15 @@ def vision_output(has_cls=True, num_crops=4, grid=(5, 8), dtype=torch.float32, s
 
 def crop_of(vision: VisionOutput, number: int) -> VisionOutput:
     part = slice(number, number + 1)
-    return VisionOutput(
-        vision.hidden[part], vision.has_cls, vision.grid, vision.attention[part], vision.keys[part]
-    )
+    return VisionOutput(vision.hidden[part], vision.has_cls, vision.grid, vision.attention[part], vision.keys[part])
 
 
 def golden_names() -> list[str]:
-    return ["49_20+20", "100_13+9", *(f"576_{b}" for b in ("2+1", "14+3", "28+4", "54+10", "100+7", "108+20", "162+30"))]
+    return [
+        "49_20+20",
+        "100_13+9",
+        *(f"576_{b}" for b in ("2+1", "14+3", "28+4", "54+10", "100+7", "108+20", "162+30")),
+    ]
 
 
 @pytest.mark.parametrize("name", golden_names())
@@ -173,7 +175,9 @@ def test_input_is_left_alone(compressor):
         assert torch.equal(old, new)
 
 
-@pytest.mark.parametrize("compressor", [vzip.VisionZip(BUDGET), vzip.VisionZip(BUDGET, "mean"), vzip.ContextualOnly(BUDGET)])
+@pytest.mark.parametrize(
+    "compressor", [vzip.VisionZip(BUDGET), vzip.VisionZip(BUDGET, "mean"), vzip.ContextualOnly(BUDGET)]
+)
 def test_gradients_through_kept_and_merged_tokens(compressor):
     vision = vision_output(num_crops=2, dtype=torch.float64)
     hidden = vision.hidden.clone().requires_grad_()
@@ -218,7 +222,9 @@ def test_impossible_budgets_are_refused(counts):
         vzip.TokenBudget(*counts)
 
 
-@pytest.mark.parametrize("kind", [vzip.VisionZip, vzip.RandomTokens, vzip.UniformTokens, vzip.DominantOnly, vzip.ContextualOnly])
+@pytest.mark.parametrize(
+    "kind", [vzip.VisionZip, vzip.RandomTokens, vzip.UniformTokens, vzip.DominantOnly, vzip.ContextualOnly]
+)
 def test_a_budget_larger_than_the_tower_is_refused(kind):
     with pytest.raises(ConfigError, match=r"= 60 visual tokens per crop.*has 4[01] .*budget\.num_dominant"):
         kind(vzip.TokenBudget(50, 10))(vision_output(True))

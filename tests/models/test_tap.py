@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests import tiny
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
-from tests import tiny
 from vzip.errors import PromptError, UnsupportedModelError
 from vzip.models.tap import run_tower
 from vzip.models.towers import check_select_layer, find_tower, geometry_from_config

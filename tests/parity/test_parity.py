@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests import tiny
+from tests.tiny import IMAGE_TOKEN, NUM_PATCHES
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import vzip
-from tests import tiny
-from tests.tiny import IMAGE_TOKEN, NUM_PATCHES
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 KINDS = [("clip", "default"), ("clip", "full"), ("siglip", "default"), ("siglip", "full")]
@@ -25,7 +25,9 @@ def expanded(tower: str, strategy: str) -> int:
 
 def prompt(num_images_at: list[str | int], length: int) -> torch.Tensor:
     """[1, T]: integers are text ids, "image" an expanded run of ``length`` placeholders."""
-    return torch.tensor([[i for item in num_images_at for i in ([IMAGE_TOKEN] * length if item == "image" else [item])]])
+    return torch.tensor(
+        [[i for item in num_images_at for i in ([IMAGE_TOKEN] * length if item == "image" else [item])]]
+    )
 
 
 @pytest.mark.parametrize(("tower", "strategy"), KINDS)

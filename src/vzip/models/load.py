@@ -7,9 +7,11 @@ import json
 import logging
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, ProcessorMixin
 
 from vzip.compressors.base import Compressor
@@ -94,7 +96,10 @@ def load_vlm(
     if quantization is not None:
         settings["quantization_config"] = quantization_config(quantization, dtype)
     processor = _load_processor(source, revision)
-    model = _reach(source, lambda: adapter_class.model_class.from_pretrained(source, config=config, **settings))
+    # Sizes that differ are let through here only to be refused below together with what is missing.
+    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = _reach(source, lambda: adapter_class.model_class.from_pretrained(source, config=config, **settings))
+    _check_complete(source, report)
     model.eval()
     return CompressedVlm(model, compressor, processor, preprocess)
 
@@ -160,7 +165,7 @@ def _reach(source: Path | str, load: Any) -> Any:
     """Runs a Hugging Face loader and turns what it raises for absent or unreadable checkpoints into ours."""
     try:
         return load()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(source, Path):
             raise CheckpointError(f"{source}: the checkpoint cannot be loaded ({first_line}).") from error
@@ -190,6 +195,19 @@ def _check_weight_files(directory: Path) -> None:
     if not any((directory / name).is_file() for name in _WEIGHT_FILES):
         raise CheckpointError(
             f"{directory}: has a config.json but no weights ({', '.join((*_WEIGHT_FILES, *_WEIGHT_INDEXES))})."
+        )
+
+
+def _check_complete(source: Path | str, report: dict[str, Any]) -> None:
+    """Raises CheckpointError if parameters were left random: Hugging Face only warns of it."""
+    absent = sorted(report["missing_keys"])
+    other_size = sorted(str(key[0]) for key in report["mismatched_keys"])
+    if absent or other_size:
+        names = [*absent, *other_size]
+        raise CheckpointError(
+            f"{source}: {len(absent)} parameters are not in the checkpoint and {len(other_size)} have another size"
+            f" than its config.json says ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}); they would stay"
+            " random. The checkpoint is damaged, or belongs to another architecture."
         )
 
 
