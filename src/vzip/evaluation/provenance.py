@@ -90,6 +90,18 @@ def peak_memory_gib() -> dict[str, float | None]:
     }
 
 
+def weights_sha256(name_or_path: str) -> str | None:
+    """Digest of a small local checkpoint's weights, which has no revision to be told by; None for a hub name.
+
+    Above 256 MiB it is None too: reading many GiB for a record takes minutes.
+    """
+    folder = Path(name_or_path)
+    files = sorted(folder.glob("*.safetensors")) if name_or_path and folder.is_dir() else []
+    if not files or sum(file.stat().st_size for file in files) > 256 * 2**20:
+        return None
+    return hashlib.sha256("".join(_sha256(file) for file in files).encode()).hexdigest()
+
+
 def data_of(config: Mapping[str, Any], dataset: Any, samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """What one task was asked on.
 

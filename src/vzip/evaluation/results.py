@@ -75,7 +75,9 @@ def build_record(
     """The content of ``run.json``; see ``vzip.report.record`` for its fields."""
     tasks: dict[str, Any] = {}
     data: dict[str, Any] = {}
-    for name, result in output["results"].items():
+    # lmms-eval sorts by name; a table reads best in the order that was asked for.
+    asked = {name: order for order, name in enumerate(run["requested_tasks"])}
+    for name, result in sorted(output["results"].items(), key=lambda item: asked.get(item[0], len(asked))):
         of_task = [row for row in rows if row["task"] == name]
         config = task_config(manager, name) if name in manager.all_tasks else {}
         tasks[name] = _task_entry(name, result, of_task, config)
@@ -129,6 +131,7 @@ def _model_entry(vlm: CompressedVlm) -> dict[str, Any]:
         "name_or_path": model.name_or_path,
         # Set by transformers when the files came from the hub.
         "revision": getattr(model.config, "_commit_hash", None),
+        "weights_sha256": provenance.weights_sha256(model.name_or_path),
         "class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),

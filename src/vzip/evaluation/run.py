@@ -92,7 +92,7 @@ def evaluate(
         lm = VzipLmms(vlm, batch_size=batch_size, gen_kwargs=overrides, system_prompt=system_prompt, progress=progress)
         settings = _settings_of(vlm, tasks, limit, overrides, seed, system_prompt, include_path, resolved_config)
         run_dir.mkdir(parents=True, exist_ok=True)
-        if overwrite:
+        if overwrite and _rank() == 0:
             for name in (RECORD_NAME, SAMPLES_NAME, PARTIAL_NAME):
                 (run_dir / name).unlink(missing_ok=True)
         # Sampled answers depend on what was drawn before them, so only greedy ones may be taken up again.
@@ -102,7 +102,8 @@ def evaluate(
         started = time.perf_counter()
         finished = False
         try:
-            with (run_dir / LOG_NAME).open("w") as log, _redirected(log):
+            log_name = LOG_NAME if _rank() == 0 else f"lmms_eval.rank{_rank()}.log"
+            with (run_dir / log_name).open("w") as log, _redirected(log):
                 output = simple_evaluate(
                     model=lm,
                     tasks=list(tasks),
@@ -209,6 +210,7 @@ def _settings_of(
     model = vlm.model
     return {
         "model": [model.name_or_path, type(model).__name__, str(model.dtype), model.num_parameters()],
+        "weights": provenance.weights_sha256(model.name_or_path),
         "config": resolved_config,
         "compressor": repr(vlm.compressor),
         "preprocess": vlm.preprocess,
@@ -229,6 +231,10 @@ def _all_greedy(overrides: Mapping[str, Any]) -> bool:
 
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _gather_logs(lm: VzipLmms) -> None:

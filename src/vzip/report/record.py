@@ -21,6 +21,8 @@ from vzip.errors import ManifestError
 RECORD_NAME = "run.json"
 SAMPLES_NAME = "samples.jsonl"
 SCHEMA_VERSION = 1
+# What makes two runs runs of one model.
+_OF_MODEL = ("name_or_path", "revision", "weights_sha256", "class", "dtype", "preprocess")
 _REQUIRED = ("schema_version", "model", "compressor", "visual_tokens", "tasks", "provisional")
 
 
@@ -124,7 +126,7 @@ def is_vanilla_of(candidate: Mapping[str, Any], record: Mapping[str, Any]) -> bo
     if candidate["compressor"]["name"] != "Identity":
         return False
     same: list[Callable[[Mapping[str, Any]], object]] = [
-        lambda r: [r["model"].get(key) for key in ("name_or_path", "revision", "class", "dtype", "preprocess")],
+        lambda r: [r["model"].get(key) for key in _OF_MODEL],
         lambda r: r.get("gen_kwargs"),
         lambda r: r.get("system_prompt"),
         lambda r: r.get("limit"),
