@@ -45,7 +45,7 @@ def test_the_two_rules_differ_and_hf_is_the_processor_itself():
     stock = PROCESSOR(images=[wide], return_tensors="pt")["pixel_values"]
     assert torch.equal(prepare_pictures([wide], PROCESSOR, "hf")["pixel_values"], stock)
     assert (prepare_pictures([wide], PROCESSOR, "llava")["pixel_values"] - stock).abs().max() > 0.5
-    with pytest.raises(ConfigError, match="model.preprocess"):
+    with pytest.raises(ConfigError, match=r"model\.preprocess"):
         prepare_pictures([wide], PROCESSOR, "pad")
 
 
