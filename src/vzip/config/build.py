@@ -12,7 +12,7 @@ from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
 from vzip.config.options import RECIPE_GROUP, config_dir, options
-from vzip.config.rundir import recipe_changes, run_directory
+from vzip.config.rundir import budget_label, recipe_changes, run_directory
 from vzip.config.validate import BUILT_IN, build_compressor, validate
 from vzip.errors import ConfigError, RunExistsError, nearest
 
@@ -56,10 +56,16 @@ class EvaluationPlan:
             ConfigError: an unknown task, or a folder without tasks.
             MissingPackageError: lmms-eval is not installed.
         """
+        from loguru import logger as lmms_eval_logger  # comes with lmms-eval, which tells of each file it cannot use
+
         from vzip.evaluation import lmms  # noqa: F401  says what to install if lmms-eval is missing
         from vzip.evaluation.catalog import find_tasks
 
-        find_tasks(self.evaluation["tasks"], include_path)
+        lmms_eval_logger.disable("lmms_eval")
+        try:
+            find_tasks(self.evaluation["tasks"], include_path)
+        finally:
+            lmms_eval_logger.enable("lmms_eval")
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -93,6 +99,8 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
             " write elsewhere."
         )
     config["paths"]["run_dir"] = str(run_dir)
+    # A changed budget must not stand in the record under the name of the file it started from.
+    config["budget"]["name"] = budget_label(config["budget"], directory)
     model, evaluation = config["model"], config["eval"]
     asked = {key: value for key, value in evaluation["gen_kwargs"].items() if value is not None}
     load_keys = ("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess")

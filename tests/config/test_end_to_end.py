@@ -1,0 +1,83 @@
+"""eval.py on a checkpoint and tasks of one's own, from the command line to the record: nothing registered, no network."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tests import tiny
+from tests.config.test_bad_input import script
+
+pytest.importorskip("lmms_eval")
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """A tiny random checkpoint, a folder with one task, and the words that name both."""
+    from PIL import Image
+
+    processor = tiny.processor()
+    checkpoint = tmp_path / "my-checkpoint"
+    tiny.llava(vocab_size=len(processor.tokenizer)).save_pretrained(checkpoint)
+    processor.save_pretrained(checkpoint)
+    tasks = tmp_path / "my-tasks"
+    tasks.mkdir()
+    rows = [{"image": Image.new("RGB", (30, 20), (60 * i, 0, 0)), "question": "red?", "answer": "no"} for i in range(3)]
+    features = datasets.Features(
+        {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
+    )
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tasks / "rows.parquet")
+    (tasks / "utils.py").write_text(
+        "def visual(doc):\n    return [doc['image']]\n\n\n"
+        "def text(doc, lmms_eval_specific_kwargs=None):\n    return doc['question']\n"
+    )
+    (tasks / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: parquet\ndataset_kwargs: {{data_files: {{test: {tasks / 'rows.parquet'}}}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_visual: !function utils.visual\n"
+        "doc_to_text: !function utils.text\ndoc_to_target: answer\ngeneration_kwargs: {max_new_tokens: 3}\n"
+        "metric_list:\n  - {metric: exact_match, aggregation: mean, higher_is_better: true}\n"
+    )
+    return [
+        "eval.py",
+        "model=llava_local",
+        f"model.name_or_path={checkpoint}",
+        f"eval.include_path={tasks}",
+        "eval.tasks=[mine]",
+        "eval.batch_size=2",
+        "budget.num_dominant=6",
+        "budget.num_contextual=2",
+        "model.device_map=null",
+        f"paths.runs_dir={tmp_path / 'runs'}",
+    ]
+
+
+def test_ones_own_model_and_task(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", command)
+    script("eval").main()
+    run = tmp_path / "runs/mine/my-checkpoint/visionzip-6+2/seed0"
+    record = json.loads((run / "run.json").read_text())
+    assert record["config"]["budget"] == {"name": "6+2", "num_dominant": 6, "num_contextual": 2}
+    assert (record["visual_tokens"]["measured_min"], record["visual_tokens"]["measured_max"]) == (8, 8)
+    assert list(record["tasks"]) == ["mine"]
+    assert len((run / "samples.jsonl").read_text().splitlines()) == 3
+    assert "exact_match" in capfd.readouterr().out
+
+    # The same command again: refused, and the record stays as it is; an unknown task is refused before anything loads.
+    before = (run / "run.json").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        script("eval").main()
+    assert ended.value.code == 2 and "already holds a record" in capfd.readouterr().err
+    assert (run / "run.json").read_bytes() == before
+    monkeypatch.setattr(sys, "argv", [*command, "eval.tasks=[mines]"])
+    monkeypatch.setattr("vzip.load_vlm", lambda **model: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as ended:
+        script("eval").main()
+    assert ended.value.code == 2 and "(did you mean 'mine'?)" in capfd.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["mine"]
