@@ -65,6 +65,12 @@ def projector_formula(*, num_tokens: int, vision_dim: int, text_dim: int) -> int
     return 2 * num_tokens * (vision_dim * text_dim + text_dim * text_dim)
 
 
+def head_width(config: PretrainedConfig) -> int:
+    """Returns the width of a decoder's attention head; not every configuration names it."""
+    named = config.to_dict().get("head_dim")
+    return named or config.hidden_size // config.num_attention_heads
+
+
 def decoder_formula(
     config: PretrainedConfig, *, num_new: int, num_past: int, num_logits: int, batch_size: int = 1
 ) -> int | None:
@@ -84,7 +90,7 @@ def decoder_formula(
         return None
     dim, num_heads = config.hidden_size, config.num_attention_heads
     num_kv_heads = config.num_key_value_heads or num_heads
-    head_dim = getattr(config, "head_dim", None) or dim // num_heads  # not every Llama-type configuration has the key
+    head_dim = head_width(config)
     weights = 2 * dim * num_heads * head_dim + 2 * dim * num_kv_heads * head_dim + 3 * dim * config.intermediate_size
     attention = 2 * 2 * num_new * (num_new + num_past) * num_heads * head_dim
     head = 2 * num_logits * dim * config.vocab_size

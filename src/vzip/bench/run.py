@@ -208,11 +208,10 @@ def _expected_cache_bytes(w: Workload, num_prompt_tokens: int) -> int:
     if w.adapter is None:
         return 0
     text = w.model.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return kv_cache_formula_bytes(
         num_layers=text.num_hidden_layers,
         num_kv_heads=text.num_key_value_heads,
-        head_dim=head_dim,
+        head_dim=flops.head_width(text),
         num_tokens=num_prompt_tokens,
         batch_size=w.settings.batch_size,
         element_bytes=w.dtype.itemsize,
