@@ -1,4 +1,4 @@
-"""eval.py on a checkpoint and tasks of one's own, from the command line to the record: nothing registered, no network."""
+"""eval.py on a checkpoint and a task of one's own, from the command line to the record: nothing registered."""
 
 from __future__ import annotations
 
