@@ -98,6 +98,7 @@ def evaluate(
         # Sampled answers depend on what was drawn before them, so only greedy ones may be taken up again.
         if _world_size() == 1 and _all_greedy(overrides):
             lm.store = AnswerStore(run_dir / PARTIAL_NAME, fingerprint(settings))
+        _join_processes()
         provenance.reset_peak_memory()
         started = time.perf_counter()
         finished = False
@@ -117,6 +118,7 @@ def evaluate(
                     torch_random_seed=seed,
                     fewshot_random_seed=seed,
                     verbosity="ERROR",
+                    distributed_executor_backend="torchrun" if _world_size() > 1 else "accelerate",
                     # Some tasks write a submission file; without this it would land in the working directory.
                     cli_args=argparse.Namespace(output_path=str(run_dir), process_with_media=False),
                     process_docs_parallel=1,  # several scorers change the question they score
@@ -235,6 +237,15 @@ def _world_size() -> int:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def _join_processes() -> None:
+    """Under torchrun, lets the ranks find each other; accelerate would not do it on machines without a GPU."""
+    import torch
+    import torch.distributed as dist
+
+    if _world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group(backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def _gather_logs(lm: VzipLmms) -> None:

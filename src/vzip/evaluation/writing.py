@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 def _plain(value: object) -> object:
     """NumPy numbers as Python's; anything else that JSON does not know as text."""
-    item = getattr(value, "item", None)
-    return item() if callable(item) else str(value)
+    return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
