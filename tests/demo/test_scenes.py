@@ -9,8 +9,12 @@ from vzip.demo import benchmark, scoring
 from vzip.demo.render import CHARACTERS, SUPERSAMPLE, patch_labels, render, shape_mask, sign_label, thing_label
 from vzip.demo.scenes import (
     COLORS,
+    GRID,
     NUMBER_WORDS,
     SHAPES,
+    SIGN_MARGIN,
+    SIZES,
+    SLACK,
     TEST_SEEDS,
     TRAIN_SEEDS,
     Scene,
@@ -29,13 +33,13 @@ SEEDS = range(TEST_SEEDS[0], TEST_SEEDS[0] + 150)
 
 def test_pictures_are_the_same_bytes_on_every_machine():
     digest = hashlib.sha256(b"".join(render(sample_scene(seed)).tobytes() for seed in range(TEST_SEEDS[0], TEST_SEEDS[0] + 6)))
-    assert digest.hexdigest() == "e1f32e01955c9c0f9fdfde405347dca223744ed0c0019f049c7a31ad7525df56"
+    assert digest.hexdigest() == "61d9673cdd839e7b2a4705bdd4f83ec30a97c96ac3f3f0c378cbbc04a5f1d5e7"
 
 
 def test_questions_are_the_same_on_every_machine():
     rows = benchmark.build_rows(benchmark.test_scenes())
     text = "".join(f"{r['id']}|{r['question']}|{r['answer']}|{r['image']}\n" for task in rows.values() for r in task)
-    assert hashlib.sha256(text.encode()).hexdigest() == "d23116d6912f791605bbb17f04e36f7894942764aab03338d4621b2cd9d3b482"
+    assert hashlib.sha256(text.encode()).hexdigest() == "cb7f23e898aec380aa534ef92ee7948bbe3f08239a4e76db224c2422889722d7"
     assert {task: len(r) for task, r in rows.items()} == dict.fromkeys(rows, benchmark.QUESTIONS_PER_TASK)
     assert all(len({r["id"] for r in task}) == len(task) for task in rows.values())
 
@@ -140,18 +144,28 @@ def test_shapes_fill_a_sensible_part_of_their_square(shape):
 
 def test_colors_and_sign_are_where_the_scene_says():
     thing = Thing("square", "red", "large", 100, 200, 50)
-    sign = Sign("STOP", 1, 18, 20, 30, 90, 34, dark=False)
+    sign = Sign("STOP", 1, 18, left=24, top=28, width=64, height=28, dark=False)
     scene = Scene(7, 336, (thing,), sign)
     pixels = np.asarray(render(scene)).astype(int)
     assert abs(pixels[225, 125] - np.array(COLORS["red"])).max() <= 14
-    assert pixels[31, 21].min() >= 205  # the plate's corner
-    assert pixels[30:64, 20:110].min() <= 70  # ink
+    assert pixels[29, 25].min() >= 205  # the plate's corner
+    assert pixels[28:56, 28:84].min() <= 70  # ink
     labels, characters = patch_labels(scene)
     assert labels[225 // 14, 125 // 14] == thing_label(thing)
-    assert labels[40 // 14, 60 // 14] == sign_label(sign)
+    assert (labels[2:4, 2:6] == sign_label(sign)).all()
     assert labels[0, 0] == 0 and characters[0, 0] == 0
-    letters = [CHARACTERS[c - 1] for c in characters[3] if c]
-    assert [c for i, c in enumerate(letters) if i == 0 or c != letters[i - 1]] == list("STOP")
+    assert [CHARACTERS[c - 1] for c in characters[2] if c] == list("STOP")
+    assert (characters[2] == characters[3]).all()
+
+
+def test_every_letter_and_thing_stands_on_the_patch_grid():
+    for seed in SEEDS:
+        scene = sample_scene(seed)
+        for thing in scene.things:
+            cells = SIZES[thing.size] * GRID
+            assert 0 <= thing.left % GRID <= (cells - thing.edge) and cells - thing.edge <= SLACK
+        if scene.sign:
+            assert (scene.sign.left + SIGN_MARGIN) % GRID == 0 and scene.sign.top % GRID == 0
 
 
 def test_scores_known_by_hand():

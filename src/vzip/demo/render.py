@@ -12,7 +12,7 @@ from importlib import resources
 import numpy as np
 from PIL import Image
 
-from vzip.demo.scenes import COLORS, SHAPES, WORDS, Scene, Sign, Thing
+from vzip.demo.scenes import COLORS, LETTER_PITCH, SHAPES, SIGN_HEIGHT, SIGN_MARGIN, WORDS, Scene, Sign, Thing
 
 CELL = 64
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
@@ -33,21 +33,19 @@ def glyph(font: int, character: str) -> Image.Image:
 
 
 CAP_HEIGHT = 41  # of the atlas's capitals, pixels
-LETTER_GAP = 6  # at the atlas's scale
 
 
 @lru_cache(maxsize=4096)
 def text_mask(text: str, font: int, cap_height: int) -> np.ndarray:
-    """Coverage [height, width] of the word, uint8."""
-    glyphs = [glyph(font, c) for c in text]
-    strip = Image.new("L", (sum(g.width for g in glyphs) + LETTER_GAP * (len(glyphs) - 1), 56))
-    x = 0
-    for g in glyphs:
-        strip.paste(g, (x, 0))
-        x += g.width + LETTER_GAP
+    """Coverage [SIGN_HEIGHT, LETTER_PITCH * letters] of the word, uint8: one letter a cell, wide ones condensed."""
     scale = cap_height / CAP_HEIGHT
-    size = (max(1, round(strip.width * scale)), round(56 * scale))
-    return np.asarray(strip.resize(size, Image.Resampling.BOX))
+    strip = Image.new("L", (LETTER_PITCH * len(text), SIGN_HEIGHT))
+    for number, character in enumerate(text):
+        drawn = glyph(font, character)
+        size = (max(1, min(LETTER_PITCH - 1, round(drawn.width * scale))), round(drawn.height * scale))
+        left = number * LETTER_PITCH + (LETTER_PITCH - size[0]) // 2
+        strip.paste(drawn.resize(size, Image.Resampling.BOX), (left, (SIGN_HEIGHT - size[1]) // 2))
+    return np.asarray(strip)
 
 
 @lru_cache(maxsize=1024)
@@ -122,7 +120,8 @@ def render(scene: Scene) -> Image.Image:
         light, dark = rng.randint(205, 250, size=3), rng.randint(10, 70, size=3)
         plate, ink = (dark, light) if sign.dark else (light, dark)
         canvas[sign.top : sign.top + sign.height, sign.left : sign.left + sign.width] = plate
-        blend(canvas, sign.left + 5, sign.top + 4, text_mask(sign.text, sign.font, sign.cap_height).astype(int), 255, ink)
+        mask = text_mask(sign.text, sign.font, sign.cap_height).astype(int)
+        blend(canvas, sign.left + SIGN_MARGIN, sign.top, mask, 255, ink)
     return Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
 
 
@@ -168,10 +167,9 @@ def patch_labels(scene: Scene, patch: int = 14, least: float = 0.15) -> tuple[np
         sign = scene.sign
         plate = np.ones((sign.height, sign.width), dtype=bool)
         cover(labels, best, sign_label(sign), sign.left, sign.top, plate)
-        most, scale, x = np.full((rows, rows), least * patch * patch), sign.cap_height / CAP_HEIGHT, 0.0
-        for character in sign.text:
-            width = glyph(sign.font, character).width * scale
-            box = np.ones((sign.height - 8, round(width)), dtype=bool)
-            cover(characters, most, 1 + CHARACTERS.index(character), sign.left + 5 + int(x), sign.top + 4, box)
-            x += width + LETTER_GAP * scale
+        most = np.full((rows, rows), least * patch * patch)
+        cell = np.ones((sign.height, LETTER_PITCH), dtype=bool)
+        for number, character in enumerate(sign.text):
+            left = sign.left + SIGN_MARGIN + number * LETTER_PITCH
+            cover(characters, most, 1 + CHARACTERS.index(character), left, sign.top, cell)
     return labels, characters

@@ -79,8 +79,21 @@ def build_processor(texts: Iterable[str]) -> LlavaProcessor:
     )
 
 
+def sine_positions(rows: int, width: int, amplitude: float = 0.5) -> torch.Tensor:
+    """Sines and cosines of row and column [rows * rows, width]: neighbours start out similar, far patches do not.
+
+    Only an initial value, trained on like the rest. From random positions a tower this small did not begin to join the
+    patches of one shape within 12,000 pictures.
+    """
+    frequencies = 100.0 ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(rows)[:, None] * frequencies
+    waves = amplitude * torch.cat([angles.sin(), angles.cos()], dim=1)  # [rows, width / 2]
+    grid = torch.cat([waves[:, None].expand(-1, rows, -1), waves[None].expand(rows, -1, -1)], dim=-1)
+    return grid.flatten(0, 1)
+
+
 def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGeneration:
-    """Initialises the model with random weights."""
+    """Initialises the model with random weights, and the tower's positions with sines and cosines."""
     tokenizer = processor.tokenizer
     torch.manual_seed(seed)
     config = LlavaConfig(
@@ -112,6 +125,8 @@ def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGene
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        model.model.vision_tower.embeddings.position_embedding.weight[1:] = sine_positions(24, WIDTH)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
