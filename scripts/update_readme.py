@@ -1,6 +1,6 @@
 """Puts the table and figures of the last `make demo` into README.md and docs/.
 
-    make demo && .venv/bin/python scripts/update_readme.py
+make demo && .venv/bin/python scripts/update_readme.py
 """
 
 from __future__ import annotations

@@ -30,7 +30,6 @@ LEVELS = {
     "__main__": 5,
 }
 SEES_CONFIG_OBJECTS = ("config", "cli", "__main__")
-ENTRY_POINTS = ("demo/ask.py",)  # commands of `python -m vzip`, which compose their own settings
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -72,7 +71,7 @@ def test_only_torch_below_the_models_and_no_config_objects_outside_config(path):
     outside = {name.split(".")[0] for name in imported_modules(path)} - set(sys.stdlib_module_names) - {"vzip"}
     if part_of(path) in ("ops", "compressors"):
         assert outside <= {"torch"}, f"{path} imports {outside - {'torch'}}"
-    if part_of(path) not in SEES_CONFIG_OBJECTS and str(path.relative_to(PACKAGE)) not in ENTRY_POINTS:
+    if part_of(path) not in SEES_CONFIG_OBJECTS:
         assert not outside & {"omegaconf", "hydra"}, f"{path} sees Hydra objects"
 
 

@@ -1,6 +1,7 @@
 """Scenes: what a picture shows, what is asked about it, and that both are the same everywhere."""
 
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -32,21 +33,25 @@ SEEDS = range(TEST_SEEDS[0], TEST_SEEDS[0] + 150)
 
 
 def test_pictures_are_the_same_bytes_on_every_machine():
-    digest = hashlib.sha256(b"".join(render(sample_scene(seed)).tobytes() for seed in range(TEST_SEEDS[0], TEST_SEEDS[0] + 6)))
+    digest = hashlib.sha256(
+        b"".join(render(sample_scene(seed)).tobytes() for seed in range(TEST_SEEDS[0], TEST_SEEDS[0] + 6))
+    )
     assert digest.hexdigest() == "61d9673cdd839e7b2a4705bdd4f83ec30a97c96ac3f3f0c378cbbc04a5f1d5e7"
 
 
 def test_questions_are_the_same_on_every_machine():
     rows = benchmark.build_rows(benchmark.test_scenes())
     text = "".join(f"{r['id']}|{r['question']}|{r['answer']}|{r['image']}\n" for task in rows.values() for r in task)
-    assert hashlib.sha256(text.encode()).hexdigest() == "cb7f23e898aec380aa534ef92ee7948bbe3f08239a4e76db224c2422889722d7"
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "cb7f23e898aec380aa534ef92ee7948bbe3f08239a4e76db224c2422889722d7"
+    )
     assert {task: len(r) for task, r in rows.items()} == dict.fromkeys(rows, benchmark.QUESTIONS_PER_TASK)
     assert all(len({r["id"] for r in task}) == len(task) for task in rows.values())
 
 
 def test_training_validation_and_benchmark_never_share_a_seed():
     ranges = sorted([TRAIN_SEEDS, VALIDATION_SEEDS, TEST_SEEDS])
-    assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(ranges))
     assert ranges[-1][1] < 2**32
 
 
@@ -77,7 +82,20 @@ def test_answers_agree_with_the_scene():
             kinds.add((question.task, question.kind))
             assert answer(scene, question.text) == question.answer, (question, scene)
     assert {k for _, k in kinds} == {
-        *("yes", "no", "color", "shape", "size", "relation", "count", "count_shape", "position", "word", "number", "open")
+        *(
+            "yes",
+            "no",
+            "color",
+            "shape",
+            "size",
+            "relation",
+            "count",
+            "count_shape",
+            "position",
+            "word",
+            "number",
+            "open",
+        )
     }
 
 
@@ -173,9 +191,9 @@ def test_scores_known_by_hand():
         return [scoring.Result(answer=a, said=s, pair=p) for a, s, p in said]
 
     # 2 true yes, 1 false yes, 1 missed yes: precision 2/3, recall 2/3.
-    assert scoring.f1(rows(("yes", "yes", ""), ("yes", "yes", ""), ("no", "yes", ""), ("yes", "no", ""))) == pytest.approx(
-        200 / 3
-    )
+    assert scoring.f1(
+        rows(("yes", "yes", ""), ("yes", "yes", ""), ("no", "yes", ""), ("yes", "no", ""))
+    ) == pytest.approx(200 / 3)
     assert scoring.f1(rows(("no", "no", ""))) == 0.0
     # three of four right, one of two pairs wholly right: (75 + 50) / 2.
     twins = rows(("yes", "yes", "a"), ("no", "no", "a"), ("yes", "no", "b"), ("no", "no", "b"))

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from vzip.demo import train_tiny
+from vzip.demo.objective import NUM_QUESTIONS, Heads, answer_logits, cls_attention, losses, make_batch, run_tower
 from vzip.demo.packing import Packer
 from vzip.demo.render import NUM_PATCH_LABELS
 from vzip.demo.scenes import sample_scene, training_questions
 from vzip.demo.tiny_model import build_model, build_processor, prompt
-from vzip.demo.train_tiny import Heads, Stage, answer_logits, cls_attention, losses, make_batch, run_tower
+from vzip.demo.train_tiny import Stage
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_packed_questions_equal_stock_single_question_prompts(model, processor):
     scenes = [sample_scene(seed) for seed in (11, 12)]
     start = 0
     for row, scene in enumerate(scenes):
-        for question in training_questions(scene, np.random.RandomState(scene.seed ^ 0xA5C), train_tiny.NUM_QUESTIONS):
+        for question in training_questions(scene, np.random.RandomState(scene.seed ^ 0xA5C), NUM_QUESTIONS):
             text = f"{prompt(question.text)} {question.answer}</s>"
             ids = processor.tokenizer(text.replace("<image>", "<image>" * 576), return_tensors="pt").input_ids
             asked = processor.tokenizer(prompt(question.text)).input_ids
@@ -79,7 +80,7 @@ def test_every_loss_reaches_what_it_should_train(model, processor):
 
 
 def test_a_killed_run_continues_to_the_same_bits(tmp_path, monkeypatch):
-    stages = (Stage(168, 2, 2, 1e-3), Stage(196, 2, 2, 1e-3))
+    stages = (Stage(112, 2, 1, 1e-3, answers=False), Stage(168, 2, 3, 1e-3))
     options = {"stages": stages, "save_every": 2, "num_validation_pictures": 2}
     texts = train_tiny.tokenizer_texts(num_scenes=100)
     monkeypatch.setattr(train_tiny, "tokenizer_texts", lambda: texts)

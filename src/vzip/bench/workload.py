@@ -15,7 +15,7 @@ from vzip.bench import shapes
 from vzip.bench.memory import refuse_if_too_large
 from vzip.bench.settings import BenchSettings, estimate_bytes
 from vzip.bench.shapes import BenchModel
-from vzip.compressors import VisionZip
+from vzip.compressors import Compressor, VisionZip
 from vzip.errors import CheckpointError, ConfigError
 from vzip.models.adapters import Adapter, adapter_for_model
 from vzip.models.load import load_vlm
@@ -55,7 +55,7 @@ class Workload:
     tower: Tower
     select_layer: int
     stock_offset: int
-    compressor: VisionZip
+    compressor: Compressor
     image_processor: Any
     pictures: list[Image.Image]
     input_ids: Tensor | None

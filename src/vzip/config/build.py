@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra import compose
+from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from vzip.config.options import RECIPE_GROUP, config_dir, options
+from vzip.config.overrides import check_overrides
 from vzip.config.rundir import budget_label, recipe_changes, run_directory
 from vzip.config.validate import BUILT_IN, build_compressor, validate
 from vzip.errors import ConfigError, RunExistsError, nearest
@@ -103,15 +104,11 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
     config["budget"]["name"] = budget_label(config["budget"], directory)
     model, evaluation = config["model"], config["eval"]
     asked = {key: value for key, value in evaluation["gen_kwargs"].items() if value is not None}
-    load_keys = ("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess")
-    name_or_path = model["name_or_path"]
-    if name_or_path.startswith("~"):
-        name_or_path = str(Path(name_or_path).expanduser())
     include_path = evaluation["include_path"]
     if include_path not in (None, BUILT_IN):
         include_path = str(Path(include_path).expanduser())
     return EvaluationPlan(
-        model={"name_or_path": name_or_path, **{key: model[key] for key in load_keys}},
+        model=load_arguments(model),
         compressor=build_compressor(config["compressor"]),
         evaluation={
             "tasks": list(evaluation["tasks"]),
@@ -128,6 +125,29 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
         num_threads=config["launcher"]["num_threads"],
         scenes_dir=config["paths"]["scenes_dir"],
     )
+
+
+def load_arguments(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of ``vzip.load_vlm``, the compressor left out, from the ``model`` group."""
+    keys = ("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess")
+    name_or_path = model["name_or_path"]
+    if name_or_path.startswith("~"):
+        name_or_path = str(Path(name_or_path).expanduser())
+    return {"name_or_path": name_or_path, **{key: model[key] for key in keys}}
+
+
+def model_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor]:
+    """Composes ``key=value`` words as eval.py would; returns the arguments of ``vzip.load_vlm`` and the compressor.
+
+    Raises:
+        ConfigError: naming every problem of the words; nothing has been loaded.
+    """
+    directory = config_dir()
+    check_overrides(list(words), directory, "eval")
+    with initialize_config_dir(config_dir=str(directory), version_base="1.3"):
+        config = resolved(compose("eval", list(words)))
+    validate(config)
+    return load_arguments(config["model"]), build_compressor(config["compressor"])
 
 
 def training_plan(cfg: DictConfig) -> dict[str, Any]:

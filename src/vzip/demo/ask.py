@@ -1,53 +1,44 @@
 """Asks a model one question about a picture file, and says how many visual tokens the answer rests on.
 
-    python -m vzip ask photo.jpg "What color is the star?"
-    python -m vzip ask photo.jpg "What does the sign say?" budget=32tok
-    python -m vzip ask photo.jpg "What is this?" --model llava15_7b model.device_map=auto
+python -m vzip ask photo.jpg "What color is the star?"
+python -m vzip ask photo.jpg "What does the sign say?" budget=32tok
+python -m vzip ask photo.jpg "What is this?" --model llava15_7b model.device_map=auto
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from hydra import compose, initialize_config_dir
-
-from vzip.config.build import resolved
-from vzip.config.options import config_dir
-from vzip.config.overrides import check_overrides
-from vzip.config.validate import build_compressor, validate
+from vzip.config.build import model_plan
 from vzip.data.images import load_image
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, help="a picture file of any format Pillow reads")
     parser.add_argument("question")
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as for eval.py: budget=32tok, compressor=none ...")
+    parser.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="as for eval.py: budget=32tok, compressor=none budget=full ..."
+    )
     parser.add_argument("--model", default="tiny", help="a name in configs/model (default: tiny)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Answers; everything that can be wrong is checked before the model is loaded."""
-    words = [f"model={arguments.model}", *arguments.settings]
-    directory = config_dir()
-    check_overrides(words, directory, "eval")
-    with initialize_config_dir(config_dir=str(directory), version_base="1.3"):
-        config = resolved(compose("eval", words))
-    validate(config)
-    compressor = build_compressor(config["compressor"])
+    model, compressor = model_plan([f"model={arguments.model}", *arguments.settings])
     picture = load_image(arguments.image)
 
-    import vzip  # torch and transformers: only once the input is known to be good
+    import vzip
 
-    model = config["model"]
-    keys = ("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess")
-    vlm = vzip.load_vlm(model["name_or_path"], compressor=compressor, **{key: model[key] for key in keys})
+    vlm = vzip.load_vlm(**model, compressor=compressor)
+    processor: Any = vlm.processor
     content = [{"type": "image"}, {"type": "text", "text": arguments.question}]
-    prompt = vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = vlm.build_inputs([prompt], [[picture]])
     new = vlm.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
-    print(vlm.processor.tokenizer.decode(new[0], skip_special_tokens=True).strip())
+    print(processor.tokenizer.decode(new[0], skip_special_tokens=True).strip())
     vanilla = vlm.adapter.expanded_lengths(1, inputs.get("image_sizes"))[0]
     print(f"({vlm.last_num_visual_tokens[0]} visual tokens, {vanilla} without compression)")
     return 0

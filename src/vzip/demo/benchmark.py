@@ -41,7 +41,8 @@ TASK_NAMES = tuple(f"scenes_{task}" for task in TASKS)
 
 def test_scenes() -> list[Scene]:
     """The benchmark's scenes: those of the first test seeds that carry a sign."""
-    scenes, seed = [], TEST_SEEDS[0]
+    scenes: list[Scene] = []
+    seed = TEST_SEEDS[0]
     while len(scenes) < NUM_PICTURES:
         scene = sample_scene(seed)
         if scene.sign and scene.things:
@@ -133,12 +134,13 @@ def prepare(directory: Path | str | None = None) -> Path:
             digest = write(work)
             if digest != DIGEST:
                 raise ManifestError(
-                    f"the scenes generated on this machine have digest {digest}, the benchmark's is {DIGEST}: scores on "
-                    "them would not be comparable. If you changed vzip.demo.scenes or render, update DIGEST; "
+                    f"the scenes generated on this machine have digest {digest}, the benchmark's is {DIGEST}: scores "
+                    "on them would not be comparable. If you changed vzip.demo.scenes or render, update DIGEST; "
                     "if not, please report your NumPy and Pillow versions"
                 )
             (work / "digest.txt").write_text(digest + "\n")
-            folder.rmdir() if folder.exists() else None
+            if folder.exists():
+                folder.rmdir()
             work.rename(folder)
     elif marker.read_text().strip() != DIGEST:
         raise ManifestError(

@@ -58,7 +58,8 @@ class Packer:
 
     def pack(self, asked: list[list[Question]], num_visual_tokens: int) -> PackedBatch:
         start = len(self.prefix) + num_visual_tokens
-        rows, positions, blocks, index, targets, owner, questions = [], [], [], [], [], [], []
+        rows, positions, blocks, index, targets, owner = [], [], [], [], [], []
+        questions: list[Question] = []
         for row, row_questions in enumerate(asked):
             ids = self.prefix + [self.image_id] * num_visual_tokens
             position, block = list(range(start)), [0] * start

@@ -54,6 +54,7 @@ def shape_mask(shape: str, edge: int) -> np.ndarray:
     n = edge * SUPERSAMPLE
     u = (2 * np.arange(n) + 1 - n) / n
     x, y = u[None, :], u[:, None]
+    inside: np.ndarray
     if shape == "circle":
         inside = x * x + y * y <= 0.96
     elif shape == "square":
@@ -65,7 +66,7 @@ def shape_mask(shape: str, edge: int) -> np.ndarray:
     elif shape == "cross":
         inside = ((abs(x) <= 0.32) | (abs(y) <= 0.32)) & (abs(x) <= 0.92) & (abs(y) <= 0.92)
     elif shape == "star":  # a pentagram: the points that at most one of the five edges' lines leaves outside
-        inside = sum((nx * x + ny * (y - 0.06) <= 0.34).astype(int) for nx, ny in PENTAGON) >= 4
+        inside = np.sum([nx * x + ny * (y - 0.06) <= 0.34 for nx, ny in PENTAGON], axis=0) >= 4
         inside &= x * x + (y - 0.06) * (y - 0.06) <= 1.2
     else:
         raise ValueError(f"shape '{shape}' is not one of {SHAPES}")

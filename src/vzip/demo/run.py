@@ -1,8 +1,8 @@
-"""The whole story on the built-in model, offline: every method and budget on scenes, in one table, a plot and a picture.
+"""The whole story on the built-in model, offline: every method and budget in one table, a plot and a picture.
 
-Evaluates vanilla (all 576 visual tokens), VisionZip and two controls at 192, 128, 64 and 32 tokens on the 1600 questions
-of the scenes benchmark, measures what each costs, and writes to `--out`: table.md, results.json, retention.png (retention
-against tokens) and overlay.png (kept patches and merge groups). Files of an earlier demo there are replaced.
+Evaluates vanilla (all 576 visual tokens), VisionZip and two controls at 192, 128, 64 and 32 tokens on the 1600
+questions of the scenes benchmark, measures what each costs, and writes to `--out`: table.md, results.json,
+retention.png and overlay.png (kept patches and merge groups). Files of an earlier demo there are replaced.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time")
 
 
-def table_cells(rows: list[Setting], scores: list[Score], costs: list[Cost], chances: dict[str, float]) -> list[list[str]]:
+def table_cells(
+    rows: list[Setting], scores: list[Score], costs: list[Cost], chances: dict[str, float]
+) -> list[list[str]]:
     """The table's body as text: a line of chance levels, then one line a setting."""
     blank = [""] * (len(COLUMNS) - 3 - len(TASKS))
     average = sum(chances.values()) / len(chances)
@@ -124,7 +126,9 @@ def main(arguments: argparse.Namespace) -> int:
     body = table_cells(rows, scores, costs, chances)
     count = sum(len(r) for r in results[rows[0]].values())
     provisional = f" PROVISIONAL: first {arguments.limit} pictures only." if arguments.limit else ""
-    title = f"built-in model on scenes, {count} questions; existence F1, counting MME, others exact match, %.{provisional}"
+    title = (
+        f"built-in model on scenes, {count} questions; existence F1, counting MME, others exact match, %.{provisional}"
+    )
     print_table(body, title)
 
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,19 @@
 """Generated pictures: what is in a scene, and what can be asked about it.
 
-A scene is a list of coloured shapes and at most one sign with a word or a number, on a textured background. Everything
-is drawn from `numpy.random.RandomState`, whose stream NumPy has frozen, so a seed means the same scene on every machine.
+A scene is a list of coloured shapes and at most one sign with a word or a number, on a textured background.
+Everything is drawn from `numpy.random.RandomState`, whose stream NumPy has frozen: a seed means the same scene on every
+machine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -27,11 +32,12 @@ GRID = 14
 SIZES = {"small": 2, "large": 4}  # edge of the bounding square in grid cells; up to SLACK pixels are left free
 SLACK = 4
 LETTER_PITCH, SIGN_HEIGHT, SIGN_MARGIN = GRID, 2 * GRID, 4  # pixels
-WORDS = (
-    "STOP EXIT OPEN SALE CAFE HOTEL BANK TAXI POLICE PARK BUS TRAIN SHOP BAR GYM ZOO MILK BREAD TEA SODA PIZZA FISH "
-    "NORTH SOUTH EAST WEST PUSH PULL SLOW FAST UP DOWN IN OUT LEFT RIGHT ONE WAY KEY LOCK FIRE WATER AIR GAS OIL "
-    "BOOK MUSIC FILM GAME ART SUN MOON RAIN SNOW WIND DOG CAT BIRD HORSE LION"
-).split()
+_WORDS = """
+STOP EXIT OPEN SALE CAFE HOTEL BANK TAXI POLICE PARK BUS TRAIN SHOP BAR GYM ZOO MILK BREAD TEA SODA PIZZA FISH NORTH
+SOUTH EAST WEST PUSH PULL SLOW FAST UP DOWN IN OUT LEFT RIGHT ONE WAY KEY LOCK FIRE WATER AIR GAS OIL BOOK MUSIC
+FILM GAME ART SUN MOON RAIN SNOW WIND DOG CAT BIRD HORSE LION
+"""
+WORDS = tuple(_WORDS.split())
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five")
 TASKS = ("existence", "attributes", "counting", "reading")
 MAX_OBJECTS = 4
@@ -113,7 +119,7 @@ class Question:
     answer: str
 
 
-def choose(rng: np.random.RandomState, options):
+def choose(rng: np.random.RandomState, options: Sequence[T]) -> T:
     return options[rng.randint(len(options))]
 
 
@@ -143,7 +149,7 @@ def sample_scene(seed: int, canvas: int = 336) -> Scene:
             sign = Sign(text, font, cap_height, left, spot[1], width, SIGN_HEIGHT, bool(rng.randint(2)))
     things: list[Thing] = []
     repeated = rng.randint(3) == 0  # every third picture repeats a shape, so that counting one kind means something
-    for index in range(1 + rng.randint(MAX_OBJECTS)):
+    for _ in range(1 + rng.randint(MAX_OBJECTS)):
         shape = things[0].shape if repeated and things and rng.randint(2) else choose(rng, SHAPES)
         color, size = choose(rng, tuple(COLORS)), choose(rng, tuple(SIZES))
         slack = int(rng.randint(SLACK + 1))
@@ -200,6 +206,11 @@ def attribute_questions(scene: Scene, rng: np.random.RandomState) -> list[Questi
     return [choose(rng, [q for q in found if q.kind == kind]) for kind in kinds]
 
 
+def placed_things(scene: Scene) -> list[tuple[Thing, str]]:
+    """The things that clearly stand in one quarter of the picture, with its name."""
+    return [(thing, place) for thing in scene.things if (place := scene.quarter(thing))]
+
+
 def counting_pairs(scene: Scene, rng: np.random.RandomState) -> list[tuple[Question, Question]]:
     """MME's form: the same question once with the right and once with a wrong value, to be answered yes and no."""
 
@@ -221,7 +232,7 @@ def counting_pairs(scene: Scene, rng: np.random.RandomState) -> list[tuple[Quest
         count = sum(t.shape == shape for t in scene.things)
         text, wrong = f"Is the number of {shape} shapes {{}}?", off_by_one(count, 1, MAX_OBJECTS)
         pairs.append(pair("count_shape", text, NUMBER_WORDS[count], NUMBER_WORDS[wrong]))
-    placed = [(t, scene.quarter(t)) for t in scene.things if scene.quarter(t)]
+    placed = placed_things(scene)
     if placed:
         thing, place = choose(rng, placed)
         others = [f"{v} {h}" for v in ("top", "bottom") for h in ("left", "right") if f"{v} {h}" != place]
@@ -240,10 +251,10 @@ def reading_questions(scene: Scene) -> list[Question]:
 def open_questions(scene: Scene, rng: np.random.RandomState) -> list[Question]:
     """Open forms of counting and position, used in training only."""
     found = [Question("counting", "open", "How many objects are in the picture?", NUMBER_WORDS[len(scene.things)])]
-    placed = [(t, scene.quarter(t)) for t in scene.things if scene.quarter(t)]
+    placed = placed_things(scene)
     if placed:
         thing, place = choose(rng, placed)
-        found.append(Question("counting", "open", f"Where is the {thing.name}?", place or ""))
+        found.append(Question("counting", "open", f"Where is the {thing.name}?", place))
     return found
 
 
@@ -254,4 +265,18 @@ def training_questions(scene: Scene, rng: np.random.RandomState, count: int) -> 
         pool.append(pair[rng.randint(2)])
     order = rng.permutation(len(pool))[: count - 1 if scene.sign else count]
     chosen = [pool[i] for i in order] + reading_questions(scene)
+    return [chosen[i] for i in rng.permutation(len(chosen))]
+
+
+def many_questions(scene: Scene, rng: np.random.RandomState, count: int) -> list[Question]:
+    """Up to `count` different questions, a third of them about existence, the task that is learned last."""
+    exists = [q for _ in range(2 * MAX_OBJECTS) for q in existence_questions(scene, rng)]
+    yes = list(dict.fromkeys(q for q in exists if q.answer == "yes"))
+    no = list(dict.fromkeys(q for q in exists if q.answer == "no"))[: len(yes) + 1]
+    rest = [q for _ in range(2) for q in attribute_questions(scene, rng)]
+    rest += [q for pair in counting_pairs(scene, rng) for q in pair] + open_questions(scene, rng)
+    rest = list(dict.fromkeys(rest))
+    sign = reading_questions(scene)
+    room = count - len(yes) - len(no) - len(sign)
+    chosen = yes + no + sign + [rest[i] for i in rng.permutation(len(rest))[:room]]
     return [chosen[i] for i in rng.permutation(len(chosen))]

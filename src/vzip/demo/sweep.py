@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ def run_sweep(
         for each setting and task the results in the benchmark's order.
     """
     pictures = list(by_picture(folder).items())[:limit]
-    template = vlm.processor
+    template: Any = vlm.processor
     found: dict[Setting, dict[str, list[tuple[int, Result]]]] = {s: {task: [] for task in TASKS} for s in rows}
     needs = frozenset().union(*(s.compressor.requires for s in rows))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -120,7 +121,7 @@ def run_sweep(
     return {s: {t: [r for _, r in sorted(v, key=lambda p: p[0])] for t, v in d.items()} for s, d in found.items()}
 
 
-def answers(vlm: CompressedVlm, encoded, images: list[torch.Tensor], asked: Sequence) -> list[str]:
+def answers(vlm: CompressedVlm, encoded: Any, images: list[torch.Tensor], asked: Sequence) -> list[str]:
     """Greedy answers to prompts whose pictures are already visual tokens."""
     per_prompt = [images[index] for index, _ in asked]
     token = vlm.adapter.image_token_id
@@ -133,7 +134,8 @@ def answers(vlm: CompressedVlm, encoded, images: list[torch.Tensor], asked: Sequ
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,
     )
-    return vlm.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    processor: Any = vlm.processor
+    return processor.tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
 @dataclass(frozen=True)

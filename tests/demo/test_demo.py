@@ -1,0 +1,168 @@
+"""The demo: its sweep gives eval.py's answers, its scores are the benchmark's, its figures show what was kept."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vzip
+from vzip import cli
+from vzip.analysis.overlay import DIMMED, KEPT_COLOR, draw_overlay
+from vzip.analysis.plots import Point, plot_retention
+from vzip.compressors.base import CompressedTokens
+from vzip.demo import benchmark, run, scoring
+from vzip.demo.scenes import TASKS
+from vzip.demo.sweep import f1_of_units, run_sweep, score, settings, units
+from vzip.errors import ConfigError, ManifestError
+
+
+@pytest.fixture(scope="module")
+def tiny() -> vzip.CompressedVlm:
+    return vzip.load_vlm("vzip/tiny", compressor=vzip.Identity(), dtype="float32")
+
+
+def test_sweep_gives_the_answers_of_eval_through_lmms_eval(tiny, small_benchmark, tmp_path):
+    pytest.importorskip("lmms_eval")
+    from vzip.evaluation.run import evaluate
+
+    rows = [
+        s for s in settings(576) if (s.method, s.num_tokens) in {("vanilla", 576), ("VisionZip", 64), ("random", 32)}
+    ]
+    swept = run_sweep(tiny, small_benchmark, rows, batch_size=4)
+    for row in rows:
+        tiny.compressor = row.compressor
+        record = evaluate(
+            tiny,
+            tasks=list(benchmark.TASK_NAMES),
+            include_path=small_benchmark,
+            run_dir=tmp_path / f"{row.method}{row.num_tokens}",
+            batch_size=2,
+            progress=False,
+        )
+        lines = (tmp_path / f"{row.method}{row.num_tokens}" / "samples.jsonl").read_text().splitlines()
+        samples = [json.loads(line) for line in lines]
+        for task in TASKS:
+            own = sorted((s for s in samples if s["task"] == f"scenes_{task}"), key=lambda s: s["doc_id"])
+            assert [scoring.normalise(s["answer"]) for s in own] == [r["said"] for r in swept[row][task]]
+            metric = scoring.METRICS[task].__name__
+            assert record["tasks"][f"scenes_{task}"]["metrics"][metric]["value"] == pytest.approx(
+                scoring.METRICS[task](swept[row][task])
+            )
+    tiny.compressor = vzip.Identity()
+
+
+def test_the_shipped_model_is_trained_and_small(tiny):
+    """A few held-out pictures: far above chance, which random weights are not (the whole table is `make demo`'s)."""
+    folder = Path(vzip.__file__).parent / "demo" / "tiny"
+    assert sum(f.stat().st_size for f in folder.iterdir()) <= 12e6
+    assert type(tiny.model).__name__ == "LlavaForConditionalGeneration"
+    assert tiny.adapter.geometry.num_patches == 576 and tiny.adapter.geometry.has_cls
+
+
+def test_trained_model_reads_signs_at_full_and_at_64_tokens(tiny, small_benchmark):
+    rows = [s for s in settings(576) if (s.method, s.num_tokens) in {("vanilla", 576), ("VisionZip", 64)}]
+    for results in run_sweep(tiny, small_benchmark, rows).values():
+        assert scoring.accuracy(results["reading"]) >= 50  # chance is 4
+
+
+def test_bootstrap_units_reproduce_the_metrics():
+    rng = np.random.default_rng(0)
+    rows = [
+        scoring.Result(answer=("yes", "no")[i % 2], said=("yes", "no")[rng.integers(2)], pair=str(i // 2))
+        for i in range(40)
+    ]
+    assert 100 * f1_of_units(units("existence", rows)) == pytest.approx(scoring.f1(rows))
+    assert 100 * units("counting", rows).mean() == pytest.approx(scoring.mme(rows))
+    assert 100 * units("reading", rows).mean() == pytest.approx(scoring.accuracy(rows))
+
+
+def test_score_of_vanilla_against_itself_is_exactly_one():
+    rows = [scoring.Result(answer="yes", said=s, pair=str(i // 2)) for i, s in enumerate(["yes", "no", "yes", "yes"])]
+    got = score(dict.fromkeys(TASKS, rows), dict.fromkeys(TASKS, rows))
+    assert (got.retention, got.low, got.high) == (100.0, 100.0, 100.0)
+
+
+def test_overlay_frames_kept_patches_and_colours_groups():
+    picture = Image.new("RGB", (40, 40), (100, 100, 100))
+    # Rows of a 2 x 2 grid with CLS: CLS and patch 0 kept, patches 1 and 2 in group 0, patch 3 in group 1.
+    tokens = CompressedTokens(
+        tokens=torch.zeros(1, 4, 3),
+        source_index=torch.tensor([[0, 1]]),
+        merge_index=torch.tensor([[-1, -1, 0, 0, 1]]),
+    )
+    sheet = np.asarray(draw_overlay(picture, tokens, 0, (2, 2), has_cls=True))
+    assert sheet.shape == (40, 88, 3)
+    assert tuple(sheet[0, 5]) == KEPT_COLOR and tuple(sheet[10, 10]) == (100, 100, 100)
+    assert tuple(sheet[10, 30]) == (int(100 * DIMMED),) * 3
+    right = sheet[:, 48:]
+    assert tuple(right[10, 10]) == (100, 100, 100)  # kept, so in no group
+    assert tuple(right[10, 30]) == tuple(right[30, 10]) != tuple(right[30, 30])
+
+
+def test_plot_is_written(tmp_path):
+    plot_retention([Point("a", 32, 80, 78, 82), Point("a", 64, 90, 88, 92)], tmp_path / "p.png", "title")
+    assert Image.open(tmp_path / "p.png").size == (1050, 675)
+
+
+def test_benchmark_refuses_pictures_that_are_not_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "NUM_PICTURES", 2)
+    with pytest.raises(ManifestError, match="digest"):
+        benchmark.prepare(tmp_path / "scenes")
+    assert not (tmp_path / "scenes").exists()  # nothing half-written stays
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("keep")
+    with pytest.raises(ManifestError, match="not empty"):
+        benchmark.prepare(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep"
+
+
+def test_demo_end_to_end_on_two_pictures(small_benchmark, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "prepare", lambda: small_benchmark)
+    monkeypatch.setattr(run, "measure", lambda rows: [run.Cost(dict.fromkeys(STAGE_NAMES, 1.5), 2048) for _ in rows])
+    arguments = argparse.Namespace(out=tmp_path / "demo", limit=2, batch_size=2)
+    assert run.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "PROVISIONAL" in printed and "VisionZip" in printed and "chance" in printed
+    table = (tmp_path / "demo" / "table.md").read_text().splitlines()
+    assert len(table) == 2 + 1 + 13  # header, chance, vanilla and four budgets of three methods
+    record = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert [row["num_tokens"] for row in record["rows"]] == [576] + [n for n in (192, 128, 64, 32) for _ in range(3)]
+    assert record["provisional"] is True
+    for name in ("retention.png", "overlay.png"):
+        Image.open(tmp_path / "demo" / name).verify()
+    with pytest.raises(ConfigError, match="--limit=0"):
+        run.main(argparse.Namespace(out=tmp_path / "demo", limit=0, batch_size=2))
+
+
+STAGE_NAMES = ("tower", "selection", "prefill", "decode_per_token")
+
+
+def test_ask_answers_and_counts_tokens(small_benchmark, capsys):
+    picture = str(small_benchmark / "images" / "0000.png")
+    question = json.loads((small_benchmark / "reading.jsonl").read_text().splitlines()[0])
+    assert cli.main(["ask", picture, question["question"], "budget=128tok"]) == 0
+    printed = capsys.readouterr().out
+    assert "(128 visual tokens, 576 without compression)" in printed
+    assert question["answer"] in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["missing.png", "What?"], "missing.png"),
+        (["PICTURE", "What?", "budget=32tk"], "32tok"),
+        (["PICTURE", "What?", "budget=full"], "compressor"),
+        (["PICTURE", "What?", "--model", "tinny"], "tiny"),
+    ],
+)
+def test_ask_refuses_bad_input_before_loading(words, said, small_benchmark, capsys, monkeypatch):
+    monkeypatch.setattr(vzip, "load_vlm", lambda *a, **k: pytest.fail("the model was loaded"), raising=False)
+    words = [str(small_benchmark / "images" / "0000.png") if w == "PICTURE" else w for w in words]
+    assert cli.main(["ask", *words]) == 2
+    assert said in capsys.readouterr().err
