@@ -18,7 +18,9 @@ def group_colors(count: int) -> np.ndarray:
     return np.array(rgb, dtype=np.uint8).reshape(count, 3)
 
 
-def draw_overlay(picture: Image.Image, tokens: CompressedTokens, row: int, grid: tuple[int, int], has_cls: bool) -> Image.Image:
+def draw_overlay(
+    picture: Image.Image, tokens: CompressedTokens, row: int, grid: tuple[int, int], has_cls: bool
+) -> Image.Image:
     """Draws one crop as two panels side by side: kept patches bright and framed; merge groups, one colour each.
 
     Args:

@@ -1,6 +1,8 @@
 """What lmms-eval calls for the scenes tasks; this file stands beside the generated pictures it opens."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -9,27 +11,27 @@ from vzip.demo import scoring
 FOLDER = Path(__file__).parent
 
 
-def doc_to_visual(doc):
+def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
     with Image.open(FOLDER / doc["image"]) as image:
         return [image.convert("RGB")]
 
 
-def doc_to_text(doc, lmms_eval_specific_kwargs=None):
+def doc_to_text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:
     return doc["question"]
 
 
-def process_results(doc, results):
-    row = {"answer": doc["answer"], "said": scoring.normalise(results[0]), "pair": doc["pair"]}
+def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, scoring.Result]:
+    row: scoring.Result = {"answer": doc["answer"], "said": scoring.normalise(results[0]), "pair": doc["pair"]}
     return {"f1": row, "accuracy": row, "mme": row}
 
 
-def f1(rows):
+def f1(rows: Sequence[scoring.Result]) -> float:
     return scoring.f1(rows)
 
 
-def accuracy(rows):
+def accuracy(rows: Sequence[scoring.Result]) -> float:
     return scoring.accuracy(rows)
 
 
-def mme(rows):
+def mme(rows: Sequence[scoring.Result]) -> float:
     return scoring.mme(rows)
