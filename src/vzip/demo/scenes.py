@@ -165,7 +165,19 @@ def article(name: str) -> str:
 
 
 def existence_questions(scene: Scene, rng: np.random.RandomState) -> list[Question]:
-    """Yes/no on a colour and a shape; half of the no-questions mix what is there (POPE's adversarial negatives)."""
+    """A question to be answered yes and one to be answered no, both on a shape or both on a colour."""
+    if rng.randint(2):
+        kind, there, every, ask = "shape", {t.shape for t in scene.things}, SHAPES, "Is there {} in the picture?"
+    else:
+        kind, there, every = "color", {t.color for t in scene.things}, tuple(COLORS)
+        ask = "Is there {} object in the picture?"
+    present, absent = sorted(there), [name for name in every if name not in there]
+    yes = [Question("existence", kind, ask.format(article(choose(rng, present))), "yes")] if present else []
+    return [*yes, Question("existence", kind, ask.format(article(choose(rng, absent))), "no")]
+
+
+def combined_existence_questions(scene: Scene, rng: np.random.RandomState) -> list[Question]:
+    """Yes/no on a colour and a shape together, used in training only; many of the no-questions mix what is there."""
     present = [t.name for t in scene.things]
     mixed = [f"{a.color} {b.shape}" for a in scene.things for b in scene.things]
     mixed = [name for name in mixed if name not in present]
@@ -176,8 +188,8 @@ def existence_questions(scene: Scene, rng: np.random.RandomState) -> list[Questi
     absent = choose(rng, hard if rng.randint(2) else (easy if rng.randint(2) else far))
     ask = "Is there {} in the picture?".format
     return [
-        *([Question("existence", "yes", ask(article(choose(rng, present))), "yes")] if present else []),
-        Question("existence", "no", ask(article(absent)), "no"),
+        *([Question("existence", "combined", ask(article(choose(rng, present))), "yes")] if present else []),
+        Question("existence", "combined", ask(article(absent)), "no"),
     ]
 
 
@@ -260,7 +272,7 @@ def open_questions(scene: Scene, rng: np.random.RandomState) -> list[Question]:
 
 def training_questions(scene: Scene, rng: np.random.RandomState, count: int) -> list[Question]:
     """Up to `count` questions of all kinds in random order."""
-    pool = existence_questions(scene, rng) + attribute_questions(scene, rng)[:3] + open_questions(scene, rng)
+    pool = combined_existence_questions(scene, rng) + attribute_questions(scene, rng)[:3] + open_questions(scene, rng)
     for pair in counting_pairs(scene, rng):
         pool.append(pair[rng.randint(2)])
     order = rng.permutation(len(pool))[: count - 1 if scene.sign else count]
@@ -269,14 +281,19 @@ def training_questions(scene: Scene, rng: np.random.RandomState, count: int) -> 
 
 
 def many_questions(scene: Scene, rng: np.random.RandomState, count: int) -> list[Question]:
-    """Up to `count` different questions, a third of them about existence, the task that is learned last."""
-    exists = [q for _ in range(2 * MAX_OBJECTS) for q in existence_questions(scene, rng)]
-    yes = list(dict.fromkeys(q for q in exists if q.answer == "yes"))
-    no = list(dict.fromkeys(q for q in exists if q.answer == "no"))[: len(yes) + 1]
+    """Up to `count` different questions, many of them about existence, the task that is learned last."""
+
+    def even(asked: list[Question]) -> list[Question]:
+        """The different ones of `asked`, about as many noes as yeses."""
+        yes = list(dict.fromkeys(q for q in asked if q.answer == "yes"))
+        return yes + list(dict.fromkeys(q for q in asked if q.answer == "no"))[: len(yes)]
+
+    exists = even([q for _ in range(MAX_OBJECTS) for q in existence_questions(scene, rng)])
+    exists += even([q for _ in range(3) for q in combined_existence_questions(scene, rng)])
     rest = [q for _ in range(2) for q in attribute_questions(scene, rng)]
     rest += [q for pair in counting_pairs(scene, rng) for q in pair] + open_questions(scene, rng)
     rest = list(dict.fromkeys(rest))
     sign = reading_questions(scene)
-    room = count - len(yes) - len(no) - len(sign)
-    chosen = yes + no + sign + [rest[i] for i in rng.permutation(len(rest))[:room]]
+    room = max(0, count - len(exists) - len(sign))
+    chosen = exists + sign + [rest[i] for i in rng.permutation(len(rest))[:room]]
     return [chosen[i] for i in rng.permutation(len(chosen))]
