@@ -280,6 +280,20 @@ def training_questions(scene: Scene, rng: np.random.RandomState, count: int) -> 
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
+def absent_questions(scene: Scene, rng: np.random.RandomState) -> list[Question]:
+    """Attribute questions about what is not there, answered "none"; used in training only.
+
+    Looking a property up is learned early, saying that nothing matches late: this asks for the second where the model
+    can already do the first.
+    """
+    shape = choose(rng, [s for s in SHAPES if s not in {t.shape for t in scene.things}])
+    color = choose(rng, [c for c in COLORS if c not in {t.color for t in scene.things}])
+    return [
+        Question("attributes", "absent", f"What color is the {shape}?", "none"),
+        Question("attributes", "absent", f"What shape is the {color} object?", "none"),
+    ]
+
+
 def many_questions(scene: Scene, rng: np.random.RandomState, count: int) -> list[Question]:
     """Up to `count` different questions, many of them about existence, the task that is learned last."""
 
@@ -296,4 +310,10 @@ def many_questions(scene: Scene, rng: np.random.RandomState, count: int) -> list
     sign = reading_questions(scene)
     room = max(0, count - len(exists) - len(sign))
     chosen = exists + sign + [rest[i] for i in rng.permutation(len(rest))[:room]]
+    return [chosen[i] for i in rng.permutation(len(chosen))]
+
+
+def most_questions(scene: Scene, rng: np.random.RandomState, count: int) -> list[Question]:
+    """`many_questions`, and two about what is not there."""
+    chosen = many_questions(scene, rng, count - 2) + absent_questions(scene, rng)
     return [chosen[i] for i in rng.permutation(len(chosen))]

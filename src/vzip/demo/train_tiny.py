@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from vzip.demo.objective import NUM_QUESTIONS, Heads, answer_logits, cls_attention, losses, make_batch, run_tower
+from vzip.demo.objective import NUM_QUESTIONS, Asker, Heads, answer_logits, cls_attention, losses, make_batch, run_tower
 from vzip.demo.packing import Packer
 from vzip.demo.scenes import (
     TASKS,
@@ -34,6 +34,7 @@ from vzip.demo.scenes import (
     counting_pairs,
     existence_questions,
     many_questions,
+    most_questions,
     sample_scene,
     training_questions,
 )
@@ -46,8 +47,8 @@ VALIDATION_SEEDS = (2_500_000_000, 2_600_000_000)  # neither trained on nor in t
 class Stage:
     """`num_steps` batches of `batch_size` pictures of `canvas` pixels a side; the peak learning rate of the stage.
 
-    Without `answers` the language model does not run: the vision tower learns alone, several times faster. Beyond
-    NUM_QUESTIONS the questions are `many_questions`.
+    Without `answers` the language model does not run: the vision tower learns alone, several times faster. `questions`
+    draws what is asked about a picture.
     """
 
     canvas: int
@@ -56,13 +57,14 @@ class Stage:
     learning_rate: float
     answers: bool = True
     num_questions: int = NUM_QUESTIONS
+    questions: Asker = training_questions
 
 
 STAGES = (
     Stage(112, 32, 1000, 1.2e-3, answers=False),
     Stage(168, 16, 1100, 1e-3),
-    Stage(168, 16, 500, 8e-4, num_questions=20),
-    Stage(336, 8, 500, 6e-4, num_questions=20),
+    Stage(168, 16, 500, 8e-4, num_questions=20, questions=many_questions),
+    Stage(336, 8, 500, 6e-4, num_questions=22, questions=most_questions),
 )
 WARMUP_STEPS = 100
 
@@ -177,9 +179,8 @@ def train(
         while step < total:
             rate, stage, _ = learning_rate(step, stages)
             first = TRAIN_SEEDS[0] + seed * 100_000_000 + step * 64
-            asker = many_questions if stage.num_questions > NUM_QUESTIONS else training_questions
             seeds = range(first, first + stage.batch_size)
-            batch = make_batch(seeds, stage.canvas, packer, asker, stage.num_questions)
+            batch = make_batch(seeds, stage.canvas, packer, stage.questions, stage.num_questions)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with torch.autocast("cpu", torch.bfloat16):
