@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tests import tiny
 from tests.tiny import IMAGE_TOKEN
-from transformers import LlavaForConditionalGeneration, LlavaNextConfig
+from transformers import LlavaForConditionalGeneration, LlavaOnevisionConfig
 
 import vzip
 from vzip.errors import CheckpointError, ConfigError, MissingPackageError, UnsupportedModelError
@@ -180,7 +180,7 @@ def test_other_models_are_refused_before_weights(copy, no_weights):
     edit(vision_feature_layer=-9)
     with pytest.raises(UnsupportedModelError, match="vision_feature_layer=-9"):
         vzip.load_vlm(directory)
-    LlavaNextConfig(architectures=["LlavaOnevisionForConditionalGeneration"]).save_pretrained(directory)
+    LlavaOnevisionConfig(architectures=["LlavaOnevisionForConditionalGeneration"]).save_pretrained(directory)
     with pytest.raises(UnsupportedModelError, match=r"LlavaOnevisionForConditionalGeneration has no adapter"):
         vzip.load_vlm(directory)
     (directory / "config.json").write_text("{")

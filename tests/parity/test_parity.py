@@ -9,145 +9,168 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests import tiny
-from tests.tiny import IMAGE_TOKEN, NUM_PATCHES
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from tests.isolation.test_isolation import changed, snapshot
+from tests.tiny import FAMILIES, IMAGE_TOKEN, some_of
+from transformers import CLIPVisionConfig, LlamaConfig
 
 import vzip
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
-KINDS = [("clip", "default"), ("clip", "full"), ("siglip", "default"), ("siglip", "full")]
+KINDS = [(family, tower, strategy) for family in FAMILIES for tower, strategy in family.kinds]
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
 
-def expanded(tower: str, strategy: str) -> int:
-    return NUM_PATCHES + (tower == "clip") - (strategy == "default")
+def prompt(items: list[int | str], lengths: list[int] | None = None) -> torch.Tensor:
+    """[1, T]: integers are text ids, "image" a run of the next of ``lengths`` placeholders (None: always one)."""
+    runs = iter(lengths or [1] * len(items))
+    return torch.tensor([[i for item in items for i in ([IMAGE_TOKEN] * next(runs) if item == "image" else [item])]])
 
 
-def prompt(num_images_at: list[str | int], length: int) -> torch.Tensor:
-    """[1, T]: integers are text ids, "image" an expanded run of ``length`` placeholders."""
-    return torch.tensor(
-        [[i for item in num_images_at for i in ([IMAGE_TOKEN] * length if item == "image" else [item])]]
-    )
-
-
-@pytest.mark.parametrize(("tower", "strategy"), KINDS)
+@pytest.mark.parametrize(("family", "tower", "strategy"), KINDS, ids=str)
 @pytest.mark.parametrize("select_layer", [-2, -1, 1, 3, -4])
-def test_identity_equals_stock_bit_for_bit(tower, strategy, select_layer):
-    model = tiny.llava(tower, strategy, select_layer)
-    length = expanded(tower, strategy)
-    ids = prompt([5, 6, "image", 7, "image", 8, 9], length)
-    mask, pixel_values = torch.ones_like(ids), tiny.pixels(2)
+def test_identity_equals_stock_bit_for_bit(family, tower, strategy, select_layer):
+    model = family.build(tower, strategy, select_layer)
+    inputs = family.inputs(2)
+    lengths = family.stock_lengths(model, inputs)
+    items = [5, 6, "image", 7, "image", 8, 9]
+    ids = prompt(items, lengths)
+    mask = torch.ones_like(ids)
     vlm = vzip.CompressedVlm(model, vzip.Identity())
     with torch.no_grad():
-        stock = model(input_ids=ids, attention_mask=mask, pixel_values=pixel_values)
-        ours = vlm.forward(ids, mask, pixel_values=pixel_values)
-        short = prompt([5, 6, "image", 7, "image", 8, 9], 1)
-        from_short = vlm.forward(short, pixel_values=pixel_values)
+        stock = model(input_ids=ids, attention_mask=mask, **inputs)
+        ours = vlm.forward(ids, mask, **inputs)
+        from_short = vlm.forward(prompt(items), **inputs)
     assert torch.equal(ours.logits, stock.logits) and torch.equal(from_short.logits, stock.logits)
-    assert vlm.last_num_visual_tokens == [length, length]
+    assert vlm.last_num_visual_tokens == lengths
     if select_layer != -2:
         return
     settings = {"max_new_tokens": 12, "do_sample": False}
-    stock_tokens = model.generate(input_ids=ids, attention_mask=mask, pixel_values=pixel_values, **settings)
-    our_tokens = vlm.generate(ids, mask, pixel_values=pixel_values, **settings)
+    stock_tokens = model.generate(input_ids=ids, attention_mask=mask, **inputs, **settings)
+    our_tokens = vlm.generate(ids, mask, **inputs, **settings)
     assert torch.equal(our_tokens, stock_tokens[:, ids.shape[1] :])
     assert len(set(our_tokens[0].tolist())) > 1  # the tiny model does not just repeat itself
 
 
+@each_family
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_identity_equals_stock_on_padded_batches(side):
-    model = tiny.llava()
-    long = prompt([5, "image", 7, "image", 9], NUM_PATCHES)
-    short = prompt([6, "image", 8], NUM_PATCHES)
+def test_identity_equals_stock_on_padded_batches(family, side):
+    model = family.build()
+    inputs = family.inputs(3)
+    lengths = family.stock_lengths(model, inputs)
+    long = prompt([5, "image", 7, "image", 9], lengths[:2])
+    short = prompt([6, "image", 8], lengths[2:])
     filler = torch.full((1, long.shape[1] - short.shape[1]), 3)
     row = torch.cat([filler, short] if side == "left" else [short, filler], dim=1)
     ids = torch.cat([long, row])
     mask = (ids != 3).long()
-    pixel_values = tiny.pixels(3)
     vlm = vzip.CompressedVlm(model, vzip.Identity())
     with torch.no_grad():
-        prepared = vlm.prepare(ids, mask, pixel_values=pixel_values)
+        prepared = vlm.prepare(ids, mask, **inputs)
         assert torch.equal(prepared.attention_mask, mask)
-        stock = model(
-            input_ids=ids, attention_mask=mask, pixel_values=pixel_values, position_ids=prepared.position_ids
-        ).logits
-        ours = vlm.forward(ids, mask, pixel_values=pixel_values).logits
+        stock = model(input_ids=ids, attention_mask=mask, position_ids=prepared.position_ids, **inputs).logits
+        ours = vlm.forward(ids, mask, **inputs).logits
     assert torch.equal(ours[mask.bool()], stock[mask.bool()])
 
 
-def test_identity_gives_the_stock_loss_and_gradients():
-    model = tiny.llava()
-    ids = prompt([5, "image", 7, 8, 9], NUM_PATCHES)
+@each_family
+def test_identity_gives_the_stock_loss_and_gradients(family):
+    model = family.build()
+    inputs = family.inputs(1)
+    ids = prompt([5, "image", 7, 8, 9], family.stock_lengths(model, inputs))
     labels = torch.where(ids == IMAGE_TOKEN, -100, ids)
-    pixel_values = tiny.pixels(1)
     vlm = vzip.CompressedVlm(model, vzip.Identity())
     weight = vlm.adapter.projector.linear_1.weight
-    stock = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixel_values, labels=labels).loss
+    stock = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, **inputs).loss
     (stock_gradient,) = torch.autograd.grad(stock, weight)
-    ours = vlm.forward(ids, pixel_values=pixel_values, labels=labels).loss
+    ours = vlm.forward(ids, labels=labels, **inputs).loss
     (our_gradient,) = torch.autograd.grad(ours, weight)
     assert torch.equal(ours, stock) and stock > 0
     torch.testing.assert_close(our_gradient, stock_gradient)
 
 
-@pytest.fixture(scope="module")
-def published(golden, tmp_path_factory):
-    """The published code's tiny LLaVA, loaded through load_vlm, and its case."""
-    folder = golden / "llava15_tiny"
+@pytest.fixture(scope="module", params=FAMILIES, ids=str)
+def published(request, golden, tmp_path_factory):
+    """The published code's tiny model through load_vlm, its prompt, its pictures one by one, and its numbers."""
+    family = request.param
+    folder = golden / family.name
     case = json.loads((folder / "case.json").read_text())
+    expected = load_file(folder / "expected_54+10.safetensors")
     image_token = case["text"]["vocab_size"] - 1
-    config = LlavaConfig(
+    config = family.config_class(
         vision_config=CLIPVisionConfig(**case["vision"]),
         text_config=LlamaConfig(**case["text"]),
-        image_token_id=image_token,
+        image_token_index=image_token,
         vision_feature_layer=case["vision_feature_layer"],
     )
-    directory = tmp_path_factory.mktemp("llava15_tiny")
+    if "image_grid_pinpoints" in case:
+        config.image_grid_pinpoints = case["image_grid_pinpoints"]
+    directory = tmp_path_factory.mktemp(family.name)
     config.save_pretrained(directory)
     shutil.copyfile(folder / "weights.safetensors", directory / "model.safetensors")
-    budget = vzip.TokenBudget(case["dominant"], case["contextual"])
-    vlm = vzip.load_vlm(directory, compressor=vzip.VisionZip(budget))
-    drawn = np.random.RandomState(case["pixel_seed"]).randn(2, 3, 336, 336).astype(np.float32)
-    assert np.allclose(drawn.astype(np.float64).sum(axis=(1, 2, 3)), case["pixel_sums"])
+    vlm = vzip.load_vlm(directory, compressor=vzip.VisionZip(vzip.TokenBudget(case["dominant"], case["contextual"])))
+    random = np.random.RandomState(case["pixel_seed"])
+    drawn = [random.randn(*shape).astype(np.float32) for shape in case.get("pixel_shapes", [(3, 336, 336)] * 2)]
+    assert np.allclose([one.astype(np.float64).sum() for one in drawn], case["pixel_sums"])
+    pictures = [{"pixel_values": torch.from_numpy(one)[None]} for one in drawn]
+    for number, picture in enumerate(pictures):
+        if f"image_size_{number}" in expected:
+            picture["image_sizes"] = expected[f"image_size_{number}"][None]
     ids = torch.tensor([[image_token if i == "<image>" else i for i in case["prompt_ids"]]])
-    return vlm, ids, torch.from_numpy(drawn), load_file(folder / "expected_54+10.safetensors")
+    return vlm, ids, pictures, expected
+
+
+def joined(pictures):
+    """One batch of pictures of different numbers of crops."""
+    most = max(picture["pixel_values"].shape[1] for picture in pictures)
+    together = {key: [picture[key] for picture in pictures] for key in pictures[0]}
+    if together["pixel_values"][0].ndim == 5:
+        together["pixel_values"] = [
+            torch.nn.functional.pad(values, [0] * 7 + [most - values.shape[1]]) for values in together["pixel_values"]
+        ]
+    return {key: torch.cat(values) for key, values in together.items()}
 
 
 @torch.no_grad()
 def test_visionzip_equals_the_published_code_end_to_end(published):
-    vlm, ids, pixel_values, expected = published
-    batch_ids = ids.expand(2, -1)
-    together = vlm.prepare(batch_ids, pixel_values=pixel_values)
-    logits = vlm.forward(batch_ids, pixel_values=pixel_values).logits
-    assert vlm.last_num_visual_tokens == [64, 64]
-    for i in range(2):
-        one = pixel_values[i : i + 1]
-        alone = vlm.prepare(ids, pixel_values=one)
+    vlm, ids, pictures, expected = published
+    both = joined(pictures)
+    together = vlm.prepare(ids.expand(2, -1), padding_side="right", **both)
+    counts = [expected[f"inputs_embeds_{i}"].shape[1] - 6 for i in range(2)]
+    assert vlm.last_num_visual_tokens == counts
+    assert counts in ([64, 64], [320, 256])  # NeXT: five crops and four
+    for i, one in enumerate(pictures):
+        alone = vlm.prepare(ids, **one)
         wanted = expected[f"inputs_embeds_{i}"]
         torch.testing.assert_close(alone.inputs_embeds, wanted, rtol=0, atol=1e-4)
-        torch.testing.assert_close(together.inputs_embeds[i : i + 1], wanted, rtol=0, atol=1e-4)
+        of_batch = together.inputs_embeds[i : i + 1, : wanted.shape[1]]
+        torch.testing.assert_close(of_batch, wanted, rtol=0, atol=1e-4)
         wanted = expected[f"logits_{i}"]
-        torch.testing.assert_close(vlm.forward(ids, pixel_values=one).logits, wanted, rtol=0, atol=1e-4)
-        torch.testing.assert_close(logits[i : i + 1], wanted, rtol=0, atol=1e-4)
+        torch.testing.assert_close(vlm.forward(ids, **one).logits, wanted, rtol=0, atol=1e-4)
+    mask = together.attention_mask
+    logits = vlm.model(inputs_embeds=together.inputs_embeds, attention_mask=mask, position_ids=together.position_ids)
+    for i in range(2):
+        own = logits.logits[i][mask[i].bool()]
+        torch.testing.assert_close(own, expected[f"logits_{i}"][0], rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
 def test_uncompressed_equals_the_published_code(published):
-    vlm, ids, pixel_values, expected = published
+    vlm, ids, pictures, expected = published
     plain = vzip.CompressedVlm(vlm.model, vzip.Identity())
-    for i in range(2):
-        embeds = plain.prepare(ids, pixel_values=pixel_values[i : i + 1]).inputs_embeds
+    for i, one in enumerate(pictures):
+        embeds = plain.prepare(ids, **one).inputs_embeds
         torch.testing.assert_close(embeds[:, :8], expected[f"full_inputs_embeds_{i}"].view(1, 8, -1), rtol=0, atol=1e-4)
 
 
+@each_family
 @torch.no_grad()
-def test_cached_generation_equals_starting_over_at_every_step():
-    vlm = vzip.CompressedVlm(tiny.llava(), vzip.VisionZip(BUDGET))
-    ids, pixel_values = prompt([5, 6, "image", 7], 1), tiny.pixels(1)
-    cached = vlm.generate(ids, pixel_values=pixel_values, max_new_tokens=10, do_sample=False)
+def test_cached_generation_equals_starting_over_at_every_step(family):
+    vlm = vzip.CompressedVlm(family.build(), vzip.VisionZip(BUDGET))
+    ids, inputs = prompt([5, 6, "image", 7]), family.inputs(1)
+    cached = vlm.generate(ids, max_new_tokens=10, do_sample=False, **inputs)
     grown = ids
     for _ in range(10):
-        logits = vlm.forward(grown, pixel_values=pixel_values, use_cache=False).logits
+        logits = vlm.forward(grown, use_cache=False, **inputs).logits
         grown = torch.cat([grown, logits[:, -1:].argmax(dim=-1)], dim=1)
     assert torch.equal(cached, grown[:, ids.shape[1] :])
     assert len(set(cached[0].tolist())) > 2
@@ -158,13 +181,15 @@ MIXED = [([5, 6, 7], 0), (["image", 8, 9, 10, 11], 1), ([5, "image", "image", 6,
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("form", ["placeholder", "expanded"])
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize(("family", "tower"), [(f, t) for f in FAMILIES for t in ("clip", "siglip")], ids=str)
 @torch.no_grad()
-def test_a_mixed_batch_equals_one_by_one(side, form, tower):
-    model = tiny.llava(tower, "full")
+def test_a_mixed_batch_equals_one_by_one(side, form, family, tower):
+    model = family.build(tower, next(strategy for kind, strategy in reversed(family.kinds) if kind == tower))
     vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET))
-    length = 1 if form == "placeholder" else expanded(tower, "full")
-    prompts = [prompt(items, length) for items, _ in MIXED]
+    inputs = family.inputs(5)
+    lengths = [1] * 5 if form == "placeholder" else family.stock_lengths(model, inputs)
+    firsts = np.cumsum([0] + [num_images for _, num_images in MIXED]).tolist()
+    prompts = [prompt(items, lengths[first:]) for (items, _), first in zip(MIXED, firsts[:-1], strict=True)]
     longest = max(p.shape[1] for p in prompts)
     padded, masks = [], []
     for p in prompts:
@@ -172,39 +197,39 @@ def test_a_mixed_batch_equals_one_by_one(side, form, tower):
         ones, zeros = torch.ones_like(p), torch.zeros_like(filler)
         padded.append(torch.cat([filler, p] if side == "left" else [p, filler], dim=1))
         masks.append(torch.cat([zeros, ones] if side == "left" else [ones, zeros], dim=1))
-    ids, mask, pixel_values = torch.cat(padded), torch.cat(masks), tiny.pixels(5)
-    together = vlm.forward(ids, mask, pixel_values=pixel_values)
-    prepared = vlm.prepare(ids, mask, pixel_values=pixel_values)
-    generated = vlm.generate(ids, mask, pixel_values=pixel_values, max_new_tokens=6, do_sample=False)
-    assert vlm.last_num_visual_tokens == [9] * 5
-    used = 0
-    for row, (p, (_, num_images)) in enumerate(zip(prompts, MIXED, strict=True)):
-        own = pixel_values[used : used + num_images] if num_images else None
-        used += num_images
-        alone = vlm.forward(p, pixel_values=own).logits[0]
+    ids, mask = torch.cat(padded), torch.cat(masks)
+    together = vlm.forward(ids, mask, **inputs)
+    prepared = vlm.prepare(ids, mask, **inputs)
+    generated = vlm.generate(ids, mask, max_new_tokens=6, do_sample=False, **inputs)
+    assert vlm.last_num_visual_tokens == [9 * count for count in family.num_crops(5)]
+    for row, p in enumerate(prompts):
+        own = some_of(inputs, firsts[row], firsts[row + 1])
+        alone = vlm.forward(p, **own).logits[0]
         of_row = together.logits[row][prepared.attention_mask[row].bool()]
         torch.testing.assert_close(of_row, alone, rtol=0, atol=2e-4)
         assert prepared.attention_mask[row, 0 if side == "right" else -1] == 1
-        tokens = vlm.generate(p, pixel_values=own, max_new_tokens=6, do_sample=False)
+        tokens = vlm.generate(p, max_new_tokens=6, do_sample=False, **own)
         assert torch.equal(generated[row], tokens[0])
 
 
+@each_family
 @torch.no_grad()
-def test_gradients_agree_with_finite_differences():
+def test_gradients_agree_with_finite_differences(family):
     """In float64: pixels -> tower -> kept and merged tokens -> projector -> inputs_embeds.
 
     Up to there and no further: Hugging Face's Llama computes its norms and loss in float32 whatever the model's type.
     """
-    model = tiny.llava().double()
+    model = family.build().double()
     vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET))
-    ids = prompt([5, "image", 7, 8], 1)
-    pixel_values = tiny.pixels(1).double().requires_grad_()
+    ids = prompt([5, "image", 7, 8])
+    inputs = family.inputs(1)
+    pixel_values = inputs.pop("pixel_values").double().requires_grad_()
     weight = vlm.adapter.projector.linear_1.weight
-
-    mixture = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    length = 3 + 9 * family.crops[0]
+    mixture = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def loss():
-        return (vlm.prepare(ids, pixel_values=pixel_values).inputs_embeds * mixture).sum()
+        return (vlm.prepare(ids, pixel_values=pixel_values, **inputs).inputs_embeds * mixture).sum()
 
     with torch.enable_grad():
         gradients = torch.autograd.grad(loss(), (pixel_values, weight))
@@ -222,12 +247,37 @@ def test_gradients_agree_with_finite_differences():
         assert numeric.abs() > 1e-6
 
 
+@each_family
+def test_the_model_is_unchanged_by_use_and_by_an_exception(family):
+    model = family.build()
+    before = snapshot(model)
+    vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET))
+    ids, inputs = prompt([5, "image", 7]), family.inputs(1)
+    vlm.forward(ids, labels=ids, **inputs).loss.detach()
+    vlm.generate(ids, max_new_tokens=2, **inputs)
+    vlm.compressor = vzip.Identity()
+    vlm.encode_images(**inputs)
+    assert changed(before, snapshot(model)) == []
+
+    def fail(*_):
+        raise MemoryError("no room")
+
+    with_hook = model.model.vision_tower.encoder.layers[2].mlp.register_forward_hook(fail)
+    vlm.compressor = vzip.VisionZip(BUDGET)
+    before = snapshot(model)
+    with pytest.raises(MemoryError, match="no room"):
+        vlm.generate(ids, max_new_tokens=2, **inputs)
+    assert changed(before, snapshot(model)) == []
+    with_hook.remove()
+
+
+@each_family
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_half_precision_runs(dtype):
-    vlm = vzip.CompressedVlm(tiny.llava().to(dtype), vzip.VisionZip(BUDGET))
-    ids = prompt([5, "image", 7], 1)
-    output = vlm.forward(ids, pixel_values=tiny.pixels(1))
+def test_half_precision_runs(family, dtype):
+    vlm = vzip.CompressedVlm(family.build().to(dtype), vzip.VisionZip(BUDGET))
+    ids, one = prompt([5, "image", 7]), family.inputs(1)
+    output = vlm.forward(ids, **one)
     assert output.logits.dtype == dtype and torch.isfinite(output.logits).all()
-    assert vlm.encode_images(tiny.pixels(2))[1].dtype == dtype
-    assert vlm.generate(ids, pixel_values=tiny.pixels(1), max_new_tokens=3).shape == (1, 3)
+    assert vlm.encode_images(**family.inputs(2))[1].dtype == dtype
+    assert vlm.generate(ids, max_new_tokens=3, **one).shape == (1, 3)

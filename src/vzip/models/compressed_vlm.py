@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vzip.compressors.base import Compressor
-from vzip.data.images import PREPROCESSES, Preprocess, prepare_pictures
+from vzip.data.images import PREPROCESSES, Preprocess
 from vzip.errors import ConfigError, PromptError, nearest
 
-from .adapters import Adapter, adapter_for_model
+from .adapters import Adapter, PackingOptions, adapter_for_model
 from .splice import PaddingSide, PreparedInputs, plan_splice, splice
 
 
@@ -43,12 +43,19 @@ class CompressedVlm(nn.Module):
         compressor: Compressor,
         processor: ProcessorMixin | None = None,
         preprocess: Preprocess = "llava",
+        drop_padding: bool = False,
+        row_newline: bool = False,
     ) -> None:
         """Wraps a loaded model.
 
+        Args:
+            hf_model, compressor, processor, preprocess: see the class.
+            drop_padding, row_newline: see ``vzip.models.adapters.base.PackingOptions`` (LLaVA-NeXT only).
+
         Raises:
             UnsupportedModelError: no adapter for the model's class, vision tower or settings.
-            ConfigError: an unknown ``preprocess``, or a budget that does not fit the vision tower.
+            ConfigError: an unknown ``preprocess``, a budget that does not fit the vision tower, or an option of the
+                packing that the family or the compressor cannot honour.
         """
         super().__init__()
         if preprocess not in PREPROCESSES:
@@ -56,7 +63,7 @@ class CompressedVlm(nn.Module):
                 f"model.preprocess={preprocess!r}: must be one of {', '.join(PREPROCESSES)}"
                 f"{nearest(str(preprocess), PREPROCESSES)}."
             )
-        self.adapter: Adapter = adapter_for_model(hf_model)
+        self.adapter: Adapter = adapter_for_model(hf_model, PackingOptions(drop_padding, row_newline))
         self.model = hf_model
         self.training = hf_model.training
         self.processor = processor
@@ -76,8 +83,7 @@ class CompressedVlm(nn.Module):
                 f"compressor={compressor!r}: must be an instance of vzip.Compressor, such as vzip.VisionZip(budget) or"
                 " vzip.Identity()."
             )
-        geometry = self.adapter.geometry
-        compressor.check_fits(geometry.num_patches, geometry.has_cls)
+        self.adapter.check_compressor(compressor)
         self._compressor = compressor
 
     @property
@@ -85,20 +91,24 @@ class CompressedVlm(nn.Module):
         """Where the text embedding is, and so where inputs go."""
         return next(self.adapter.embed_tokens.parameters()).device
 
-    def encode_images(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> list[Tensor]:
+    def encode_images(
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, tile_grids: Tensor | None = None
+    ) -> list[Tensor]:
         """Pictures -> visual tokens, as they enter the language model.
 
         Args:
             pixel_values: as the model's Hugging Face processor returns them (LLaVA: ``[images, 3, h, w]``).
             image_sizes: original (height, width) of each picture, where the family needs it.
+            tile_grids: (rows, cols) of each picture's tiles, as ``preprocess_images`` returns them for LLaVA-NeXT;
+                None: the grid that the Hugging Face processor makes for ``image_sizes``.
 
         Returns:
             for each image ``[num_visual_tokens, d_text]``.
 
         Raises:
-            PromptError: ``pixel_values`` of a wrong shape.
+            PromptError: ``pixel_values`` of a wrong shape; sizes that are missing or do not fit them.
         """
-        return self.adapter.encode(pixel_values, image_sizes, self._compressor)
+        return self.adapter.encode(pixel_values, image_sizes, self._compressor, tile_grids)
 
     def prepare(
         self,
@@ -108,6 +118,7 @@ class CompressedVlm(nn.Module):
         image_sizes: Tensor | None = None,
         labels: Tensor | None = None,
         padding_side: PaddingSide | None = None,
+        tile_grids: Tensor | None = None,
     ) -> PreparedInputs:
         """Builds what the language model gets.
 
@@ -118,6 +129,7 @@ class CompressedVlm(nn.Module):
             image_sizes: as the processor returns them, where the family needs them.
             labels: ``[B, T]``, as for the Hugging Face model.
             padding_side: side of the result's padding; None keeps the input's (left where the input has no padding).
+            tile_grids: as in ``encode_images``.
 
         Returns:
             ``inputs_embeds``, ``attention_mask``, ``position_ids``, ``labels``, ``num_visual_tokens``.
@@ -129,7 +141,9 @@ class CompressedVlm(nn.Module):
         token_id = self.adapter.image_token_id
         lengths = self.adapter.expanded_lengths(num_images, image_sizes)
         plan = plan_splice(input_ids, attention_mask, token_id, lengths, padding_side)  # before any picture is encoded
-        images = [] if pixel_values is None or num_images == 0 else self.encode_images(pixel_values, image_sizes)
+        images = []
+        if pixel_values is not None and num_images > 0:
+            images = self.encode_images(pixel_values, image_sizes, tile_grids)
         input_ids = input_ids.to(self.device)
         prepared = splice(plan, input_ids, self.adapter.embed_tokens, images, token_id, labels)
         self.last_num_visual_tokens = prepared.num_visual_tokens
@@ -142,19 +156,20 @@ class CompressedVlm(nn.Module):
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
         labels: Tensor | None = None,
+        tile_grids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the Hugging Face model's forward, returning its output object; logits are of the compressed sequence.
 
         Args:
-            input_ids, attention_mask, pixel_values, image_sizes, labels: as in ``prepare``.
+            input_ids, attention_mask, pixel_values, image_sizes, labels, tile_grids: as in ``prepare``.
             **kwargs: handed on to the Hugging Face model (``use_cache``, ``logits_to_keep``, ...).
 
         Raises:
             PromptError: as ``prepare``; or an argument that belongs to the uncompressed sequence.
         """
         _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values"), "forward")
-        prepared = self.prepare(input_ids, attention_mask, pixel_values, image_sizes, labels)
+        prepared = self.prepare(input_ids, attention_mask, pixel_values, image_sizes, labels, tile_grids=tile_grids)
         return self.model(
             inputs_embeds=prepared.inputs_embeds,
             attention_mask=prepared.attention_mask,
@@ -170,6 +185,7 @@ class CompressedVlm(nn.Module):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        tile_grids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generates; returns the new tokens only, ``[B, num_new_tokens]`` (or Hugging Face's output object).
@@ -177,7 +193,7 @@ class CompressedVlm(nn.Module):
         Prompts are padded on the left inside, whatever the input's side, since the last position is continued.
 
         Args:
-            input_ids, attention_mask, pixel_values, image_sizes: as in ``prepare``.
+            input_ids, attention_mask, pixel_values, image_sizes, tile_grids: as in ``prepare``.
             **kwargs: Hugging Face's generation settings (``max_new_tokens``, ``do_sample``, ``num_beams``, ...).
 
         Raises:
@@ -191,19 +207,25 @@ class CompressedVlm(nn.Module):
                 "generate(use_cache=False): generation from compressed pictures always uses the cache. Leave use_cache"
                 " out, or set it to True."
             )
-        prepared = self.prepare(input_ids, attention_mask, pixel_values, image_sizes, padding_side="left")
+        prepared = self.prepare(
+            input_ids, attention_mask, pixel_values, image_sizes, padding_side="left", tile_grids=tile_grids
+        )
         return self.model.generate(
             inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **kwargs
         )
 
     def preprocess_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Pictures -> ``pixel_values`` (and ``image_sizes`` where the family needs it), by the rule in ``preprocess``.
+        """Pictures -> ``pixel_values``, by the rule in ``preprocess``, and what else the family needs with them.
+
+        LLaVA-NeXT: also ``image_sizes``, and with ``"llava"`` ``tile_grids``, since where several grids serve a picture
+        equally well LLaVA's choice and Hugging Face's differ.
 
         Raises:
             ConfigError: the wrapper has no processor.
             ImageError: a picture that cannot be used.
         """
-        return prepare_pictures(images, self._need_processor("preprocess_images").image_processor, self.preprocess)
+        image_processor = self._need_processor("preprocess_images").image_processor
+        return self.adapter.prepare_pictures(images, image_processor, self.preprocess)
 
     def build_inputs(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
         """Prompts and pictures -> keyword arguments for ``prepare``, ``forward`` and ``generate``.
@@ -214,7 +236,7 @@ class CompressedVlm(nn.Module):
 
         Returns:
             ``input_ids`` and ``attention_mask`` ``[B, T]``, padded on the left, on the model's device; ``pixel_values``
-            (and ``image_sizes``) if there are pictures.
+            (and ``image_sizes``, ``tile_grids``) if there are pictures.
 
         Raises:
             ConfigError: the wrapper has no processor.

@@ -8,12 +8,21 @@ from torch import nn
 
 from vzip.errors import UnsupportedModelError, nearest
 
-from .base import Adapter
+from .base import Adapter, PackingOptions
 from .llava import LlavaAdapter
+from .llava_next import LlavaNextAdapter
 
-ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter,)
+ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter, LlavaNextAdapter)
 
-__all__ = ["ADAPTERS", "Adapter", "LlavaAdapter", "adapter_class_for_config", "adapter_for_model"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "LlavaAdapter",
+    "LlavaNextAdapter",
+    "PackingOptions",
+    "adapter_class_for_config",
+    "adapter_for_model",
+]
 
 
 def _unsupported(name: str) -> UnsupportedModelError:
@@ -24,15 +33,16 @@ def _unsupported(name: str) -> UnsupportedModelError:
     )
 
 
-def adapter_for_model(model: nn.Module) -> Adapter:
+def adapter_for_model(model: nn.Module, packing: PackingOptions | None = None) -> Adapter:
     """The adapter for a loaded Hugging Face model, found by its class.
 
     Raises:
+        ConfigError: options of the packing that the family does not have.
         UnsupportedModelError: no adapter for this class, its vision tower or its settings.
     """
     for adapter in ADAPTERS:
         if isinstance(model, adapter.model_class):
-            return adapter(model)
+            return adapter(model, packing)
     raise _unsupported(type(model).__name__)
 
 

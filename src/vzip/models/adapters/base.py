@@ -8,16 +8,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vzip.compressors.base import Compressor, VisionOutput
-from vzip.errors import PromptError
+from vzip.compressors.controls import Identity
+from vzip.data.images import Preprocess, prepare_pictures
+from vzip.errors import ConfigError, PromptError
 
 from ..tap import run_tower
 from ..towers import Tower, TowerGeometry, find_tower
+
+
+@dataclass(frozen=True)
+class PackingOptions:
+    """How tiles become one sequence, beyond what the published code does; for families that cut pictures into tiles.
+
+    Attributes:
+        drop_padding: patches that show nothing but the padding around the picture are not selected as long as their
+            tile has enough others (they are still merged). Needs a compressor that selects by attention.
+        row_newline: the model's newline token after each row of patches of the tile grid, as without compression;
+            these tokens come on top of the budget. With ``drop_padding``, rows that are only padding get none.
+    """
+
+    drop_padding: bool = False
+    row_newline: bool = False
 
 
 class Adapter(ABC):
@@ -30,12 +49,28 @@ class Adapter(ABC):
         select_layer: the tower's layer the model was trained on.
         stock_offset: first row of the tower's output the unmodified model uses (1: it drops row 0).
         image_token_id: id of the placeholder in ``input_ids``.
+        packing: options of the packing.
+        has_tiles: whether the family cuts a picture into several crops.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
+    has_tiles: ClassVar[bool] = False
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, packing: PackingOptions | None = None) -> None:
+        """Finds the model's parts.
+
+        Raises:
+            UnsupportedModelError: a vision tower or setting that cannot be served.
+            ConfigError: options of the packing for a family without tiles.
+        """
         self.model = model
+        self.packing = packing or PackingOptions()
+        if self.packing != PackingOptions() and not self.has_tiles:
+            raise ConfigError(
+                f"model.drop_padding={str(self.packing.drop_padding).lower()},"
+                f" model.row_newline={str(self.packing.row_newline).lower()}: {type(model).__name__} has no tiles, so"
+                " both must be false; they are options of LLaVA-NeXT."
+            )
         self.geometry = self.check_config(model.config)
         self.tower: Tower = find_tower(self.vision_tower)
         self.select_layer: int = self.read_select_layer(model.config)
@@ -83,44 +118,104 @@ class Adapter(ABC):
         return self.model.get_input_embeddings()
 
     @abstractmethod
-    def expanded_lengths(self, num_images: int, image_sizes: Tensor | None) -> list[int]:
-        """Placeholders an image gets from the Hugging Face processor, for each image in order."""
+    def expanded_lengths(
+        self, num_images: int, image_sizes: Tensor | None, tile_grids: Tensor | None = None
+    ) -> list[int]:
+        """Visual tokens of the unmodified model, which is the placeholders its processor writes, for each image.
+
+        Args:
+            num_images: images in all.
+            image_sizes: original (height, width) of each image, where the family needs it.
+            tile_grids: (rows, cols) of each image's tiles; None: by the Hugging Face processor's rule.
+        """
 
     @abstractmethod
-    def crops(self, pixel_values: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, list[int]]:
+    def crops(
+        self, pixel_values: Tensor, image_sizes: Tensor | None, tile_grids: Tensor | None = None
+    ) -> tuple[Tensor, list[int]]:
         """All crops of all images as one batch ``[crops, 3, h, w]``, and the number of crops of each image."""
 
     @abstractmethod
-    def pack(self, crops: Sequence[Tensor], image_sizes: Tensor | None) -> list[Tensor]:
+    def pack(
+        self,
+        crops: Sequence[Tensor],
+        image_sizes: Tensor | None,
+        kept: Sequence[Tensor] | None = None,
+        tile_grids: Tensor | None = None,
+    ) -> list[Tensor]:
         """Joins the projected crops of each image into one sequence.
 
         Args:
             crops: for each image ``[num_crops, K, d_text]``.
             image_sizes: original (height, width) of each image, where the family needs it.
+            kept: for each image int64 ``[num_crops, num_kept]``, the tower's rows that the first ``num_kept`` tokens
+                are; None: the crops hold all rows the unmodified model uses, and are packed exactly as it packs them.
+            tile_grids: as in ``expanded_lengths``.
 
         Returns:
             for each image ``[num_visual_tokens, d_text]``.
         """
 
+    def num_added_tokens(
+        self, num_crops: Sequence[int], image_sizes: Tensor | None, tile_grids: Tensor | None = None
+    ) -> list[int]:
+        """Tokens that packing adds to the compressed ones (newlines), for each image."""
+        return [0] * len(num_crops)
+
+    def check_compressor(self, compressor: Compressor) -> None:
+        """Raises ConfigError if the compressor does not fit the vision tower or the packing's options."""
+        compressor.check_fits(self.geometry.num_patches, self.geometry.has_cls)
+        if (
+            self.packing.drop_padding
+            and "attention" not in compressor.requires
+            and not isinstance(compressor, Identity)
+        ):
+            raise ConfigError(
+                "model.drop_padding=true keeps padding from being selected by attention, and"
+                f" {type(compressor).__name__} does not select by attention: set model.drop_padding=false, or use"
+                " compressor=visionzip."
+            )
+
+    def prepare_pictures(
+        self, images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess
+    ) -> dict[str, Tensor]:
+        """Pictures -> ``pixel_values`` and whatever else the family needs; see ``vzip.data``."""
+        return prepare_pictures(images, image_processor, preprocess)
+
+    def hide_padding(
+        self, vision: VisionOutput, num_crops: Sequence[int], image_sizes: Tensor | None, tile_grids: Tensor | None
+    ) -> VisionOutput:
+        """The tower's output with the attention on mere padding taken away, where ``drop_padding`` asks for it."""
+        return vision
+
     def run_tower(self, pixel_values: Tensor, requires: frozenset[str]) -> VisionOutput:
         """Runs the vision tower on crops ``[N, 3, h, w]`` up to the select layer."""
         return run_tower(self.tower, pixel_values, self.select_layer, requires, self.stock_offset)
 
-    def encode(self, pixel_values: Tensor, image_sizes: Tensor | None, compressor: Compressor) -> list[Tensor]:
+    def encode(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | None,
+        compressor: Compressor,
+        tile_grids: Tensor | None = None,
+    ) -> list[Tensor]:
         """Pictures -> visual tokens: tower, compressor, projector, packing.
 
         Args:
             pixel_values: as the model's Hugging Face processor returns them.
             image_sizes: likewise.
             compressor: the method.
+            tile_grids: as in ``expanded_lengths``.
 
         Returns:
             for each image ``[num_visual_tokens, d_text]``.
         """
-        crops, num_crops = self.crops(pixel_values, image_sizes)
+        crops, num_crops = self.crops(pixel_values, image_sizes, tile_grids)
         vision = self.run_tower(crops, compressor.requires)
-        projected = self.projector(compressor(vision).tokens)
-        return self.pack(projected.split(num_crops), image_sizes)
+        compressed = compressor(self.hide_padding(vision, num_crops, image_sizes, tile_grids))
+        projected = self.projector(compressed.tokens).split(num_crops)
+        kept = None if isinstance(compressor, Identity) else compressed.source_index.split(num_crops)
+        return self.pack(projected, image_sizes, kept, tile_grids)
 
 
 def check_pixel_values(pixel_values: Tensor, num_dims: int, layout: str) -> None:

@@ -48,13 +48,23 @@ class LlavaAdapter(Adapter):
     def language_model(self) -> nn.Module:
         return self.model.get_submodule("model.language_model")
 
-    def expanded_lengths(self, num_images: int, image_sizes: Tensor | None) -> list[int]:
+    def expanded_lengths(
+        self, num_images: int, image_sizes: Tensor | None, tile_grids: Tensor | None = None
+    ) -> list[int]:
         num_rows = self.geometry.num_patches + int(self.geometry.has_cls)
         return [num_rows - self.stock_offset] * num_images
 
-    def crops(self, pixel_values: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, list[int]]:
+    def crops(
+        self, pixel_values: Tensor, image_sizes: Tensor | None, tile_grids: Tensor | None = None
+    ) -> tuple[Tensor, list[int]]:
         check_pixel_values(pixel_values, 4, "[images, 3, height, width]")
         return pixel_values, [1] * pixel_values.shape[0]
 
-    def pack(self, crops: Sequence[Tensor], image_sizes: Tensor | None) -> list[Tensor]:
+    def pack(
+        self,
+        crops: Sequence[Tensor],
+        image_sizes: Tensor | None,
+        kept: Sequence[Tensor] | None = None,
+        tile_grids: Tensor | None = None,
+    ) -> list[Tensor]:
         return [image.flatten(0, 1) for image in crops]
