@@ -64,7 +64,7 @@ STAGES = (
     Stage(112, 32, 1000, 1.2e-3, answers=False),
     Stage(168, 16, 1100, 1e-3),
     Stage(168, 16, 500, 8e-4, num_questions=20, questions=many_questions),
-    Stage(336, 8, 500, 6e-4, num_questions=22, questions=most_questions),
+    Stage(336, 8, 400, 6e-4, num_questions=22, questions=most_questions),
 )
 WARMUP_STEPS = 100
 
