@@ -54,7 +54,18 @@ MESSAGES = {
     ("budgt=64tok",): ["budgt: no such key or group (did you mean 'budget'?)"],
     ("budget=64",): ["budget=64: no such option (did you mean '64tok'?). Available options in 'budget':", "192tok"],
     ("compressor=vision_zip",): ["compressor=vision_zip: no such option (did you mean 'visionzip'?)", "uniform"],
-    ("model=llava_next_13b",): ["Available options in 'model':", "llava15_13b", "llava15_7b", "llava_local", "tiny"],
+    ("model=llava_next_14b",): [
+        "model=llava_next_14b: no such option (did you mean 'llava_next_13b'?). Available options in 'model':",
+        "llava15_13b",
+        "llava_local",
+        "tiny",
+    ],
+    # What users of the published code ran into: the paper's 640 tokens are of five crops together.
+    ("model=llava_next_7b", "budget.num_dominant=540", "budget.num_contextual=100"): [
+        "= 640 visual tokens a crop, but the vision tower of model=llava_next_7b produces 577",
+        "A budget is for each crop",
+        "budget=128tok",
+    ],
     ("exp=llava15_7b_64tok",): ["write +exp=NAME"],
     ("+exp=llava15_7b_64",): ["no such option (did you mean 'llava15_7b_64tok'?)"],
     ("visionzip",): ["'visionzip': not a setting; write group=option or key=value."],

@@ -186,7 +186,7 @@ def check_count(num_tokens: int, available: int, what: Iterable[str] | str) -> N
         keys = what if isinstance(what, str) else " + ".join(what)
         raise ConfigError(
             f"{keys} = {num_tokens} visual tokens per crop: the vision tower has {available} to choose from, so 1 to"
-            f" {available} are allowed. Change {keys}."
+            f" {available} are allowed. Change {keys} (for each crop; a picture of 5 crops gets 5 times as many)."
         )
 
 

@@ -205,7 +205,9 @@ class VzipLmms(lmms):
         with torch.no_grad():
             new_tokens = self.vlm.generate(**inputs, **kwargs)
         num_images = [len(question.images) for question in questions]
-        measured = check_token_counts(self.vlm, inputs.get("pixel_values"), num_images)
+        measured = check_token_counts(
+            self.vlm, inputs.get("pixel_values"), num_images, inputs.get("image_sizes"), inputs.get("tile_grids")
+        )
         texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         return [
             SampleLog(question.prompt, cut_at(text, settings.until), counts)

@@ -27,15 +27,6 @@ def budget_of(compressor: Compressor) -> TokenBudget | None:
     return budgets[0] if budgets else None
 
 
-def stock_tokens_per_crop(vlm: CompressedVlm) -> int:
-    """Visual tokens a crop of the unmodified model, from its configuration alone."""
-    config = vlm.model.config
-    vision = config.vision_config
-    num_patches = (vision.image_size // vision.patch_size) ** 2
-    has_cls = vision.model_type == "clip_vision_model"
-    return num_patches + int(has_cls and config.vision_feature_select_strategy == "full")
-
-
 def crops_per_image(pixel_values: Tensor) -> list[int]:
     """Crops each picture really has: 1 for ``[images, 3, h, w]``, else those that are not zero padding."""
     if pixel_values.dim() == 4:
@@ -43,13 +34,23 @@ def crops_per_image(pixel_values: Tensor) -> list[int]:
     return pixel_values.flatten(2).ne(0).any(dim=2).sum(dim=1).tolist()
 
 
-def check_token_counts(vlm: CompressedVlm, pixel_values: Tensor | None, num_images: list[int]) -> list[list[int]]:
+def check_token_counts(
+    vlm: CompressedVlm,
+    pixel_values: Tensor | None,
+    num_images: list[int],
+    image_sizes: Tensor | None = None,
+    tile_grids: Tensor | None = None,
+) -> list[list[int]]:
     """The measured visual tokens, one list a question with one number a picture.
+
+    Without compression a picture must have as many as the unmodified model gives it (several crops: unpadding and
+    newlines included); with a budget, the budget's tokens for each of its crops and the newline tokens of the packing.
 
     Args:
         vlm: the wrapper that has just generated.
         pixel_values: what it was given; None for questions without a picture.
         num_images: pictures a question, in order.
+        image_sizes, tile_grids: what else it was given, where the family needs it.
 
     Raises:
         TokenCountError: the counts are not those of the compressor's budget.
@@ -62,11 +63,15 @@ def check_token_counts(vlm: CompressedVlm, pixel_values: Tensor | None, num_imag
     if measured:
         assert pixel_values is not None
         budget = budget_of(vlm.compressor)
-        per_crop = stock_tokens_per_crop(vlm) if budget is None else budget.num_tokens
-        expected = [per_crop * num_crops for num_crops in crops_per_image(pixel_values)]
-        # Without compression, several crops are packed by the model's own rule (unpadding, newlines): no plain product.
-        comparable = budget is not None or pixel_values.dim() == 4
-        if comparable and measured != expected:
+        num_crops = crops_per_image(pixel_values)
+        if budget is None:
+            expected = vlm.adapter.expanded_lengths(len(measured), image_sizes, tile_grids)
+        else:
+            expected = [budget.num_tokens * crops for crops in num_crops]
+            if pixel_values.dim() == 5:  # families with tiles may add newline tokens
+                added = vlm.adapter.num_added_tokens(num_crops, image_sizes, tile_grids)
+                expected = [count + more for count, more in zip(expected, added, strict=True)]
+        if measured != expected:
             raise TokenCountError(
                 f"{type(vlm.compressor).__name__} should pass {expected} visual tokens to the language model, one"
                 f" number a picture; measured {measured}. The answers are not those of this budget: the run ends."

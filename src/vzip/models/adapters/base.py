@@ -67,9 +67,8 @@ class Adapter(ABC):
         self.packing = packing or PackingOptions()
         if self.packing != PackingOptions() and not self.has_tiles:
             raise ConfigError(
-                f"model.drop_padding={str(self.packing.drop_padding).lower()},"
-                f" model.row_newline={str(self.packing.row_newline).lower()}: {type(model).__name__} has no tiles, so"
-                " both must be false; they are options of LLaVA-NeXT."
+                f"drop_padding={self.packing.drop_padding}, row_newline={self.packing.row_newline}:"
+                f" {type(model).__name__} has no tiles, so both must be False; they are options of LLaVA-NeXT."
             )
         self.geometry = self.check_config(model.config)
         self.tower: Tower = find_tower(self.vision_tower)
@@ -171,9 +170,9 @@ class Adapter(ABC):
             and not isinstance(compressor, Identity)
         ):
             raise ConfigError(
-                "model.drop_padding=true keeps padding from being selected by attention, and"
-                f" {type(compressor).__name__} does not select by attention: set model.drop_padding=false, or use"
-                " compressor=visionzip."
+                "drop_padding=True keeps padding from being selected by attention, and"
+                f" {type(compressor).__name__} does not select by attention: set drop_padding=False, or use VisionZip or"
+                " DominantOnly."
             )
 
     def prepare_pictures(
