@@ -171,8 +171,8 @@ class Adapter(ABC):
         ):
             raise ConfigError(
                 "drop_padding=True keeps padding from being selected by attention, and"
-                f" {type(compressor).__name__} does not select by attention: set drop_padding=False, or use VisionZip or"
-                " DominantOnly."
+                f" {type(compressor).__name__} does not select by attention: set drop_padding=False, or use VisionZip"
+                " or DominantOnly."
             )
 
     def prepare_pictures(
