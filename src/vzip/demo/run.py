@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -32,17 +33,18 @@ from vzip.models.compressed_vlm import CompressedVlm
 from vzip.models.load import load_vlm
 
 OVERLAY_PICTURES = 3
+TABLE_WIDTH = 125
 COLUMNS = (
     ("tokens", "right"),
     ("method", "left"),
     *((task, "right") for task in TASKS),
     ("average", "right"),
-    ("retention % [95 %]", "right"),
-    ("tower ms", "right"),
-    ("selection ms", "right"),
-    ("prefill ms", "right"),
-    ("decode ms/token", "right"),
-    ("KV cache KiB", "right"),
+    ("retention [95 %]", "right"),
+    ("tower", "right"),
+    ("select", "right"),
+    ("prefill", "right"),
+    ("decode", "right"),
+    ("KV KiB", "right"),
 )
 
 
@@ -86,12 +88,15 @@ def markdown(body: list[list[str]]) -> str:
 
 
 def print_table(body: list[list[str]], title: str) -> None:
-    table = Table(title=title, title_justify="left")
+    """Prints to the terminal; a narrower one than the table needs wraps its lines rather than squeezing every cell."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, side in COLUMNS:
         table.add_column(name, justify=side)  # type: ignore[arg-type]  # "left" and "right" are rich's own literals
     for number, line in enumerate(body):
         table.add_row(*line, end_section=number < 2 or (number - 1) % 3 == 0)
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
+    console.print(table)
 
 
 def write_overlay(vlm: CompressedVlm, folder: Path, out: Path) -> None:

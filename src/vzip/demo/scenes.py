@@ -166,6 +166,7 @@ def article(name: str) -> str:
 
 def existence_questions(scene: Scene, rng: np.random.RandomState) -> list[Question]:
     """A question to be answered yes and one to be answered no, both on a shape or both on a colour."""
+    every: tuple[str, ...]
     if rng.randint(2):
         kind, there, every, ask = "shape", {t.shape for t in scene.things}, SHAPES, "Is there {} in the picture?"
     else:
