@@ -148,6 +148,7 @@ def test_tower_parameters_are_nearly_all() -> None:
 
 
 def test_prompt_longer_than_the_positions() -> None:
-    model: BenchModel = bench_model()  # 512 positions
-    with pytest.raises(ConfigError, match="512 positions"):
-        check(BenchSettings(device="cpu", budget="12+4", num_crops=8), model)
+    model: BenchModel = bench_model()
+    positions = model.config.text_config.max_position_embeddings
+    with pytest.raises(ConfigError, match=f"{positions} positions"):
+        check(BenchSettings(device="cpu", budget="12+4", num_crops=positions // 64), model)  # 65 rows a crop

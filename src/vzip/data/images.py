@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vzip.errors import ConfigError, ImageError
@@ -69,10 +69,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Decodes the first frame, turns it upright and converts it to 8-bit RGB."""
     if getattr(image, "is_animated", False):  # only multi-frame formats of Pillow define it
         image.seek(0)
-    image.load()
+    with _strict_decoding():
+        image.load()
     if 0 in image.size:
         raise ImageError(f"A picture of {image.width} x {image.height} has no pixels.")
     return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
+
+
+@contextmanager
+def _strict_decoding() -> Iterator[None]:
+    """Lets a truncated file be an error even where another package (lmms-eval does) told Pillow to fill it up."""
+    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 @contextmanager

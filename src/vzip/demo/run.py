@@ -33,7 +33,7 @@ from vzip.models.compressed_vlm import CompressedVlm
 from vzip.models.load import load_vlm
 
 OVERLAY_PICTURES = 3
-TABLE_WIDTH = 125
+TABLE_WIDTH = 150
 COLUMNS = (
     ("tokens", "right"),
     ("method", "left"),
@@ -89,9 +89,9 @@ def markdown(body: list[list[str]]) -> str:
 
 def print_table(body: list[list[str]], title: str) -> None:
     """Prints to the terminal; a narrower one than the table needs wraps its lines rather than squeezing every cell."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name, side in COLUMNS:
-        table.add_column(name, justify=side)  # type: ignore[arg-type]  # "left" and "right" are rich's own literals
+        table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]  # "left" and "right" are rich's own literals
     for number, line in enumerate(body):
         table.add_row(*line, end_section=number < 2 or (number - 1) % 3 == 0)
     console = Console()
