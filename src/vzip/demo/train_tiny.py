@@ -1,4 +1,4 @@
-"""Trains the built-in model from nothing: `make tiny`, about an hour on two cores.
+"""Trains the built-in model from nothing: `make tiny`, estimated at an hour on two free cores.
 
 One objective on generated pictures: the answers to about eight questions a picture, the contrast between the CLS token
 and the picture's caption, which of the caption's words CLS can name, and what each patch shows. First the vision tower
