@@ -26,9 +26,9 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
     "black": (18, 18, 18),
 }
-# Things stand on a grid of 14 pixels, the tower's patches, and letters are one patch wide, which makes the benchmark easy
-# to see: at arbitrary offsets the built-in tower named 17 % of the letters after 25,600 pictures, on the grid 99 % after
-# 22,400 (batch size, rate and letter spacing differed too).
+# Things stand on a grid of 14 pixels, the tower's patches, and letters are one patch wide, which makes the benchmark
+# easy to see: at arbitrary offsets the built-in tower named 17 % of the letters after 25,600 pictures, on the grid
+# 99 % after 22,400 (batch size, rate and letter spacing differed too).
 GRID = 14
 SIZES = {"small": 2, "large": 4}  # edge of the bounding square in grid cells; up to SLACK pixels are left free
 SLACK = 4

@@ -82,7 +82,8 @@ def build_processor(texts: Iterable[str]) -> LlavaProcessor:
 def sine_positions(rows: int, width: int, amplitude: float = 0.5) -> torch.Tensor:
     """Sines and cosines of row and column [rows * rows, width]: neighbours start out similar, far patches do not.
 
-    Only an initial value, trained on like the rest. Whether it learns faster than from random positions was not compared.
+    Only an initial value, trained on like the rest. Whether it learns faster than from random positions was not
+    compared.
     """
     frequencies = 100.0 ** -(torch.arange(width // 4) / (width // 4))
     angles = torch.arange(rows)[:, None] * frequencies
