@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration
 
 from vzip.compressors.base import VisionOutput
@@ -21,22 +21,22 @@ from vzip.data.anyres import hf_grid, placement, prepare_crops
 from vzip.data.images import Preprocess
 from vzip.errors import PromptError, UnsupportedModelError
 
-from ..towers import TowerGeometry, check_select_layer, geometry_from_config
-from .base import Adapter, check_pixel_values
+from ..towers import TowerGeometry
+from .base import check_pixel_values
+from .llava_base import LlavaBase
 
 Grid = tuple[int, int]
 
 
-class LlavaNextAdapter(Adapter):
-    """CLIP or SigLIP tower, two-layer projector, any language model, a newline token."""
+class LlavaNextAdapter(LlavaBase):
+    """Several crops an image, and a newline token."""
 
     model_class = LlavaNextForConditionalGeneration
     has_tiles = True
 
     @classmethod
     def check_config(cls, config: Any) -> TowerGeometry:
-        geometry = geometry_from_config(config.vision_config)
-        geometry.num_layers_to_run(cls.read_select_layer(config))
+        geometry = super().check_config(config)
         if cls.read_stock_offset(config) != int(geometry.has_cls):
             raise UnsupportedModelError(
                 f"vision_feature_select_strategy={config.vision_feature_select_strategy}: LLaVA-NeXT stitches its"
@@ -50,30 +50,6 @@ class LlavaNextAdapter(Adapter):
                 f" tower's {side} pixels. It is a setting of the checkpoint's config.json."
             )
         return geometry
-
-    @staticmethod
-    def read_select_layer(config: Any) -> int:
-        return check_select_layer(config.vision_feature_layer)
-
-    @staticmethod
-    def read_stock_offset(config: Any) -> int:
-        return 1 if config.vision_feature_select_strategy == "default" else 0
-
-    @staticmethod
-    def read_image_token_id(config: Any) -> int:
-        return config.image_token_id
-
-    @property
-    def vision_tower(self) -> nn.Module:
-        return self.model.get_submodule("model.vision_tower")
-
-    @property
-    def projector(self) -> nn.Module:
-        return self.model.get_submodule("model.multi_modal_projector")
-
-    @property
-    def language_model(self) -> nn.Module:
-        return self.model.get_submodule("model.language_model")
 
     @property
     def newline(self) -> Tensor:
