@@ -19,6 +19,7 @@ from vzip.data.images import PREPROCESSES, Preprocess
 from vzip.errors import ConfigError, PromptError, nearest
 
 from .adapters import Adapter, PackingOptions, adapter_for_model
+from .chat import ChatSession
 from .splice import PaddingSide, PreparedInputs, plan_splice, splice
 
 
@@ -213,6 +214,17 @@ class CompressedVlm(nn.Module):
         return self.model.generate(
             inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **kwargs
         )
+
+    def chat(self, system_prompt: str | None = None) -> ChatSession:
+        """Begins a dialogue that encodes each picture once and computes only what is new in each turn.
+
+        Args:
+            system_prompt: text that the chat template puts before the first turn.
+
+        Raises:
+            ConfigError: the wrapper has no processor, or the processor has no chat template.
+        """
+        return ChatSession(self, system_prompt)
 
     def preprocess_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Pictures -> ``pixel_values``, by the rule in ``preprocess``, and what else the family needs with them.
