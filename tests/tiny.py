@@ -20,6 +20,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
+    VideoLlavaImageProcessor,
 )
 from transformers.models.clip import CLIPImageProcessor
 
@@ -252,3 +253,9 @@ def processor() -> LlavaProcessor:
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def video_image_processor() -> VideoLlavaImageProcessor:
+    """Video-LLaVA's image processor at 112 pixels."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return VideoLlavaImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)

@@ -30,6 +30,10 @@ class ImageError(VzipError, ValueError):
     """A picture that cannot be read or used."""
 
 
+class VideoError(VzipError, ValueError):
+    """A video that cannot be read or used."""
+
+
 class CheckpointError(VzipError, OSError):
     """A checkpoint that cannot be found, reached or loaded."""
 

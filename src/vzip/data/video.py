@@ -1,0 +1,208 @@
+"""Reading video files: pictures spread evenly over all frames, as Video-LLaVA's own scripts take them.
+
+Frames are decoded with PyAV and go through the checkpoint's image processor, so neither torchvision nor a video
+processor is needed. They are counted by decoding, not read from the file's header, which may be wrong or silent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from vzip.errors import ConfigError, MissingPackageError, VideoError
+
+from .images import MAX_HF_ASPECT_RATIO, load_image
+
+DEFAULT_NUM_FRAMES = 8  # Video-LLaVA's own, in training and evaluation
+
+VideoSource = str | Path | Sequence[Image.Image]
+
+
+def check_num_frames(num_frames: object) -> int:
+    """The number of frames if it is a whole number of at least 1; ConfigError otherwise."""
+    if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
+        raise ConfigError(f"model.num_frames={num_frames!r}: must be a whole number of frames a video, 1 or more.")
+    return num_frames
+
+
+def sample_indices(num_available: int, num_frames: int) -> list[int]:
+    """Frames to take of ``num_available``: evenly spread, the first and the last among them.
+
+    The rule of Video-LLaVA's scripts (``linspace`` over the frame numbers, rounded down). Where there are fewer frames
+    than asked for, frames repeat, so that every video gives the same number. It counts frames, not seconds: in a file
+    of variable rate, stretches with many frames get more of the sample.
+    """
+    return np.linspace(0, num_available - 1, num_frames, dtype=int).tolist()
+
+
+def load_video(source: VideoSource, num_frames: int = DEFAULT_NUM_FRAMES) -> list[Image.Image]:
+    """Reads ``num_frames`` frames of a video as upright RGB pictures; see ``sample_indices`` for which.
+
+    Args:
+        source: a video file of any format FFmpeg reads, or a video's frames as pictures.
+        num_frames: pictures to return.
+
+    Returns:
+        ``num_frames`` pictures of the video's own size.
+
+    Raises:
+        VideoError: no such file, empty, not a video, without a picture stream or frames, damaged or cut off.
+        ImageError: pictures were given, and one of them cannot be used.
+        ConfigError: ``num_frames`` is not a whole number of at least 1.
+        MissingPackageError: PyAV is not installed.
+    """
+    check_num_frames(num_frames)
+    if not isinstance(source, str | Path):
+        if len(source) == 0:
+            raise VideoError("The video given is an empty list of pictures: at least one frame is needed.")
+        return [load_image(source[index]) for index in sample_indices(len(source), num_frames)]
+    av, path = _import_av(), _existing_file(source)
+    with _named_errors(av, path):
+        num_listed = _count_packets(av, path)
+        frames, num_decoded = _decode(av, path, sample_indices(num_listed, num_frames))
+        if num_decoded == 0:
+            raise VideoError(f"{path}: none of its {num_listed} frames can be decoded.")
+        if num_decoded != num_listed:  # frames that are never shown, or several in a packet
+            frames, _ = _decode(av, path, sample_indices(num_decoded, num_frames))
+    for frame in frames:
+        _refuse_oblong(path, frame)
+    return frames
+
+
+def prepare_videos(videos: Sequence[VideoSource], image_processor: Any, num_frames: int) -> Tensor:
+    """Videos -> ``pixel_values_videos`` ``[videos, num_frames, 3, h, w]`` float32.
+
+    Frames are not padded to a square: Video-LLaVA's scripts resize a frame's short side and cut its centre out, which
+    is what the checkpoint's image processor does. (They resize by torch's bilinear, the processor by bicubic, and they
+    mirror half of the videos at random, in evaluation too, which is not done here.)
+
+    Args:
+        videos: at least one; see ``load_video``.
+        image_processor: the checkpoint's Hugging Face image processor.
+        num_frames: frames of each.
+
+    Raises:
+        as ``load_video``.
+    """
+    return torch.stack([pixels(load_video(video, num_frames), image_processor) for video in videos])
+
+
+def pixels(pictures: Sequence[Image.Image], image_processor: Any) -> Tensor:
+    """``[pictures, 3, h, w]``, by whichever name Video-LLaVA's image processor returns them."""
+    values = dict(image_processor(images=list(pictures), return_tensors="pt"))
+    return values["pixel_values"] if "pixel_values" in values else values["pixel_values_images"]
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture for Pillow (an animated one too) rather than a video, by its content."""
+    try:
+        with Image.open(path) as image:
+            return image.format != "MPEG"  # Pillow recognises these videos but cannot read them
+    except (UnidentifiedImageError, OSError):
+        return False
+
+
+def _import_av() -> ModuleType:
+    try:
+        import av
+    except ImportError as error:
+        raise MissingPackageError(
+            f"Videos are read with PyAV, which cannot be imported ({error}): pip install -c constraints.txt"
+            " -e '.[video]', or pip install av."
+        ) from error
+    return av
+
+
+def _existing_file(source: str | Path) -> Path:
+    if str(source).startswith(("http://", "https://")):
+        raise VideoError(f"{source}: videos are read from files; download it first and give the path.")
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise VideoError(f"{path}: {'is a directory, not a file' if path.is_dir() else 'no such video file'}.")
+    return path
+
+
+@contextmanager
+def _named_errors(av: ModuleType, path: Path) -> Iterator[None]:
+    """Turns whatever PyAV raises for an unusable file into a VideoError that names it."""
+    try:
+        if path.stat().st_size == 0:
+            raise VideoError(f"{path}: the file is empty (0 bytes).")
+        yield
+    except PermissionError as error:
+        raise VideoError(f"{path}: may not be read ({error.strerror}).") from error
+    except av.FFmpegError as error:
+        raise VideoError(f"{path}: not a video, cut off or damaged ({error.strerror}).") from error
+
+
+def _picture_stream(container: Any, path: Path) -> Any:
+    """The file's first video stream, cover pictures of audio files left out."""
+    streams = [s for s in container.streams.video if not s.disposition & type(s.disposition).attached_pic]
+    if not streams:
+        kinds = ", ".join(sorted({s.type for s in container.streams})) or "none"
+        raise VideoError(f"{path}: has no video stream (its streams: {kinds}).")
+    return streams[0]
+
+
+def _count_packets(av: ModuleType, path: Path) -> int:
+    """Coded frames in the file, without decoding any.
+
+    Raises:
+        VideoError: there are none, or fewer than the file's header lists: FFmpeg would pass over that without a word.
+    """
+    # Edit lists hide frames on purpose; the header counts those too.
+    with av.open(str(path), options={"ignore_editlist": "1"}) as container:
+        stream = _picture_stream(container, path)
+        num_packets, end = 0, 0.0
+        for packet in container.demux():
+            num_packets += packet.stream.index == stream.index and packet.size > 0
+            if packet.pts is not None and packet.time_base:
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if num_packets < stream.frames:
+            raise VideoError(
+                f"{path}: cut off or damaged: its header lists {stream.frames} frames, it holds {num_packets}."
+            )
+        # Matroska lists no number of frames, but how long the file plays.
+        listed = (container.duration or 0) / av.time_base if "matroska" in container.format.name else 0.0
+        if num_packets and listed - end > max(1.0, 0.05 * listed):
+            raise VideoError(f"{path}: cut off: its header says {listed:.1f} seconds, it ends after {end:.1f}.")
+    if num_packets == 0:
+        raise VideoError(f"{path}: its video stream holds no frames.")
+    return num_packets
+
+
+def _decode(av: ModuleType, path: Path, wanted: Sequence[int]) -> tuple[list[Image.Image], int]:
+    """The frames of the ``wanted`` numbers that exist, and how many there are in all."""
+    kept: dict[int, Image.Image] = {}
+    chosen, number = set(wanted), 0
+    with av.open(str(path)) as container:
+        stream = _picture_stream(container, path)
+        stream.thread_type = "AUTO"
+        for frame in container.decode(stream):
+            if number in chosen:
+                kept[number] = _upright(frame)
+            number += 1
+    return [kept[index] for index in wanted if index in kept], number
+
+
+def _upright(frame: Any) -> Image.Image:
+    """A decoded frame as RGB, turned as the file says it is to be shown."""
+    picture = frame.to_image()
+    return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
+
+
+def _refuse_oblong(path: Path, frame: Image.Image) -> None:
+    longer, shorter = max(frame.size), min(frame.size)
+    if longer > MAX_HF_ASPECT_RATIO * shorter:
+        raise VideoError(
+            f"{path}: a frame of {frame.width} x {frame.height} pixels is more oblong than {MAX_HF_ASPECT_RATIO}:1;"
+            " the processor would enlarge its short side and cut the rest off. Crop the video."
+        )
