@@ -34,6 +34,25 @@ def crops_per_image(pixel_values: Tensor) -> list[int]:
     return pixel_values.flatten(2).ne(0).any(dim=2).sum(dim=1).tolist()
 
 
+def expected_token_counts(
+    vlm: CompressedVlm, pixel_values: Tensor, image_sizes: Tensor | None = None, tile_grids: Tensor | None = None
+) -> list[int]:
+    """Visual tokens that each picture must have, by the compressor's budget and the packing; nothing is encoded.
+
+    Without compression as many as the unmodified model gives it (several crops: unpadding and newlines included); with
+    a budget, its tokens for each crop and the newline tokens of the packing.
+    """
+    budget = budget_of(vlm.compressor)
+    num_crops = crops_per_image(pixel_values)
+    if budget is None:
+        return vlm.adapter.expanded_lengths(len(num_crops), image_sizes, tile_grids)
+    expected = [budget.num_tokens * crops for crops in num_crops]
+    if pixel_values.dim() == 4:
+        return expected
+    added = vlm.adapter.num_added_tokens(num_crops, image_sizes, tile_grids)  # families with tiles may add newlines
+    return [count + more for count, more in zip(expected, added, strict=True)]
+
+
 def check_token_counts(
     vlm: CompressedVlm,
     pixel_values: Tensor | None,
@@ -42,9 +61,6 @@ def check_token_counts(
     tile_grids: Tensor | None = None,
 ) -> list[list[int]]:
     """The measured visual tokens, one list a question with one number a picture.
-
-    Without compression a picture must have as many as the unmodified model gives it (several crops: unpadding and
-    newlines included); with a budget, the budget's tokens for each of its crops and the newline tokens of the packing.
 
     Args:
         vlm: the wrapper that has just generated.
@@ -62,15 +78,7 @@ def check_token_counts(
         )
     if measured:
         assert pixel_values is not None
-        budget = budget_of(vlm.compressor)
-        num_crops = crops_per_image(pixel_values)
-        if budget is None:
-            expected = vlm.adapter.expanded_lengths(len(measured), image_sizes, tile_grids)
-        else:
-            expected = [budget.num_tokens * crops for crops in num_crops]
-            if pixel_values.dim() == 5:  # families with tiles may add newline tokens
-                added = vlm.adapter.num_added_tokens(num_crops, image_sizes, tile_grids)
-                expected = [count + more for count, more in zip(expected, added, strict=True)]
+        expected = expected_token_counts(vlm, pixel_values, image_sizes, tile_grids)
         if measured != expected:
             raise TokenCountError(
                 f"{type(vlm.compressor).__name__} should pass {expected} visual tokens to the language model, one"

@@ -1,0 +1,63 @@
+"""Which samples make up each optimizer step: a function of the seed alone, however the step is split.
+
+As in LLaVA's training a step's samples are either all with pictures or all without (text-only steps are much shorter),
+drawn at random, and within the step samples of similar length go together, so that little is spent on padding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vzip.errors import ConfigError
+
+
+def draw_steps(lengths: np.ndarray, has_images: np.ndarray, samples_per_step: int, seed: int, epoch: int) -> np.ndarray:
+    """Draws the steps of one epoch.
+
+    Each sample is in at most one step; the last ones that make no whole step are left out.
+
+    Args:
+        lengths: ``[samples]``, any measure.
+        has_images: bool ``[samples]``.
+        samples_per_step: over all processes and accumulated batches.
+        seed, epoch: decide the draw.
+
+    Returns:
+        int64 ``[steps, samples_per_step]``, each step's samples from long to short.
+
+    Raises:
+        ConfigError: fewer samples than a single step needs.
+    """
+    if len(lengths) < samples_per_step:
+        raise ConfigError(
+            f"{len(lengths)} training samples are fewer than one step's train.samples_per_step={samples_per_step}:"
+            " choose a larger data.fraction or a smaller train.samples_per_step."
+        )
+    rng = np.random.RandomState([seed, epoch])  # its stream is frozen: the same draw on every machine
+    whole: list[np.ndarray] = []
+    rest: list[np.ndarray] = []
+    for group in (np.flatnonzero(has_images), np.flatnonzero(~has_images)):
+        drawn = rng.permutation(group)
+        count = len(drawn) // samples_per_step * samples_per_step
+        whole.append(drawn[:count])
+        rest.append(drawn[count:])
+    mixed = rng.permutation(np.concatenate(rest))
+    whole.append(mixed[: len(mixed) // samples_per_step * samples_per_step])
+    steps = np.concatenate(whole).reshape(-1, samples_per_step)
+    steps = steps[rng.permutation(len(steps))]
+    by_length = np.argsort(-np.asarray(lengths, dtype=np.int64)[steps], axis=1, kind="stable")
+    return np.take_along_axis(steps, by_length, axis=1).astype(np.int64)
+
+
+def split_step(step: np.ndarray, batch_size: int, rank: int, num_processes: int) -> list[np.ndarray]:
+    """One process's batches of a step, in order.
+
+    Neighbours in length work side by side: batch 0 of all processes holds the longest samples, and so on.
+
+    Args:
+        step: a row of ``draw_steps``; its length must be a multiple of ``batch_size * num_processes``.
+        batch_size: samples a process handles at once.
+        rank, num_processes: which of how many processes.
+    """
+    batches = step.reshape(-1, batch_size)
+    return list(batches[rank::num_processes])
