@@ -2,10 +2,10 @@
 
     python scripts/make_golden.py ORACLE_DIR [--check]
 
-ORACLE_DIR holds what the published VisionZip code computes on small random models: `compress_*.safetensors`,
-`llava15_tiny/`, `llava_next_tiny/` and `image_preprocessing.safetensors`, in the layout described in
-tests/golden/README.md. The files are numbers made by other people's code, so they are copied, never recomputed from
-ours. `--check` compares instead and writes nothing.
+ORACLE_DIR holds what the published VisionZip code (and MGM's, for Mini-Gemini) computes on small random models:
+`compress_*.safetensors`, `llava15_tiny/`, `llava_next_tiny/`, `image_preprocessing.safetensors` and
+`mini_gemini_mining.safetensors`, in the layout described in tests/golden/README.md. The files are numbers made by other
+people's code, so they are copied, never recomputed from ours. `--check` compares instead and writes nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ import shutil
 import sys
 from pathlib import Path
 
-PATTERNS = ("compress_*.safetensors", "llava15_tiny/*", "llava_next_tiny/*", "image_preprocessing.safetensors")
+PATTERNS = (
+    "compress_*.safetensors",
+    "llava15_tiny/*",
+    "llava_next_tiny/*",
+    "image_preprocessing.safetensors",
+    "mini_gemini_mining.safetensors",
+)
 TARGET = Path(__file__).resolve().parents[1] / "tests" / "golden"
 
 

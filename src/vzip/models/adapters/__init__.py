@@ -8,18 +8,24 @@ from torch import nn
 
 from vzip.errors import UnsupportedModelError, nearest
 
-from .base import Adapter, PackingOptions
+from .base import Adapter
 from .llava import LlavaAdapter
 from .llava_next import LlavaNextAdapter
+from .mini_gemini import MiniGeminiAdapter
+from .options import PackingOptions
+from .video_llava import VideoLlavaAdapter
 
-ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter, LlavaNextAdapter)
+# Subclasses before their base: a Mini-Gemini model is a LLaVA model to isinstance.
+ADAPTERS: tuple[type[Adapter], ...] = (MiniGeminiAdapter, LlavaAdapter, LlavaNextAdapter, VideoLlavaAdapter)
 
 __all__ = [
     "ADAPTERS",
     "Adapter",
     "LlavaAdapter",
     "LlavaNextAdapter",
+    "MiniGeminiAdapter",
     "PackingOptions",
+    "VideoLlavaAdapter",
     "adapter_class_for_config",
     "adapter_for_model",
 ]

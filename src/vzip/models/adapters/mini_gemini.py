@@ -1,0 +1,66 @@
+"""Mini-Gemini: one picture at two resolutions, mined before it is compressed.
+
+The paper gives counts (64, 128, 192 of 576) and does not say how mining and selection are joined. Here all patches are
+mined first, since a query needs its own window, and merged tokens and CLS own none. Scores and keys are the
+low-resolution tower's, as for LLaVA-1.5; CLS passes unmined.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vzip.compressors.base import VisionOutput
+from vzip.errors import PromptError, UnsupportedModelError
+
+from ..mini_gemini import MiniGeminiForConditionalGeneration
+from ..towers import TowerGeometry
+from .base import check_pixel_values
+from .llava import LlavaAdapter
+
+
+class MiniGeminiAdapter(LlavaAdapter):
+    """CLIP tower, ConvNeXt tower and mining, two-layer projector, any language model."""
+
+    model_class = MiniGeminiForConditionalGeneration
+
+    @classmethod
+    def check_config(cls, config: Any) -> TowerGeometry:
+        geometry = super().check_config(config)
+        if not geometry.has_cls or cls.read_stock_offset(config) != 1:
+            raise UnsupportedModelError(
+                f"vision_config.model_type={config.vision_config.model_type}, vision_feature_select_strategy="
+                f"{config.vision_feature_select_strategy}: Mini-Gemini mines the patches of a tower with CLS, and needs"
+                " clip_vision_model and 'default'. They are settings of the checkpoint's config.json."
+            )
+        stride = config.high_res_config.patch_size * geometry.grid[0]
+        if config.high_res_image_size % stride:
+            raise UnsupportedModelError(
+                f"high_res_image_size={config.high_res_image_size}: each of {geometry.grid[0]} x {geometry.grid[1]}"
+                f" patches needs its own window of features, so the side must be a multiple of {stride} pixels. It is a"
+                " setting of the checkpoint's config.json (image_size_aux in a published one)."
+            )
+        return geometry
+
+    def crops(
+        self, pixel_values: Tensor, image_sizes: Tensor | None, tile_grids: Tensor | None = None
+    ) -> tuple[Tensor, list[int]]:
+        check_pixel_values(pixel_values, 4, "[images, 3, height, width]")
+        side = self.model.config.high_res_image_size
+        if tuple(pixel_values.shape[1:]) != (3, side, side):
+            raise PromptError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}: this model takes [images, 3, {side}, {side}], the"
+                " high-resolution picture, and scales it down for the other tower itself. Prepare pictures with the"
+                " checkpoint's own processor, or with preprocess_images."
+            )
+        return super().crops(pixel_values, image_sizes, tile_grids)
+
+    def run_tower(self, pixel_values: Tensor, requires: frozenset[str]) -> VisionOutput:
+        """Both towers on pictures ``[N, 3, h, w]``: attention and keys of the low-resolution one, hidden mined."""
+        model: Any = self.model.get_submodule("model")
+        vision = super().run_tower(model.low_res(pixel_values), requires)
+        cls, patches = vision.hidden[:, :1], vision.hidden[:, 1:]
+        return replace(vision, hidden=torch.cat([cls, model.mine(patches, pixel_values)], dim=1))
