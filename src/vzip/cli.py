@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, Command] = {
     "compare": Command("vzip.report.compare", "a record against its recipe's expected numbers and its vanilla run"),
     "demo": Command("vzip.demo.run", "the built-in model on its benchmark: every method and budget in one table"),
     "ask": Command("vzip.demo.ask", "a question about a picture file"),
+    "chat": Command("vzip.demo.chat", "a dialogue about pictures in the terminal"),
     "bench": Command("vzip.bench.cli", "what compression costs and saves: time by stage, memory, FLOPs"),
     "scenes": Command("vzip.demo.benchmark", "write or check the built-in benchmark's data"),
 }

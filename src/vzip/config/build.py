@@ -142,12 +142,18 @@ def model_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor]:
     Raises:
         ConfigError: naming every problem of the words; nothing has been loaded.
     """
+    return chat_plan(words)[:2]
+
+
+def chat_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor, str | None]:
+    """As ``model_plan``, and the model's system prompt (None: none)."""
     directory = config_dir()
     check_overrides(list(words), directory, "eval")
     with initialize_config_dir(config_dir=str(directory), version_base="1.3"):
         config = resolved(compose("eval", list(words)))
     validate(config)
-    return load_arguments(config["model"]), build_compressor(config["compressor"])
+    model = config["model"]
+    return load_arguments(model), build_compressor(config["compressor"]), model["system_prompt"]
 
 
 def training_plan(cfg: DictConfig) -> dict[str, Any]:
