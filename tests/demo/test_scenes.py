@@ -7,11 +7,18 @@ import numpy as np
 import pytest
 
 from vzip.demo import benchmark, scoring
+from vzip.demo.questions import (
+    NUMBER_WORDS,
+    attribute_questions,
+    counting_pairs,
+    existence_questions,
+    many_questions,
+    training_questions,
+)
 from vzip.demo.render import CHARACTERS, SUPERSAMPLE, patch_labels, render, shape_mask, sign_label, thing_label
 from vzip.demo.scenes import (
     COLORS,
     GRID,
-    NUMBER_WORDS,
     SHAPES,
     SIGN_MARGIN,
     SIZES,
@@ -21,12 +28,7 @@ from vzip.demo.scenes import (
     Scene,
     Sign,
     Thing,
-    attribute_questions,
-    counting_pairs,
-    existence_questions,
-    many_questions,
     sample_scene,
-    training_questions,
 )
 from vzip.demo.train_tiny import VALIDATION_SEEDS
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from vzip.demo import train_tiny
-from vzip.demo.objective import NUM_QUESTIONS, Heads, answer_logits, cls_attention, losses, make_batch, run_tower
+from vzip.demo.objective import NUM_QUESTIONS, Heads, answer_logits, cls_gathers, losses, make_batch, run_tower
 from vzip.demo.packing import Packer
+from vzip.demo.questions import training_questions
 from vzip.demo.render import NUM_PATCH_LABELS
-from vzip.demo.scenes import sample_scene, training_questions
+from vzip.demo.scenes import sample_scene
 from vzip.demo.tiny_model import build_model, build_processor, prompt
 from vzip.demo.train_tiny import Stage
 
@@ -49,21 +50,28 @@ def test_packed_questions_equal_stock_single_question_prompts(model, processor):
 
 
 @torch.no_grad()
-def test_logged_cls_attention_equals_eager(model, processor):
+def test_what_cls_gathers_equals_eager(model, processor):
+    """The layer's own attention, on values that are zero for CLS itself, is the independent second way."""
     batch = make_batch([5], 336, Packer(processor.tokenizer))
     layer_input, _, _ = run_tower(model, batch.pixel_values)
     eager = build_model(processor, seed=3).eval()
     eager.load_state_dict(model.state_dict())
     eager.set_attn_implementation("eager")
+    attention, gathered = cls_gathers(model, layer_input)
     maps = eager.model.vision_tower(batch.pixel_values, output_attentions=True).attentions[-2]
-    torch.testing.assert_close(cls_attention(model, layer_input), maps[:, :, 0, 1:].sum(1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(attention, maps[:, :, 0, 1:], atol=1e-6, rtol=1e-5)
+    block = eager.model.vision_tower.encoder.layers[-2]
+    hook = block.self_attn.v_proj.register_forward_hook(lambda _, __, out: out.index_fill(1, torch.tensor([0]), 0))
+    expected = block.self_attn(block.layer_norm1(layer_input), attention_mask=None)[0][:, 0]
+    hook.remove()
+    torch.testing.assert_close(gathered, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_every_loss_reaches_what_it_should_train(model, processor):
     heads = Heads(len(processor.tokenizer))
     batch = make_batch([21, 22, 23], 168, Packer(processor.tokenizer))
     terms = losses(model, heads, batch, processor.tokenizer)
-    assert set(terms) == {"answers", "contrast", "named", "shows", "letter"}
+    assert set(terms) == {"answers", "contrast", "named", "gathered", "shows", "letter"}
     assert batch.labels.max() < NUM_PATCH_LABELS
 
     def touched(term, parameter):
@@ -76,11 +84,12 @@ def test_every_loss_reaches_what_it_should_train(model, processor):
     assert touched(terms["answers"], projector) and touched(terms["answers"], patches)
     assert not touched(terms["answers"], last)  # the language model reads layer -2
     assert touched(terms["contrast"], last) and touched(terms["named"], last)
+    assert touched(terms["gathered"], patches) and not touched(terms["gathered"], last)
     assert not touched(terms["shows"], projector) and touched(terms["shows"], patches)
 
 
 def test_a_killed_run_continues_to_the_same_bits(tmp_path, monkeypatch):
-    stages = (Stage(112, 2, 1, 1e-3, answers=False), Stage(168, 2, 3, 1e-3))
+    stages = (Stage(112, 2, 1, 1e-3, answers=False), Stage(112, 2, 1, 1e-3, vision=False), Stage(168, 2, 2, 1e-3))
     options = {"stages": stages, "save_every": 2, "num_validation_pictures": 2}
     texts = train_tiny.tokenizer_texts(num_scenes=100)
     monkeypatch.setattr(train_tiny, "tokenizer_texts", lambda: texts)
@@ -106,3 +115,14 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path, monkeypatch):
     logs = [json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[-1]) for run in ("whole", "cut")]
     assert logs[0]["validation"] == logs[1]["validation"]
     assert (tmp_path / "cut_out" / "model.safetensors").stat().st_size < 12e6
+
+
+def test_a_frozen_tower_stays_as_it_is(model, processor):
+    batch = make_batch([21, 22], 112, Packer(processor.tokenizer))
+    terms = losses(model, Heads(len(processor.tokenizer)), batch, processor.tokenizer, vision=False)
+    assert set(terms) == {"answers"}
+    model.zero_grad()
+    terms["answers"].backward()
+    assert all(p.grad is None for p in model.model.vision_tower.parameters())
+    assert all(p.grad is not None for p in model.model.multi_modal_projector.parameters())
+    assert all(p.grad is not None for p in model.model.language_model.parameters())

@@ -18,18 +18,16 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from vzip.demo.render import render
-from vzip.demo.scenes import (
+from vzip.demo.questions import (
     TASKS,
-    TEST_SEEDS,
     Question,
-    Scene,
     attribute_questions,
     counting_pairs,
     existence_questions,
     reading_questions,
-    sample_scene,
 )
+from vzip.demo.render import render
+from vzip.demo.scenes import TEST_SEEDS, Scene, sample_scene
 from vzip.errors import ManifestError
 
 NUM_PICTURES = 400

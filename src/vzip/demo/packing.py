@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from vzip.demo.scenes import Question
+from vzip.demo.questions import Question
 from vzip.demo.tiny_model import IMAGE_TOKEN, prompt
 
 

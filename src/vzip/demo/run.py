@@ -26,7 +26,7 @@ from vzip.compressors.base import TokenBudget
 from vzip.compressors.visionzip import VisionZip
 from vzip.demo import benchmark, scoring
 from vzip.demo.cost import Cost, measure
-from vzip.demo.scenes import TASKS
+from vzip.demo.questions import TASKS
 from vzip.demo.sweep import Score, Setting, run_sweep, score, settings
 from vzip.errors import ConfigError
 from vzip.models.compressed_vlm import CompressedVlm

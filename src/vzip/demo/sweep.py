@@ -21,7 +21,7 @@ from vzip.compressors.base import Compressor, TokenBudget, VisionOutput
 from vzip.compressors.controls import Identity, RandomTokens, UniformTokens
 from vzip.compressors.visionzip import VisionZip
 from vzip.demo.benchmark import load_rows
-from vzip.demo.scenes import TASKS
+from vzip.demo.questions import TASKS
 from vzip.demo.scoring import METRICS, Result, normalise
 from vzip.models.compressed_vlm import CompressedVlm
 from vzip.models.splice import plan_splice, splice

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WIDTH, NUM_HEADS, NUM_TOWER_LAYERS, NUM_TEXT_LAYERS = 192, 6, 6, 4
+WIDTH, NUM_HEADS, NUM_TOWER_LAYERS, NUM_TEXT_LAYERS = 192, 6, 6, 5
 VOCABULARY = 640
 IMAGE_TOKEN = "<image>"
 # LLaVA-1.5's conversation form without its system prompt; answers follow "ASSISTANT:" with one space.
@@ -114,6 +114,10 @@ def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGene
             num_attention_heads=NUM_HEADS,
             num_key_value_heads=NUM_HEADS,
             max_position_embeddings=2048,
+            # 1 / sqrt(WIDTH): with the usual 0.02, made for widths of thousands, attention starts flat. In a trial on a
+            # frozen tower the answer loss after 200 steps was 0.26 against 0.41, and only this one had begun to look
+            # things up.
+            initializer_range=WIDTH**-0.5,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
