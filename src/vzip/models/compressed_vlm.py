@@ -6,24 +6,24 @@ It owns the five multimodal steps (encode, score, compress, project, splice) and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vzip.compressors.base import Compressor
 from vzip.data.images import PREPROCESSES, Preprocess
+from vzip.data.video import DEFAULT_NUM_FRAMES, check_num_frames
 from vzip.errors import ConfigError, PromptError, nearest
 
-from .adapters import Adapter, PackingOptions, adapter_for_model
+from .adapters import PackingOptions, adapter_for_model
 from .chat import ChatSession
+from .inputs import InputBuilder
 from .splice import PaddingSide, PreparedInputs, plan_splice, splice
 
 
-class CompressedVlm(nn.Module):
+class CompressedVlm(InputBuilder, nn.Module):
     """A vision-language model whose visual tokens pass through a compressor.
 
     Several wrappers with different compressors may share one model.
@@ -34,8 +34,9 @@ class CompressedVlm(nn.Module):
         processor: the Hugging Face processor (tokenizer, image processor, chat template), or None.
         preprocess: ``"llava"`` (pad to a square, as the paper's scripts) or ``"hf"`` (the checkpoint's own processor).
         adapter: what we know of the model's family.
-        last_num_visual_tokens: visual tokens of each image that entered the language model in the last ``prepare``,
-            ``forward`` or ``generate``; measured on the tensors, not read from the budget.
+        num_frames: frames taken of a video file.
+        last_num_visual_tokens: visual tokens of each image, then of each video, that entered the language model in the
+            last ``prepare``, ``forward`` or ``generate``; measured on the tensors, not read from the budget.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class CompressedVlm(nn.Module):
         preprocess: Preprocess = "llava",
         drop_padding: bool = False,
         row_newline: bool = False,
+        num_frames: int | None = None,
     ) -> None:
         """Wraps a loaded model.
 
         Args:
             hf_model, compressor, processor, preprocess: see the class.
-            drop_padding, row_newline: see ``vzip.models.adapters.base.PackingOptions`` (LLaVA-NeXT only).
+            drop_padding, row_newline: see ``vzip.models.adapters.options.PackingOptions`` (LLaVA-NeXT only).
+            num_frames: see the class (Video-LLaVA only); None: 8, as it was trained.
 
         Raises:
             UnsupportedModelError: no adapter for the model's class, vision tower or settings.
@@ -64,11 +67,13 @@ class CompressedVlm(nn.Module):
                 f"model.preprocess={preprocess!r}: must be one of {', '.join(PREPROCESSES)}"
                 f"{nearest(str(preprocess), PREPROCESSES)}."
             )
-        self.adapter: Adapter = adapter_for_model(hf_model, PackingOptions(drop_padding, row_newline))
+        self.adapter = adapter_for_model(hf_model, PackingOptions(drop_padding, row_newline))
+        self.adapter.check_options(self.adapter.packing, num_frames)
+        self.num_frames = DEFAULT_NUM_FRAMES if num_frames is None else check_num_frames(num_frames)
         self.model = hf_model
         self.training = hf_model.training
         self.processor = processor
-        self.preprocess: Preprocess = preprocess
+        self.preprocess = preprocess
         self.last_num_visual_tokens: list[int] = []
         self.compressor = compressor
 
@@ -86,11 +91,6 @@ class CompressedVlm(nn.Module):
             )
         self.adapter.check_compressor(compressor)
         self._compressor = compressor
-
-    @property
-    def device(self) -> torch.device:
-        """Where the text embedding is, and so where inputs go."""
-        return next(self.adapter.embed_tokens.parameters()).device
 
     def encode_images(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, tile_grids: Tensor | None = None
@@ -111,6 +111,21 @@ class CompressedVlm(nn.Module):
         """
         return self.adapter.encode(pixel_values, image_sizes, self._compressor, tile_grids)
 
+    def encode_videos(self, pixel_values_videos: Tensor) -> list[Tensor]:
+        """Videos -> visual tokens, frame by frame, as they enter the language model.
+
+        Args:
+            pixel_values_videos: ``[videos, frames, 3, h, w]``, any number of frames.
+
+        Returns:
+            for each video ``[num_visual_tokens, d_text]``: the frames' tokens one after the other.
+
+        Raises:
+            UnsupportedModelError: the model has no video tower.
+            PromptError: another shape.
+        """
+        return self.adapter.encode_videos(pixel_values_videos, self._compressor)
+
     def prepare(
         self,
         input_ids: Tensor,
@@ -120,33 +135,44 @@ class CompressedVlm(nn.Module):
         labels: Tensor | None = None,
         padding_side: PaddingSide | None = None,
         tile_grids: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        pixel_values_images: Tensor | None = None,
     ) -> PreparedInputs:
         """Builds what the language model gets.
 
         Args:
-            input_ids: ``[B, T]`` with one placeholder an image, or the processor's expanded runs.
+            input_ids: ``[B, T]`` with one placeholder an image or video, or the processor's expanded runs.
             attention_mask: ``[B, T]``; None means no padding. Excluded positions are dropped and padding is made anew.
             pixel_values: all images of the batch in the order of their placeholders; None for a prompt without image.
             image_sizes: as the processor returns them, where the family needs them.
             labels: ``[B, T]``, as for the Hugging Face model.
             padding_side: side of the result's padding; None keeps the input's (left where the input has no padding).
             tile_grids: as in ``encode_images``.
+            pixel_values_videos: all videos of the batch in the order of their placeholders, as in ``encode_videos``.
+            pixel_values_images: ``pixel_values`` by the name that Video-LLaVA's processor has for it.
 
         Returns:
             ``inputs_embeds``, ``attention_mask``, ``position_ids``, ``labels``, ``num_visual_tokens``.
 
         Raises:
-            PromptError: placeholders and images do not match, or a tensor has a wrong shape.
+            PromptError: placeholders and images or videos do not match, or a tensor has a wrong shape.
+            UnsupportedModelError: videos for a model without a video tower.
         """
+        pixel_values = _either(pixel_values, pixel_values_images)
         num_images = 0 if pixel_values is None else pixel_values.shape[0]
-        token_id = self.adapter.image_token_id
+        token_id, video_token_id = self.adapter.image_token_id, self.adapter.video_token_id
         lengths = self.adapter.expanded_lengths(num_images, image_sizes)
-        plan = plan_splice(input_ids, attention_mask, token_id, lengths, padding_side)  # before any picture is encoded
-        images = []
+        video_lengths = [] if pixel_values_videos is None else self.adapter.video_lengths(pixel_values_videos)
+        # Planned before anything is encoded.
+        plan = plan_splice(input_ids, attention_mask, token_id, lengths, padding_side, video_token_id, video_lengths)
+        images: list[Tensor] = []
+        videos: list[Tensor] = []
         if pixel_values is not None and num_images > 0:
             images = self.encode_images(pixel_values, image_sizes, tile_grids)
-        input_ids = input_ids.to(self.device)
-        prepared = splice(plan, input_ids, self.adapter.embed_tokens, images, token_id, labels)
+        if pixel_values_videos is not None and video_lengths:
+            videos = self.encode_videos(pixel_values_videos)
+        input_ids, embed_tokens = input_ids.to(self.device), self.adapter.embed_tokens
+        prepared = splice(plan, input_ids, embed_tokens, images, token_id, labels, videos, video_token_id)
         self.last_num_visual_tokens = prepared.num_visual_tokens
         return prepared
 
@@ -158,19 +184,30 @@ class CompressedVlm(nn.Module):
         image_sizes: Tensor | None = None,
         labels: Tensor | None = None,
         tile_grids: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        pixel_values_images: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the Hugging Face model's forward, returning its output object; logits are of the compressed sequence.
 
         Args:
-            input_ids, attention_mask, pixel_values, image_sizes, labels, tile_grids: as in ``prepare``.
+            input_ids ... pixel_values_images: as in ``prepare``.
             **kwargs: handed on to the Hugging Face model (``use_cache``, ``logits_to_keep``, ...).
 
         Raises:
             PromptError: as ``prepare``; or an argument that belongs to the uncompressed sequence.
         """
         _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values"), "forward")
-        prepared = self.prepare(input_ids, attention_mask, pixel_values, image_sizes, labels, tile_grids=tile_grids)
+        prepared = self.prepare(
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_sizes,
+            labels,
+            tile_grids=tile_grids,
+            pixel_values_videos=pixel_values_videos,
+            pixel_values_images=pixel_values_images,
+        )
         return self.model(
             inputs_embeds=prepared.inputs_embeds,
             attention_mask=prepared.attention_mask,
@@ -187,6 +224,8 @@ class CompressedVlm(nn.Module):
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
         tile_grids: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        pixel_values_images: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generates; returns the new tokens only, ``[B, num_new_tokens]`` (or Hugging Face's output object).
@@ -194,7 +233,7 @@ class CompressedVlm(nn.Module):
         Prompts are padded on the left inside, whatever the input's side, since the last position is continued.
 
         Args:
-            input_ids, attention_mask, pixel_values, image_sizes, tile_grids: as in ``prepare``.
+            input_ids ... pixel_values_images: as in ``prepare``.
             **kwargs: Hugging Face's generation settings (``max_new_tokens``, ``do_sample``, ``num_beams``, ...).
 
         Raises:
@@ -209,7 +248,14 @@ class CompressedVlm(nn.Module):
                 " out, or set it to True."
             )
         prepared = self.prepare(
-            input_ids, attention_mask, pixel_values, image_sizes, padding_side="left", tile_grids=tile_grids
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_sizes,
+            padding_side="left",
+            tile_grids=tile_grids,
+            pixel_values_videos=pixel_values_videos,
+            pixel_values_images=pixel_values_images,
         )
         return self.model.generate(
             inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **kwargs
@@ -226,66 +272,12 @@ class CompressedVlm(nn.Module):
         """
         return ChatSession(self, system_prompt)
 
-    def preprocess_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Pictures -> ``pixel_values``, by the rule in ``preprocess``, and what else the family needs with them.
 
-        LLaVA-NeXT: also ``image_sizes``, and with ``"llava"`` ``tile_grids``, since where several grids serve a picture
-        equally well LLaVA's choice and Hugging Face's differ.
-
-        Raises:
-            ConfigError: the wrapper has no processor.
-            ImageError: a picture that cannot be used.
-        """
-        image_processor = self._need_processor("preprocess_images").image_processor
-        return self.adapter.prepare_pictures(images, image_processor, self.preprocess)
-
-    def build_inputs(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
-        """Prompts and pictures -> keyword arguments for ``prepare``, ``forward`` and ``generate``.
-
-        Args:
-            texts: prompts, with one ``<image>`` for each of their pictures.
-            images: for each prompt its pictures, in the order of the placeholders.
-
-        Returns:
-            ``input_ids`` and ``attention_mask`` ``[B, T]``, padded on the left, on the model's device; ``pixel_values``
-            (and ``image_sizes``, ``tile_grids``) if there are pictures.
-
-        Raises:
-            ConfigError: the wrapper has no processor.
-            PromptError: a prompt whose placeholders do not match its pictures.
-            ImageError: a picture that cannot be used.
-        """
-        tokenizer = self._need_processor("build_inputs").tokenizer
-        if len(texts) != len(images):
-            raise PromptError(f"{len(texts)} prompts but {len(images)} lists of pictures: one list a prompt is needed.")
-        token_id = self.adapter.image_token_id
-        rows: list[list[int]] = [tokenizer(text)["input_ids"] for text in texts]
-        for number, (row, pictures) in enumerate(zip(rows, images, strict=True)):
-            if row.count(token_id) != len(pictures):
-                raise PromptError(
-                    f"Prompt {number} holds {row.count(token_id)} <image> placeholders but {len(pictures)} pictures"
-                    " were given for it: write <image> once for each picture."
-                )
-        longest = max((len(row) for row in rows), default=0)
-        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        if tokenizer.pad_token_id is not None:
-            ids.fill_(tokenizer.pad_token_id)
-        for number, row in enumerate(rows):
-            ids[number, longest - len(row) :] = torch.tensor(row, dtype=torch.int64)
-            mask[number, longest - len(row) :] = 1
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if flat := [picture for pictures in images for picture in pictures]:
-            inputs |= self.preprocess_images(flat)
-        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
-
-    def _need_processor(self, what: str) -> Any:
-        if self.processor is None:
-            raise ConfigError(
-                f"{what} needs the checkpoint's processor, and this wrapper has none: pass processor= to CompressedVlm,"
-                " or use load_vlm on a directory that holds the processor's and tokenizer's files."
-            )
-        return self.processor
+def _either(pixel_values: Tensor | None, pixel_values_images: Tensor | None) -> Tensor | None:
+    """The one of two names that is given; PromptError for both."""
+    if pixel_values is not None and pixel_values_images is not None:
+        raise PromptError("pixel_values and pixel_values_images are two names of the same pictures: give one of them.")
+    return pixel_values_images if pixel_values is None else pixel_values
 
 
 def _refuse(kwargs: dict[str, Any], names: tuple[str, ...], call: str) -> None:

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, ProcessorMixin
+from transformers import AutoConfig, BitsAndBytesConfig, ProcessorMixin
 
 from vzip.compressors.base import Compressor
 from vzip.compressors.controls import Identity
 from vzip.data.images import PREPROCESSES, Preprocess
+from vzip.data.video import check_num_frames
 from vzip.errors import CheckpointError, ConfigError, MissingPackageError, nearest
 
-from .adapters import adapter_class_for_config
+from .adapters import Adapter, PackingOptions, adapter_class_for_config
 from .compressed_vlm import CompressedVlm
 from .environment import refuse_broken_packages
 
@@ -50,6 +51,9 @@ def load_vlm(
     quantization: str | None = None,
     compressor: Compressor | None = None,
     preprocess: Preprocess = "llava",
+    drop_padding: bool = False,
+    row_newline: bool = False,
+    num_frames: int | None = None,
 ) -> CompressedVlm:
     """Loads a checkpoint and wraps it.
 
@@ -62,6 +66,8 @@ def load_vlm(
         quantization: None, ``8bit`` or ``4bit``: the language model only, through bitsandbytes (a GPU).
         compressor: the method; None is ``Identity()``.
         preprocess: ``llava`` or ``hf``.
+        drop_padding, row_newline: as for ``CompressedVlm``: options of LLaVA-NeXT.
+        num_frames: as for ``CompressedVlm``: frames taken of a video.
 
     Returns:
         the wrapped model in eval mode, with its processor if the checkpoint has one.
@@ -74,6 +80,8 @@ def load_vlm(
     """
     _check_choice("model.dtype", dtype, DTYPES)
     _check_choice("model.preprocess", preprocess, PREPROCESSES)
+    if num_frames is not None:
+        check_num_frames(num_frames)
     if quantization is not None:
         _check_choice("model.quantization", quantization, QUANTIZATIONS, "null")
     refuse_broken_packages(["torchvision", "timm"])
@@ -82,8 +90,8 @@ def load_vlm(
 
     config = _reach(source, lambda: AutoConfig.from_pretrained(source, revision=revision))
     adapter_class = adapter_class_for_config(config)
-    geometry = adapter_class.check_config(config)
-    compressor.check_fits(geometry.num_patches, geometry.has_cls)
+    packing = PackingOptions(drop_padding, row_newline)
+    adapter_class.check_settings(config, compressor, packing, num_frames)
     if isinstance(source, Path):
         _check_weight_files(source)
 
@@ -95,13 +103,13 @@ def load_vlm(
     }
     if quantization is not None:
         settings["quantization_config"] = quantization_config(quantization, dtype)
-    processor = _load_processor(source, revision)
+    processor = _load_processor(adapter_class, source, revision)
     # Sizes that differ are let through here only to be refused below together with what is missing.
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = _reach(source, lambda: adapter_class.model_class.from_pretrained(source, config=config, **settings))
     _check_complete(source, report)
     model.eval()
-    return CompressedVlm(model, compressor, processor, preprocess)
+    return CompressedVlm(model, compressor, processor, preprocess, drop_padding, row_newline, num_frames)
 
 
 def resolve_checkpoint(name_or_path: str | Path) -> Path | str:
@@ -211,10 +219,10 @@ def _check_complete(source: Path | str, report: dict[str, Any]) -> None:
         )
 
 
-def _load_processor(source: Path | str, revision: str | None) -> ProcessorMixin | None:
+def _load_processor(adapter_class: type[Adapter], source: Path | str, revision: str | None) -> ProcessorMixin | None:
     """The checkpoint's processor; None for a directory that holds none of its files."""
     files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
     if isinstance(source, Path) and not any((source / name).is_file() for name in files):
         _LOG.warning("%s holds no processor; the model takes tensors only.", source)
         return None
-    return _reach(source, lambda: AutoProcessor.from_pretrained(source, revision=revision))
+    return _reach(source, lambda: adapter_class.load_processor(source, revision))

@@ -7,7 +7,7 @@ tensors are then assembled with slices and one concatenation per prompt, so grad
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -29,7 +29,7 @@ class PreparedInputs:
         attention_mask: int64 ``[B, T]``, 1 on text and visual tokens, 0 on padding.
         position_ids: int64 ``[B, T]``, 0, 1, 2, ... over the tokens of each prompt, 0 on padding.
         labels: int64 ``[B, T]`` with -100 on visual tokens and padding, or None.
-        num_visual_tokens: visual tokens that entered, for each image in order.
+        num_visual_tokens: visual tokens that entered: for each image in order, then for each video.
     """
 
     inputs_embeds: Tensor
@@ -41,16 +41,37 @@ class PreparedInputs:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A stretch of a prompt: text positions start..stop, or an image (then ``image`` is its number)."""
+    """A stretch of a prompt: text positions start..stop, or an image (``visual``: its number; videos after images)."""
 
     start: int
     stop: int
-    image: int | None = None
+    visual: int | None = None
+
+
+@dataclass
+class _Kind:
+    """Placeholders of one kind while prompts are read.
+
+    Attributes:
+        name: as the placeholder is written in prompts.
+        token_id: its id.
+        lengths: for each image (or video) of the batch, the placeholders the processor would write.
+        first: number of the first of them among images and videos.
+        used: how many have found their placeholder; more than there are if placeholders are left over.
+        per_prompt: placeholders in each prompt.
+    """
+
+    name: str
+    token_id: int
+    lengths: Sequence[int]
+    first: int = 0
+    used: int = 0
+    per_prompt: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class SplicePlan:
-    """Which stretches of each prompt are text and which are images, and how the result is padded."""
+    """Which stretches of each prompt are text and which are images or videos, and how the result is padded."""
 
     rows: list[list[_Piece]]
     padding_side: PaddingSide
@@ -62,8 +83,10 @@ def plan_splice(
     image_token_id: int,
     expanded_lengths: Sequence[int],
     padding_side: PaddingSide | None = None,
+    video_token_id: int | None = None,
+    video_lengths: Sequence[int] = (),
 ) -> SplicePlan:
-    """Matches placeholders to images, prompt by prompt.
+    """Matches placeholders to images and videos, prompt by prompt.
 
     A stretch of consecutive placeholders is either the processor's expansion (its length is the sum of the expanded
     lengths of the next images) or one placeholder an image. Positions the mask excludes are padding, whatever their id.
@@ -74,9 +97,11 @@ def plan_splice(
         image_token_id: id of the placeholder.
         expanded_lengths: for each image of the batch, in order, the placeholders the processor would write.
         padding_side: side of the result's padding; None: the input's own, left where the input has none.
+        video_token_id: id of a video's placeholder; None for a model without videos.
+        video_lengths: as ``expanded_lengths``, for each video.
 
     Raises:
-        PromptError: shapes that do not fit, or another number of placeholders than images; names both.
+        PromptError: shapes that do not fit, or another number of placeholders than images or videos; names both.
     """
     if input_ids.ndim != 2 or input_ids.is_floating_point():
         raise PromptError(
@@ -90,25 +115,26 @@ def plan_splice(
         )
     ids = input_ids.tolist()
     masks = [[1] * len(row) for row in ids] if attention_mask is None else attention_mask.tolist()
-    rows: list[list[_Piece]] = []
-    placeholders_per_row: list[int] = []
-    num_images = len(expanded_lengths)
-    next_image = 0
-    for row_ids, row_mask in zip(ids, masks, strict=True):
-        pieces, next_image = _plan_row(row_ids, row_mask, image_token_id, expanded_lengths, next_image)
-        rows.append(pieces)
-        placeholders_per_row.append(
-            sum(i == image_token_id and bool(m) for i, m in zip(row_ids, row_mask, strict=True))
-        )
-    if next_image != num_images:
-        lengths = sorted(set(expanded_lengths))
-        run = f", or a run of {' or '.join(map(str, lengths))}" if lengths else ""
-        raise PromptError(
-            f"The prompts hold {sum(placeholders_per_row)} <image> placeholders ({_per_prompt(placeholders_per_row)})"
-            f" but {num_images} images were given. Each image needs one placeholder in its prompt{run} as the processor"
-            " writes it."
-        )
+    kinds = [_Kind("image", image_token_id, expanded_lengths)]
+    if video_token_id is not None:
+        kinds.append(_Kind("video", video_token_id, video_lengths, first=len(expanded_lengths)))
+    rows = [_plan_row(row_ids, row_mask, kinds) for row_ids, row_mask in zip(ids, masks, strict=True)]
+    for kind in kinds:
+        _check_all_used(kind)
     return SplicePlan(rows, padding_side or _padding_side(masks))
+
+
+def _check_all_used(kind: _Kind) -> None:
+    """Raises PromptError unless each image (or video) has found its placeholder and none is left over."""
+    if kind.used == len(kind.lengths):
+        return
+    lengths = sorted(set(kind.lengths))
+    run = f", or a run of {' or '.join(map(str, lengths))}" if lengths else ""
+    raise PromptError(
+        f"The prompts hold {sum(kind.per_prompt)} <{kind.name}> placeholders ({_per_prompt(kind.per_prompt)}) but"
+        f" {len(kind.lengths)} {kind.name}s were given. Each {kind.name} needs one placeholder in its prompt{run} as"
+        " the processor writes it."
+    )
 
 
 def _per_prompt(counts: list[int]) -> str:
@@ -116,10 +142,11 @@ def _per_prompt(counts: list[int]) -> str:
     return shown + (", ..." if len(counts) > 8 else "")
 
 
-def _plan_row(
-    ids: list[int], mask: list[int], image_token_id: int, expanded_lengths: Sequence[int], next_image: int
-) -> tuple[list[_Piece], int]:
-    """The pieces of one prompt and the number of the next unused image (beyond the last one: too many placeholders)."""
+def _plan_row(ids: list[int], mask: list[int], kinds: list[_Kind]) -> list[_Piece]:
+    """The pieces of one prompt; counts in ``kinds`` what it uses."""
+    by_id = {kind.token_id: kind for kind in kinds}
+    for kind in kinds:
+        kind.per_prompt.append(sum(i == kind.token_id and bool(m) for i, m in zip(ids, mask, strict=True)))
     pieces: list[_Piece] = []
     position, end = 0, len(ids)
     while position < end:
@@ -127,16 +154,17 @@ def _plan_row(
         if not mask[position]:
             position += 1
             continue
-        is_image = ids[position] == image_token_id
-        while position < end and mask[position] and (ids[position] == image_token_id) == is_image:
+        found = by_id.get(ids[position])
+        while position < end and mask[position] and by_id.get(ids[position]) is found:
             position += 1
-        if not is_image:
+        if found is None:
             pieces.append(_Piece(start, position))
             continue
-        num_in_run = _images_in_run(position - start, expanded_lengths, next_image)
-        pieces += [_Piece(start, position, image) for image in range(next_image, next_image + num_in_run)]
-        next_image += num_in_run
-    return pieces, next_image
+        count = _images_in_run(position - start, found.lengths, found.used)
+        first = found.first + found.used
+        pieces += [_Piece(start, position, number) for number in range(first, first + count)]
+        found.used += count
+    return pieces
 
 
 def _images_in_run(length: int, expanded_lengths: Sequence[int], next_image: int) -> int:
@@ -165,16 +193,20 @@ def splice(
     images: Sequence[Tensor],
     image_token_id: int,
     labels: Tensor | None = None,
+    videos: Sequence[Tensor] = (),
+    video_token_id: int | None = None,
 ) -> PreparedInputs:
     """Builds the language model's inputs from a plan.
 
     Args:
-        plan: from ``plan_splice`` for these ``input_ids`` and as many images.
+        plan: from ``plan_splice`` for these ``input_ids`` and as many images and videos.
         input_ids: integers ``[B, T]``.
         embed_tokens: the text embedding, ids -> ``[.., d_text]``.
         images: for each image ``[num_visual_tokens, d_text]``.
         image_token_id: id of the placeholder; it may lie outside the embedding's vocabulary.
         labels: integers ``[B, T]`` or None.
+        videos: for each video ``[num_visual_tokens, d_text]``.
+        video_token_id: as ``image_token_id``; None for a model without videos.
 
     Returns:
         ``PreparedInputs``, as long as its longest prompt.
@@ -184,11 +216,14 @@ def splice(
     """
     if labels is not None and labels.shape != input_ids.shape:
         raise PromptError(f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}: must be equal.")
-    text = embed_tokens(input_ids.masked_fill(input_ids == image_token_id, 0))
-    visual = [image.to(text.device, text.dtype) for image in images]
+    placeholders = input_ids == image_token_id
+    if video_token_id is not None:
+        placeholders |= input_ids == video_token_id
+    text = embed_tokens(input_ids.masked_fill(placeholders, 0))
+    visual = [tokens.to(text.device, text.dtype) for tokens in (*images, *videos)]
     rows = [
         torch.cat(
-            [text[row, p.start : p.stop] if p.image is None else visual[p.image] for p in pieces]
+            [text[row, p.start : p.stop] if p.visual is None else visual[p.visual] for p in pieces]
             or [text[row, :0]]  # a prompt that is all padding
         )
         for row, pieces in enumerate(plan.rows)
@@ -206,10 +241,10 @@ def splice(
     new_labels = None
     if labels is not None:
         labels = labels.to(text.device)
-        ignored = [labels.new_full((image.shape[0],), IGNORED_LABEL) for image in visual]
+        ignored = [labels.new_full((tokens.shape[0],), IGNORED_LABEL) for tokens in visual]
         label_rows = [
             torch.cat(
-                [labels[row, p.start : p.stop] if p.image is None else ignored[p.image] for p in pieces]
+                [labels[row, p.start : p.stop] if p.visual is None else ignored[p.visual] for p in pieces]
                 or [labels[row, :0]]
             )
             for row, pieces in enumerate(plan.rows)
@@ -220,5 +255,5 @@ def splice(
         attention_mask=mask,
         position_ids=positions,
         labels=new_labels,
-        num_visual_tokens=[image.shape[0] for image in visual],
+        num_visual_tokens=[tokens.shape[0] for tokens in visual],
     )

@@ -8,13 +8,15 @@ from torch import nn
 
 from vzip.errors import UnsupportedModelError, nearest
 
-from .base import Adapter, PackingOptions
+from .base import Adapter
 from .llava import LlavaAdapter
 from .llava_next import LlavaNextAdapter
 from .mini_gemini import MiniGeminiAdapter
+from .options import PackingOptions
+from .video_llava import VideoLlavaAdapter
 
 # Subclasses before their base: a Mini-Gemini model is a LLaVA model to isinstance.
-ADAPTERS: tuple[type[Adapter], ...] = (MiniGeminiAdapter, LlavaAdapter, LlavaNextAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (MiniGeminiAdapter, LlavaAdapter, LlavaNextAdapter, VideoLlavaAdapter)
 
 __all__ = [
     "ADAPTERS",
@@ -23,6 +25,7 @@ __all__ = [
     "LlavaNextAdapter",
     "MiniGeminiAdapter",
     "PackingOptions",
+    "VideoLlavaAdapter",
     "adapter_class_for_config",
     "adapter_for_model",
 ]

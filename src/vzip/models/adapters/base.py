@@ -8,35 +8,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel
 
 from vzip.compressors.base import Compressor, VisionOutput
 from vzip.compressors.controls import Identity
 from vzip.data.images import Preprocess, prepare_pictures
-from vzip.errors import ConfigError, PromptError
+from vzip.data.video import VideoSource
+from vzip.errors import ConfigError, PromptError, UnsupportedModelError
 
 from ..tap import run_tower
 from ..towers import Tower, TowerGeometry, find_tower
-
-
-@dataclass(frozen=True)
-class PackingOptions:
-    """How tiles become one sequence, beyond what the published code does; for families that cut pictures into tiles.
-
-    Attributes:
-        drop_padding: patches that show nothing but the padding around the picture are not selected as long as their
-            tile has enough others (they are still merged). Needs a compressor that selects by attention.
-        row_newline: the model's newline token after each row of patches of the tile grid, as without compression;
-            these tokens come on top of the budget. With ``drop_padding``, rows that are only padding get none.
-    """
-
-    drop_padding: bool = False
-    row_newline: bool = False
+from .options import PackingOptions, check_fit
 
 
 class Adapter(ABC):
@@ -51,10 +38,14 @@ class Adapter(ABC):
         image_token_id: id of the placeholder in ``input_ids``.
         packing: options of the packing.
         has_tiles: whether the family cuts a picture into several crops.
+        has_video: whether it takes videos.
+        video_token_id: id of a video's placeholder in ``input_ids``, or None.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
     has_tiles: ClassVar[bool] = False
+    has_video: ClassVar[bool] = False
+    video_token_id: int | None = None
 
     def __init__(self, model: PreTrainedModel, packing: PackingOptions | None = None) -> None:
         """Finds the model's parts.
@@ -65,11 +56,7 @@ class Adapter(ABC):
         """
         self.model = model
         self.packing = packing or PackingOptions()
-        if self.packing != PackingOptions() and not self.has_tiles:
-            raise ConfigError(
-                f"drop_padding={self.packing.drop_padding}, row_newline={self.packing.row_newline}:"
-                f" {type(model).__name__} has no tiles, so both must be False; they are options of LLaVA-NeXT."
-            )
+        self.check_options(self.packing)
         self.geometry = self.check_config(model.config)
         self.tower: Tower = find_tower(self.vision_tower)
         self.select_layer: int = self.read_select_layer(model.config)
@@ -80,6 +67,39 @@ class Adapter(ABC):
     @abstractmethod
     def check_config(cls, config: Any) -> TowerGeometry:
         """The tower's shape, from the configuration alone; raises UnsupportedModelError for what we cannot serve."""
+
+    @classmethod
+    def check_options(cls, packing: PackingOptions, num_frames: int | None = None) -> None:
+        """Raises ConfigError for an option that the family does not have."""
+        if packing != PackingOptions() and not cls.has_tiles:
+            raise ConfigError(
+                f"model.drop_padding={packing.drop_padding}, model.row_newline={packing.row_newline}:"
+                f" {cls.model_class.__name__} has no tiles, so both must be False; they are options of LLaVA-NeXT."
+            )
+        if num_frames is not None and not cls.has_video:
+            raise ConfigError(
+                f"model.num_frames={num_frames}: {cls.model_class.__name__} has no video tower, so it must be null; it"
+                " is an option of Video-LLaVA."
+            )
+
+    @classmethod
+    def check_settings(
+        cls, config: Any, compressor: Compressor, packing: PackingOptions, num_frames: int | None = None
+    ) -> None:
+        """All that can be checked from a configuration, before any weight is read.
+
+        Raises:
+            UnsupportedModelError: a vision tower or setting of the checkpoint that cannot be served.
+            ConfigError: a compressor, budget or option that does not fit it.
+        """
+        geometry = cls.check_config(config)
+        cls.check_options(packing, num_frames)
+        check_fit(compressor, geometry, packing)
+
+    @classmethod
+    def load_processor(cls, source: str | Path, revision: str | None) -> Any:
+        """The checkpoint's Hugging Face processor; raises what Hugging Face raises."""
+        return AutoProcessor.from_pretrained(source, revision=revision)
 
     @staticmethod
     @abstractmethod
@@ -163,17 +183,37 @@ class Adapter(ABC):
 
     def check_compressor(self, compressor: Compressor) -> None:
         """Raises ConfigError if the compressor does not fit the vision tower or the packing's options."""
-        compressor.check_fits(self.geometry.num_patches, self.geometry.has_cls)
-        if (
-            self.packing.drop_padding
-            and "attention" not in compressor.requires
-            and not isinstance(compressor, Identity)
-        ):
-            raise ConfigError(
-                "drop_padding=True keeps padding from being selected by attention, and"
-                f" {type(compressor).__name__} does not select by attention: set drop_padding=False, or use VisionZip"
-                " or DominantOnly."
-            )
+        check_fit(compressor, self.geometry, self.packing)
+
+    def video_lengths(self, pixel_values_videos: Tensor) -> list[int]:
+        """Visual tokens of the unmodified model, which is the placeholders its processor writes, for each video.
+
+        Args:
+            pixel_values_videos: ``[videos, frames, 3, h, w]``.
+
+        Raises:
+            UnsupportedModelError: the family has no video tower.
+            PromptError: another shape.
+        """
+        raise self._no_video()
+
+    def encode_videos(self, pixel_values_videos: Tensor, compressor: Compressor) -> list[Tensor]:
+        """Videos -> visual tokens, frame by frame; as ``encode``, and raises as ``video_lengths``.
+
+        Returns:
+            for each video ``[num_visual_tokens, d_text]``.
+        """
+        raise self._no_video()
+
+    def prepare_videos(self, videos: Sequence[VideoSource], image_processor: Any, num_frames: int) -> dict[str, Tensor]:
+        """Videos -> ``pixel_values_videos``; see ``vzip.data.video``. Raises as ``video_lengths``."""
+        raise self._no_video()
+
+    def _no_video(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{type(self.model).__name__} has no video tower, so it takes pictures only. Video-LLaVA takes videos"
+            " (model=video_llava_7b)."
+        )
 
     def prepare_pictures(
         self, images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess

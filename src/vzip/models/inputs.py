@@ -1,0 +1,144 @@
+"""From prompts, pictures and videos to tensors: the part of ``CompressedVlm`` that needs the checkpoint's processor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from vzip.data.images import Preprocess
+from vzip.data.video import VideoSource
+from vzip.errors import ConfigError, PromptError
+
+from .adapters import Adapter
+
+# A kind's name, its token's id and, for each prompt, the pictures or videos that its placeholders stand for.
+Placeholders = tuple[str, int, Sequence[Sequence[object]]]
+
+
+class InputBuilder:
+    """Makes the arguments of ``prepare``, ``forward`` and ``generate``; see ``CompressedVlm`` for the attributes."""
+
+    adapter: Adapter
+    processor: ProcessorMixin | None
+    preprocess: Preprocess
+    num_frames: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the text embedding is, and so where inputs go."""
+        return next(self.adapter.embed_tokens.parameters()).device
+
+    def preprocess_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Pictures -> ``pixel_values``, by the rule in ``preprocess``, and what else the family needs with them.
+
+        LLaVA-NeXT: also ``image_sizes``, and with ``"llava"`` ``tile_grids``, since where several grids serve a picture
+        equally well LLaVA's choice and Hugging Face's differ.
+
+        Raises:
+            ConfigError: the wrapper has no processor.
+            ImageError: a picture that cannot be used.
+        """
+        image_processor = self._need_processor("preprocess_images").image_processor
+        return self.adapter.prepare_pictures(images, image_processor, self.preprocess)
+
+    def preprocess_videos(self, videos: Sequence[VideoSource]) -> dict[str, Tensor]:
+        """Videos -> ``pixel_values_videos`` ``[videos, num_frames, 3, h, w]``; see ``vzip.data.video``.
+
+        Args:
+            videos: files, or frames as pictures; of each ``num_frames`` are taken, evenly spread.
+
+        Raises:
+            ConfigError: the wrapper has no processor.
+            UnsupportedModelError: the model has no video tower.
+            VideoError: a video that cannot be used.
+            MissingPackageError: PyAV is not installed.
+        """
+        image_processor = self._need_processor("preprocess_videos").image_processor
+        return self.adapter.prepare_videos(videos, image_processor, self.num_frames)
+
+    def build_inputs(
+        self,
+        texts: Sequence[str],
+        images: Sequence[Sequence[Image.Image]] | None = None,
+        videos: Sequence[Sequence[VideoSource]] | None = None,
+    ) -> dict[str, Tensor]:
+        """Prompts, pictures and videos -> keyword arguments for ``prepare``, ``forward`` and ``generate``.
+
+        Args:
+            texts: prompts, with one ``<image>`` for each of their pictures, one ``<video>`` for each of their videos.
+            images: for each prompt its pictures, in the order of the placeholders; None: no pictures.
+            videos: for each prompt its videos, likewise; see ``preprocess_videos``.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` ``[B, T]``, padded on the left, on the model's device; ``pixel_values``
+            (and ``image_sizes``, ``tile_grids``) if there are pictures, ``pixel_values_videos`` if there are videos.
+
+        Raises:
+            ConfigError: the wrapper has no processor.
+            PromptError: a prompt whose placeholders do not match its pictures or videos.
+            ImageError, VideoError: a picture or video that cannot be used.
+            UnsupportedModelError: videos for a model without a video tower.
+        """
+        tokenizer = self._need_processor("build_inputs").tokenizer
+        images = [[]] * len(texts) if images is None else images
+        videos = [[]] * len(texts) if videos is None else videos
+        placeholders: list[Placeholders] = [("image", self.adapter.image_token_id, images)]
+        flat_videos = [video for own in videos for video in own]
+        if self.adapter.video_token_id is not None:
+            placeholders.append(("video", self.adapter.video_token_id, videos))
+        inputs = encode_prompts(tokenizer, texts, placeholders)
+        if flat := [picture for pictures in images for picture in pictures]:
+            inputs |= self.preprocess_images(flat)
+        if flat_videos:
+            inputs |= self.preprocess_videos(flat_videos)
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
+
+    def _need_processor(self, what: str) -> Any:
+        if self.processor is None:
+            raise ConfigError(
+                f"{what} needs the checkpoint's processor, and this wrapper has none: pass processor= to CompressedVlm,"
+                " or use load_vlm on a directory that holds the processor's and tokenizer's files."
+            )
+        return self.processor
+
+
+def encode_prompts(tokenizer: Any, texts: Sequence[str], placeholders: Sequence[Placeholders]) -> dict[str, Tensor]:
+    """Prompts -> ``input_ids`` and ``attention_mask``, int64 ``[B, T]``, padded on the left.
+
+    Args:
+        tokenizer: the checkpoint's.
+        texts: prompts.
+        placeholders: for each kind its name (``image``), its token's id and, for each prompt, what it stands for.
+
+    Raises:
+        PromptError: a prompt with another number of placeholders than pictures or videos.
+    """
+    rows: list[list[int]] = [tokenizer(text)["input_ids"] for text in texts]
+    for name, token_id, per_prompt in placeholders:
+        _check_counts(name, token_id, rows, per_prompt)
+    longest = max((len(row) for row in rows), default=0)
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    if tokenizer.pad_token_id is not None:
+        ids.fill_(tokenizer.pad_token_id)
+    for number, row in enumerate(rows):
+        ids[number, longest - len(row) :] = torch.tensor(row, dtype=torch.int64)
+        mask[number, longest - len(row) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _check_counts(name: str, token_id: int, rows: list[list[int]], per_prompt: Sequence[Sequence[object]]) -> None:
+    things = {"image": "picture", "video": "video"}[name]
+    if len(rows) != len(per_prompt):
+        raise PromptError(f"{len(rows)} prompts but {len(per_prompt)} lists of {things}s: one list a prompt is needed.")
+    for number, (row, own) in enumerate(zip(rows, per_prompt, strict=True)):
+        if row.count(token_id) != len(own):
+            raise PromptError(
+                f"Prompt {number} holds {row.count(token_id)} <{name}> placeholders but {len(own)} {things}s were given"
+                f" for it: write <{name}> once for each {things}."
+            )
