@@ -9,6 +9,7 @@ import pytest
 from vzip.demo import benchmark, scoring
 from vzip.demo.questions import (
     NUMBER_WORDS,
+    TASKS,
     attribute_questions,
     counting_pairs,
     existence_questions,
@@ -31,6 +32,7 @@ from vzip.demo.scenes import (
     sample_scene,
 )
 from vzip.demo.train_tiny import VALIDATION_SEEDS
+from vzip.evaluation.protocol import PROTOCOLS
 
 SEEDS = range(TEST_SEEDS[0], TEST_SEEDS[0] + 150)
 
@@ -220,3 +222,5 @@ def test_chance_is_what_the_best_blind_answerer_gets():
         counts[r["answer"]] = counts.get(r["answer"], 0) + 1
     by_hand = 100 * sum(max(c.values()) for c in kinds.values()) / 400
     assert scoring.chance("attributes", rows["attributes"]) == pytest.approx(by_hand)
+    for task in TASKS:
+        assert PROTOCOLS[f"scenes_{task}"].chance == pytest.approx(scoring.chance(task, rows[task]))

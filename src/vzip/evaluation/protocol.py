@@ -99,11 +99,11 @@ PROTOCOLS: dict[str, Protocol] = {
         "VQAv2 test-dev, scored by the EvalAI server",
         "lmms-eval scores the validation split locally",
     ),
-    # The built-in benchmark; its chance levels are those of the best blind strategy and are computed by vzip.demo.
-    "scenes_existence": Protocol("f1", "percent", None, error="bootstrap"),
-    "scenes_attributes": Protocol("accuracy", "percent", None, error="binomial"),
-    "scenes_counting": Protocol("mme", "percent", None, cluster="pair", error="bootstrap"),
-    "scenes_reading": Protocol("accuracy", "percent", None, error="binomial"),
+    # The built-in benchmark; its chance levels are what `vzip.demo.scoring.chance` finds in its questions.
+    "scenes_existence": Protocol("f1", "percent", None, chance=200 / 3, error="bootstrap"),
+    "scenes_attributes": Protocol("accuracy", "percent", None, chance=32.25, error="binomial"),
+    "scenes_counting": Protocol("mme", "percent", None, chance=37.5, cluster="pair", error="bootstrap"),
+    "scenes_reading": Protocol("accuracy", "percent", None, chance=3.75, error="binomial"),
 }
 
 
