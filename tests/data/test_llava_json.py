@@ -194,7 +194,7 @@ def test_memory_is_flat(tmp_path, cache, monkeypatch):
     """Indexing and reading a file eight times larger takes no more memory (maps are not counted)."""
     monkeypatch.setattr(index_module, "WINDOW_BYTES", 2**16)
     monkeypatch.setattr(index_module, "_ROWS_PER_WRITE", 100)
-    record, peaks = GOOD | {"conversations": talk("<image> q", "w " * 500)}, []
+    record, peaks = GOOD | {"conversations": talk("<image> q", "w" * 1000)}, []
     for num_records in (500, 4000):
         path = write(tmp_path / f"{num_records}.json", [record] * num_records)
         tracemalloc.start()

@@ -54,7 +54,7 @@ class Downloader:
     ) -> None:
         self.manifest, self.root = manifest, root
         self.num_attempts, self.max_wait_s = num_attempts, max_wait_s
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, markup=False)
         self.client = client or new_client()
         root.mkdir(parents=True, exist_ok=True)
         self.lock = Lock(manifest, root)

@@ -67,7 +67,7 @@ class LlavaJson:
         """The ``i``-th sample; ``id`` is ``#i`` where the file gives none."""
         record = self.record(i)
         images = [self.image_root / image for image in record.images]
-        return Sample(record.id if record.id is not None else f"#{i}", images, list(record.turns))
+        return Sample(record.label(i), images, list(record.turns))
 
     def record(self, i: int) -> Record:
         """The ``i``-th record in the file's own words."""

@@ -60,6 +60,10 @@ class Record:
         content = [self.id, self.images, [[turn.role, turn.text] for turn in self.turns]]
         return hashlib.blake2b(json.dumps(content).encode("ascii"), digest_size=NUM_KEY_BYTES).digest()
 
+    def label(self, i: int) -> str:
+        """The id, or ``#i`` for the sample at place ``i`` that has none."""
+        return self.id if self.id is not None else f"#{i}"
+
     @property
     def num_words(self) -> int:
         """Words of all turns, divided at white space: LLaVA's measure for grouping by length."""

@@ -1,0 +1,154 @@
+"""Whether every picture that a data set names is there and can be decoded.
+
+Each picture is looked at once, however many samples name it. Memory grows by some 20 bytes a picture named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from vzip.errors import ImageError
+
+from .images import load_image
+from .llava_json import LlavaJson
+
+Kind = Literal["missing", "empty", "damaged"]
+# Endings under which a picture saved by another script may lie (OCR-VQA's come as .gif and .png too).
+_OTHER_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".JPG", ".PNG")
+# Tasks waiting for a thread: enough to keep all of them busy, too few to matter for memory.
+_QUEUED_PER_WORKER = 16
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class NamedPicture:
+    """A picture as the data set first names it; ``name`` is the file's word, ``path`` where it must lie."""
+
+    name: str
+    path: Path
+    sample_id: str
+    source: str
+
+
+@dataclass(frozen=True)
+class PictureProblem:
+    """A picture that cannot be used, and why."""
+
+    picture: NamedPicture
+    kind: Kind
+    reason: str
+
+
+def distinct_pictures(
+    data: LlavaJson, indices: Sequence[int] | np.ndarray | None = None
+) -> tuple[int, Iterator[NamedPicture]]:
+    """Each picture that the samples (all, or those at ``indices``) name, once, in their order; and how many."""
+    wanted = np.arange(len(data)) if indices is None else np.asarray(indices, dtype=np.int64)
+    wanted = wanted[data.num_images[wanted] > 0]
+    hashes = np.fromiter(
+        (_hash(name) for i in wanted for name in data.record(int(i)).images),
+        dtype=np.uint64,
+        count=int(data.num_images[wanted].sum()),
+    )
+    is_first = np.zeros(len(hashes), dtype=bool)
+    is_first[np.unique(hashes, return_index=True)[1]] = True
+
+    def pictures() -> Iterator[NamedPicture]:
+        number = itertools.count()
+        for i in map(int, wanted):
+            record = data.record(i)
+            for name in record.images:
+                if is_first[next(number)]:
+                    yield NamedPicture(name, data.image_root / name, record.label(i), data.source_of(i))
+
+    return int(is_first.sum()), pictures()
+
+
+def check_picture(picture: NamedPicture, decode: bool = True) -> PictureProblem | None:
+    """Looks at one picture.
+
+    Args:
+        picture: which one.
+        decode: decode it to the last row; without, only whether it is there and not empty.
+
+    Returns:
+        the problem, or None.
+    """
+    try:
+        num_bytes = picture.path.stat().st_size
+    except OSError:
+        return PictureProblem(picture, "missing", f"no such file: {picture.path}{_other_name(picture.path)}")
+    if num_bytes == 0:
+        return PictureProblem(picture, "empty", f"0 bytes: {picture.path}")
+    if decode:
+        try:
+            load_image(picture.path)
+        except ImageError as error:
+            return PictureProblem(picture, "damaged", str(error))
+    return None
+
+
+def find_problems(
+    data: LlavaJson,
+    indices: Sequence[int] | np.ndarray | None = None,
+    *,
+    decode: bool = True,
+    num_workers: int | None = None,
+    on_picture: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[PictureProblem]:
+    """Checks every picture of the data set, or of the samples at ``indices``.
+
+    Args:
+        data: the data set.
+        indices: samples to look at.
+        decode: see ``check_picture``.
+        num_workers: threads (Pillow decodes outside Python's lock); by default one a core.
+        on_picture: called after each picture with the number done and the number of all.
+
+    Yields:
+        the problems, as they are found.
+    """
+
+    def check(picture: NamedPicture) -> PictureProblem | None:
+        return check_picture(picture, decode)
+
+    total, pictures = distinct_pictures(data, indices)
+    found = _map_unordered(check, pictures, num_workers or os.cpu_count() or 1)
+    for done, problem in enumerate(found, start=1):
+        on_picture(done, total)
+        if problem is not None:
+            yield problem
+
+
+def _map_unordered(function: Callable[[_Task], _Result], tasks: Iterator[_Task], num_workers: int) -> Iterator[_Result]:
+    """``map`` in threads, results as they come; takes tasks only as fast as they are worked off."""
+    with ThreadPoolExecutor(num_workers) as pool:
+        waiting: set[Future[_Result]] = set()
+        while True:
+            room = num_workers * _QUEUED_PER_WORKER - len(waiting)
+            waiting |= {pool.submit(function, task) for task in itertools.islice(tasks, room)}
+            if not waiting:
+                return
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+
+
+def _other_name(path: Path) -> str:
+    """A hint where the picture lies there under another ending."""
+    found = next((other for ending in _OTHER_ENDINGS if (other := path.with_suffix(ending)).is_file()), None)
+    return f" (but {found.name} is there: the data set names it {path.name})" if found else ""
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
