@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
     VideoLlavaImageProcessor,
 )
 from transformers.models.clip import CLIPImageProcessor
@@ -28,9 +31,11 @@ IMAGE_SIZE = 112
 PATCH_SIZE = 14
 NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2  # 64
 IMAGE_TOKEN = 4
+VIDEO_TOKEN = 63  # the last of the small vocabulary, so that prompts may use the ids from 5 on
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if c['type'] in ('image', 'video') %}<{{ c['type'] }}>{% else %}{{ c['text'] }}"
+    "{% endif %}{% endfor %} {% endfor %}"
 )
 
 
@@ -127,6 +132,27 @@ def llava_next(
     return finish(LlavaNextForConditionalGeneration(config), tower)
 
 
+def video_llava(
+    tower: Literal["clip", "siglip"] = "clip",
+    strategy: Literal["default", "full"] = "default",
+    select_layer: Any = -2,
+    vocab_size: int = 64,
+    seed: int = 7,
+    video_token: int = VIDEO_TOKEN,
+) -> VideoLlavaForConditionalGeneration:
+    """A Video-LLaVA of the same parts, with a tower for pictures and one for videos."""
+    torch.manual_seed(seed)
+    config = VideoLlavaConfig(
+        vision_config=vision_config(tower),
+        text_config=text_config(vocab_size),
+        image_token_index=IMAGE_TOKEN,
+        video_token_index=video_token,
+        vision_feature_layer=select_layer,
+        vision_feature_select_strategy=strategy,
+    )
+    return finish(VideoLlavaForConditionalGeneration(config), tower)
+
+
 def pixels(num_images: int, seed: int = 0) -> torch.Tensor:
     """[num_images, 3, 112, 112]."""
     return torch.randn(num_images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
@@ -153,17 +179,28 @@ def next_inputs(num_images: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return {"pixel_values": values, "image_sizes": sizes}
 
 
+NUM_FRAMES = 3
+
+
+def video_inputs(num_videos: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """What a processor returns for ``num_videos`` videos of three frames."""
+    frames = pixels(num_videos * NUM_FRAMES, seed)
+    return {"pixel_values_videos": frames.view(num_videos, NUM_FRAMES, *frames.shape[1:])}
+
+
 @dataclass(frozen=True)
 class Family:
-    """What the parity tests need of a family.
+    """What the parity tests need of a family; one whose pictures are videos has ``medium="video"``.
 
     Attributes:
-        name: as in ``configs/model`` and ``tests/golden``.
+        name: of the test, and of the folder in ``tests/golden``.
         build: a tiny model; takes ``tower``, ``strategy`` and ``select_layer``.
         inputs: number of pictures (and a seed) -> keyword arguments of ``prepare``.
         kinds: (tower, select strategy) that the family allows.
         crops: crops of picture 0, 1, ... as ``inputs`` makes them, in turn.
         config_class: Hugging Face's.
+        medium: ``image`` or ``video``.
+        published: whether ``tests/golden`` holds what the published code computes.
     """
 
     name: str
@@ -172,6 +209,26 @@ class Family:
     kinds: tuple[tuple[str, str], ...]
     crops: tuple[int, ...]
     config_class: Any
+    medium: Literal["image", "video"] = "image"
+    published: bool = False
+
+    @property
+    def token(self) -> int:
+        """Id of the placeholder."""
+        return VIDEO_TOKEN if self.medium == "video" else IMAGE_TOKEN
+
+    @property
+    def pixels_name(self) -> str:
+        """The one of ``inputs`` that holds pixels."""
+        return "pixel_values_videos" if self.medium == "video" else "pixel_values"
+
+    def encode(self, vlm: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Visual tokens of each picture."""
+        return vlm.encode_videos(**inputs) if self.medium == "video" else vlm.encode_images(**inputs)
+
+    def tower(self, vlm: Any) -> Any:
+        """The vision tower that reads the pictures."""
+        return vlm.adapter.frame_tower if self.medium == "video" else vlm.adapter.tower
 
     def num_crops(self, num_images: int) -> list[int]:
         return [self.crops[number % len(self.crops)] for number in range(num_images)]
@@ -179,7 +236,17 @@ class Family:
     def stock_lengths(self, model: Any, inputs: dict[str, torch.Tensor]) -> list[int]:
         """Visual tokens of each picture in the unmodified model, by its own computation."""
         with torch.no_grad():
-            return [len(image) for image in model.model.get_image_features(**inputs).pooler_output]
+            if self.medium == "video":
+                frames = model.model.get_video_features(**inputs).pooler_output
+                return [len(video.flatten(0, 1)) for video in frames.view(-1, NUM_FRAMES, *frames.shape[1:])]
+            return [len(image) for image in model.model.get_image_features(**self.stock(inputs)).pooler_output]
+
+    def stock(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inputs by the names that Hugging Face's class has for them in the version installed."""
+        parameters = inspect.signature(VideoLlavaForConditionalGeneration.forward).parameters
+        if self.config_class is VideoLlavaConfig and self.medium == "image" and "pixel_values" not in parameters:
+            return {"pixel_values_images": inputs["pixel_values"]}
+        return inputs
 
     def __str__(self) -> str:
         return self.name
@@ -193,6 +260,7 @@ FAMILIES = (
         kinds=(("clip", "default"), ("clip", "full"), ("siglip", "default"), ("siglip", "full")),
         crops=(1,),
         config_class=LlavaConfig,
+        published=True,
     ),
     Family(
         name="llava_next_tiny",
@@ -201,6 +269,24 @@ FAMILIES = (
         kinds=(("clip", "default"), ("siglip", "full")),
         crops=tuple(NEXT_CROPS),
         config_class=LlavaNextConfig,
+        published=True,
+    ),
+    Family(
+        name="video_llava_tiny_pictures",
+        build=video_llava,
+        inputs=llava_inputs,
+        kinds=(("clip", "default"), ("clip", "full"), ("siglip", "full")),
+        crops=(1,),
+        config_class=VideoLlavaConfig,
+    ),
+    Family(
+        name="video_llava_tiny_videos",
+        build=video_llava,
+        inputs=video_inputs,
+        kinds=(("clip", "default"), ("siglip", "full")),
+        crops=(NUM_FRAMES,),
+        config_class=VideoLlavaConfig,
+        medium="video",
     ),
 )
 
@@ -225,17 +311,17 @@ def next_processor() -> LlavaNextProcessor:
     )
 
 
-def processor() -> LlavaProcessor:
-    """A byte-level tokenizer with <image> as one token, CLIP's image processor at 112 px, a chat template."""
+def tokenizer(*more_tokens: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with <image> as one token (id 4), and ``more_tokens`` (5, ...)."""
     raw = Tokenizer(models.BPE(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>", *more_tokens]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(
         ["what is it?"], trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
     )
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=raw,
         bos_token="<s>",
         eos_token="</s>",
@@ -244,10 +330,14 @@ def processor() -> LlavaProcessor:
         padding_side="left",
         extra_special_tokens={"image_token": "<image>"},
     )
+
+
+def processor() -> LlavaProcessor:
+    """The tokenizer, CLIP's image processor at 112 px, a chat template."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer(),
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -259,3 +349,10 @@ def video_image_processor() -> VideoLlavaImageProcessor:
     """Video-LLaVA's image processor at 112 pixels."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return VideoLlavaImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
+
+
+def video_processor() -> LlavaProcessor:
+    """What ``VideoLlavaAdapter.load_processor`` returns: the same tokenizer with <video> (id 5)."""
+    return LlavaProcessor(
+        image_processor=video_image_processor(), tokenizer=tokenizer("<video>"), chat_template=CHAT_TEMPLATE
+    )
