@@ -129,11 +129,12 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
 
 def load_arguments(model: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of ``vzip.load_vlm``, the compressor left out, from the ``model`` group."""
+    of_family = ("drop_padding", "row_newline", "num_frames")
     keys = ("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess")
     name_or_path = model["name_or_path"]
     if name_or_path.startswith("~"):
         name_or_path = str(Path(name_or_path).expanduser())
-    return {"name_or_path": name_or_path, **{key: model[key] for key in keys}}
+    return {"name_or_path": name_or_path, **{key: model[key] for key in (*keys, *of_family)}}
 
 
 def model_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor]:

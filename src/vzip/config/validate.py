@@ -51,6 +51,7 @@ def find_problems(config: Mapping[str, Any]) -> list[str]:
     if not absent and isinstance(config["compressor"], Mapping):
         problems += _check_compressor(config["compressor"], config["budget"])
         problems += _check_budget_fits(config["model"], config["compressor"], config["budget"])
+        problems += _check_family(config["model"], config["compressor"])
         problems += _check_paths(config["model"], config["eval"])
     return problems
 
@@ -191,6 +192,35 @@ def _check_budget_fits(model: Mapping[str, Any], compressor: Mapping[str, Any], 
     except (ValueError, OSError) as error:
         return [f"model.name_or_path={folder}: its config.json cannot be read ({str(error).splitlines()[0]})."]
     return []
+
+
+def _check_family(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> list[str]:
+    """Holds options that only some families have against the compressor, and against a checkpoint's own directory."""
+    drop_padding, row_newline, num_frames = (model.get(key) for key in ("drop_padding", "row_newline", "num_frames"))
+    wrong_value = not all(isinstance(value, bool) for value in (drop_padding, row_newline))
+    if wrong_value or not (drop_padding or row_newline or num_frames is not None):
+        return []
+    from vzip.models.adapters import PackingOptions, adapter_class_for_config
+    from vzip.models.adapters.options import check_drop_padding
+
+    problems = []
+    try:
+        check_drop_padding(build_compressor(compressor), bool(drop_padding))
+    except ConfigError as error:
+        problems.append(str(error))
+    folder = Path(str(model.get("name_or_path"))).expanduser()
+    if not (folder / "config.json").is_file():
+        return problems  # a hub id: load_vlm looks, before it loads any weight
+    from transformers import AutoConfig
+
+    try:
+        adapter_class = adapter_class_for_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        adapter_class.check_options(PackingOptions(bool(drop_padding), bool(row_newline)), num_frames)
+    except ConfigError as error:
+        problems.append(str(error))
+    except (VzipError, ValueError, OSError):
+        pass  # no checkpoint of ours: the check of the budget, or load_vlm, says so
+    return problems
 
 
 def _check_paths(model: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,10 @@ from vzip.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from vzip.compressors import Compressor
 
-_OF_LOADER = ("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess")
+_OF_LOADER = (
+    *("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess"),
+    *("drop_padding", "row_newline", "num_frames"),
+)
 _OF_ADAPTER = ("system_prompt", "batch_size")
 _OF_COMPRESSOR = ("compressor", "num_dominant", "num_contextual", "merge_rule", "seed")
 ALLOWED = ("pretrained", *_OF_COMPRESSOR, *_OF_LOADER, *_OF_ADAPTER)

@@ -25,6 +25,11 @@ class PackingOptions:
     drop_padding: bool = False
     row_newline: bool = False
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, bool):
+                raise ConfigError(f"model.{name}={value!r}: must be true or false.")
+
 
 def check_fit(compressor: Compressor, geometry: TowerGeometry, packing: PackingOptions) -> None:
     """Raises ConfigError if the compressor does not fit the vision tower or the packing's options."""
