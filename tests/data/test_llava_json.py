@@ -122,6 +122,23 @@ def test_the_index_is_built_once_follows_the_content_and_travels(tmp_path, cache
     assert not list((cache / "llava_index").glob(".building-*"))
 
 
+def test_a_second_process_and_a_damaged_index_do_no_harm(tmp_path, cache, monkeypatch):
+    path = write(tmp_path / "data.json", random_records(10))
+    build = index_module._build
+
+    def build_while_another_is_faster(path, work):
+        monkeypatch.setattr(index_module, "_build", build)
+        index_module.load_index(path)
+        return build(path, work)
+
+    monkeypatch.setattr(index_module, "_build", build_while_another_is_faster)
+    assert len(LlavaJson(path)) == 10
+    (folder,) = (cache / "llava_index").iterdir()
+    (folder / "index.json").unlink()
+    (folder / "rows.bin").write_bytes(b"")
+    assert LlavaJson(path)[9].id == "000004"
+
+
 GOOD = {"id": "good", "image": "a.jpg", "conversations": talk("<image> q", "a")}
 BAD_RECORDS = {
     "no assistant": ({"conversations": talk("q")}, "no 'gpt' turn"),
@@ -135,6 +152,8 @@ BAD_RECORDS = {
     "not alternating": ({"conversations": [*talk("q", "a"), *talk("q", "a")[1:]]}, "assistant turns follow"),
     "no text": ({"conversations": [{"from": "human", "value": None}]}, "must be a string"),
     "half a pair": ({"conversations": talk("\ud800", "a")}, "half a surrogate"),
+    "half a pair in the path": ({"image": "\ud800", "conversations": talk("q", "a")}, "'image' holds half"),
+    "half a pair in the id": ({"id": "\ud800", "conversations": talk("q", "a")}, "'id' holds half"),
     "image is a number": ({"image": 3, "conversations": talk("q", "a")}, "'image' is 3"),
     "image is empty": ({"image": "", "conversations": talk("q", "a")}, "'image' is ''"),
     "id is a list": ({"id": [1], "conversations": talk("q", "a")}, r"'id' is \[1\]"),

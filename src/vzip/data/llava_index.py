@@ -27,7 +27,7 @@ from .llava_record import NUM_KEY_BYTES, RecordError, parse_record
 logger = logging.getLogger(__name__)
 
 # A change to the table or to the rules of a record needs a new version, or old indexes would be read.
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 ROW = np.dtype(
     [
         ("start", "<i8"),  # the record's first byte in the file
@@ -137,7 +137,7 @@ def _row(start: int, raw: bytes, sources: dict[str, int]) -> tuple[Any, ...]:
         record = parse_record(json.loads(raw))
     except UnicodeDecodeError as error:
         raise RecordError(f"is not UTF-8 ({error.reason} at byte {start + error.start})") from error
-    id_hash = hashlib.blake2b((record.id or "").encode(errors="surrogatepass"), digest_size=8).digest()
+    id_hash = hashlib.blake2b((record.id or "").encode(), digest_size=8).digest()
     return (
         start,
         len(raw),

@@ -101,7 +101,7 @@ def _identity(value: Any) -> str | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise RecordError(f"'id' is {_shown(value)}: must be a string or a whole number")
-    return str(value)
+    return _unicode("'id'", str(value))
 
 
 def _images(value: Any) -> tuple[str, ...]:
@@ -111,6 +111,7 @@ def _images(value: Any) -> tuple[str, ...]:
     for path in paths:
         if not isinstance(path, str) or not path.strip() or "\0" in path:
             raise RecordError(f"'image' is {_shown(value)}: must be a path or a list of paths")
+        _unicode("'image'", path)
     return tuple(paths)
 
 
@@ -140,11 +141,16 @@ def _turn(number: int, turn: Any) -> Turn:
         )
     if not isinstance(text, str):
         raise RecordError(f"conversations[{number}] has the value {_shown(text)}: must be a string")
+    return Turn(ROLES[speaker], _unicode(f"conversations[{number}]", text))
+
+
+def _unicode(where: str, text: str) -> str:
+    """Refuses what JSON can write and neither a tokenizer nor a file system takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RecordError(f"conversations[{number}] holds half a surrogate pair at character {error.start}") from error
-    return Turn(ROLES[speaker], text)
+        raise RecordError(f"{where} holds half a surrogate pair at character {error.start}") from error
+    return text
 
 
 def _check_placeholders(record: Record) -> None:

@@ -151,4 +151,4 @@ def _other_name(path: Path) -> str:
 
 
 def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
