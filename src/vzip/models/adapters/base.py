@@ -78,8 +78,8 @@ class Adapter(ABC):
             )
         if num_frames is not None and not cls.has_video:
             raise ConfigError(
-                f"model.num_frames={num_frames}: {cls.model_class.__name__} has no video tower, so it must be null; it"
-                " is an option of Video-LLaVA."
+                f"model.num_frames={num_frames}: {cls.model_class.__name__} has no video tower and takes pictures only,"
+                " so it must be null. Video-LLaVA takes videos (model=video_llava_7b)."
             )
 
     @classmethod
