@@ -180,3 +180,20 @@ def most_questions(scene: Scene, rng: np.random.RandomState, count: int) -> list
     """`many_questions`, and two about what is not there."""
     chosen = many_questions(scene, rng, count - 2) + absent_questions(scene, rng)
     return [chosen[i] for i in rng.permutation(len(chosen))]
+
+
+def placing_questions(scene: Scene, rng: np.random.RandomState, count: int) -> list[Question]:
+    """Up to `count` different questions, most of them about where things are and how many.
+
+    Whether something is there and what a property is are learned first; relations, positions and counts, which need a
+    thing's place beside its name, only from questions that ask for little else.
+    """
+    related = [q for _ in range(4) for q in attribute_questions(scene, rng)]
+    related += [q for _ in range(8) for q in attribute_questions(scene, rng) if q.kind == "relation"]
+    exists = existence_questions(scene, rng) + combined_existence_questions(scene, rng) + absent_questions(scene, rng)
+    places = [Question("counting", "open", f"Where is the {t.name}?", place) for t, place in placed_things(scene)]
+    counts = [q for _ in range(2) for pair in counting_pairs(scene, rng) for q in pair] + open_questions(scene, rng)[:1]
+    pool = list(dict.fromkeys([*exists, *places, *counts, *related]))
+    chosen = [pool[i] for i in rng.permutation(len(pool))[: count - len(reading_questions(scene))]]
+    chosen += reading_questions(scene)
+    return [chosen[i] for i in rng.permutation(len(chosen))]

@@ -32,6 +32,7 @@ from vzip.demo.questions import (
     counting_pairs,
     existence_questions,
     most_questions,
+    placing_questions,
     training_questions,
 )
 from vzip.demo.scenes import TRAIN_SEEDS, Scene, sample_scene
@@ -63,8 +64,9 @@ STAGES = (
     Stage(112, 32, 1000, 1.2e-3, answers=False),
     Stage(336, 16, 100, 8e-4, answers=False),
     Stage(168, 16, 900, 2e-3, vision=False, num_questions=20, questions=most_questions),
-    Stage(336, 8, 700, 1e-3, vision=False, num_questions=22, questions=most_questions),
-    Stage(336, 8, 250, 4e-4, num_questions=22, questions=most_questions),
+    Stage(168, 16, 800, 1.5e-3, vision=False, num_questions=22, questions=placing_questions),
+    Stage(336, 8, 500, 1e-3, vision=False, num_questions=22, questions=placing_questions),
+    Stage(336, 8, 150, 3e-4, num_questions=22, questions=placing_questions),
 )
 WARMUP_STEPS = 100  # or a fifth of the stage, whichever is shorter
 
