@@ -15,6 +15,7 @@ from vzip.data.video import VideoSource
 from vzip.errors import ConfigError, PromptError
 
 from .adapters import Adapter
+from .devices import execution_device
 
 # A kind's name, its token's id and, for each prompt, the pictures or videos that its placeholders stand for.
 Placeholders = tuple[str, int, Sequence[Sequence[object]]]
@@ -31,7 +32,7 @@ class InputBuilder:
     @property
     def device(self) -> torch.device:
         """Where the text embedding is, and so where inputs go."""
-        return next(self.adapter.embed_tokens.parameters()).device
+        return execution_device(self.adapter.embed_tokens)
 
     def preprocess_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Pictures -> ``pixel_values``, by the rule in ``preprocess``, and what else the family needs with them.

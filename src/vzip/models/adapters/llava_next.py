@@ -21,6 +21,7 @@ from vzip.data.anyres import hf_grid, placement, prepare_crops
 from vzip.data.images import Preprocess
 from vzip.errors import PromptError, UnsupportedModelError
 
+from ..devices import fetch_parameter
 from ..towers import TowerGeometry
 from .base import check_pixel_values
 from .llava_base import LlavaBase
@@ -54,7 +55,7 @@ class LlavaNextAdapter(LlavaBase):
     @property
     def newline(self) -> Tensor:
         """The newline token ``[d_text]``."""
-        return self.model.get_parameter("model.image_newline")
+        return fetch_parameter(self.model.get_submodule("model"), "image_newline")
 
     @property
     def pinpoints(self) -> list[list[int]]:

@@ -1,0 +1,24 @@
+"""Where the parts of a model compute, when accelerate has spread it over devices or parked weights elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """The device a module computes on: its parameters', or the one that offloaded weights (on meta) are fetched to."""
+    device = next(module.parameters()).device
+    hook = getattr(module, "_hf_hook", None)  # accelerate's only mark on a module; transformers reads it likewise
+    for part in getattr(hook, "hooks", [hook]):  # several hooks stand in one SequentialHook
+        wanted = getattr(part, "execution_device", None)
+        if device.type == "meta" and wanted is not None:
+            return torch.device(wanted)
+    return device
+
+
+def fetch_parameter(module: nn.Module, name: str) -> Tensor:
+    """A module's own parameter, fetched if it is offloaded."""
+    with align_module_device(module):
+        return module.get_parameter(name)
