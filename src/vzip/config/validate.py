@@ -179,12 +179,11 @@ def _check_budget_fits(model: Mapping[str, Any], compressor: Mapping[str, Any], 
     folder = Path(str(model.get("name_or_path"))).expanduser()
     if not (folder / "config.json").is_file():
         return []  # a hub id without the fact: load_vlm compares, before it loads any weight
-    from transformers import AutoConfig
-
     from vzip.models.adapters import adapter_class_for_config
+    from vzip.models.load import read_config
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = read_config(folder)
         geometry = adapter_class_for_config(config).check_config(config)
         build_compressor(compressor).check_fits(geometry.num_patches, geometry.has_cls)
     except VzipError as error:

@@ -18,11 +18,12 @@ from vzip.compressors.base import Compressor
 from vzip.compressors.controls import Identity
 from vzip.data.images import PREPROCESSES, Preprocess
 from vzip.data.video import check_num_frames
-from vzip.errors import CheckpointError, ConfigError, MissingPackageError, nearest
+from vzip.errors import CheckpointError, ConfigError, MissingPackageError, VzipError, nearest
 
 from .adapters import Adapter, PackingOptions, adapter_class_for_config
 from .compressed_vlm import CompressedVlm
 from .environment import refuse_broken_packages
+from .mini_gemini.published import find_published
 
 _LOG = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def load_vlm(
     source = resolve_checkpoint(name_or_path)
     compressor = Identity() if compressor is None else compressor
 
-    config = _reach(source, lambda: AutoConfig.from_pretrained(source, revision=revision))
+    config = _reach(source, lambda: read_config(source, revision))
     adapter_class = adapter_class_for_config(config)
     packing = PackingOptions(drop_padding, row_newline)
     adapter_class.check_settings(config, compressor, packing, num_frames)
@@ -106,10 +107,16 @@ def load_vlm(
     processor = _load_processor(adapter_class, source, revision)
     # Sizes that differ are let through here only to be refused below together with what is missing.
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = _reach(source, lambda: adapter_class.model_class.from_pretrained(source, config=config, **settings))
+    model, report = _reach(source, lambda: adapter_class.load_model(source, config, **settings))
     _check_complete(source, report)
     model.eval()
     return CompressedVlm(model, compressor, processor, preprocess, drop_padding, row_newline, num_frames)
+
+
+def read_config(source: Path | str, revision: str | None = None) -> Any:
+    """The configuration of a checkpoint, in Hugging Face's layout or in Mini-Gemini's own; raises what they raise."""
+    published = find_published(source, revision)
+    return AutoConfig.from_pretrained(source, revision=revision) if published is None else published.config()
 
 
 def resolve_checkpoint(name_or_path: str | Path) -> Path | str:
@@ -173,6 +180,8 @@ def _reach(source: Path | str, load: Any) -> Any:
     """Runs a Hugging Face loader and turns what it raises for absent or unreadable checkpoints into ours."""
     try:
         return load()
+    except VzipError:
+        raise
     except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(source, Path):

@@ -8,6 +8,7 @@ low-resolution tower's, as for LLaVA-1.5; CLS passes unmined.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from vzip.compressors.base import VisionOutput
 from vzip.errors import PromptError, UnsupportedModelError
 
 from ..mini_gemini import MiniGeminiForConditionalGeneration
+from ..mini_gemini.published import find_published
 from ..towers import TowerGeometry
 from .base import check_pixel_values
 from .llava import LlavaAdapter
@@ -44,6 +46,19 @@ class MiniGeminiAdapter(LlavaAdapter):
                 " setting of the checkpoint's config.json (image_size_aux in a published one)."
             )
         return geometry
+
+    @classmethod
+    def load_model(cls, source: str | Path, config: Any, **settings: Any) -> Any:
+        """From Hugging Face's layout, or from the published one; raises CheckpointError for tensors that differ."""
+        published = find_published(source, settings.get("revision"))
+        if published is None:
+            return super().load_model(source, config, **settings)
+        return published.load(config, **settings)
+
+    @classmethod
+    def load_processor(cls, source: str | Path, revision: str | None) -> Any:
+        published = find_published(source, revision)
+        return super().load_processor(source, revision) if published is None else published.processor()
 
     def crops(
         self, pixel_values: Tensor, image_sizes: Tensor | None, tile_grids: Tensor | None = None
