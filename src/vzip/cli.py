@@ -75,7 +75,15 @@ def run(name: str, words: Sequence[str]) -> int:
         prog=f"python -m vzip {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    return int(module.main(parser.parse_args(list(words))))
+    return int(module.main(_parse(parser, list(words))))
+
+
+def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    """Options may stand before, between and after the words (``--model NAME budget=32tok``)."""
+    try:
+        return parser.parse_intermixed_args(words)
+    except TypeError:  # argparse cannot, for a command that has commands of its own
+        return parser.parse_args(words)
 
 
 def usage() -> str:
