@@ -68,8 +68,8 @@ def test_pictures_keep_their_order():
         {"type": "text", "text": "and"},
         {"type": "image", "url": second},
     ]
-    images, turns = read_messages([{"role": "user", "content": content}], "t", 0, "<image>")
-    assert images == [first, second]
+    images, videos, turns = read_messages([{"role": "user", "content": content}], "t", 0, {"image": "<image>"})
+    assert images == [first, second] and videos == []
     assert [part["type"] for part in turns[0]["content"]] == ["image", "text", "image"]
 
 
@@ -83,7 +83,19 @@ def test_pictures_keep_their_order():
 )
 def test_what_cannot_be_asked(part, error, message):
     with pytest.raises(error, match=message):
-        read_messages([{"role": "user", "content": [part]}], "t", 3, "<image>")
+        read_messages([{"role": "user", "content": [part]}], "t", 3, {"image": "<image>"})
+
+
+def test_videos_where_the_model_takes_them():
+    content = [{"type": "video", "url": "b.mp4"}, {"type": "text", "text": "and"}, {"type": "video", "url": "a.mp4"}]
+    placeholders = {"image": "<image>", "video": "<video>"}
+    images, videos, turns = read_messages([{"role": "user", "content": content}], "t", 0, placeholders)
+    assert images == [] and videos == ["b.mp4", "a.mp4"]
+    assert [part["type"] for part in turns[0]["content"]] == ["video", "text", "video"]
+    with pytest.raises(PromptError, match="contains '<video>', which marks where a video goes"):
+        read_messages([{"role": "user", "content": [{"type": "text", "text": "<video>"}]}], "t", 3, placeholders)
+    with pytest.raises(UnsupportedModelError, match="holds audio; with this model vzip evaluates text, pictures and"):
+        read_messages([{"role": "user", "content": [{"type": "audio", "url": "a"}]}], "t", 3, placeholders)
 
 
 def test_answer_store(tmp_path):

@@ -24,6 +24,7 @@ from .generation import GenerationSettings, check_overrides, cut_at, settings_fo
 from .token_count import check_token_counts
 
 if TYPE_CHECKING:
+    from vzip.data.video import VideoSource
     from vzip.models.compressed_vlm import CompressedVlm
 
     from .resume import AnswerStore
@@ -44,9 +45,9 @@ class SampleLog:
     """What happened to one question.
 
     Attributes:
-        prompt: the text given to the tokenizer, one placeholder a picture.
+        prompt: the text given to the tokenizer, one placeholder a picture or video.
         answer: the answer given to the scorer.
-        num_visual_tokens: measured, one number a picture.
+        num_visual_tokens: measured, one number a picture, then one a video.
     """
 
     prompt: str
@@ -62,6 +63,7 @@ class _Question:
     padding_only: bool
     prompt: str = ""
     images: list[Image.Image] = field(default_factory=list)
+    videos: list[VideoSource] = field(default_factory=list)
 
 
 class VzipLmms(lmms):
@@ -107,6 +109,9 @@ class VzipLmms(lmms):
             )
         self.vlm = vlm
         self.processor: Any = vlm.processor
+        self.placeholders = {"image": str(self.processor.image_token)}
+        if vlm.adapter.video_token_id is not None:
+            self.placeholders["video"] = self.processor.tokenizer.convert_ids_to_tokens(vlm.adapter.video_token_id)
         self.batch_size = batch_size
         self.gen_kwargs = check_overrides(gen_kwargs)
         self.system_prompt = system_prompt
@@ -176,7 +181,7 @@ class VzipLmms(lmms):
             position, (task, doc_id), settings, padding_only="__padding_only__" in (request.metadata or {})
         )
         messages = doc_to_messages(self.task_dict[task][split][doc_id])
-        question.images, turns = read_messages(messages, task, doc_id, str(self.processor.image_token))
+        question.images, question.videos, turns = read_messages(messages, task, doc_id, self.placeholders)
         if self.system_prompt:
             turns.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
         question.prompt = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
@@ -198,15 +203,22 @@ class VzipLmms(lmms):
 
     def _generate(self, questions: list[_Question], settings: GenerationSettings) -> list[SampleLog]:
         tokenizer = self.processor.tokenizer
-        inputs = self.vlm.build_inputs([q.prompt for q in questions], [q.images for q in questions])
+        inputs = self.vlm.build_inputs(
+            [q.prompt for q in questions], [q.images for q in questions], [q.videos for q in questions]
+        )
         kwargs = dict(settings.kwargs)
         if tokenizer.pad_token_id is not None:
             kwargs["pad_token_id"] = tokenizer.pad_token_id
         with torch.no_grad():
             new_tokens = self.vlm.generate(**inputs, **kwargs)
-        num_images = [len(question.images) for question in questions]
         measured = check_token_counts(
-            self.vlm, inputs.get("pixel_values"), num_images, inputs.get("image_sizes"), inputs.get("tile_grids")
+            self.vlm,
+            inputs.get("pixel_values"),
+            [len(question.images) for question in questions],
+            inputs.get("image_sizes"),
+            inputs.get("tile_grids"),
+            inputs.get("pixel_values_videos"),
+            [len(question.videos) for question in questions],
         )
         texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         return [
@@ -228,15 +240,20 @@ class VzipLmms(lmms):
 
 
 def read_messages(
-    messages: list[dict[str, Any]], task: str, doc_id: int, image_token: str
-) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-    """Splits lmms-eval chat messages into pictures, in order, and turns for ``apply_chat_template``.
+    messages: list[dict[str, Any]], task: str, doc_id: int, placeholders: Mapping[str, str]
+) -> tuple[list[Image.Image], list[VideoSource], list[dict[str, Any]]]:
+    """Splits lmms-eval chat messages into pictures and videos, in order, and turns for ``apply_chat_template``.
+
+    Args:
+        messages, task, doc_id: of one question.
+        placeholders: what the model takes (``image``, ``video``) and the token that stands for it in a prompt.
 
     Raises:
-        UnsupportedModelError: the question has video or audio.
-        PromptError: a question's text holds the placeholder itself, or a picture is not a picture.
+        UnsupportedModelError: the question has audio, or a video that the model does not take.
+        PromptError: a question's text holds a placeholder itself, or a picture is not a picture.
     """
     images: list[Image.Image] = []
+    videos: list[VideoSource] = []
     turns: list[dict[str, Any]] = []
     for message in messages:
         parts: list[dict[str, Any]] = []
@@ -244,19 +261,29 @@ def read_messages(
             if part["type"] == "image":
                 images.append(_as_image(part["url"], task, doc_id))
                 parts.append({"type": "image"})
+            elif part["type"] == "video" and "video" in placeholders:
+                videos.append(part["url"])
+                parts.append({"type": "video"})
             elif part["type"] == "text":
-                if image_token in part["text"]:
-                    raise PromptError(
-                        f"task {task}, question {doc_id}: its text contains {image_token!r}, which marks where a"
-                        " picture goes. Pictures come from doc_to_visual; take the marker out in doc_to_text."
-                    )
+                _refuse_placeholders(part["text"], task, doc_id, placeholders)
                 parts.append({"type": "text", "text": part["text"]})
             else:
+                takes = "text, pictures and videos" if "video" in placeholders else "text and pictures"
                 raise UnsupportedModelError(
-                    f"task {task}, question {doc_id}: holds {part['type']}; vzip evaluates text and pictures."
+                    f"task {task}, question {doc_id}: holds {part['type']}; with this model vzip evaluates {takes}."
                 )
         turns.append({"role": message["role"], "content": parts})
-    return images, turns
+    return images, videos, turns
+
+
+def _refuse_placeholders(text: str, task: str, doc_id: int, placeholders: Mapping[str, str]) -> None:
+    for kind, token in placeholders.items():
+        if token in text:
+            thing = "picture" if kind == "image" else "video"
+            raise PromptError(
+                f"task {task}, question {doc_id}: its text contains {token!r}, which marks where a {thing} goes."
+                " Pictures and videos come from doc_to_visual; take the marker out in doc_to_text."
+            )
 
 
 def _as_image(picture: object, task: str, doc_id: int) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -53,39 +54,55 @@ def expected_token_counts(
     return [count + more for count, more in zip(expected, added, strict=True)]
 
 
+def expected_video_counts(vlm: CompressedVlm, pixel_values_videos: Tensor) -> list[int]:
+    """Visual tokens that each video must have: the budget's for each frame, or the unmodified model's."""
+    budget = budget_of(vlm.compressor)
+    if budget is None:
+        return vlm.adapter.video_lengths(pixel_values_videos)
+    num_videos, num_frames = pixel_values_videos.shape[:2]
+    return [budget.num_tokens * num_frames] * num_videos
+
+
 def check_token_counts(
     vlm: CompressedVlm,
     pixel_values: Tensor | None,
     num_images: list[int],
     image_sizes: Tensor | None = None,
     tile_grids: Tensor | None = None,
+    pixel_values_videos: Tensor | None = None,
+    num_videos: list[int] | None = None,
 ) -> list[list[int]]:
-    """The measured visual tokens, one list a question with one number a picture.
+    """The measured visual tokens, one list a question: a number a picture, then a number a video.
 
     Args:
         vlm: the wrapper that has just generated.
         pixel_values: what it was given; None for questions without a picture.
         num_images: pictures a question, in order.
         image_sizes, tile_grids: what else it was given, where the family needs it.
+        pixel_values_videos, num_videos: the same for videos; None for questions without a video.
 
     Raises:
         TokenCountError: the counts are not those of the compressor's budget.
     """
     measured = list(vlm.last_num_visual_tokens)
-    if len(measured) != sum(num_images):
+    num_videos = [0] * len(num_images) if num_videos is None else num_videos
+    if len(measured) != sum(num_images) + sum(num_videos):
         raise TokenCountError(
-            f"{sum(num_images)} pictures were asked about, {len(measured)} entered the language model: {measured}"
+            f"{sum(num_images)} pictures and {sum(num_videos)} videos were asked about, {len(measured)} entered the"
+            f" language model: {measured}"
         )
-    if measured:
-        assert pixel_values is not None
-        expected = expected_token_counts(vlm, pixel_values, image_sizes, tile_grids)
-        if measured != expected:
-            raise TokenCountError(
-                f"{type(vlm.compressor).__name__} should pass {expected} visual tokens to the language model, one"
-                f" number a picture; measured {measured}. The answers are not those of this budget: the run ends."
-            )
-    split: list[list[int]] = []
-    for count in num_images:
-        split.append(measured[:count])
-        measured = measured[count:]
-    return split
+    expected: list[int] = []
+    if pixel_values is not None:
+        expected += expected_token_counts(vlm, pixel_values, image_sizes, tile_grids)
+    if pixel_values_videos is not None:
+        expected += expected_video_counts(vlm, pixel_values_videos)
+    if measured != expected:
+        raise TokenCountError(
+            f"{type(vlm.compressor).__name__} should pass {expected} visual tokens to the language model, one number a"
+            f" picture or video; measured {measured}. The answers are not those of this budget: the run ends."
+        )
+    of_images, of_videos = iter(measured[: sum(num_images)]), iter(measured[sum(num_images) :])
+    return [
+        [*islice(of_images, pictures), *islice(of_videos, videos)]
+        for pictures, videos in zip(num_images, num_videos, strict=True)
+    ]
