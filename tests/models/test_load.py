@@ -99,21 +99,6 @@ def test_settings_are_refused_before_weights(checkpoint, no_weights, settings, m
         vzip.load_vlm(checkpoint, **settings)
 
 
-@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
-def test_quantization_needs_bitsandbytes_and_spares_tower_and_projector(
-    checkpoint, no_weights, monkeypatch, quantization
-):
-    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match="pip install bitsandbytes"):
-        vzip.load_vlm(checkpoint, quantization=quantization)
-    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: object())
-    config = load.quantization_config(quantization, "auto")
-    assert config.llm_int8_skip_modules == ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-    assert config.load_in_8bit == (quantization == "8bit") and config.load_in_4bit == (quantization == "4bit")
-    names = dict(tiny.llava().named_modules())
-    assert all(name in names for name in config.llm_int8_skip_modules)
-
-
 def test_missing_places_are_named(tmp_path, no_weights):
     for name in (str(tmp_path / "absent"), "./absent/deeper/still", "just-a-word", tmp_path / "absent"):
         with pytest.raises(CheckpointError, match="no such directory"):

@@ -1,0 +1,85 @@
+"""PEFT checkpoints (LoRA and its kin) on top of a loaded model.
+
+Not to be confused with ``adapters``, which here are families of models. The layers stay beside the model's own weights
+and are not merged into them, so that they also go with quantized and offloaded ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftConfig
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from vzip.errors import CheckpointError, UnsupportedModelError
+
+_WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# LLaVA's own training code keeps its projector here, under names of its own.
+_OTHER_WEIGHTS = "non_lora_trainables.bin"
+
+
+def check_peft_checkpoint(adapter_path: str | Path) -> None:
+    """Checks what can be known before the model's weights are read.
+
+    Args:
+        adapter_path: a directory, or a hub id.
+
+    Raises:
+        CheckpointError: no such checkpoint, files missing, or files that would be left out.
+        UnsupportedModelError: a method that adds prompt tokens instead of changing layers.
+    """
+    path = Path(adapter_path).expanduser()
+    if path.is_dir():
+        if not (path / "adapter_config.json").is_file():
+            raise CheckpointError(f"model.adapter_path={path}: no adapter_config.json; it must be a PEFT checkpoint.")
+        if not any((path / name).is_file() for name in _WEIGHT_FILES):
+            raise CheckpointError(f"model.adapter_path={path}: holds no weights ({', '.join(_WEIGHT_FILES)}).")
+        if (path / _OTHER_WEIGHTS).exists():
+            raise CheckpointError(
+                f"model.adapter_path={path}: holds {_OTHER_WEIGHTS}, weights in the names of LLaVA's own code, which"
+                " would be left out. Convert the checkpoint: save those modules with PEFT's modules_to_save."
+            )
+    try:
+        config = PeftConfig.from_pretrained(str(path if path.is_dir() else adapter_path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"model.adapter_path={adapter_path}: neither a directory with a PEFT checkpoint nor one that could be"
+            f" fetched from the hub ({_first_line(error)})."
+        ) from error
+    if config.is_prompt_learning:
+        raise UnsupportedModelError(
+            f"model.adapter_path={adapter_path}: {config.peft_type.value} adds tokens to the prompt, whose positions"
+            " compression changes; LoRA and other methods that change layers are supported."
+        )
+
+
+def apply_peft_checkpoint(model: PreTrainedModel, adapter_path: str | Path) -> None:
+    """Puts a PEFT checkpoint's layers into the model, in place, frozen.
+
+    Names of transformers 4's module tree are translated. Every tensor of the checkpoint must find its place and every
+    new layer its weights: Hugging Face only warns of either.
+
+    Raises:
+        CheckpointError: tensors that are missing, unexpected or of another size, or layers the model does not have.
+    """
+    path = Path(adapter_path).expanduser()
+    try:
+        report = model.load_adapter(str(path if path.is_dir() else adapter_path))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"model.adapter_path={adapter_path}: does not fit {type(model).__name__} ({_first_line(error)}). It must"
+            " have been made for this base model, in the same size."
+        ) from error
+    missing, unexpected = sorted(report.missing_keys), sorted(report.unexpected_keys)
+    if missing or unexpected:
+        names = [*missing, *unexpected]
+        raise CheckpointError(
+            f"model.adapter_path={adapter_path}: {len(missing)} tensors are missing and {len(unexpected)} have no place"
+            f" in {type(model).__name__} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}). It must have been"
+            " made for this base model."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

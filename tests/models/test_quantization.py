@@ -1,0 +1,98 @@
+"""Quantization: the language model alone, for every family; with bitsandbytes itself where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests import tiny
+from tests.tiny import FAMILIES
+from transformers import LlavaForConditionalGeneration
+
+import vzip
+from vzip.errors import ConfigError, MissingPackageError
+from vzip.models import load, quantization
+from vzip.models.adapters import adapter_for_model
+
+BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A LLaVA whose sizes bitsandbytes' blocks of 64 divide."""
+    config = tiny.llava(vocab_size=320).config
+    config.text_config.hidden_size, config.text_config.intermediate_size = 64, 128
+    config.text_config.head_dim = 16
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["8bit", "4bit"])
+def test_without_bitsandbytes_it_is_named_before_weights_are_read(checkpoint, monkeypatch, name) -> None:
+    def read(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", read)
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(MissingPackageError, match=f"model.quantization={name} .*pip install bitsandbytes"):
+        vzip.load_vlm(checkpoint, quantization=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_everything_but_the_language_model_is_left_alone(family) -> None:
+    model = family.build()
+    adapter = adapter_for_model(model)
+    left_alone = quantization.modules_outside(model, adapter.language_model)
+    inside = {id(module) for module in adapter.language_model.modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            covered = any(name == part or name.startswith(f"{part}.") for part in left_alone)
+            assert covered == (id(module) not in inside), name
+    assert "lm_head" in left_alone and "model.multi_modal_projector" in left_alone
+
+
+def test_the_settings_name_what_is_left_alone_and_the_dtype(monkeypatch) -> None:
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda _: object())
+    model = tiny.llava()
+    for name in quantization.QUANTIZATIONS:
+        settings = load._quantization_settings(type(adapter_for_model(model)), model.config, name, "bfloat16")
+        config = settings["quantization_config"]
+        assert settings["dtype"] == torch.bfloat16
+        assert set(config.llm_int8_skip_modules) == {"model.vision_tower", "model.multi_modal_projector", "lm_head"}
+        assert (config.load_in_8bit, config.load_in_4bit) == (name == "8bit", name == "4bit")
+    assert config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_auto_is_the_dtype_of_the_checkpoint() -> None:
+    half = SimpleNamespace(dtype=torch.float16)
+    assert quantization.compute_dtype("auto", half) == torch.float16
+    assert quantization.compute_dtype(torch.bfloat16, half) == torch.bfloat16
+    assert quantization.compute_dtype("auto", SimpleNamespace(dtype=None)) == torch.float32
+    with pytest.raises(ConfigError, match="quantized already"):
+        quantization.compute_dtype("auto", SimpleNamespace(quantization_config={"load_in_4bit": True}))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("name", ["8bit", "4bit"])
+@torch.no_grad()
+def test_a_quantized_language_model_is_close_and_the_rest_exact(checkpoint, name) -> None:
+    compressor = vzip.VisionZip(BUDGET)
+    whole = vzip.load_vlm(checkpoint, compressor=compressor)
+    vlm = vzip.load_vlm(checkpoint, quantization=name, compressor=compressor)
+    kinds = {type(module).__name__ for module in vlm.adapter.language_model.modules()}
+    assert ("Linear8bitLt" if name == "8bit" else "Linear4bit") in kinds and "Linear" not in kinds
+    for part in (vlm.adapter.vision_tower, vlm.adapter.projector, vlm.model.lm_head):
+        assert not {type(module).__name__ for module in part.modules()} & {"Linear8bitLt", "Linear4bit"}
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.bfloat16}
+    pixels, ids = tiny.pixels(1).to(vlm.device), torch.tensor([[5, tiny.IMAGE_TOKEN, 6]])
+    assert torch.equal(vlm.encode_images(pixels)[0].cpu(), whole.encode_images(tiny.pixels(1))[0])
+    ours, exact = (
+        vlm.forward(ids, pixel_values=pixels).logits.cpu(),
+        whole.forward(ids, pixel_values=tiny.pixels(1)).logits,
+    )
+    difference = (ours - exact).float().norm() / exact.float().norm()
+    assert 0 < difference < (0.05 if name == "8bit" else 0.25)
+    assert vlm.generate(ids, pixel_values=pixels, max_new_tokens=3).shape == (1, 3)
