@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import re
@@ -12,18 +11,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, BitsAndBytesConfig, ProcessorMixin
+from transformers import AutoConfig, ProcessorMixin
 
 from vzip.compressors.base import Compressor
 from vzip.compressors.controls import Identity
 from vzip.data.images import PREPROCESSES, Preprocess
 from vzip.data.video import check_num_frames
-from vzip.errors import CheckpointError, ConfigError, MissingPackageError, VzipError, nearest
+from vzip.errors import CheckpointError, ConfigError, VzipError, nearest
 
 from .adapters import Adapter, PackingOptions, adapter_class_for_config
 from .compressed_vlm import CompressedVlm
 from .environment import refuse_broken_packages
+from .lora import apply_peft_checkpoint, check_peft_checkpoint
 from .mini_gemini.published import find_published
+from .quantization import QUANTIZATIONS, compute_dtype, modules_outside, quantization_config
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,9 +35,6 @@ DTYPES: dict[str, str | torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-QUANTIZATIONS = ("8bit", "4bit")
-# Only the language model is quantised: selection reads the tower's projections, and the projector may be trained.
-_NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -55,6 +53,7 @@ def load_vlm(
     drop_padding: bool = False,
     row_newline: bool = False,
     num_frames: int | None = None,
+    adapter_path: str | Path | None = None,
 ) -> CompressedVlm:
     """Loads a checkpoint and wraps it.
 
@@ -64,11 +63,13 @@ def load_vlm(
         dtype: ``auto`` (as the checkpoint says), ``float32``, ``bfloat16`` or ``float16``.
         device_map: as Hugging Face's; None loads to the CPU.
         attn_implementation: as Hugging Face's; compression needs no particular one.
-        quantization: None, ``8bit`` or ``4bit``: the language model only, through bitsandbytes (a GPU).
+        quantization: None, ``8bit`` or ``4bit``: the language model only, through bitsandbytes; the rest is in
+            ``dtype``. With ``device_map=None`` it goes to the first GPU where there is one.
         compressor: the method; None is ``Identity()``.
         preprocess: ``llava`` or ``hf``.
         drop_padding, row_newline: as for ``CompressedVlm``: options of LLaVA-NeXT.
         num_frames: as for ``CompressedVlm``: frames taken of a video.
+        adapter_path: a PEFT checkpoint (LoRA), directory or hub id, put on top of the model; see ``vzip.models.lora``.
 
     Returns:
         the wrapped model in eval mode, with its processor if the checkpoint has one.
@@ -95,6 +96,8 @@ def load_vlm(
     adapter_class.check_settings(config, compressor, packing, num_frames)
     if isinstance(source, Path):
         _check_weight_files(source)
+    if adapter_path is not None:
+        check_peft_checkpoint(adapter_path)
 
     settings: dict[str, Any] = {
         "revision": revision,
@@ -103,12 +106,14 @@ def load_vlm(
         "attn_implementation": attn_implementation,
     }
     if quantization is not None:
-        settings["quantization_config"] = quantization_config(quantization, dtype)
+        settings |= _quantization_settings(adapter_class, config, quantization, dtype)
     processor = _load_processor(adapter_class, source, revision)
     # Sizes that differ are let through here only to be refused below together with what is missing.
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = _reach(source, lambda: adapter_class.load_model(source, config, **settings))
     _check_complete(source, report)
+    if adapter_path is not None:
+        apply_peft_checkpoint(model, adapter_path)
     model.eval()
     return CompressedVlm(model, compressor, processor, preprocess, drop_padding, row_newline, num_frames)
 
@@ -148,26 +153,13 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path | str:
     return str(name_or_path)
 
 
-def quantization_config(quantization: str, dtype: str) -> BitsAndBytesConfig:
-    """The bitsandbytes settings for ``8bit`` or ``4bit``: the language model only.
-
-    Raises:
-        MissingPackageError: bitsandbytes is not installed.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingPackageError(
-            f"model.quantization={quantization} needs the package bitsandbytes, which is not installed: pip install"
-            " bitsandbytes (a GPU is needed too), or set model.quantization=null."
-        )
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(_NOT_QUANTIZED))
-    compute = DTYPES[dtype] if dtype != "auto" else torch.bfloat16
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        llm_int8_skip_modules=list(_NOT_QUANTIZED),
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=compute,
-    )
+def _quantization_settings(adapter_class: type[Adapter], config: Any, quantization: str, dtype: str) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` that quantize the language model and nothing else."""
+    compute = compute_dtype(DTYPES[dtype], config)
+    with torch.device("meta"):
+        skeleton = adapter_class.model_class(config)
+    unquantized = modules_outside(skeleton, adapter_class(skeleton).language_model)
+    return {"dtype": compute, "quantization_config": quantization_config(quantization, compute, unquantized)}
 
 
 def _check_choice(key: str, value: object, allowed: Any, *more: str) -> None:
