@@ -118,3 +118,15 @@ def published_config(model, **changes):
         | {"tokenizer_model_max_length": 2048, "transformers_version": "4.38.0", "use_mm_proj": True}
         | changes
     )
+
+
+def save_all(model, root, suffix="safetensors"):
+    """root/work_dirs/MGM/tiny beside root/model_zoo, as MGM's README lays them out; returns the first."""
+    directory = root / "work_dirs" / "MGM" / "tiny"
+    directory.mkdir(parents=True)
+    own, clip, convnext = parts_of(model)
+    save_shards(own, directory, suffix)
+    save_towers(root, clip, convnext, model.config)
+    save_tokenizer(directory)
+    (directory / "config.json").write_text(json.dumps(published_config(model)))
+    return directory

@@ -58,3 +58,13 @@ def processor() -> LlavaProcessor:
         num_additional_image_tokens=1,
         chat_template=tiny.CHAT_TEMPLATE,
     )
+
+
+FAMILY = tiny.Family(
+    name="mini_gemini_tiny",
+    build=mini_gemini,
+    inputs=inputs,
+    kinds=(("clip", "default"),),
+    crops=(1,),
+    config_class=MiniGeminiConfig,
+)

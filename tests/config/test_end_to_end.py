@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests import tiny
+from tests import mgm_layout, tiny, tiny_mini_gemini
 from tests.config.test_bad_input import script
 
 pytest.importorskip("lmms_eval")
@@ -81,3 +81,34 @@ def test_ones_own_model_and_task(
         script("eval").main()
     assert ended.value.code == 2 and "(did you mean 'mine'?)" in capfd.readouterr().err
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["mine"]
+
+
+def test_a_published_mini_gemini_is_evaluated_and_asked(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    from vzip.cli import main
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    model = tiny_mini_gemini.mini_gemini(vocab_size=mgm_layout.VOCABULARY)
+    checkpoint = mgm_layout.save_all(model, tmp_path / "root")
+    words = [f"model.name_or_path={checkpoint}" if "name_or_path" in word else word for word in command]
+    monkeypatch.setattr(sys, "argv", words)
+    script("eval").main()
+    record = json.loads((tmp_path / "runs/mine/tiny/visionzip-6+2/seed0/run.json").read_text())
+    assert (record["visual_tokens"]["measured_min"], record["visual_tokens"]["measured_max"]) == (8, 8)
+    assert record["tasks"]["mine"]["num_samples"] == 3
+    capfd.readouterr()
+
+    Image.new("RGB", (60, 40), "green").save(tmp_path / "green.png")
+    settings = [word for word in words if word.startswith(("model.", "budget."))]
+    assert main(["ask", "green.png", "is it red?", "--model", "llava_local", "--max-new-tokens", "3", *settings]) == 0
+    assert "(8 visual tokens, 64 without compression)" in capfd.readouterr().out
+
+    large = [word.replace("num_dominant=6", "num_dominant=64") for word in words]
+    monkeypatch.setattr(sys, "argv", large)
+    with pytest.raises(SystemExit) as ended:
+        script("eval").main()
+    assert ended.value.code == 2 and "65 to choose from" in capfd.readouterr().err

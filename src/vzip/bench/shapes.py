@@ -140,7 +140,7 @@ def resolve(name: str) -> BenchModel:
             f"shapes: {', '.join(allowed)}"
         )
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    if not isinstance(config, LlavaConfig) and config.model_type not in ("clip_vision_model", "siglip_vision_model"):
+    if type(config) is not LlavaConfig and config.model_type not in ("clip_vision_model", "siglip_vision_model"):
         raise UnsupportedModelError(
             f"model={name}: {directory} holds a {config.model_type!r}; the bench measures llava, clip_vision_model and "
             "siglip_vision_model"

@@ -2,7 +2,7 @@
 
 The paper gives counts (64, 128, 192 of 576) and does not say how mining and selection are joined. Here all patches are
 mined first, since a query needs its own window, and merged tokens and CLS own none. Scores and keys are the
-low-resolution tower's, as for LLaVA-1.5; CLS passes unmined.
+low-resolution tower's, as for LLaVA-1.5; CLS passes unmined, or is left out (``drop_cls`` of the configuration).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class MiniGeminiAdapter(LlavaAdapter):
     @classmethod
     def check_config(cls, config: Any) -> TowerGeometry:
         geometry = super().check_config(config)
-        if not geometry.has_cls or cls.read_stock_offset(config) != 1:
+        if not geometry.has_cls or config.vision_feature_select_strategy != "default":
             raise UnsupportedModelError(
                 f"vision_config.model_type={config.vision_config.model_type}, vision_feature_select_strategy="
                 f"{config.vision_feature_select_strategy}: Mini-Gemini mines the patches of a tower with CLS, and needs"
@@ -45,7 +45,11 @@ class MiniGeminiAdapter(LlavaAdapter):
                 f" patches needs its own window of features, so the side must be a multiple of {stride} pixels. It is a"
                 " setting of the checkpoint's config.json (image_size_aux in a published one)."
             )
-        return geometry
+        return replace(geometry, has_cls=not config.drop_cls)
+
+    @staticmethod
+    def read_stock_offset(config: Any) -> int:
+        return 0 if config.drop_cls else 1
 
     @classmethod
     def load_model(cls, source: str | Path, config: Any, **settings: Any) -> Any:
@@ -77,5 +81,8 @@ class MiniGeminiAdapter(LlavaAdapter):
         """Both towers on pictures ``[N, 3, h, w]``: attention and keys of the low-resolution one, hidden mined."""
         model: Any = self.model.get_submodule("model")
         vision = super().run_tower(model.low_res(pixel_values), requires)
-        cls, patches = vision.hidden[:, :1], vision.hidden[:, 1:]
-        return replace(vision, hidden=torch.cat([cls, model.mine(patches, pixel_values)], dim=1))
+        mined = model.mine(vision.hidden[:, 1:], pixel_values)
+        if self.geometry.has_cls:
+            return replace(vision, hidden=torch.cat([vision.hidden[:, :1], mined], dim=1))
+        keys = None if vision.keys is None else vision.keys[:, 1:]
+        return replace(vision, hidden=mined, keys=keys, has_cls=False)
