@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from tests import mgm_layout, tiny, tiny_mini_gemini
 from tests.config.test_bad_input import script
+from tests.data.test_video import write
 
 pytest.importorskip("lmms_eval")
 datasets = pytest.importorskip("datasets")
@@ -81,6 +83,32 @@ def test_ones_own_model_and_task(
         script("eval").main()
     assert ended.value.code == 2 and "(did you mean 'mine'?)" in capfd.readouterr().err
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["mine"]
+
+
+def test_pictures_and_videos_of_video_llava(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checkpoint, tasks = tmp_path / "my-checkpoint", tmp_path / "my-tasks"
+    shutil.rmtree(checkpoint)
+    processor = tiny.video_processor()
+    tiny.video_llava(vocab_size=len(processor.tokenizer), video_token=5).save_pretrained(checkpoint)
+    processor.save_pretrained(checkpoint)
+    clip = write(tasks / "clip.mp4")
+    (tasks / "utils.py").write_text(
+        "def visual(doc):\n"
+        f"    return [doc['image'].convert('RGB')] if doc['image'].getpixel((0, 0))[0] else [{str(clip)!r}]\n\n\n"
+        "def text(doc, lmms_eval_specific_kwargs=None):\n    return doc['question']\n"
+    )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*command, "model.num_frames=4"])
+    script("eval").main()
+    (run,) = (tmp_path / "runs/mine").glob("*/visionzip-6+2/seed0")
+    record = json.loads((run / "run.json").read_text())
+    assert (record["visual_tokens"]["measured_min"], record["visual_tokens"]["measured_max"]) == (8, 32)
+    assert record["config"]["model"]["num_frames"] == 4
+    counts = [json.loads(line)["num_visual_tokens"] for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert sorted(counts) == [[8], [8], [32]]
 
 
 def test_a_published_mini_gemini_is_evaluated_and_asked(

@@ -9,7 +9,8 @@ from PIL import Image
 
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError
 from vzip.evaluation.generation import cut_at, settings_for
-from vzip.evaluation.lmms import SampleLog, read_messages
+from vzip.evaluation.lmms import SampleLog
+from vzip.evaluation.messages import read_messages
 from vzip.evaluation.resume import AnswerStore, fingerprint
 
 
@@ -94,6 +95,9 @@ def test_videos_where_the_model_takes_them():
     assert [part["type"] for part in turns[0]["content"]] == ["video", "text", "video"]
     with pytest.raises(PromptError, match="contains '<video>', which marks where a video goes"):
         read_messages([{"role": "user", "content": [{"type": "text", "text": "<video>"}]}], "t", 3, placeholders)
+    clip = {"url": "a.mp4", "video_start": 1}
+    with pytest.raises(PromptError, match=r"returned a video as dict.*cut it out beforehand"):
+        read_messages([{"role": "user", "content": [{"type": "video", "url": clip}]}], "t", 3, placeholders)
     with pytest.raises(UnsupportedModelError, match="holds audio; with this model vzip evaluates text, pictures and"):
         read_messages([{"role": "user", "content": [{"type": "audio", "url": "a"}]}], "t", 3, placeholders)
 

@@ -18,9 +18,10 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vzip.errors import ConfigError, MissingPackageError, PromptError, UnsupportedModelError
+from vzip.errors import ConfigError, MissingPackageError, UnsupportedModelError
 
 from .generation import GenerationSettings, check_overrides, cut_at, settings_for
+from .messages import read_messages
 from .token_count import check_token_counts
 
 if TYPE_CHECKING:
@@ -237,66 +238,6 @@ class VzipLmms(lmms):
             transient=True,
             disable=not self.progress or self.rank > 0,
         )
-
-
-def read_messages(
-    messages: list[dict[str, Any]], task: str, doc_id: int, placeholders: Mapping[str, str]
-) -> tuple[list[Image.Image], list[VideoSource], list[dict[str, Any]]]:
-    """Splits lmms-eval chat messages into pictures and videos, in order, and turns for ``apply_chat_template``.
-
-    Args:
-        messages, task, doc_id: of one question.
-        placeholders: what the model takes (``image``, ``video``) and the token that stands for it in a prompt.
-
-    Raises:
-        UnsupportedModelError: the question has audio, or a video that the model does not take.
-        PromptError: a question's text holds a placeholder itself, or a picture is not a picture.
-    """
-    images: list[Image.Image] = []
-    videos: list[VideoSource] = []
-    turns: list[dict[str, Any]] = []
-    for message in messages:
-        parts: list[dict[str, Any]] = []
-        for part in message["content"]:
-            if part["type"] == "image":
-                images.append(_as_image(part["url"], task, doc_id))
-                parts.append({"type": "image"})
-            elif part["type"] == "video" and "video" in placeholders:
-                videos.append(part["url"])
-                parts.append({"type": "video"})
-            elif part["type"] == "text":
-                _refuse_placeholders(part["text"], task, doc_id, placeholders)
-                parts.append({"type": "text", "text": part["text"]})
-            else:
-                takes = "text, pictures and videos" if "video" in placeholders else "text and pictures"
-                raise UnsupportedModelError(
-                    f"task {task}, question {doc_id}: holds {part['type']}; with this model vzip evaluates {takes}."
-                )
-        turns.append({"role": message["role"], "content": parts})
-    return images, videos, turns
-
-
-def _refuse_placeholders(text: str, task: str, doc_id: int, placeholders: Mapping[str, str]) -> None:
-    for kind, token in placeholders.items():
-        if token in text:
-            thing = "picture" if kind == "image" else "video"
-            raise PromptError(
-                f"task {task}, question {doc_id}: its text contains {token!r}, which marks where a {thing} goes."
-                " Pictures and videos come from doc_to_visual; take the marker out in doc_to_text."
-            )
-
-
-def _as_image(picture: object, task: str, doc_id: int) -> Image.Image:
-    if isinstance(picture, str):
-        from vzip.data.images import load_image
-
-        return load_image(picture)
-    if isinstance(picture, Image.Image):
-        return picture
-    raise PromptError(
-        f"task {task}, question {doc_id}: doc_to_visual returned a {type(picture).__name__}; pictures are PIL images or"
-        " paths of picture files."
-    )
 
 
 def _chunks(positions: list[int], size: int) -> Iterator[list[int]]:

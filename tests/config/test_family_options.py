@@ -1,0 +1,99 @@
+"""Options that only some model families have: wired through, and refused elsewhere before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests import tiny
+
+import vzip
+from vzip.config.build import model_plan
+from vzip.errors import ConfigError
+from vzip.evaluation.model_args import load_from_arg_string
+
+
+def save(model: Any, processor: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny checkpoints of three families."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {
+        "llava": save(tiny.llava(vocab_size=320), tiny.processor(), root / "llava"),
+        "next": save(tiny.llava_next(vocab_size=320), tiny.next_processor(), root / "next"),
+        "video": save(tiny.video_llava(vocab_size=320, video_token=5), tiny.video_processor(), root / "video"),
+    }
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    return ["model=llava_local", f"model.name_or_path={folder}", "model.device_map=null", "budget=17tok", *more]
+
+
+def test_they_reach_the_wrapper(folders: dict[str, Path]) -> None:
+    model, compressor = model_plan(words(folders["next"], "model.drop_padding=true", "model.row_newline=true"))
+    packing = vzip.load_vlm(**model, compressor=compressor).adapter.packing
+    assert (packing.drop_padding, packing.row_newline) == (True, True)
+    model, compressor = model_plan(words(folders["video"], "model.num_frames=80"))
+    assert vzip.load_vlm(**model, compressor=compressor).num_frames == 80
+    model, compressor = model_plan(words(folders["video"]))
+    assert vzip.load_vlm(**model, compressor=compressor).num_frames == 8
+    model, _ = model_plan(["model=video_llava_7b", "budget=17tok"])
+    assert model["num_frames"] == 8 and not model["drop_padding"] and not model["row_newline"]
+
+
+def test_they_are_settings_of_model_args_too(folders: dict[str, Path]) -> None:
+    pytest.importorskip("lmms_eval")
+    budget = "compressor=visionzip,num_dominant=14,num_contextual=3"
+    text = f"pretrained={folders['next']},{budget},drop_padding=true,row_newline=true"
+    packing = load_from_arg_string(text, {})["vlm"].adapter.packing
+    assert (packing.drop_padding, packing.row_newline) == (True, True)
+    text = f"pretrained={folders['video']},{budget},num_frames=16"
+    assert load_from_arg_string(text, {})["vlm"].num_frames == 16
+    for wrong, message in [
+        ("num_frames=0", "num_frames=0: must be a whole"),
+        ("drop_padding=1", "must be true or false"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            load_from_arg_string(f"pretrained={folders['video']},{budget},{wrong}", {})
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "messages"),
+    [
+        ("llava", ["model.drop_padding=true"], ["model.drop_padding=True", "has no tiles"]),
+        (
+            "video",
+            ["model.row_newline=true"],
+            ["model.row_newline=True", "VideoLlavaForConditionalGeneration has no tiles"],
+        ),
+        ("llava", ["model.num_frames=8"], ["model.num_frames=8: LlavaForConditionalGeneration has no video tower"]),
+        ("next", ["model.num_frames=8"], ["LlavaNextForConditionalGeneration has no video tower", "must be null"]),
+        ("video", ["model.num_frames=0"], ["model.num_frames=0: must be a whole number, 1 or more, or null"]),
+        ("video", ["model.num_frames=2.5"], ["model.num_frames=2.5: must be"]),
+        ("next", ["model.drop_padding=maybe"], ["model.drop_padding=maybe: must be true or false"]),
+        ("next", ["model.drop_padding=true", "compressor=random"], ["RandomTokens does not select by attention"]),
+        ("video", ["budget.num_dominant=63"], ["66 visual tokens", "65 to choose from"]),
+    ],
+)
+def test_what_a_family_lacks_is_refused_before_loading(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, family: str, more: list[str], messages: list[str]
+) -> None:
+    monkeypatch.setattr(vzip, "load_vlm", lambda **_: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError) as raised:
+        model_plan(words(folders[family], *more))
+    for message in messages:
+        assert message in str(raised.value)
+
+
+def test_load_vlm_refuses_them_before_the_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A hub id passes the configuration; here the weights are absent, and the option is what is complained of."""
+    (tmp_path / "config.json").write_text((folders["llava"] / "config.json").read_text())
+    for option, message in [({"num_frames": 8}, "no video tower"), ({"drop_padding": True}, "has no tiles")]:
+        with pytest.raises(ConfigError, match=message):
+            vzip.load_vlm(tmp_path, **option)  # type: ignore[arg-type]
