@@ -12,12 +12,17 @@ from tests.isolation.test_isolation import changed, snapshot
 from tests.tiny import IMAGE_TOKEN
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import ConvNextConfig, ConvNextModel, SiglipVisionConfig
+from transformers import ConvNextConfig, ConvNextModel, LlamaConfig, SiglipVisionConfig
 
 import vzip
 from vzip.errors import PromptError, UnsupportedModelError
 from vzip.models.adapters import MiniGeminiAdapter
-from vzip.models.mini_gemini import HighResTower, MiniGeminiForConditionalGeneration, PatchInfoMining
+from vzip.models.mini_gemini import (
+    HighResTower,
+    MiniGeminiConfig,
+    MiniGeminiForConditionalGeneration,
+    PatchInfoMining,
+)
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 SIDE = tiny_mini_gemini.SIDE
@@ -105,6 +110,16 @@ def test_gradients_of_mining_agree_with_finite_differences():
 def test_mining_refuses_what_has_no_windows(patches, highres):
     with pytest.raises(ValueError, match=r"square grid"):
         PatchInfoMining(4, 5)(torch.zeros(patches), torch.zeros(highres))
+
+
+def test_full_size_has_the_published_parameters():
+    """torchvision gives convnext_large 197 767 336 parameters, classifier and its norm included."""
+    with torch.device("meta"):
+        model = MiniGeminiForConditionalGeneration(MiniGeminiConfig(text_config=LlamaConfig())).model
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert count["high_res_tower"] == 197_767_336 - (1536 * 1000 + 1000) - 2 * 1536
+    assert count["multi_modal_projector"] == 20_979_712
+    assert model.high_res_tower(torch.empty(1, 3, 768, 768, device="meta")).shape == (1, 2880, 192, 192)
 
 
 @torch.no_grad()
