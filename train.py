@@ -1,28 +1,48 @@
-"""Trains what can be trained: in this version the built-in model, from scratch.
+"""Trains: a projector for compressed visual tokens, or more of a model.
 
-python train.py +exp=tiny_from_scratch
+python train.py +exp=tiny_64tok                            the built-in model's projector at 64 tokens, here, in minutes
+python train.py +exp=llava15_7b_64tok launcher=zero2_8gpu  a fine-tuned row of the paper's tables
+python train.py train=projector data=llava_json data.json=FILE data.image_root=DIR model=...   one's own data
+python train.py +exp=tiny_from_scratch                     the built-in model itself
+
+Then: python eval.py with the same words and model.projector=trained.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
+from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from vzip.config.build import training_plan
 from vzip.config.entry import entry_point
+from vzip.config.training import FROM_SCRATCH, checked, from_scratch_plan, tuning_plan
 
 logger = logging.getLogger("vzip.train")
 
 
 @entry_point("train")
 def main(cfg: DictConfig) -> None:
-    plan = training_plan(cfg)
+    config = checked(cfg)
+    if config["train"]["name"] == FROM_SCRATCH:
+        arguments = from_scratch_plan(config)
+        from vzip.demo import train_tiny
 
-    from vzip.demo import train_tiny
+        logger.info("training the built-in model into %s", arguments["out"])
+        return train_tiny.train(**arguments)
 
-    logger.info("training the built-in model into %s", plan["out"])
-    train_tiny.train(**plan)
+    plan = tuning_plan(config)
+    from vzip.train.launch import launch_command, run_command
+    from vzip.train.loop import check_devices, train
+
+    check_devices(plan.launch)
+    command = launch_command(plan.launch, Path(__file__).resolve(), list(HydraConfig.get().overrides.task))
+    if command is not None:
+        sys.exit(run_command(command))
+    logger.info("training into %s", plan.run_dir)
+    train(plan)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,12 @@ MESSAGES = {
     ("launcher.num_threads=0",): ["launcher.num_threads=0: must be a whole number, 1 or more, or null"],
     ("+exp=tiny_from_scratch",): ["train=tiny_from_scratch: eval.py trains nothing"],
     ("recipe=mine",): ["recipe=mine: no such recipe"],
+    ("data=llava_json",): ["data.json: must be given, as data.json=VALUE: a file in LLaVA's format"],
+    ("train=projector", "train.parts=[projektor]"): ["train.parts=['projektor']: must be a list of at least one of"],
+    ("train=projector", "train.warmup_fraction=3"): ["train.warmup_fraction=3: must be a number from 0 to 1"],
+    ("model.projector=nowhere",): ["model.projector=nowhere: no such directory"],
+    ("model.projector=trained",): ["model.projector=trained: train=none trains no projector"],
+    ("+exp=tiny_64tok_tuned",): ["visionzip-64tok/seed0/final is not there. Run `python train.py +exp=tiny_64tok"],
 }
 
 
@@ -171,8 +177,10 @@ def test_a_model_class_without_adapter(run: Run, tmp_path: Path) -> None:
 
 
 def test_training_says_what_it_cannot_do(run: Run, tmp_path: Path) -> None:
-    code, message = run("+exp=llava15_7b_64tok", name="train")
-    assert code == 2 and "fine-tuning the projector is not part of this version" in message
+    code, message = run(name="train")
+    assert code == 2 and "nothing to train: model=tiny goes with train=none" in message
+    code, message = run("train=projector", name="train")
+    assert code == 2 and "train=projector needs data to train on, but data=none" in message
     code, message = run("train=tiny_from_scratch", name="train")
     assert code == 2 and "compressor=visionzip (must be none), budget=64tok (must be full)" in message
     assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,7 @@ import vzip.evaluation.run
 import vzip.report.table
 from vzip.config.build import EvaluationPlan, evaluation_plan, resolved, unchanged_recipe
 from vzip.config.options import config_dir
-from vzip.config.rundir import run_directory
+from vzip.config.rundir import run_directory, training_directory
 
 ROOT = config_dir().parent
 
@@ -53,12 +53,30 @@ DIRECTORIES = {
     ("compressor=random", "seed=5"): "runs/scenes/tiny/random-64tok/seed5",
     ("paths.runs_dir=/elsewhere",): "/elsewhere/scenes/tiny/visionzip-64tok/seed0",
     ("paths.run_dir=here",): "here",
+    ("model.projector=a/b",): "runs/scenes/tiny_projector-a-b/visionzip-64tok/seed0",
+    ("+exp=tiny_32tok_tuned",): "runs/scenes/tiny_32tok_tuned/visionzip-32tok/seed0",
+    ("+exp=tiny_32tok", "model.projector=trained"): "runs/scenes/tiny_32tok_projector-trained/visionzip-32tok/seed0",
+}
+TRAINING_DIRECTORIES = {
+    ("+exp=tiny_32tok",): "runs/train/tiny_projector/tiny_32tok/visionzip-32tok/seed0",
+    ("+exp=tiny_32tok_tuned", "seed=2"): "runs/train/tiny_projector/tiny_32tok/visionzip-32tok/seed2",
+    ("train=projector",): "runs/train/projector/tiny/visionzip-64tok/seed0",
+    ("train=projector", "model.projector=trained"): "runs/train/projector/tiny/visionzip-64tok/seed0",
+    ("train=projector", "train.learning_rate=0.1", "train.save_every=7"): (
+        "runs/train/projector_learning_rate-0.1/tiny/visionzip-64tok/seed0"
+    ),
+    ("paths.run_dir=here",): "here",
 }
 
 
 @pytest.mark.parametrize("words", list(DIRECTORIES), ids=" ".join)
 def test_run_directory(words: tuple[str, ...], hydra_folder: None) -> None:
     assert run_directory(config_of(*words), config_dir()) == Path(DIRECTORIES[words])
+
+
+@pytest.mark.parametrize("words", list(TRAINING_DIRECTORIES), ids=" ".join)
+def test_training_directory(words: tuple[str, ...], hydra_folder: None) -> None:
+    assert training_directory(config_of(*words), config_dir()) == Path(TRAINING_DIRECTORIES[words])
 
 
 def test_a_changed_recipe_is_not_the_recipe(hydra_folder: None, caplog: pytest.LogCaptureFixture) -> None:
@@ -93,6 +111,7 @@ def test_plain_arguments(hydra_folder: None) -> None:
         "attn_implementation": "sdpa",
         "quantization": "4bit",
         "preprocess": "llava",
+        "projector": None,
     }
     assert plan.compressor == vzip.RandomTokens(vzip.TokenBudget(num_dominant=27, num_contextual=5), seed=4)
     arguments = dict(plan.evaluation)

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from vzip.config.options import RECIPE_GROUP, config_dir, options
 from vzip.config.overrides import check_overrides
-from vzip.config.rundir import budget_label, recipe_changes, run_directory
-from vzip.config.validate import BUILT_IN, build_compressor, validate
+from vzip.config.rundir import budget_label, recipe_changes, run_directory, training_directory
+from vzip.config.validate import BUILT_IN, TRAINED, build_compressor, validate
 from vzip.errors import ConfigError, RunExistsError, nearest
 
 if TYPE_CHECKING:
@@ -86,13 +86,15 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
     """
     config = resolved(cfg)
     validate(config)
-    if config["train"]["name"] != "none":
+    directory = config_dir()
+    train = config["train"]
+    if train["name"] != "none" and "kind" not in train:
         raise ConfigError(
-            f"train={config['train']['name']}: eval.py trains nothing. Train with `python train.py"
+            f"train={train['name']}: eval.py trains nothing. Train with `python train.py"
             f" {_recipe_word(config)}`, then evaluate with model=llava_local model.name_or_path=DIR."
         )
-    directory = config_dir()
     run_dir = run_directory(config, directory)
+    projector = tuned_weights(config, directory)
     config["recipe"] = unchanged_recipe(config, "eval")
     if (run_dir / "run.json").exists() and not config["overwrite"]:
         raise RunExistsError(
@@ -103,6 +105,7 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
     # A changed budget must not stand in the record under the name of the file it started from.
     config["budget"]["name"] = budget_label(config["budget"], directory)
     model, evaluation = config["model"], config["eval"]
+    model |= tuned_record(projector)
     asked = {key: value for key, value in evaluation["gen_kwargs"].items() if value is not None}
     include_path = evaluation["include_path"]
     if include_path not in (None, BUILT_IN):
@@ -130,11 +133,47 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
 def load_arguments(model: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of ``vzip.load_vlm``, the compressor left out, from the ``model`` group."""
     of_family = ("drop_padding", "row_newline", "num_frames")
-    keys = ("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess")
+    keys = ("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess", "projector")
     name_or_path = model["name_or_path"]
     if name_or_path.startswith("~"):
         name_or_path = str(Path(name_or_path).expanduser())
     return {"name_or_path": name_or_path, **{key: model[key] for key in (*keys, *of_family)}}
+
+
+def tuned_weights(config: Mapping[str, Any], directory: Path) -> str | None:
+    """The directory of tuned weights that ``model.projector`` means, or None.
+
+    Raises:
+        ConfigError: ``trained``, but nothing is trained with these words, or it is not there yet.
+    """
+    projector = config["model"]["projector"]
+    if projector != TRAINED:
+        return None if projector is None else str(Path(projector).expanduser())
+    if "kind" not in config["train"]:
+        raise ConfigError(
+            f"model.projector={TRAINED}: train={config['train']['name']} trains no projector. Give the words that"
+            " train.py was given (a recipe, or train=...), or the directory that it wrote."
+        )
+    final = training_directory(config, directory) / "final"
+    if not final.is_dir():
+        raise ConfigError(
+            f"model.projector={TRAINED}: {final} is not there. Run `python train.py {_recipe_word(config)}` first (with"
+            " the same further words), or name the directory that it wrote."
+        )
+    return str(final)
+
+
+def tuned_record(projector: str | None) -> dict[str, Any]:
+    """What a record says of tuned weights, so that two trainings into one directory are told apart.
+
+    Raises:
+        CheckpointError: the directory holds no tuned weights.
+    """
+    if projector is None:
+        return {}
+    from vzip.models.tuned import read_header
+
+    return {"projector": projector, "projector_sha256": read_header(projector)[1]["sha256"]}
 
 
 def model_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor]:
@@ -153,41 +192,8 @@ def chat_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor, str | N
     with initialize_config_dir(config_dir=str(directory), version_base="1.3"):
         config = resolved(compose("eval", list(words)))
     validate(config)
-    model = config["model"]
+    model = {**config["model"], "projector": tuned_weights(config, directory)}
     return load_arguments(model), build_compressor(config["compressor"]), model["system_prompt"]
-
-
-def training_plan(cfg: DictConfig) -> dict[str, Any]:
-    """Checks a composed training and returns the arguments of ``vzip.demo.train_tiny.train``.
-
-    Raises:
-        ConfigError: naming every problem, or that what is asked for cannot be trained with this version.
-    """
-    config = resolved(cfg)
-    validate(config)
-    name = config["train"]["name"]
-    if name == "none":
-        what = _recipe_word(config) or f"model={config['model']['name']}"
-        raise ConfigError(
-            f"nothing to train: {what} goes with train=none, and fine-tuning the projector is not part of this version."
-            " What can be trained is the built-in model, from scratch: python train.py +exp=tiny_from_scratch."
-        )
-    wrong = [
-        f"{group}={config[group]['name']} (must be {option})"
-        for group, option in (("model", "tiny"), ("compressor", "none"), ("budget", "full"), ("data", "scenes"))
-        if config[group]["name"] != option
-    ]
-    if wrong:
-        raise ConfigError(
-            f"train={name} builds the built-in model on generated pictures with every visual token, so these have no"
-            f" effect: {', '.join(wrong)}. Use python train.py +exp=tiny_from_scratch."
-        )
-    paths = config["paths"]
-    if paths["run_dir"] is not None:
-        run_dir = Path(paths["run_dir"]).expanduser()
-    else:
-        run_dir = Path(paths["runs_dir"]).expanduser() / "train" / name / f"seed{config['seed']}"
-    return {"run_dir": run_dir, "out": run_dir / "checkpoint", "seed": config["seed"]}
 
 
 def unchanged_recipe(config: Mapping[str, Any], primary: str) -> str | None:

@@ -14,7 +14,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from vzip.config.validate import show
+from vzip.config.validate import TRAINED, show
+
+TUNED = "_tuned"  # ends the name of a recipe that evaluates what its namesake trains
 
 # Settings that change results, by group; where to run and how many at once do not.
 RESULT_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -29,6 +31,7 @@ RESULT_KEYS: Mapping[str, tuple[str, ...]] = {
         "row_newline",
         "num_frames",
         "system_prompt",
+        "projector",
     ),
     "budget": ("num_dominant", "num_contextual"),
     "eval": ("tasks", "include_path", "gen_kwargs"),
@@ -42,11 +45,48 @@ def run_directory(config: Mapping[str, Any], directory: Path) -> Path:
         return Path(paths["run_dir"]).expanduser()
     parts = (
         task_label(config["eval"], directory),
-        config["recipe"] or model_label(config["model"], directory),
+        _recipe_label(config) or model_label(config["model"], directory),
         f"{compressor_label(config['compressor'], directory)}-{budget_label(config['budget'], directory)}",
         f"seed{config['seed']}",
     )
     return Path(paths["runs_dir"]).expanduser().joinpath(*map(_safe, parts))
+
+
+def training_directory(config: Mapping[str, Any], directory: Path) -> Path:
+    """Where a training writes: ``<runs_dir>/train/<train>/<recipe or model>/<compressor>-<budget>/seed<k>``."""
+    paths = config["paths"]
+    if paths["run_dir"] is not None:
+        return Path(paths["run_dir"]).expanduser()
+    parts = (
+        "train",
+        train_label(config["train"], directory),
+        # A recipe and its _tuned twin differ in evaluation only: they share one training.
+        str(config["recipe"]).removesuffix(TUNED) if config["recipe"] else _plain_model_label(config, directory),
+        f"{compressor_label(config['compressor'], directory)}-{budget_label(config['budget'], directory)}",
+        f"seed{config['seed']}",
+    )
+    return Path(paths["runs_dir"]).expanduser().joinpath(*map(_safe, parts))
+
+
+def train_label(train: Mapping[str, Any], directory: Path) -> str:
+    """The option's name, and what it changes of its file; how often it saves or whom it tells does not count."""
+    usual = _file(directory, "train", train["name"])
+    bookkeeping = ("save_every", "keep_last", "trackers")
+    changed = [key for key in train if key not in bookkeeping and train[key] != usual.get(key)]
+    return train["name"] + "".join(f"_{key}-{show(train[key])}" for key in changed)
+
+
+def _plain_model_label(config: Mapping[str, Any], directory: Path) -> str:
+    model = config["model"]
+    return model_label({**model, "projector": None} if model["projector"] == TRAINED else model, directory)
+
+
+def _recipe_label(config: Mapping[str, Any]) -> str | None:
+    """The recipe's name; with tuned weights that are not the recipe's own they are part of it."""
+    recipe, projector = config["recipe"], config["model"]["projector"]
+    if recipe is None or projector is None or recipe.endswith(TUNED):
+        return recipe
+    return f"{recipe}_projector-{show(projector)}"
 
 
 def task_label(evaluation: Mapping[str, Any], directory: Path) -> str:

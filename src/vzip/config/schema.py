@@ -64,6 +64,23 @@ def count(minimum: int) -> Rule:
     return Rule(f"a whole number of tokens a crop, {minimum} or more (not a ratio)", rule.allows)
 
 
+def positive() -> Rule:
+    return Rule("a number above 0", lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v > 0)
+
+
+def share() -> Rule:
+    return Rule(
+        "a number from 0 to 1", lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1
+    )
+
+
+def subset_of(*names: str, empty: bool = False) -> Rule:
+    return Rule(
+        f"a list of {'any' if empty else 'at least one'} of {', '.join(names)}, each once",
+        lambda v: isinstance(v, list) and (empty or len(v) > 0) and set(v) <= set(names) and len(set(v)) == len(v),
+    )
+
+
 BOOL = Rule("true or false", lambda v: isinstance(v, bool))
 
 TOP: Mapping[str, Rule] = {
@@ -87,6 +104,7 @@ GROUPS: Mapping[str, Mapping[str, Rule]] = {
         "drop_padding": BOOL,
         "row_newline": BOOL,
         "num_frames": optional(whole_number(1)),
+        "projector": optional(text("a directory that train.py wrote, or trained: this command line's own")),
         "num_tower_tokens": optional(whole_number(1)),
         "system_prompt": optional(text("a text")),
     },
@@ -105,11 +123,69 @@ GROUPS: Mapping[str, Mapping[str, Rule]] = {
         "include_path": optional(text("a folder of lmms-eval task files, or built-in")),
         "gen_kwargs": Rule("a mapping", lambda v: isinstance(v, dict)),
     },
-    "launcher": {"num_threads": optional(whole_number(1))},
+    "launcher": {
+        "name": text("the option's name"),
+        "num_threads": optional(whole_number(1)),
+        "device": one_of("auto", "cpu", "cuda"),
+        "num_processes": whole_number(1),
+        "num_machines": optional(whole_number(1)),
+        "strategy": one_of("single", "ddp", "zero2", "zero3"),
+        "batch_size": whole_number(1),
+        "gradient_checkpointing": BOOL,
+        "num_workers": whole_number(0),
+    },
     "paths": {
         "runs_dir": text("a directory"),
         "run_dir": optional(text("a directory")),
         "scenes_dir": optional(text("a directory")),
+    },
+}
+
+# Groups whose options are of different kinds, with keys of their own; an option without a kind has a name only.
+KINDS: Mapping[str, Mapping[str, Mapping[str, Rule]]] = {
+    "data": {
+        "llava_json": {
+            "name": text("the option's name"),
+            "kind": one_of("llava_json"),
+            "json": text("a file in LLaVA's format, as data.json=FILE"),
+            "image_root": optional(text("the folder that the file's picture paths start from")),
+            "fraction": Rule(
+                "a number above 0 and at most 1, as 0.1 or 1/10",
+                lambda v: isinstance(v, int | float | str) and not isinstance(v, bool),
+            ),
+            "subset_seed": whole_number(0),
+            "keep_text_only": BOOL,
+            "on_problem": one_of("refuse", "skip"),
+        },
+        "scenes": {
+            "name": text("the option's name"),
+            "kind": one_of("scenes"),
+            "num_pictures": whole_number(1),
+            "num_questions": whole_number(1),
+        },
+    },
+    "train": {
+        "tune": {
+            "name": text("the option's name"),
+            "kind": one_of("tune"),
+            "parts": subset_of("projector", "language_model", "vision_tower"),
+            "reset_projector": BOOL,
+            "template": one_of("vicuna_v1", "plain", "chat"),
+            "max_length": whole_number(16),
+            "learning_rate": number(0.0),
+            "tower_learning_rate": optional(number(0.0)),
+            "weight_decay": number(0.0),
+            "warmup_fraction": share(),
+            "num_epochs": whole_number(1),
+            "num_steps": optional(whole_number(1)),
+            "samples_per_step": whole_number(1),
+            "max_grad_norm": optional(positive()),
+            "precision": one_of("float32", "bfloat16"),
+            "save_every": whole_number(1),
+            "keep_last": whole_number(1),
+            "num_validation_samples": whole_number(0),
+            "trackers": subset_of("wandb", "tensorboard", empty=True),
+        },
     },
 }
 
@@ -125,9 +201,16 @@ GENERATION: Mapping[str, Rule] = {
 COMPRESSOR_OPEN_GROUP = "compressor"
 
 
+def rules_of(group: str, values: Mapping[str, Any]) -> Mapping[str, Rule]:
+    """The rules for a group's values: those of their kind, where the group's options are of several."""
+    return KINDS.get(group, {}).get(str(values.get("kind")), GROUPS[group])
+
+
 def known_keys() -> list[str]:
     """Every dotted key of the schema; the open group's own keys are not among them."""
     keys = [*TOP, *(f"eval.gen_kwargs.{key}" for key in GENERATION)]
     for group, rules in GROUPS.items():
         keys += [f"{group}.{key}" for key in rules]
-    return keys
+    for group, kinds in KINDS.items():
+        keys += [f"{group}.{key}" for rules in kinds.values() for key in rules]
+    return list(dict.fromkeys(keys))

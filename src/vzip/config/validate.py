@@ -13,6 +13,7 @@ from vzip.errors import ConfigError, VzipError, nearest
 
 MISSING = "???"
 BUILT_IN = "built-in"
+TRAINED = "trained"
 COUNTS = ("num_dominant", "num_contextual")
 _PATH_STARTS = ("/", "./", "../", "~")
 
@@ -43,7 +44,8 @@ def find_problems(config: Mapping[str, Any]) -> list[str]:
         if key in schema.TOP:
             problems += _check_value(key, value, schema.TOP[key])
         elif key in schema.GROUPS:
-            problems += _check_group(key, value, schema.GROUPS[key])
+            rules = schema.rules_of(key, value) if isinstance(value, Mapping) else {}
+            problems += _check_group(key, value, rules)
         elif key != schema.COMPRESSOR_OPEN_GROUP:
             problems.append(f"{key}: no such key{nearest(key, allowed)}; allowed: {', '.join(allowed)}.")
     absent = [key for key in allowed if key not in config]
@@ -227,6 +229,12 @@ def _check_paths(model: Mapping[str, Any], evaluation: Mapping[str, Any]) -> lis
     source = model.get("name_or_path")
     if isinstance(source, str) and source.startswith(_PATH_STARTS) and not Path(source).expanduser().is_dir():
         problems.append(f"model.name_or_path={source}: no such directory.")
+    tuned = model.get("projector")
+    if isinstance(tuned, str) and tuned != TRAINED and not Path(tuned).expanduser().is_dir():
+        problems.append(
+            f"model.projector={tuned}: no such directory. It must be one that train.py wrote (runs/train/.../final), or"
+            f" {TRAINED} for what `train.py` with these words wrote."
+        )
     folder = evaluation.get("include_path")
     if isinstance(folder, str) and folder != BUILT_IN and not Path(folder).expanduser().is_dir():
         problems.append(

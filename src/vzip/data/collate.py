@@ -46,6 +46,9 @@ class TrainingSet(Protocol):
     def has_images(self) -> np.ndarray:
         """Whether each sample has a picture: bool ``[samples]``."""
 
+    def describe(self) -> str:
+        """What is trained on, for people."""
+
 
 class PictureEncoder(Protocol):
     """What the collator must know of the model: preprocessing, and the visual tokens that it will make."""
@@ -117,7 +120,8 @@ class Collator:
 
     def __call__(self, samples: Sequence[TrainingSample]) -> Batch:
         """Raises ImageError or PromptError, naming the sample, for one that cannot be used."""
-        batch = Batch([], [], *(torch.zeros(0, 0, dtype=torch.int64) for _ in range(3)))
+        empty = torch.zeros(0, 0, dtype=torch.int64)
+        batch = Batch([], [], empty, empty, empty)
         sequences: list[Encoded] = []
         pictures: list[Image.Image] = []
         for sample in samples:

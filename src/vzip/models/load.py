@@ -25,6 +25,7 @@ from .environment import refuse_broken_packages
 from .lora import apply_peft_checkpoint, check_peft_checkpoint
 from .mini_gemini.published import find_published
 from .quantization import QUANTIZATIONS, compute_dtype, modules_outside, quantization_config
+from .tuned import apply_tuned, read_header
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def load_vlm(
     row_newline: bool = False,
     num_frames: int | None = None,
     adapter_path: str | Path | None = None,
+    projector: str | Path | None = None,
 ) -> CompressedVlm:
     """Loads a checkpoint and wraps it.
 
@@ -69,6 +71,8 @@ def load_vlm(
         preprocess: ``llava`` or ``hf``.
         drop_padding, row_newline: as for ``CompressedVlm``: options of LLaVA-NeXT.
         num_frames: as for ``CompressedVlm``: frames taken of a video.
+        projector: directory of tuned weights that training wrote (see ``vzip.models.tuned``); another budget than
+            theirs is warned of, another base model an error.
         adapter_path: a PEFT checkpoint (LoRA), directory or hub id, put on top of the model; see ``vzip.models.lora``.
 
     Returns:
@@ -98,6 +102,8 @@ def load_vlm(
         _check_weight_files(source)
     if adapter_path is not None:
         check_peft_checkpoint(adapter_path)
+    if projector is not None:
+        read_header(projector)
 
     settings: dict[str, Any] = {
         "revision": revision,
@@ -115,7 +121,10 @@ def load_vlm(
     if adapter_path is not None:
         apply_peft_checkpoint(model, adapter_path)
     model.eval()
-    return CompressedVlm(model, compressor, processor, preprocess, drop_padding, row_newline, num_frames)
+    vlm = CompressedVlm(model, compressor, processor, preprocess, drop_padding, row_newline, num_frames)
+    if projector is not None:
+        apply_tuned(vlm.adapter, compressor, projector)
+    return vlm
 
 
 def read_config(source: Path | str, revision: str | None = None) -> Any:

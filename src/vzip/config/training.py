@@ -1,0 +1,149 @@
+"""From a composed configuration to a training: what is checked, where it goes, what will be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from vzip.config.build import load_arguments, resolved
+from vzip.config.options import RECIPE_GROUP, config_dir
+from vzip.config.rundir import training_directory
+from vzip.config.validate import TRAINED, build_compressor, validate
+from vzip.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vzip.data.collate import TrainingSet
+    from vzip.models.compressed_vlm import CompressedVlm
+    from vzip.train.loop import TrainPlan
+
+FROM_SCRATCH = "tiny_from_scratch"
+
+
+def checked(cfg: DictConfig) -> dict[str, Any]:
+    """The composed training as plain containers.
+
+    Raises:
+        ConfigError: naming every problem, or that nothing is to be trained.
+    """
+    config = resolved(cfg)
+    validate(config)
+    train, data = config["train"], config["data"]
+    if train["name"] == "none":
+        what = f"+{RECIPE_GROUP}={config['recipe']}" if config["recipe"] else f"model={config['model']['name']}"
+        raise ConfigError(
+            f"nothing to train: {what} goes with train=none. Add train=projector and data=..., or choose a recipe that"
+            " trains: python train.py +exp=tiny_64tok."
+        )
+    if train["name"] != FROM_SCRATCH and "kind" not in data:
+        raise ConfigError(
+            f"train={train['name']} needs data to train on, but data={data['name']}: choose data=llava_json"
+            " data.json=FILE, data=llava_mix665k_tenth or data=scenes_dialogues."
+        )
+    return config
+
+
+def from_scratch_plan(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``vzip.demo.train_tiny.train``.
+
+    Raises:
+        ConfigError: settings that this training would ignore.
+    """
+    name = config["train"]["name"]
+    wrong = [
+        f"{group}={config[group]['name']} (must be {option})"
+        for group, option in (("model", "tiny"), ("compressor", "none"), ("budget", "full"), ("data", "scenes"))
+        if config[group]["name"] != option
+    ]
+    if wrong:
+        raise ConfigError(
+            f"train={name} builds the built-in model on generated pictures with every visual token, so these have no"
+            f" effect: {', '.join(wrong)}. Use python train.py +exp={FROM_SCRATCH}."
+        )
+    paths = config["paths"]
+    if paths["run_dir"] is not None:
+        run_dir = Path(paths["run_dir"]).expanduser()
+    else:
+        run_dir = Path(paths["runs_dir"]).expanduser() / "train" / name / f"seed{config['seed']}"
+    return {"run_dir": run_dir, "out": run_dir / "checkpoint", "seed": config["seed"]}
+
+
+def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
+    """What ``vzip.train.loop.train`` needs; nothing is loaded.
+
+    Raises:
+        ConfigError: settings that contradict one another.
+    """
+    from vzip.train.loop import TrainPlan
+    from vzip.train.settings import LaunchSettings, TrainSettings
+
+    model, train = config["model"], dict(config["train"])
+    for key in ("name", "kind"):
+        train.pop(key)
+    for key in ("parts", "trackers"):
+        train[key] = tuple(train[key])
+    settings = TrainSettings(**train)
+    launch = LaunchSettings(**{key: value for key, value in config["launcher"].items() if key != "name"})
+    if launch.num_machines == 1:
+        launch.accumulation(settings.samples_per_step, launch.num_processes)
+    compressor = build_compressor(config["compressor"])
+    start = None if model["projector"] == TRAINED else model["projector"]
+    identity_keys = ("name_or_path", "revision", "quantization", "preprocess", "attn_implementation", "system_prompt")
+    return TrainPlan(
+        load_data=_data_loader(config["data"]),
+        load_model=_model_loader(model, compressor, start),
+        train=settings,
+        launch=launch,
+        run_dir=training_directory(config, config_dir()),
+        seed=config["seed"],
+        overwrite=config["overwrite"],
+        system_prompt=model["system_prompt"],
+        name_or_path=model["name_or_path"],
+        revision=model["revision"],
+        skip_unreadable=config["data"].get("on_problem") == "skip",
+        identity={
+            "model": {**{key: model[key] for key in identity_keys}, "projector": start},
+            "compressor": repr(compressor),
+            "data": dict(config["data"]),
+        },
+    )
+
+
+def _data_loader(data: Mapping[str, Any]) -> Callable[[], TrainingSet]:
+    def load() -> TrainingSet:
+        if data["kind"] == "scenes":
+            from vzip.demo.dialogues import SceneDialogues
+
+            return SceneDialogues(data["num_pictures"], data["num_questions"])
+        from vzip.data.llava_set import LlavaSet
+
+        return LlavaSet(
+            data["json"],
+            data["image_root"],
+            fraction=data["fraction"],
+            seed=data["subset_seed"],
+            keep_text_only=data["keep_text_only"],
+            on_problem=data["on_problem"],
+        )
+
+    return load
+
+
+def _model_loader(model: Mapping[str, Any], compressor: Any, start: str | None) -> Callable[[str], CompressedVlm]:
+    def load(precision: str) -> CompressedVlm:
+        import os
+
+        import vzip
+
+        arguments = load_arguments({**model, "projector": start})
+        # The processes place the model themselves; only quantised weights must be put on their device as they are read.
+        quantized = model["quantization"] is not None
+        arguments |= {
+            "dtype": precision,
+            "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))} if quantized else None,
+        }
+        return vzip.load_vlm(**arguments, compressor=compressor)
+
+    return load

@@ -1,0 +1,53 @@
+"""Training data without a download: generated pictures, each with questions that are asked independently."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vzip.data.collate import TrainingSample
+from vzip.data.llava_record import IMAGE_PLACEHOLDER, Turn
+from vzip.demo.questions import many_questions
+from vzip.demo.render import render
+from vzip.demo.scenes import TRAIN_SEEDS, sample_scene
+
+# Within the training seeds, but beyond those that the built-in model itself was trained on.
+FIRST_SEED = 1_500_000_000
+
+
+class SceneDialogues:
+    """Samples ``0 ... num_pictures - 1`` (``vzip.data.collate.TrainingSet``): a function of their number alone.
+
+    Args:
+        num_pictures: samples.
+        num_questions: conversations of one question each, a picture.
+    """
+
+    def __init__(self, num_pictures: int, num_questions: int) -> None:
+        assert FIRST_SEED + num_pictures <= TRAIN_SEEDS[1]
+        self.num_pictures, self.num_questions = num_pictures, num_questions
+
+    def __len__(self) -> int:
+        return self.num_pictures
+
+    def __getitem__(self, index: int) -> TrainingSample:
+        scene = sample_scene(FIRST_SEED + index)
+        asked = many_questions(scene, np.random.RandomState(scene.seed ^ 0xD1A), self.num_questions)
+        dialogues = [
+            [Turn("user", f"{IMAGE_PLACEHOLDER}\n{question.text}"), Turn("assistant", question.answer)]
+            for question in asked[: self.num_questions]
+        ]
+        return TrainingSample(f"scene-{scene.seed}", [render(scene)], dialogues)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """All alike."""
+        return np.zeros(self.num_pictures, dtype=np.int64)
+
+    @property
+    def has_images(self) -> np.ndarray:
+        """All."""
+        return np.ones(self.num_pictures, dtype=bool)
+
+    def describe(self) -> str:
+        """What is trained on."""
+        return f"{self.num_pictures:,} generated pictures, {self.num_questions} questions each"

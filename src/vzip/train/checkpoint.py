@@ -1,0 +1,176 @@
+"""Checkpoints of a run: tuned weights, optimizer and position, complete or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from vzip.errors import CheckpointError, RunExistsError
+from vzip.models.tuned import WEIGHTS_NAME, atomic_directory, load_tensors, remove_tree, write_tuned
+
+_STEP = re.compile(r"step-(\d+)")
+_STATE_NAME, _DEEPSPEED_NAME = "state.pt", "deepspeed"
+
+
+def trained_tensors(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """The trained parameters in full, float32, under the Hugging Face model's names; every process must call it."""
+    prefix = "vlm.model."
+    named = accelerator.unwrap_model(model).named_parameters()
+    trained = {name.removeprefix(prefix): parameter for name, parameter in named if parameter.requires_grad}
+    if _uses_deepspeed(accelerator):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: safe_get_full_fp32_param(parameter) for name, parameter in trained.items()}
+    return {name: parameter.detach() for name, parameter in trained.items()}
+
+
+class CheckpointStore:
+    """``run_dir/checkpoints/step-N``: what a killed run goes on from.
+
+    Args:
+        run_dir: the run's directory.
+        keep_last: checkpoints kept.
+        identity: what must be equal for a run to be the same run; held against what the directory was begun with.
+    """
+
+    def __init__(self, run_dir: Path, keep_last: int, identity: Mapping[str, Any]) -> None:
+        self.run_dir, self.keep_last, self.identity = run_dir, keep_last, dict(identity)
+        self.folder = run_dir / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """Where the finished run's tuned weights are."""
+        return self.run_dir / "final"
+
+    @property
+    def best(self) -> Path:
+        """Where the tuned weights of lowest validation loss are."""
+        return self.run_dir / "best"
+
+    def begin(self, overwrite: bool) -> None:
+        """Claims the directory for this run, or recognises it as this run's.
+
+        Raises:
+            RunExistsError: the run is finished, or the directory belongs to a run with other settings.
+        """
+        path = self.run_dir / "train.json"
+        if overwrite:
+            for name in ("final", "best", "checkpoints"):
+                remove_tree(self.run_dir / name)
+            for name in ("train.json", "metrics.jsonl"):
+                (self.run_dir / name).unlink(missing_ok=True)
+        if self.final.exists():
+            raise RunExistsError(
+                f"{self.final} exists: this run is finished. Evaluate it with model.projector={self.final}, set"
+                " overwrite=true to train it again, or change the seed or paths.run_dir."
+            )
+        if path.is_file():
+            begun = json.loads(path.read_text(encoding="utf-8"))
+            other = [key for key in {**begun, **self.identity} if begun.get(key) != _plain(self.identity).get(key)]
+            if other:
+                shown = "; ".join(f"{key}: {begun.get(key)} there, {self.identity.get(key)} here" for key in other[:4])
+                raise RunExistsError(
+                    f"{self.run_dir} holds an unfinished run with other settings ({shown}). Take those up again, set"
+                    " overwrite=true to begin anew, or change paths.run_dir."
+                )
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_plain(self.identity), indent=1) + "\n", encoding="utf-8")
+
+    def latest(self) -> tuple[Path, int] | None:
+        """The newest complete checkpoint and its step."""
+        found = [(int(match.group(1)), path) for path in self._all() if (match := _STEP.fullmatch(path.name))]
+        return (max(found)[1], max(found)[0]) if found else None
+
+    def save(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        step: int,
+        header: Mapping[str, Any],
+        extra: Mapping[str, Any],
+    ) -> None:
+        """Writes a checkpoint; every process must call it.
+
+        Raises:
+            CheckpointError: it cannot be written; the earlier ones are untouched.
+        """
+        tensors = trained_tensors(accelerator, model)
+        target = self.folder / f"step-{step:08d}"
+        if _uses_deepspeed(accelerator):
+            shared = self.folder / ".deepspeed.writing"
+            if accelerator.is_main_process:
+                remove_tree(shared)
+                self.folder.mkdir(parents=True, exist_ok=True)
+            accelerator.wait_for_everyone()
+            # The engine's own files: each process writes its share of the optimizer.
+            getattr(model, "save_checkpoint")(str(shared), tag="state", exclude_frozen_parameters=True)  # noqa: B009
+            accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            with atomic_directory(target) as work:
+                write_tuned(work, tensors, header)
+                state: dict[str, Any] = {"step": step, "extra": dict(extra)}
+                if _uses_deepspeed(accelerator):
+                    (self.folder / ".deepspeed.writing").rename(work / _DEEPSPEED_NAME)
+                else:
+                    state["optimizer"] = optimizer.state_dict()
+                torch.save(state, work / _STATE_NAME)
+            for old in sorted(self._all())[: -self.keep_last]:
+                remove_tree(old)
+        accelerator.wait_for_everyone()
+
+    def load(self, directory: Path, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> dict[str, Any]:
+        """Puts weights and optimizer back; returns ``extra`` as it was saved.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read.
+        """
+        from safetensors.torch import load_file
+
+        try:
+            state = torch.load(directory / _STATE_NAME, weights_only=True)
+            if _uses_deepspeed(accelerator):
+                engine: Any = model
+                engine.load_checkpoint(str(directory / _DEEPSPEED_NAME), tag="state", load_module_strict=False)
+            else:
+                load_tensors(accelerator.unwrap_model(model).vlm.model, load_file(directory / WEIGHTS_NAME), directory)
+                optimizer.load_state_dict(state["optimizer"])
+        except (OSError, RuntimeError, KeyError, EOFError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{directory}: cannot be read ({error}); remove it to go on from the checkpoint before it."
+            ) from error
+        return state["extra"]
+
+    def _all(self) -> list[Path]:
+        return [path for path in self.folder.glob("step-*") if path.is_dir()]
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Drops the lines after ``step``, which a resumed run writes again, and a last line cut off by a crash."""
+    kept = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _uses_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.state.deepspeed_plugin is not None
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back: tuples as lists."""
+    return json.loads(json.dumps(values))

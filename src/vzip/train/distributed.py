@@ -1,0 +1,104 @@
+"""One process, several, or several machines: accelerate's object, configured in one place."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from vzip.errors import ConfigError, MissingPackageError
+
+from .settings import LaunchSettings, TrainSettings
+
+
+def uses_cuda(device: str) -> bool:
+    """Whether the setting ``launcher.device`` means CUDA on this machine.
+
+    Raises:
+        ConfigError: CUDA is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("launcher.device=cuda: this machine has no CUDA device. Set launcher.device=cpu, or auto.")
+    return device != "cpu" and torch.cuda.is_available()
+
+
+def check_devices(launch: LaunchSettings) -> None:
+    """Refuses more processes than there are devices.
+
+    Raises:
+        ConfigError: more GPUs, or more CPU processes than cores, than this machine has.
+        MissingPackageError: DeepSpeed is asked for and not installed.
+    """
+    cuda = uses_cuda(launch.device)
+    available, what = (torch.cuda.device_count(), "CUDA devices") if cuda else (os.cpu_count() or 1, "CPU cores")
+    if launch.num_processes > available:
+        raise ConfigError(
+            f"launcher.num_processes={launch.num_processes}: this machine has {available} {what}. Set"
+            f" launcher.num_processes={available} or choose another launcher."
+        )
+    if launch.uses_deepspeed:
+        try:
+            import deepspeed  # noqa: F401
+        except ImportError as error:
+            raise MissingPackageError(
+                f"launcher.strategy={launch.strategy} needs DeepSpeed ({error}): pip install 'vzip[train]', or choose"
+                " launcher.strategy=ddp."
+            ) from error
+
+
+def build_accelerator(train: TrainSettings, launch: LaunchSettings, num_processes: int) -> Accelerator:
+    """Joins the processes and says how they work together.
+
+    Args:
+        train, launch: the run's settings.
+        num_processes: over all machines.
+
+    Raises:
+        ConfigError: a step's samples do not come out even over processes and batches.
+    """
+    accumulation = launch.accumulation(train.samples_per_step, num_processes)
+    cuda = uses_cuda(launch.device)
+    settings: dict[str, Any] = {
+        "gradient_accumulation_steps": accumulation,
+        "mixed_precision": "bf16" if train.precision == "bfloat16" else "no",
+    }
+    if launch.uses_deepspeed:
+        from accelerate import DeepSpeedPlugin
+
+        _stand_alone_rendezvous()
+        # DeepSpeed must know before anything else asks accelerate for its state.
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        settings["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=deepspeed_config(train, launch, accumulation))
+        settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")]
+        # cpu=True would switch DeepSpeed off without a word; it finds the processor by itself.
+    else:
+        settings["cpu"] = not cuda
+    return Accelerator(**settings)
+
+
+def deepspeed_config(train: TrainSettings, launch: LaunchSettings, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration, every value that matters written out (its default clips gradients at 1)."""
+    return {
+        "train_micro_batch_size_per_gpu": launch.batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.max_grad_norm or 0.0,
+        "zero_optimization": {"stage": int(launch.strategy.removeprefix("zero"))},
+        "bf16": {"enabled": train.precision == "bfloat16"},
+        "zero_allow_untested_optimizer": True,  # torch's AdamW, so that all strategies step alike
+        "steps_per_print": 10**9,
+    }
+
+
+def _stand_alone_rendezvous() -> None:
+    """What torchrun would set, for a single process: without it DeepSpeed looks for MPI."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        import socket
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            alone["MASTER_PORT"] = str(free.getsockname()[1])
+        os.environ.update(alone)

@@ -1,0 +1,187 @@
+"""The training loop, as named acts: configure, data, load, freeze and report, step, log, save.
+
+Every step's samples follow from the seed and the step's number, and the loss of a step is the sum over its target
+tokens divided by their number over all processes and accumulated batches. So a run may be split in any way, and killed
+at any time, and remains the same run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vzip.data.collate import Collator, TrainingSet
+from vzip.data.conversations import find_template
+from vzip.evaluation.provenance import code_state, versions
+from vzip.models.compressed_vlm import CompressedVlm
+from vzip.models.tuned import describe, save_tuned
+
+from .checkpoint import CheckpointStore, trained_tensors, trim_metrics
+from .distributed import build_accelerator, check_devices
+from .objective import AnswerLoss, ModelView
+from .settings import LaunchSettings, TrainSettings
+from .stepping import Stepper, StepSchedule, load_batches
+from .tracking import Tracker
+from .trainable import choose_trainable, parameter_groups
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Everything a run needs, with nothing loaded.
+
+    Attributes:
+        load_data: opens the training data.
+        load_model: loads the wrapped model in ``float32`` or ``bfloat16``.
+        train, launch: the settings.
+        run_dir: where metrics and checkpoints go.
+        seed: of the order of samples and of everything random.
+        overwrite: begin anew where the directory holds a run.
+        system_prompt: text before each conversation, or None.
+        name_or_path, revision: the base model's, for the header.
+        skip_unreadable: leave samples with an unreadable picture out.
+        identity: further settings that make it this run (model, data, compressor), as plain containers.
+    """
+
+    load_data: Callable[[], TrainingSet]
+    load_model: Callable[[str], CompressedVlm]
+    train: TrainSettings
+    launch: LaunchSettings
+    run_dir: Path
+    seed: int
+    overwrite: bool
+    system_prompt: str | None
+    name_or_path: str
+    revision: str | None
+    skip_unreadable: bool
+    identity: Mapping[str, Any]
+
+
+def train(plan: TrainPlan) -> Path:
+    """Runs a training, or takes it up again; returns the directory of the tuned weights.
+
+    Raises:
+        ConfigError, ManifestError, RunExistsError, MissingPackageError: before the model is loaded.
+        CheckpointError: a checkpoint cannot be written or read.
+        DivergedError: the loss or the gradient is no finite number; names the samples.
+    """
+    # Configure.
+    settings, launch = plan.train, plan.launch
+    check_devices(launch)
+    accelerator = build_accelerator(settings, launch, int(os.environ.get("WORLD_SIZE", "1")))
+    if launch.num_threads is not None:
+        torch.set_num_threads(launch.num_threads)
+
+    # Data.
+    data = plan.load_data()
+    training, validation = hold_out(len(data), settings.num_validation_samples, plan.seed)
+    schedule = StepSchedule(data, training, settings, plan.seed)
+    identity = {**plan.identity, "train": asdict(settings), "seed": plan.seed, "num_samples": len(data)}
+    store = CheckpointStore(plan.run_dir, settings.keep_last, identity)
+    if accelerator.is_main_process:
+        store.begin(plan.overwrite)
+    accelerator.wait_for_everyone()
+    _say(accelerator, data.describe())
+    _say(accelerator, f"{len(training):,} samples: {schedule.num_steps:,} steps of {settings.samples_per_step}")
+
+    # Load; freeze and report.
+    torch.manual_seed(plan.seed)  # for a projector that is initialised anew
+    vlm = plan.load_model(settings.precision)
+    header = {
+        **describe(vlm.adapter, vlm.compressor, plan.name_or_path, plan.revision, list(settings.parts)),
+        "commit": code_state()["commit"],
+        "versions": versions(),
+    }
+    _say(accelerator, choose_trainable(vlm, settings, in_float32=not launch.uses_deepspeed))
+    if launch.gradient_checkpointing:
+        vlm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    # What steps.
+    collator = Collator(
+        vlm.processor,
+        ModelView(vlm),
+        find_template(settings.template),
+        plan.system_prompt,
+        vlm.adapter.image_token_id,
+        settings.max_length,
+        plan.skip_unreadable,
+    )
+    adamw = torch.optim.AdamW(
+        parameter_groups(vlm, settings), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    model, optimizer = accelerator.prepare(AnswerLoss(vlm), adamw)
+    stepper = Stepper(accelerator, model, optimizer, settings, launch, plan.seed)
+
+    # Where an earlier run stopped.
+    step, best = 0, math.inf
+    if (found := store.latest()) is not None:
+        step, best = found[1], store.load(found[0], accelerator, model, optimizer)["best"]
+        _say(accelerator, f"taking up again at step {step}")
+    tracker = None
+    if accelerator.is_main_process:
+        trim_metrics(plan.run_dir / "metrics.jsonl", step)
+        run_id = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
+        tracker = Tracker(plan.run_dir, settings.trackers, identity, run_id)
+
+    batches = load_batches(data, collator, stepper.lists(schedule, step), launch.num_workers)
+    with _progress(accelerator) as bar:
+        task = bar.add_task("training", total=schedule.num_steps, completed=step)
+        while step < schedule.num_steps:
+            # Step.
+            metrics = stepper.step(step, schedule.num_steps, batches)
+            step += 1
+            is_last, is_due = step == schedule.num_steps, step % settings.save_every == 0
+            if len(validation) and (is_due or is_last):
+                metrics["validation_loss"] = stepper.validate(data, validation, collator)
+            # Log.
+            if tracker is not None:
+                tracker.log({"step": step, **metrics})
+            bar.update(task, completed=step, description=f"loss {metrics['loss']:.3f}")
+            # Save.
+            if metrics.get("validation_loss", math.inf) < best:
+                best = metrics["validation_loss"]
+                _save(accelerator, model, store.best, {**header, "step": step, "validation_loss": best})
+            if is_due and not is_last:
+                store.save(accelerator, model, optimizer, step, {**header, "step": step}, {"best": best})
+    _save(accelerator, model, store.final, {**header, "step": step})
+    if tracker is not None:
+        tracker.close()
+    _say(accelerator, f"tuned weights in {store.final}")
+    accelerator.end_training()
+    return store.final
+
+
+def hold_out(num_samples: int, num_validation: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the samples for training and, drawn at random, for validation; both ascending."""
+    drawn = np.random.RandomState([seed, 0x7A11]).permutation(num_samples)
+    return np.sort(drawn[num_validation:]), np.sort(drawn[:num_validation])
+
+
+def _save(accelerator: Accelerator, model: torch.nn.Module, directory: Path, header: Mapping[str, Any]) -> None:
+    tensors = trained_tensors(accelerator, model)  # every process takes part
+    if accelerator.is_main_process:
+        save_tuned(directory, tensors, header)
+    accelerator.wait_for_everyone()
+
+
+def _say(accelerator: Accelerator, line: str) -> None:
+    if accelerator.is_main_process:
+        logger.info("%s", line)
+
+
+def _progress(accelerator: Accelerator) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process)

@@ -1,0 +1,213 @@
+"""One optimizer step over any number of processes and accumulated batches, and the validation loss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from vzip.data.collate import Batch, Collator, TrainingSample, TrainingSet
+from vzip.data.order import draw_steps, split_step
+from vzip.errors import VzipError
+from vzip.evaluation.provenance import peak_memory_gib
+
+from .settings import LaunchSettings, TrainSettings, learning_rate_factor
+
+
+class DivergedError(VzipError, ArithmeticError):
+    """The loss or the gradient is no finite number."""
+
+
+class StepSchedule:
+    """Which samples each step has, over all epochs.
+
+    Args:
+        data: lengths and pictures of all samples.
+        training: numbers of the samples that are trained on.
+        settings, seed: of the run.
+
+    Attributes:
+        num_steps: of the whole run.
+    """
+
+    def __init__(self, data: TrainingSet, training: np.ndarray, settings: TrainSettings, seed: int) -> None:
+        self._lengths, self._has_images = data.lengths[training], data.has_images[training]
+        self._training, self._samples_per_step, self._seed = training, settings.samples_per_step, seed
+        self._epoch, self._steps = 0, self._draw(0)
+        self.num_steps = settings.num_steps or settings.num_epochs * len(self._steps)
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        """Numbers of a step's samples, from long to short."""
+        epoch, within = divmod(step, len(self._steps))
+        if epoch != self._epoch:
+            self._epoch, self._steps = epoch, self._draw(epoch)
+        return self._steps[within]
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        drawn = draw_steps(self._lengths, self._has_images, self._samples_per_step, self._seed, epoch)
+        return self._training[drawn]
+
+
+class _Batches(Dataset[Batch]):
+    """Batch number ``step * accumulation + i`` of one process, made where it is asked for: in a worker."""
+
+    def __init__(self, data: TrainingSet, collator: Collator, lists: list[list[int]]) -> None:
+        self.data, self.collator, self.lists = data, collator, lists
+
+    def __len__(self) -> int:
+        return len(self.lists)
+
+    def __getitem__(self, index: int) -> Batch:
+        samples: list[TrainingSample] = [self.data[number] for number in self.lists[index]]
+        return self.collator(samples)
+
+
+def load_batches(data: TrainingSet, collator: Collator, lists: list[list[int]], num_workers: int) -> Iterator[Batch]:
+    """Batches of the samples listed, in order, prepared ahead by worker processes."""
+    loader = DataLoader(
+        _Batches(data, collator, lists),
+        batch_size=None,
+        num_workers=num_workers,
+        # Forked workers share the model's memory, of which they only read the configuration.
+        multiprocessing_context="fork" if num_workers else None,
+    )
+    return iter(loader)
+
+
+class Stepper:
+    """Takes optimizer steps.
+
+    Args:
+        accelerator: joins the processes.
+        model: ``AnswerLoss``, prepared by the accelerator.
+        optimizer: likewise; each group has its ``peak`` learning rate.
+        settings, launch, seed: of the run.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        settings: TrainSettings,
+        launch: LaunchSettings,
+        seed: int,
+    ) -> None:
+        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.settings, self.launch, self.seed = settings, launch, seed
+        self.accumulation = launch.accumulation(settings.samples_per_step, accelerator.num_processes)
+
+    def lists(self, schedule: StepSchedule, start: int) -> list[list[int]]:
+        """Samples of each of this process's batches, from step ``start`` on."""
+        process, count = self.accelerator.process_index, self.accelerator.num_processes
+        return [
+            batch.tolist()
+            for step in range(start, schedule.num_steps)
+            for batch in split_step(schedule[step], self.launch.batch_size, process, count)
+        ]
+
+    def step(self, step: int, num_steps: int, batches: Iterator[Batch]) -> dict[str, Any]:
+        """Takes one step; returns its metrics.
+
+        Raises:
+            DivergedError: naming the samples; the weights are those before the step.
+        """
+        started = time.perf_counter()
+        mine = list(islice(batches, self.accumulation))
+        loaded = time.perf_counter()
+        # What is random in a model (dropout) depends on the step alone, so a resumed run draws the same.
+        torch.manual_seed((self.seed * 1_000_003 + step) * 1_009 + self.accelerator.process_index)
+        rate = learning_rate_factor(step, num_steps, self.settings.warmup_fraction)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["peak"]
+        counts = self._summed(
+            [
+                sum(batch.num_targets for batch in mine),
+                sum(sum(batch.num_visual_tokens) for batch in mine),
+                sum(len(batch.skipped) for batch in mine),
+            ]
+        )
+        loss, norm = self._backward(mine, counts[0])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        seconds = time.perf_counter() - started
+        return {
+            "loss": loss,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm,
+            "num_target_tokens": int(counts[0]),
+            "num_visual_tokens": int(counts[1]),
+            "num_skipped": int(counts[2]),
+            "samples_per_s": round(self.settings.samples_per_step / seconds, 2),
+            "target_tokens_per_s": round(counts[0] / seconds, 1),
+            "data_ms": round(1000 * (loaded - started), 1),
+            "compute_ms": round(1000 * (seconds - (loaded - started)), 1),
+            "peak_memory_gib": peak_memory_gib()["cuda"] or peak_memory_gib()["process"],
+        }
+
+    def _backward(self, mine: list[Batch], num_targets: float) -> tuple[float, float]:
+        """Gradients of the step's loss; returns the loss and the gradient's norm before clipping."""
+        # Processes' gradients are averaged and accumulate() divides by the batches: both are undone here, so that what
+        # remains is the sum over the step's target tokens divided by their number.
+        scale = self.accelerator.num_processes * self.accumulation / max(1.0, num_targets)
+        summed = 0.0
+        norm = 0.0
+        for batch in mine:
+            with self.accelerator.accumulate(self.model):
+                nats = self.model(batch.to(self.accelerator.device))
+                self._refuse_infinite(nats, batch)
+                summed += nats.detach().sum().item()
+                self.accelerator.backward(nats.sum() * scale)
+                if self.accelerator.sync_gradients:
+                    limit = self.settings.max_grad_norm or float("inf")
+                    trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+                    norm = float(self.accelerator.clip_grad_norm_(trained, limit) or 0.0)
+        if not np.isfinite(norm):
+            ids = [name for batch in mine for name in batch.ids]
+            raise DivergedError(
+                f"the gradient's norm is {norm}, though every loss is finite; the step's samples: {_listed(ids)}. Lower"
+                " train.learning_rate, or train in float32; the last checkpoint is from before this step."
+            )
+        return self._summed([summed])[0] / max(1.0, num_targets), norm
+
+    def _refuse_infinite(self, nats: Tensor, batch: Batch) -> None:
+        finite = torch.isfinite(nats.detach())
+        if not bool(finite.all()):
+            bad = [name for name, good in zip(batch.ids, finite.tolist(), strict=True) if not good]
+            raise DivergedError(
+                f"the loss of {len(bad)} samples is not a finite number: {_listed(bad)}. Look at these samples; lower"
+                " train.learning_rate, or train in float32. The last checkpoint is from before this step."
+            )
+
+    @torch.no_grad()
+    def validate(self, data: TrainingSet, numbers: np.ndarray, collator: Collator) -> float:
+        """Mean cross-entropy per target token over the samples given, shared out over the processes."""
+        mine = numbers[self.accelerator.process_index :: self.accelerator.num_processes].tolist()
+        size = self.launch.batch_size
+        lists = [mine[start : start + size] for start in range(0, len(mine), size)]
+        nats = targets = 0.0
+        objective = self.accelerator.unwrap_model(self.model)
+        for batch in load_batches(data, collator, lists, self.launch.num_workers):
+            with self.accelerator.autocast():
+                nats += objective(batch.to(self.accelerator.device)).sum().item()
+            targets += batch.num_targets
+        totals = self._summed([nats, targets])
+        return totals[0] / max(1.0, totals[1])
+
+    def _summed(self, values: list[float]) -> list[float]:
+        """The values summed over all processes."""
+        own = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        summed = self.accelerator.reduce(own, reduction="sum")
+        assert isinstance(summed, Tensor)
+        return summed.tolist()
+
+
+def _listed(names: list[str], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

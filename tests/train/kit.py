@@ -1,0 +1,109 @@
+"""A tiny training: a random model, two dozen generated samples, settings that take a second."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tests import tiny
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import vzip
+from vzip.data.collate import TrainingSample
+from vzip.data.llava_record import Turn
+from vzip.train.loop import TrainPlan
+from vzip.train.settings import LaunchSettings, TrainSettings
+
+BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
+
+
+class Samples:
+    """Pictures of noise with answers of different lengths; every fifth sample is text only, every seventh asks twice.
+
+    Args:
+        broken: number of a sample whose picture is no picture.
+    """
+
+    def __init__(self, count: int = 24, broken: int | None = None) -> None:
+        self.count, self.broken = count, broken
+        self.lengths = np.arange(count) % 11
+        self.has_images = np.arange(count) % 5 != 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> TrainingSample:
+        pictures: list[Any] = []
+        if self.has_images[index]:
+            noise = np.random.RandomState(index).randint(0, 255, (40, 60, 3), dtype=np.uint8)
+            pictures = [Path("nowhere.png") if index == self.broken else Image.fromarray(noise)]
+        start = "<image>\n" if pictures else ""
+        dialogue = [Turn("user", f"{start}what {index}"), Turn("assistant", "xyz"[index % 3] * (1 + index % 11))]
+        return TrainingSample(f"s{index}", pictures, [dialogue] * (2 if index % 7 == 0 else 1))
+
+    def describe(self) -> str:
+        return f"{self.count} samples of noise"
+
+
+def load_model(precision: str = "float32") -> vzip.CompressedVlm:
+    """A fresh tiny LLaVA with VisionZip at 9 tokens."""
+    processor = tiny.processor()
+    model = tiny.llava(vocab_size=len(processor.tokenizer))
+    return vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), processor)
+
+
+SETTINGS = TrainSettings(
+    parts=("projector",),
+    reset_projector=False,
+    template="vicuna_v1",
+    max_length=200,
+    learning_rate=1e-2,
+    tower_learning_rate=None,
+    weight_decay=0.0,
+    warmup_fraction=0.1,
+    num_epochs=2,
+    num_steps=None,
+    samples_per_step=8,
+    max_grad_norm=1.0,
+    precision="float32",
+    save_every=2,
+    keep_last=2,
+    num_validation_samples=0,
+    trackers=(),
+)
+LAUNCH = LaunchSettings(
+    num_threads=1,
+    device="cpu",
+    num_processes=1,
+    num_machines=1,
+    strategy="single",
+    batch_size=4,
+    gradient_checkpointing=False,
+    num_workers=0,
+)
+
+
+def make_plan(run_dir: Path, **changes: Any) -> TrainPlan:
+    """A plan; keyword arguments change it, its settings or its launch settings, whichever has the name."""
+    settings = {k: changes.pop(k) for k in list(changes) if k in {f.name for f in dataclasses.fields(TrainSettings)}}
+    launch = {k: changes.pop(k) for k in list(changes) if k in {f.name for f in dataclasses.fields(LaunchSettings)}}
+    plan = TrainPlan(
+        load_data=Samples,
+        load_model=load_model,
+        train=dataclasses.replace(SETTINGS, **settings),
+        launch=dataclasses.replace(LAUNCH, **launch),
+        run_dir=run_dir,
+        seed=0,
+        overwrite=False,
+        system_prompt=None,
+        name_or_path="a/tiny-llava",
+        revision=None,
+        skip_unreadable=False,
+        identity={"model": "tiny"},
+    )
+    return dataclasses.replace(plan, **changes)

@@ -1,0 +1,299 @@
+"""The loop as a whole: only the projector moves, any split gives the same curve, a killed run is the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests import tiny
+from tests.train.kit import SETTINGS, Samples, load_model
+from torch import nn
+
+from vzip.errors import CheckpointError, ConfigError, ImageError, RunExistsError
+from vzip.train import stepping
+from vzip.train.checkpoint import CheckpointStore
+from vzip.train.loop import train
+from vzip.train.stepping import DivergedError
+
+ROOT = Path(__file__).resolve().parents[2]
+CURVE = ("step", "loss", "learning_rate", "grad_norm", "num_target_tokens", "num_visual_tokens")
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run_dir: Path) -> list[tuple[Any, ...]]:
+    return [tuple(row[key] for key in CURVE) for row in metrics(run_dir)]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "tuned.safetensors")
+
+
+def test_only_the_projector_moves(plan: Any) -> None:
+    loaded: list[Any] = []
+
+    def load(precision: str) -> Any:
+        loaded.append(load_model())
+        return loaded[-1]
+
+    before = {name: tensor.clone() for name, tensor in load_model().model.state_dict().items()}
+    final = train(plan(load_model=load))
+    after = loaded[0].model.state_dict()
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    projector = {name for name in before if "multi_modal_projector" in name}
+    assert moved == projector and len(projector) == 4
+    assert set(weights(final)) == projector
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights(final).items())
+    header = json.loads((final / "tuned.json").read_text())
+    assert (header["step"], header["parts"], header["num_parameters"]) == (6, ["projector"], 32 * 32 * 2 + 64)
+    assert "num_dominant=6, num_contextual=3" in header["compressor"] and header["base"]["model_class"]
+
+
+def test_the_curve_is_that_of_a_plain_loop(plan: Any, tmp_path: Path) -> None:
+    """A second way: torch's AdamW, one sample at a time, Hugging Face's own loss and scheduler."""
+    from transformers import get_cosine_schedule_with_warmup
+
+    setup = plan(batch_size=8)
+    final = train(setup)
+    data = Samples()
+    schedule = stepping.StepSchedule(data, torch.arange(24).numpy(), SETTINGS, seed=0)
+    vlm = load_model()
+    for parameter in vlm.model.parameters():
+        parameter.requires_grad_(False)
+    trained = list(vlm.model.model.multi_modal_projector.parameters())
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=SETTINGS.learning_rate, weight_decay=0.0)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.1 * 6), 6)
+    tokenizer: Any = vlm.processor.tokenizer  # type: ignore[union-attr]  # the tiny model has one
+    for step, row in enumerate(metrics(setup.run_dir)):
+        losses, count = [], 0
+        for index in schedule[step]:
+            sample = data[int(index)]
+            for dialogue in sample.dialogues:
+                prompt = f"USER: {dialogue[0].text} ASSISTANT:"
+                ids = tokenizer(f"{prompt} {dialogue[1].text}</s>", return_tensors="pt").input_ids
+                labels = ids.clone()
+                labels[:, : len(tokenizer(prompt).input_ids)] = -100
+                pixels = vlm.preprocess_images(sample.images) if sample.images else {}
+                num = int((labels != -100).sum())
+                losses.append(vlm(ids, labels=labels, **pixels).loss * num)
+                count += num
+        loss = torch.stack(losses).sum() / count
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(trained, SETTINGS.max_grad_norm)
+        assert row["learning_rate"] == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+        assert (row["loss"], row["grad_norm"]) == (
+            pytest.approx(loss.item(), rel=1e-5),
+            pytest.approx(norm.item(), rel=1e-3),
+        )
+        assert row["num_target_tokens"] == count
+        optimizer.step()
+        scheduler.step()
+    for name, tensor in weights(final).items():
+        assert torch.allclose(tensor, vlm.model.state_dict()[name], atol=2e-4)
+
+
+def test_any_accumulation_gives_the_same_curve(plan: Any) -> None:
+    train(plan("whole", batch_size=8))
+    train(plan("parts", batch_size=1, gradient_checkpointing=True, num_workers=1))
+    whole, parts = curve(plan("whole").run_dir), curve(plan("parts").run_dir)
+    assert len(whole) == 6 and len({row[0] for row in whole}) == 6
+    for one, other in zip(whole, parts, strict=True):
+        assert one == pytest.approx(other, rel=2e-4)
+
+
+def test_killed_and_started_again_it_is_the_same_run(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = train(plan("whole"))
+    real = stepping.Stepper.step
+
+    def dies(self: Any, step: int, *rest: Any) -> Any:
+        if step == 5:
+            raise KeyboardInterrupt
+        return real(self, step, *rest)
+
+    monkeypatch.setattr(stepping.Stepper, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(plan("cut"))
+    run_dir = plan("cut").run_dir
+    assert len(metrics(run_dir)) == 5 and sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "cut off by the cra')
+    monkeypatch.setattr(stepping.Stepper, "step", real)
+    again = train(plan("cut"))
+    assert curve(run_dir) == curve(plan("whole").run_dir)
+    for name, tensor in weights(final).items():
+        assert torch.equal(tensor, weights(again)[name])
+    with pytest.raises(RunExistsError, match="finished"):
+        train(plan("cut"))
+
+
+def test_other_settings_do_not_go_on_from_a_checkpoint(plan: Any) -> None:
+    setup = plan()
+    store = CheckpointStore(setup.run_dir, 2, {"train": {"learning_rate": 1}})
+    store.begin(overwrite=False)
+    with pytest.raises(RunExistsError, match="other settings"):
+        train(setup)
+    train(dataclasses.replace(setup, overwrite=True))
+    assert store.final.is_dir()
+
+
+def test_a_diverged_loss_names_its_samples_and_keeps_the_weights(plan: Any) -> None:
+    def load(precision: str) -> Any:
+        vlm = load_model()
+        real = vlm.encode_images
+
+        def broken(pixel_values: torch.Tensor, **rest: Any) -> list[torch.Tensor]:
+            images = real(pixel_values, **rest)
+            return [image * float("nan") if number == 0 else image for number, image in enumerate(images)]
+
+        vlm.encode_images = broken  # type: ignore[method-assign]
+        return vlm
+
+    setup = plan(load_model=load, batch_size=2)
+    with pytest.raises(DivergedError, match=r"the loss of 1 samples is not a finite number: s\d+\."):
+        train(setup)
+    assert metrics(setup.run_dir) == []
+
+
+def test_validation_and_best(plan: Any) -> None:
+    setup = plan(num_validation_samples=6, samples_per_step=6, batch_size=2, num_epochs=2)
+    train(setup)
+    rows = [row for row in metrics(setup.run_dir) if "validation_loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    best = json.loads((setup.run_dir / "best/tuned.json").read_text())
+    assert best["validation_loss"] == min(row["validation_loss"] for row in rows)
+
+
+def test_unreadable_pictures(plan: Any) -> None:
+    broken = {"load_data": lambda: Samples(broken=3)}
+    with pytest.raises(ImageError, match=r"sample s3: nowhere\.png: no such picture file"):
+        train(plan("refuse", **broken))
+    train(plan("skip", skip_unreadable=True, **broken))
+    rows = metrics(plan("skip").run_dir)
+    assert sum(row["num_skipped"] for row in rows) == 2, "once in each epoch"
+
+
+def test_a_full_disk_while_saving_loses_nothing(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = plan()
+    real, calls = torch.save, []
+
+    def full(state: Any, path: Any) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        train(setup)
+    assert [p.name for p in (setup.run_dir / "checkpoints").iterdir()] == ["step-00000002"]
+    train(setup)  # the same again: the disk has room now
+    assert [row["step"] for row in metrics(setup.run_dir)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_batches_that_do_not_come_out_even(plan: Any) -> None:
+    with pytest.raises(ConfigError, match=r"train\.samples_per_step=8 is not a multiple of launcher\.batch_size=3 x 1"):
+        train(plan(batch_size=3))
+    with pytest.raises(ConfigError, match="24 training samples are fewer than one step"):
+        train(plan(samples_per_step=32))
+    assert not plan().run_dir.exists()
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.train.kit import make_plan
+from vzip.train.loop import train
+
+train(make_plan(Path(sys.argv[1]), **eval(sys.argv[2])))
+"""
+
+
+def run_processes(run_dir: Path, count: int, **changes: Any) -> subprocess.Popen[str]:
+    script = run_dir.parent / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    return subprocess.Popen(
+        [*command, str(run_dir), repr(changes)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_two_processes_give_the_curve_of_one_also_after_a_kill(strategy: str, plan: Any) -> None:
+    train(plan("one"))
+    setup = plan("two")
+    changes = {"strategy": strategy, "num_processes": 2, "batch_size": 2}
+    ended = run_processes(setup.run_dir, 2, **changes)
+    assert ended.wait(timeout=600) == 0, ended.stderr.read()[-3000:]  # type: ignore[union-attr]  # a pipe
+    for one, other in zip(curve(plan("one").run_dir), curve(setup.run_dir), strict=True):
+        assert one == pytest.approx(other, rel=2e-3)
+
+    # Killed as soon as a checkpoint is there, and started again: the same bits as uninterrupted.
+    cut = plan("cut").run_dir
+    process = run_processes(cut, 2, **changes)
+    while process.poll() is None and not (cut / "checkpoints/step-00000002").exists():
+        pass
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if not (cut / "final").exists():
+        ended = run_processes(cut, 2, **changes)
+        assert ended.wait(timeout=600) == 0, ended.stderr.read()[-3000:]  # type: ignore[union-attr]  # a pipe
+    assert curve(cut) == curve(setup.run_dir)
+    for name, tensor in weights(setup.run_dir / "final").items():
+        assert torch.equal(tensor, weights(cut / "final")[name])
+
+
+def test_gradients_agree_with_finite_differences_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vzip.data.collate import Collator
+    from vzip.data.conversations import vicuna_v1
+    from vzip.train.objective import AnswerLoss, ModelView
+
+    # Hugging Face's norms compute in torch.float32 whatever the model is in; here that name means float64 too.
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    vlm = load_model()
+    collate = Collator(vlm.processor, ModelView(vlm), vicuna_v1, None, tiny.IMAGE_TOKEN, 200)
+    batch = collate([Samples()[1], Samples()[7]])
+    vlm.model.double()
+    batch.pictures["pixel_values"] = batch.pictures["pixel_values"].double()
+    objective = AnswerLoss(vlm)
+    projector = vlm.adapter.projector
+    objective(batch).sum().backward()
+    for parameter in projector.parameters():
+        assert parameter.grad is not None
+        index = int(parameter.grad.abs().argmax())
+        with torch.no_grad():
+            values = []
+            for shift in (1e-5, -1e-5):
+                parameter.view(-1)[index] += shift
+                values.append(objective(batch).sum().item())
+                parameter.view(-1)[index] -= shift
+        numeric = (values[0] - values[1]) / 2e-5
+        assert parameter.grad.view(-1)[index].item() == pytest.approx(numeric, rel=1e-6)
