@@ -71,8 +71,8 @@ TABLES = {
 }
 # "Avg" as printed. Table 1 averages two benchmarks more, which need a judge (MMVet, LLaVA-B); Table 10 leaves them out.
 JUDGED_7B = {"vanilla": (31.1, 66.8), "192tok": (31.7, 67.7), "128tok": (32.6, 64.8), "64tok": (31.7, 62.9)}
-# Left out: llava_next_7b_160tok, llava_next_13b_640tok and _160tok, whose printed averages (91.5, 97.5, 91.3) are not the
-# averages of their printed rows (90.4, 97.7, 91.4).
+# Left out: llava_next_7b_160tok, llava_next_13b_640tok and _160tok, whose printed averages (91.5, 97.5, 91.3) are not
+# those of their printed rows (90.4, 97.7, 91.4).
 PRINTED_AVERAGE = {
     "llava15_7b_192tok": 98.5,
     "llava15_7b_128tok": 97.6,
