@@ -234,6 +234,7 @@ QUERY = "vlm_uni_query_projector.1.bias"
         ({"add": {"model.mm_projector.0.bias": (31,)}}, r"of another size.*linear_1\.bias \(31,\) for \(32,\)"),
         ({"towers": False}, r"mm_vision_tower=model_zoo/OpenAI/clip.*and openai/clip.*beside the checkpoint"),
         ({"towers": False, "mm_vision_tower": "my/tower"}, r"mm_vision_tower=my/tower.*a folder called tower"),
+        ({"mm_vision_tower_aux": None, "image_size_aux": None}, "has no mm_vision_tower_aux, image_size_aux"),
         ({"model_type": "mgm_gemma"}, "mgm_gemma"),
     ],
 )

@@ -121,7 +121,7 @@ class PublishedCheckpoint:
 
     def _check_fields(self) -> None:
         needed = ("mm_vision_tower", "mm_vision_tower_aux", "mm_hidden_size_aux", "image_size_aux", "vocab_size")
-        absent = [key for key in (*needed, "mm_vision_select_layer") if key not in self.fields]
+        absent = [key for key in (*needed, "mm_vision_select_layer") if self.fields.get(key) is None]
         if absent:
             raise CheckpointError(f"{self.source}: config.json has no {', '.join(absent)}, which Mini-Gemini needs.")
         for key, (wanted, default) in _REQUIRED.items():
