@@ -12,7 +12,7 @@ from rich.console import Console
 from vzip.errors import ManifestError
 from vzip.report import compare as comparison
 from vzip.report.expected import read_expected
-from vzip.report.record import primary_scores, read_record, read_samples, score_of
+from vzip.report.record import primary_scores, read_record, read_samples, score_of, unit_factor
 from vzip.report.table import print_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,4 +231,4 @@ def test_the_recipes_expectations_are_readable_and_comparable(path):
     assert path.with_name(f"{expectation.recipe}.yaml").is_file()
     for row in expectation.rows:
         assert row.task in PROTOCOLS
-        comparison._factor(PROTOCOLS[row.task].unit, row)
+        unit_factor(PROTOCOLS[row.task].unit, row.unit, row.task)

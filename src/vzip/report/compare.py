@@ -15,7 +15,7 @@ from rich.table import Table
 from vzip.errors import ManifestError, VzipError
 
 from .expected import Expectation, ExpectedRow, read_expected
-from .record import RECORD_NAME, is_vanilla_of, read_record, record_path, score_of
+from .record import RECORD_NAME, is_vanilla_of, read_record, record_path, score_of, unit_factor
 
 _SUFFIX = ".expected.json"
 
@@ -90,7 +90,7 @@ def compare(
         measured = error = difference = None
         verdict = "missing"
         if score is not None:
-            factor = _factor(record["tasks"][row.task]["unit"], row)
+            factor = unit_factor(record["tasks"][row.task]["unit"], row.unit, f"{row.task} {row.metric}")
             measured = score.value * factor
             error = None if score.standard_error is None else score.standard_error * factor
             difference = measured - row.value
@@ -107,15 +107,6 @@ def compare(
             )
         )
     return rows
-
-
-def _factor(unit: str | None, row: ExpectedRow) -> float:
-    """From the record's unit to the expectation's. The numbers of a task without a known unit are taken as they are."""
-    if unit is None or unit == row.unit:
-        return 1.0
-    if {unit, row.unit} == {"fraction", "percent"}:
-        return 100.0 if row.unit == "percent" else 0.01
-    raise ManifestError(f"{row.task} {row.metric}: expected in {row.unit}, but the record has {unit}.")
 
 
 def find_expected(record: Mapping[str, Any], run: Path) -> Path:

@@ -138,3 +138,16 @@ def is_vanilla_of(candidate: Mapping[str, Any], record: Mapping[str, Any]) -> bo
     return bool(shared) and all(
         record["data"].get(task, {}).get(digest) == candidate["data"].get(task, {}).get(digest) for task in shared
     )
+
+
+def unit_factor(unit: str | None, wanted: str, where: str) -> float:
+    """What a score in ``unit`` is multiplied by to be in ``wanted``; an unknown unit is taken as the wanted one.
+
+    Raises:
+        ManifestError: units that cannot be converted; ``where`` names the number.
+    """
+    if unit is None or unit == wanted:
+        return 1.0
+    if {unit, wanted} == {"fraction", "percent"}:
+        return 100.0 if wanted == "percent" else 0.01
+    raise ManifestError(f"{where}: expected in {wanted}, but the record has {unit}.")

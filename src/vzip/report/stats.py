@@ -1,4 +1,4 @@
-"""Uncertainty of scores and of retention, by bootstrap over questions.
+"""Uncertainty of scores and of retention: bootstrap over questions, and McNemar's test.
 
 Compressed and vanilla answered the same questions, so both are resampled together: what makes a question hard for both
 cancels out of their ratio.
@@ -6,6 +6,7 @@ cancels out of their ratio.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 
@@ -79,32 +80,87 @@ def retention_interval(
     """
     if not per_task:
         raise ConfigError("retention needs at least one task that both runs have.")
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence={confidence}: must be between 0 and 1.")
     points, resampled = [], []
     for task, (compressed, vanilla) in per_task.items():
-        compressed, vanilla = np.asarray(compressed), np.asarray(vanilla)
-        if len(compressed) != len(vanilla) or len(vanilla) == 0:
-            raise ConfigError(
-                f"task {task}: {len(compressed)} compressed and {len(vanilla)} vanilla scores; retention needs both"
-                " runs on the same questions."
-            )
-        score = (aggregate or {}).get(task, _mean)
-        base = score(vanilla)
-        if base == 0:
-            raise ConfigError(f"task {task}: the vanilla score is 0, so retention is not defined. Leave the task out.")
-        points.append(score(compressed) / base)
-        rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
         key = (cluster_keys or {}).get(task)
-        resampled.append(_resampled_ratios(compressed, vanilla, score, key, num_resamples, rng))
-    averages = np.mean(resampled, axis=0)
+        point, ratios = resampled_retention(
+            task, compressed, vanilla, (aggregate or {}).get(task), num_resamples, seed, cluster_key=key
+        )
+        points.append(point)
+        resampled.append(ratios)
+    low, high = percentile_interval(np.mean(resampled, axis=0), confidence)
+    return float(np.mean(points)), low, high
+
+
+def resampled_retention(
+    task: str,
+    compressed: np.ndarray,
+    vanilla: np.ndarray,
+    aggregate: Aggregate | None = None,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    *,
+    cluster_key: str | None = None,
+) -> tuple[float, NDArray[np.float64]]:
+    """Retention on one task, and ``[num_resamples]`` bootstrap values of it, not finite where vanilla scored 0.
+
+    Values of several tasks may be averaged element by element: each task is drawn independently of the others.
+
+    Args, Raises: as ``retention_interval``, for one task; ``aggregate`` None is the mean.
+    """
+    compressed, vanilla = np.asarray(compressed), np.asarray(vanilla)
+    if len(compressed) != len(vanilla) or len(vanilla) == 0:
+        raise ConfigError(
+            f"task {task}: {len(compressed)} compressed and {len(vanilla)} vanilla scores; retention needs both runs on"
+            " the same questions."
+        )
+    score = aggregate or _mean
+    base = score(vanilla)
+    if base == 0:
+        raise ConfigError(f"task {task}: the vanilla score is 0, so retention is not defined. Leave the task out.")
+    rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
+    ratios = _resampled_ratios(compressed, vanilla, score, cluster_key, num_resamples, rng)
+    return score(compressed) / base, ratios
+
+
+def percentile_interval(resampled: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """(low, high) of bootstrap values ``[num_resamples]``; those that are not finite are left out.
+
+    Raises:
+        ConfigError: a confidence that is not between 0 and 1, or no finite value.
+    """
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence={confidence}: must be between 0 and 1.")
     # A resample in which vanilla scored 0 has no ratio; with few questions and a low score that can happen.
-    averages = averages[np.isfinite(averages)]
-    if len(averages) == 0:
+    finite = resampled[np.isfinite(resampled)]
+    if len(finite) == 0:
         raise ConfigError("vanilla scored 0 in every resample: too few questions for an interval.")
     tail = (1 - confidence) / 2
-    low, high = np.quantile(averages, [tail, 1 - tail])
-    return float(np.mean(points)), float(low), float(high)
+    low, high = np.quantile(finite, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def mcnemar_p(num_lost: int, num_gained: int) -> float:
+    """Two-sided exact McNemar test: could two runs that are equally good differ this much?
+
+    Args:
+        num_lost: questions that only the first run answered rightly.
+        num_gained: questions that only the second run answered rightly.
+
+    Returns:
+        The probability, under "each question they disagree on is a fair coin", of a split at least this uneven; 1.0
+        where they disagree on none.
+    """
+    if num_lost < 0 or num_gained < 0:
+        raise ConfigError(f"num_lost={num_lost}, num_gained={num_gained}: must be 0 or more.")
+    total = num_lost + num_gained
+    # Logarithms, since the coefficients of some ten thousand disagreements overflow.
+    log_all = math.lgamma(total + 1) - total * math.log(2)
+    tail = sum(
+        math.exp(log_all - math.lgamma(k + 1) - math.lgamma(total - k + 1))
+        for k in range(min(num_lost, num_gained) + 1)
+    )
+    return min(1.0, 2 * tail)
 
 
 def _mean(rows: np.ndarray) -> float:

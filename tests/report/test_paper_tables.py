@@ -1,0 +1,177 @@
+"""The paper's tables: complete, consistent with themselves, and the one source of the recipes' expected numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vzip.errors import ConfigError, ManifestError
+from vzip.evaluation.protocol import PROTOCOLS
+from vzip.report.expected import read_expected
+from vzip.report.paper_tables import AVERAGE, PaperTable, Row, read_table, table_names
+from vzip.report.record import unit_factor
+
+ROOT = Path(__file__).resolve().parents[2]
+PAPER = [name for name in table_names() if name.isdigit()]
+TABLES = [read_table(name) for name in PAPER]
+EXPECTED = [read_expected(path) for path in sorted((ROOT / "configs" / "exp").glob("*.expected.json"))]
+
+
+def half_digit(value: float) -> float:
+    """The largest rounding error of a printed number: MME is printed whole, everything else with one digit."""
+    return 0.5 if value > 200 and value == int(value) else 0.05
+
+
+def rounding(table: PaperTable, row: Row) -> float:
+    """How far rounding alone can take the printed average from the recomputed one, in percent."""
+    assert row.base is not None
+    base, worst = table.row(row.base), 0.0
+    for key in table.average_over:
+        value, vanilla = row.values[key], base.values[key]
+        worst += value / vanilla * (half_digit(value) / value + half_digit(vanilla) / vanilla)
+    return 0.05 + 100 * worst / len(table.average_over)
+
+
+def test_which_tables_there_are() -> None:
+    assert [str(n) for n in (*range(1, 8), *range(10, 19))] == PAPER
+    assert table_names()[len(PAPER) :] == ["scenes"]
+    # Counted in the paper's tables: rows x columns, less the numbers it does not give.
+    counts = {table.name: sum(cell.value is not None for cell in table.cells()) for table in TABLES}
+    assert counts["1"] == 13 * 11 and counts["2"] == 10 * 7 and counts["3"] == 4 * 4 and counts["4"] == 4 * 2
+    assert counts["5"] == 3 and counts["6"] == 4 * 2 and counts["7"] == 3 * 2 and counts["10"] == 7 * 11
+    assert counts["11"] == 4 * 12 and counts["12"] == 7 * 9 and counts["13"] == 7 * 9 and counts["14"] == 7 * 9
+    assert counts["15"] == 7 * 7 and counts["16"] == 4 * 10 - 1 and counts["17"] == 3 * 9 + 2 * 2
+    assert counts["18"] == 5 * 2
+
+
+@pytest.mark.parametrize("table", TABLES, ids=PAPER)
+def test_every_cell_has_a_source_and_a_run_or_a_reason(table: PaperTable) -> None:
+    for cell in table.cells():
+        assert cell.source.startswith(f"arXiv 2412.04467, Table {table.name}, row ")
+        assert bool(cell.run) != bool(cell.reason), cell
+        assert (cell.method in ("FastV", "SparseVLM")) <= (
+            cell.reason == f"a rival's number: {cell.method} is not built here"
+        )
+
+
+@pytest.mark.parametrize("table", TABLES, ids=PAPER)
+def test_printed_averages_follow_the_rule_or_are_marked(table: PaperTable) -> None:
+    for row in table.rows:
+        average = table.average(row)
+        if average is None or row.average is None:
+            assert not table.average_over, row
+            continue
+        mark = table.mismatch(row, AVERAGE)
+        apart = abs(average - row.average) > rounding(table, row)
+        assert apart == (mark is not None and mark.recomputed is not None), (row.label, average, row.average)
+        if mark is not None and mark.recomputed is not None:
+            assert average == pytest.approx(mark.recomputed, abs=0.051)
+
+
+@pytest.mark.parametrize("table", TABLES, ids=PAPER)
+def test_printed_ratios(table: PaperTable) -> None:
+    for row in table.rows:
+        for key, printed in row.printed_ratio.items():
+            column = table.column(key)
+            ratio = table.ratio(row, column)
+            assert ratio is not None
+            assert ratio * (1 if column.is_cost else 100) == pytest.approx(printed, abs=0.051), (row.label, key)
+
+
+def test_one_run_has_one_number_wherever_it_is_printed_or_the_difference_is_marked() -> None:
+    seen: dict[tuple[str, ...], tuple[PaperTable, Row, float]] = {}
+    compared = 0
+    for table in TABLES:
+        for cell in table.cells():
+            if not cell.run or cell.value is None:
+                continue
+            row = table.row(f"{cell.tokens}, {cell.method}")
+            first = seen.setdefault((*cell.run, cell.benchmark), (table, row, cell.value))
+            compared += first[0] is not table
+            if first[2] != cell.value:
+                marks = (table.mismatch(row, cell.benchmark), first[0].mismatch(first[1], cell.benchmark))
+                assert any(m is not None and m.elsewhere is not None for m in marks), (cell, first[2])
+    assert compared > 60
+
+
+def test_marks_between_tables_are_true() -> None:
+    found = 0
+    for table in TABLES:
+        for mark in table.mismatches:
+            if mark.elsewhere is not None:
+                name, label, column = mark.elsewhere
+                here, there = table.row(mark.row).values[mark.column], read_table(name).row(label).values[column]
+                assert here != there and f"{here:g}" in mark.note and f"{there:g}" in mark.note
+                found += 1
+    assert found == 9
+
+
+@pytest.mark.parametrize("expectation", EXPECTED, ids=lambda expectation: expectation.recipe)
+def test_a_recipes_expected_numbers_are_the_tables(expectation) -> None:
+    """Value, unit, metric and source of each row; the wording of the protocol is the recipe's own."""
+    cells = {cell.source: [] for table in TABLES for cell in table.cells()}
+    for table in TABLES:
+        for cell in table.cells():
+            cells[cell.source].append((cell, table.column(cell.benchmark)))
+    (source,) = {row.source for row in expectation.rows}
+    assert {cell.run[0] for cell, _ in cells[source] if cell.run} == {f"+exp={expectation.recipe}"}
+    runnable = [(cell, column) for cell, column in cells[source] if cell.run and column.task in PROTOCOLS]
+    assert [(row.task, row.metric, row.value, row.unit) for row in expectation.rows] == [
+        (column.task, column.metric, cell.value, cell.unit) for cell, column in runnable
+    ]
+
+
+def test_the_expected_retention_is_against_the_same_row() -> None:
+    by_source = {cell.source: (table, cell) for table in TABLES for cell in table.cells()}
+    for expectation in EXPECTED:
+        table, cell = by_source[expectation.rows[0].source]
+        row = table.row(f"{cell.tokens}, {cell.method}")
+        assert row.base is not None
+        assert table.row(row.base).run == (f"+exp={expectation.vanilla}",)
+
+
+@pytest.mark.parametrize("name", table_names())
+def test_metrics_are_those_of_the_protocol(name: str) -> None:
+    for column in read_table(name).columns:
+        if column.task is None or column.metric is None:
+            continue
+        protocol = PROTOCOLS[column.task]
+        unit_factor(protocol.unit, column.unit, column.key)
+        assert column.metric in (protocol.primary, "seed_image")
+
+
+ROWS = '[{"tokens": 4, "method": "vanilla", "run": "a", "values": [1]}]'
+
+
+def own(**change: object) -> str:
+    content = {"name": "x", "title": "t", "source": "s", "columns": ["gqa"], "average_over": ["gqa"]}
+    return json.dumps(content | {"rows": json.loads(ROWS)} | change)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is not JSON"),
+        ("[]", "is not a table"),
+        (own(columns=["gqe"]), r"column 'gqe' is not known \(did you mean 'gqa'\?\)"),
+        (own(average_over=["pope"]), "average_over names 'pope'"),
+        (own(rows=json.loads(ROWS) * 2), "row '4, vanilla' is named and must stand there exactly once"),
+        (own(base="5, vanilla"), "row '5, vanilla' is named"),
+        (own(rows=[{"tokens": 4, "method": "vanilla"}]), "either run .* or none"),
+        (own(rows=[{"tokens": 4, "method": "vanilla", "run": "a", "values": [1, 2]}]), "2 numbers for 1 columns"),
+        (own(rows=[{"method": "vanilla"}]), "KeyError 'tokens'"),
+    ],
+)
+def test_bad_tables(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(ManifestError, match=message):
+        read_table(str(tmp_path / "mine.json"))
+
+
+def test_an_unknown_table_names_the_known() -> None:
+    with pytest.raises(ConfigError, match=r"table 'scene': no such table .did you mean 'scenes'.*1, 2, 3.*scenes"):
+        read_table("scene")
+    with pytest.raises(ConfigError, match="no such table"):
+        read_table("columns")
