@@ -34,8 +34,9 @@ def main(cfg: DictConfig) -> None:
         return train_tiny.train(**arguments)
 
     plan = tuning_plan(config)
+    from vzip.train.distributed import check_devices
     from vzip.train.launch import launch_command, run_command
-    from vzip.train.loop import check_devices, train
+    from vzip.train.loop import train
 
     check_devices(plan.launch)
     command = launch_command(plan.launch, Path(__file__).resolve(), list(HydraConfig.get().overrides.task))
