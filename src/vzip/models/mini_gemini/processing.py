@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import (
-    AutoImageProcessor,
-    CLIPVisionConfig,
-    LlamaTokenizer,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import CLIPVisionConfig, LlamaTokenizer, LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.clip import CLIPImageProcessor  # AutoImageProcessor of 5.17 insists on torchvision
 
 from vzip.errors import CheckpointError
 
@@ -40,7 +35,7 @@ def build_processor(directory: Path, clip_directory: Path, side: int, vocab_size
     """
     clip = CLIPVisionConfig.from_pretrained(clip_directory)
     return LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(
+        image_processor=CLIPImageProcessor.from_pretrained(
             clip_directory, size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         ),
         tokenizer=_tokenizer(directory, vocab_size),
