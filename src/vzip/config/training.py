@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vzip.data.collate import TrainingSet
     from vzip.models.compressed_vlm import CompressedVlm
     from vzip.train.loop import TrainPlan
+    from vzip.train.settings import LaunchSettings, TrainSettings
 
 FROM_SCRATCH = "tiny_from_scratch"
 
@@ -77,15 +78,9 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
         ConfigError: settings that contradict one another.
     """
     from vzip.train.loop import TrainPlan
-    from vzip.train.settings import LaunchSettings, TrainSettings
 
-    model, train = config["model"], dict(config["train"])
-    for key in ("name", "kind"):
-        train.pop(key)
-    for key in ("parts", "trackers"):
-        train[key] = tuple(train[key])
-    settings = TrainSettings(**train)
-    launch = LaunchSettings(**{key: value for key, value in config["launcher"].items() if key != "name"})
+    model = config["model"]
+    settings, launch = settings_of(config)
     if launch.num_machines == 1:
         launch.accumulation(settings.samples_per_step, launch.num_processes)
     compressor = build_compressor(config["compressor"])
@@ -109,6 +104,21 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
             "data": dict(config["data"]),
         },
     )
+
+
+def settings_of(config: Mapping[str, Any]) -> tuple[TrainSettings, LaunchSettings]:
+    """The ``train`` and ``launcher`` groups as objects.
+
+    Raises:
+        ConfigError: settings of ``train`` that contradict one another.
+    """
+    from vzip.train.settings import LaunchSettings, TrainSettings
+
+    train = {key: value for key, value in config["train"].items() if key not in ("name", "kind")}
+    for key in ("parts", "trackers"):
+        train[key] = tuple(train[key])
+    launch = {key: value for key, value in config["launcher"].items() if key != "name"}
+    return TrainSettings(**train), LaunchSettings(**launch)
 
 
 def _data_loader(data: Mapping[str, Any]) -> Callable[[], TrainingSet]:

@@ -1,0 +1,116 @@
+"""train.py, eval.py and merge from the command line: one's own model and data, nothing registered."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from tests import tiny
+from tests.config.test_bad_input import script
+
+import vzip
+from vzip.config.build import evaluation_plan
+from vzip.config.options import config_dir
+from vzip.demo.dialogues import SceneDialogues
+from vzip.errors import ConfigError
+
+
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A tiny random checkpoint, eight samples in LLaVA's format, and the words that name both."""
+    processor = tiny.processor()
+    tiny.llava(vocab_size=len(processor.tokenizer)).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    records = []
+    for number in range(8):
+        Image.new("RGB", (30, 20), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nred?"}, {"from": "gpt", "value": f"{number}"}]
+        records.append({"id": f"r{number}", "image": f"{number}.png", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    logging.getLogger("vzip").handlers.clear()  # an earlier test's points to that test's standard error
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VZIP_CACHE", str(tmp_path / "cache"))
+    return [
+        "model=llava_local",
+        f"model.name_or_path={tmp_path / 'model'}",
+        "budget.num_dominant=6",
+        "budget.num_contextual=3",
+        "data=llava_json",
+        "data.json=data.json",
+        "train=projector",
+        "train.samples_per_step=4",
+        "train.precision=float32",
+        "train.learning_rate=0.01",
+        "launcher.device=cpu",
+    ]
+
+
+def run(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    try:
+        script(name).main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_train_then_evaluate_with_the_same_words(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run("train", words, monkeypatch) == 0
+    assert "training 2,112 of" in capfd.readouterr().err
+    (final,) = tmp_path.glob("runs/train/*/model/visionzip-6+3/seed0/final")
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        plan = evaluation_plan(compose("eval", [*words, "model.projector=trained", "model.device_map=null"]))
+    assert Path(plan.model["projector"]).resolve() == final
+    header = json.loads((final / "tuned.json").read_text())
+    assert plan.evaluation["resolved_config"]["model"]["projector_sha256"] == header["sha256"]
+    assert "projector-trained" in str(plan.evaluation["run_dir"])
+    tuned = vzip.load_vlm(**plan.model, compressor=plan.compressor)
+    base = vzip.load_vlm(**{**plan.model, "projector": None}, compressor=plan.compressor)
+    pixels = tiny.pixels(1)
+    assert not tuned.encode_images(pixels)[0].allclose(base.encode_images(pixels)[0])
+
+    # The same command again: the run is finished, and stays as it is.
+    assert run("train", words, monkeypatch) == 2
+    assert "this run is finished" in capfd.readouterr().err
+
+
+def test_what_is_wrong_is_said_before_the_model_is_loaded(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(vzip, "load_vlm", lambda **_: pytest.fail("a model was loaded"), raising=False)
+    (tmp_path / "3.png").unlink()
+    for more, message in (
+        ([], "1 samples lack a picture below"),
+        (["data.json=model/config.json"], "break LLaVA's format"),
+        (["train.samples_per_step=6"], "is not a multiple of launcher.batch_size=4"),
+    ):
+        assert run("train", [*words, *more], monkeypatch) == 2
+        error = capfd.readouterr().err
+        assert message in error and "Traceback" not in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_trained_needs_a_training(words: list[str], tmp_path: Path) -> None:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg: Any = compose("eval", [*words, "model.projector=trained"])
+        with pytest.raises(ConfigError, match=r"final is not there\. Run `python train\.py"):
+            evaluation_plan(cfg)
+
+
+def test_generated_dialogues() -> None:
+    data = SceneDialogues(num_pictures=3, num_questions=4)
+    assert len(data) == 3 == len(data.lengths) and data.has_images.all()
+    sample = data[1]
+    assert sample.id == "scene-1500000001" and 1 <= len(sample.dialogues) <= 4
+    assert all(len(turns) == 2 and turns[0].text.startswith("<image>\n") for turns in sample.dialogues)
+    again = data[1]
+    assert again.dialogues == sample.dialogues
+    assert list(again.images[0].getdata()) == list(sample.images[0].getdata())  # type: ignore[union-attr]  # pictures
