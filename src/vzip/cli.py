@@ -29,6 +29,9 @@ class Command:
 COMMANDS: Mapping[str, Command] = {
     "list": Command("vzip.config.listing", "recipes and the options of every group, for eval.py and train.py"),
     "compare": Command("vzip.report.compare", "a record against its recipe's expected numbers and its vanilla run"),
+    "table": Command(
+        "vzip.config.table", "a table of the paper with our runs beside it; --run evaluates what is missing"
+    ),
     "demo": Command("vzip.demo.run", "the built-in model on its benchmark: every method and budget in one table"),
     "ask": Command("vzip.demo.ask", "a question about a picture file"),
     "chat": Command("vzip.demo.chat", "a dialogue about pictures in the terminal"),

@@ -1,0 +1,104 @@
+"""Units against lmms-eval's own aggregations, on answers drawn at random."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vzip.demo import scoring
+from vzip.report.score_units import Units, units_of
+
+DRAW = random.Random(5)
+
+
+def rows(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"doc_id": number, "scores": entry} for number, entry in enumerate(scores)]
+
+
+def units(metric: str, of: list[dict[str, Any]]) -> Units:
+    found = units_of(metric, of)
+    assert found is not None
+    return found
+
+
+def pope(num: int) -> list[dict[str, Any]]:
+    said = [DRAW.choice(["yes", "yes", "no", "no", "perhaps"]) for _ in range(num)]
+    true = [DRAW.choice(["yes", "no"]) for _ in range(num)]
+    return [
+        {"question_id": i, "score": float(s == t), "prediction": s, "ground_truth": t}
+        for i, (s, t) in enumerate(zip(said, true, strict=True))
+    ]
+
+
+def mme(num: int, categories: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "question_id": f"p{i // 2}",
+            "category": categories[(i // 2) % len(categories)],
+            "score": float(DRAW.random() < 0.7),
+        }
+        for i in range(num)
+    ]
+
+
+def test_pope_is_lmms_evals() -> None:
+    theirs = pytest.importorskip("lmms_eval.tasks.pope.utils")
+    scores = pope(200)
+    f1 = units("pope_f1_score", rows([{"pope_f1_score": s} for s in scores]))
+    assert f1.score == pytest.approx(theirs.pope_aggregate_f1_score(scores))
+    accuracy = units("pope_accuracy", rows([{"pope_accuracy": s} for s in scores]))
+    assert accuracy.score == pytest.approx(theirs.pope_aggregate_accuracy(scores))
+    assert f1.correct is not None and f1.correct.mean() == pytest.approx(accuracy.score)
+    # A resample is scored like lmms-eval would score those questions.
+    draw = np.array([DRAW.randrange(200) for _ in range(200)])
+    assert f1.aggregate is not None
+    assert f1.aggregate(f1.values[draw]) == pytest.approx(theirs.pope_aggregate_f1_score([scores[i] for i in draw]))
+
+
+def test_mme_is_lmms_evals() -> None:
+    theirs = pytest.importorskip("lmms_eval.tasks.mme.utils")
+    perception, cognition = mme(60, "abc"), mme(20, "xy")
+    of = rows([{"p": s} for s in perception] + [{"c": s} for s in cognition])
+    alone, both = units("p", of), units("p+c", of)
+    assert alone.score == pytest.approx(theirs.mme_aggregate_results(perception))
+    total = theirs.mme_aggregate_results(perception) + theirs.mme_aggregate_results(cognition)
+    assert both.score == pytest.approx(total)
+    assert len(both.values) == 40 and both.correct is None, "a picture with its two questions is one unit"
+    assert units_of("p", of[:59]) is None, "half a pair is not scored"
+
+
+def test_seed_is_lmms_evals() -> None:
+    theirs = pytest.importorskip("lmms_eval.tasks.seedbench.utils")
+    scores = [{"pred": DRAW.choice("AbCd"), "answer": DRAW.choice("ABCD"), "question_id": i} for i in range(80)]
+    of = rows([{"seed_all": s} | ({"seed_image": s} if i % 2 else {}) for i, s in enumerate(scores)])
+    assert units("seed_all", of).score == pytest.approx(theirs.seed_aggregation_result(scores))
+    pictures = units("seed_image", of)
+    assert pictures.score == pytest.approx(theirs.seed_aggregation_result(scores[1::2]))
+    assert pictures.keys == tuple(range(1, 80, 2)), "questions about videos are left out"
+
+
+@pytest.mark.parametrize("metric", ["f1", "accuracy", "mme"])
+def test_scenes_are_its_own_scoring(metric: str) -> None:
+    scores = [
+        scoring.Result(answer=DRAW.choice(["yes", "no"]), said=DRAW.choice(["yes", "no", "x"]), pair=str(i // 2))
+        for i in range(100)
+    ]
+    ours = units(metric, rows([{metric: s} for s in scores]))
+    assert ours.score == pytest.approx(getattr(scoring, metric)(scores))
+    assert (ours.correct is None) == (metric == "mme")
+
+
+def test_numbers() -> None:
+    of = rows([{"exact_match": value} for value in (1.0, 0.0, 1.0, 1.0)])
+    exact = units("exact_match", of)
+    assert exact.score == 0.75 and exact.correct is not None and exact.correct.tolist() == [True, False, True, True]
+    shared = units("exact_match", rows([{"exact_match": 0.3}, {"exact_match": 1}]))
+    assert shared.score == pytest.approx(0.65) and shared.correct is None, "VQA's scores are between right and wrong"
+
+
+def test_unknown_forms_give_nothing() -> None:
+    assert units_of("gpt_eval_score", rows([{"gpt_eval_score": {"answer": "A", "prediction": "A"}}])) is None
+    assert units_of("x", rows([{"y": 1}])) is None

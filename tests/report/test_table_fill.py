@@ -1,0 +1,164 @@
+"""Our runs beside the paper's numbers, cell by cell, and the table in every format."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tests.report.test_compare import record
+
+from vzip.report.paper_tables import PaperTable, read_table
+from vzip.report.table_fill import FilledRow, Run, fill, find_benches, find_runs
+from vzip.report.table_format import lay_out, print_layout, to_csv, to_latex, to_markdown
+
+OWN = {
+    "name": "mine",
+    "title": "a & b",
+    "source": "here",
+    "own_columns": {"mme2": {"title": "MME", "unit": "points", "task": "mme", "metric": "p+c"}},
+    "columns": ["gqa", "mme2", "pope", "memory", "prefill", "pope_seconds"],
+    "average_over": ["gqa", "mme2", "pope"],
+    "notes": ["a remark"],
+    "mismatches": [{"row": "64, VisionZip", "column": "gqa", "note": "another number elsewhere"}],
+    "rows": [
+        {"tokens": 576, "method": "vanilla", "run": "v", "bench": "m", "values": [80.0, 200, 80, None, 30, 90]},
+        {"tokens": 64, "method": "Rival", "none": "not built", "values": [50, 100, None, None, None, None]},
+        {
+            "tokens": 64,
+            "method": "VisionZip",
+            "run": "c",
+            "bench": "m",
+            "values": [60, 150, 60, 7, 10, 45],
+            "average": 75,
+        },
+    ],
+}
+VANILLA, COMPRESSED = [1.0] * 40 + [0.0] * 10, [1.0] * 20 + [0.0] * 30
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> PaperTable:
+    (tmp_path / "mine.json").write_text(json.dumps(OWN))
+    return read_table(str(tmp_path / "mine.json"))
+
+
+def put(folder: Path, name: str, content: dict[str, Any], scores: list[float]) -> Run:
+    run = folder / "runs" / "eval" / name / "x-y" / "seed0"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps(content))
+    rows = [
+        {"task": "gqa", "doc_id": i, "question": "q", "target": "t", "answer": f"{s}", "scores": {"exact_match": s}}
+        for i, s in enumerate(scores)
+    ]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Run(run / "run.json", content)
+
+
+@pytest.fixture
+def filled(table: PaperTable, tmp_path: Path) -> list[FilledRow]:
+    vanilla = put(tmp_path, "vanilla", record("Identity", (0.8, 1.7)), VANILLA)
+    ours = put(tmp_path, "ours", record(scores=(0.4, 0.7), peak_memory_gib={"process": 1, "cuda": 2.0}), COMPRESSED)
+    limited = record(scores=(0.9, 0.9), limit=5, provisional=True, created="2027", provisional_reasons=["limit=5"])
+    other = put(tmp_path, "limited", limited, COMPRESSED)
+    stages = {"vanilla": (576, 33.0), "vzip": (64, 11.0)}
+    bench = {
+        "model": "m",
+        "methods": {
+            k: {"num_visual_tokens": n, "stages": {"prefill": {"median_ms": t}}} for k, (n, t) in stages.items()
+        },
+    }
+    (tmp_path / "runs/bench/m/z").mkdir(parents=True)
+    (tmp_path / "runs/bench/m/z/bench.json").write_text(json.dumps(bench))
+    assert [run.path for run in find_runs(tmp_path / "runs")] == [other.path, ours.path, vanilla.path]
+    benches = find_benches(tmp_path / "runs")
+    return fill(table, {"576, vanilla": [vanilla], "64, VisionZip": [ours, other]}, benches)
+
+
+def test_cells(filled: list[FilledRow]) -> None:
+    base, rival, row = filled
+    gqa, mme, pope, memory, prefill, seconds = row.cells
+    assert (gqa.ours, gqa.difference, gqa.ratio) == pytest.approx((40, -20, 0.5))
+    assert gqa.difference_outside_noise and gqa.ratio_outside_noise and gqa.provisional == ()
+    assert gqa.paired is not None and gqa.paired.is_paired and (gqa.paired.num_lost, gqa.paired.num_gained) == (20, 0)
+    # Without a standard error nothing is outside the noise, however large it is.
+    assert mme.ours == pytest.approx(100) and mme.ratio == pytest.approx(0.5)
+    assert not mme.difference_outside_noise and not mme.ratio_outside_noise
+    assert pope.ours is None and pope.reason is None
+    assert memory.ours == 2048 and memory.difference == 2041
+    assert prefill.ours == 11 and prefill.ratio == pytest.approx(3) and prefill.paper_ratio == pytest.approx(3)
+    assert seconds.ours is None, "the time of two benchmarks is not the time of one"
+    assert base.cells[0].ours == 80 and base.cells[0].ratio is None
+    assert rival.cells[0].reason == "not built" and rival.cells[0].ours is None
+
+
+def test_average_over_what_is_there(filled: list[FilledRow]) -> None:
+    average = filled[2].average
+    assert average is not None
+    assert (average.paper, average.num, average.of, average.ours) == (75, 2, 3, pytest.approx(50))
+    assert average.paper_same == pytest.approx(75)
+    assert average.low is None, "mme has no interval, so their average has none"
+
+
+def test_time_of_one_benchmark_and_never_of_a_resumed_run(table: PaperTable) -> None:
+    def seconds(**change: Any) -> float | None:
+        content = copy.deepcopy(record(**change))
+        content["tasks"] = {"pope": content["tasks"]["gqa"]}
+        return fill(table, {"64, VisionZip": [Run(Path("x"), content)]})[2].cells[5].ours
+
+    assert seconds() == 3.2
+    assert seconds(num_resumed_answers=4) is None
+
+
+def test_provisional_runs_are_marked_and_come_last(table: PaperTable, tmp_path: Path) -> None:
+    limited = record(scores=(0.9, 0.9), limit=5, provisional=True, provisional_reasons=["limit=5"])
+    rows = fill(table, {"64, VisionZip": [Run(tmp_path / "run.json", limited)]})
+    assert rows[2].cells[0].provisional == ("limit=5",)
+    text = to_markdown(lay_out(table, rows))
+    assert "| 90.0* |" in text and "- *: provisional: limit=5" in text
+    # Vanilla on other questions is not what retention is taken against.
+    vanilla = Run(tmp_path / "v.json", record("Identity", (0.8, 1.7)))
+    rows = fill(table, {"64, VisionZip": [Run(tmp_path / "run.json", limited)], "576, vanilla": [vanilla]})
+    assert rows[2].cells[0].ratio is None
+
+
+def test_markdown(table: PaperTable, filled: list[FilledRow]) -> None:
+    text = to_markdown(lay_out(table, filled))
+    for line in (
+        "| 64 | VisionZip | paper | 60.0 [1] | 150 | 60.0 | 7 | 10 | 45 | 75.0 |",
+        "|  |  | ours | 40.0 | 100.0 |  | 2048 | 11.0 |  | 50.0 of 2/3 |",
+        "|  |  | difference | **-20.0** | -50.0 |  | +2041.0 | +1.0 |  | -25.0 |",
+        "|  |  | retention | **50.0** | 50.0 |  |  | 3.00x |  |  |",
+        "| 64 | Rival | paper | 50.0 | 100 |  |  |  |  |  |",
+        "- [1] another number elsewhere",
+        "- a remark",
+    ):
+        assert line in text, line
+    assert text.count("ours") > 2 and "| Rival | ours" not in text
+
+
+def test_latex_and_terminal(table: PaperTable, filled: list[FilledRow]) -> None:
+    text = to_latex(lay_out(table, filled))
+    assert r"\caption{a \& b (here)}" in text and r"\textbf{-20.0}" in text and r"Avg \%" in text
+    assert all(line.count("&") == 9 for line in text.splitlines() if line.endswith(r"\\"))
+    console = Console(width=40, record=True, file=io.StringIO())
+    print_layout(lay_out(table, filled), console)
+    shown = console.export_text(styles=True)
+    assert re.search(r"\x1b\[1m *-20\.0", shown) and "…" not in shown
+
+
+def test_csv_has_every_cell_with_its_origin(table: PaperTable, filled: list[FilledRow]) -> None:
+    lines = list(csv.DictReader(io.StringIO(to_csv(table, filled))))
+    assert len(lines) == 3 * 6
+    gqa = next(line for line in lines if line["method"] == "VisionZip" and line["benchmark"] == "gqa")
+    assert (gqa["paper"], float(gqa["ours"]), gqa["paired"], gqa["run"]) == ("60", 40.0, "True", "c")
+    assert gqa["record"].endswith("ours/x-y/seed0/run.json") and gqa["mismatch"] and gqa["source"]
+    assert float(gqa["agreement"]) == pytest.approx(0.6) and float(gqa["p_value"]) < 1e-5
+    rival = next(line for line in lines if line["method"] == "Rival")
+    assert (rival["reason"], rival["run"], rival["ours"]) == ("not built", "", "")
