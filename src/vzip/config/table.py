@@ -113,9 +113,9 @@ def plan(table: PaperTable, words: Sequence[str], runs_dir: Path) -> dict[str, P
                 continue
             own = (*row.run, f"paths.runs_dir={runs_dir}")
             check_overrides([*own, *words], directory, "eval")
-            config, changed = (resolved(compose("eval", [*own, *more])) for more in ([], words))
+            changed = resolved(compose("eval", [*own, *words]))
             validate(changed)
-            changes = recipe_changes(changed, config)
+            changes = recipe_changes(changed, resolved(compose("eval", list(own)))) if words else []
             if changes:
                 raise ConfigError(f"row {row.label!r} would not be the paper's any more: {'; '.join(changes)}.")
             planned[row.label] = Planned(row.run, changed)
