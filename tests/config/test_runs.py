@@ -112,9 +112,11 @@ def test_plain_arguments(hydra_folder: None) -> None:
         "quantization": "4bit",
         "preprocess": "llava",
         "projector": None,
+        "adapter_path": None,
         "drop_padding": False,
         "row_newline": False,
         "num_frames": None,
+        "drop_cls": False,
     }
     assert plan.compressor == vzip.RandomTokens(vzip.TokenBudget(num_dominant=27, num_contextual=5), seed=4)
     arguments = dict(plan.evaluation)

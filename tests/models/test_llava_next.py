@@ -132,7 +132,7 @@ def test_drop_padding_beside_a_tall_picture(model):
 
 
 def test_options_are_off_by_default_and_refused_where_they_mean_nothing(model):
-    assert wrapped(model).adapter.packing == type(wrapped(model).adapter.packing)(drop_padding=False, row_newline=False)
+    assert wrapped(model).adapter.options == type(wrapped(model).adapter.options)(drop_padding=False, row_newline=False)
     with pytest.raises(ConfigError, match=r"row_newline=True.*has no tiles"):
         vzip.CompressedVlm(tiny.llava(), vzip.VisionZip(BUDGET), row_newline=True)
     with pytest.raises(ConfigError, match=r"drop_padding=True.*RandomTokens does not select by attention"):

@@ -223,8 +223,7 @@ def test_without_cls_the_budget_is_of_mined_patches_alone():
     whole = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET))
     with_cls = whole.adapter.run_tower(**inputs, requires=whole.compressor.requires)
     stock = vzip.CompressedVlm(model, vzip.Identity()).forward(ids, **inputs).logits
-    model.config.drop_cls = True
-    vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET))
+    vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), drop_cls=True)
     vision = vlm.adapter.run_tower(**inputs, requires=vlm.compressor.requires)
     assert torch.equal(vision.hidden, with_cls.hidden[:, 1:]) and torch.equal(vision.keys, with_cls.keys[:, 1:])
     assert torch.equal(vision.attention, with_cls.attention)

@@ -132,12 +132,13 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
 
 def load_arguments(model: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of ``vzip.load_vlm``, the compressor left out, from the ``model`` group."""
-    of_family = ("drop_padding", "row_newline", "num_frames")
-    keys = ("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess", "projector")
+    of_family = ("drop_padding", "row_newline", "num_frames", "drop_cls")
+    on_top = ("projector", "adapter_path")
+    keys = ("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess")
     name_or_path = model["name_or_path"]
     if name_or_path.startswith("~"):
         name_or_path = str(Path(name_or_path).expanduser())
-    return {"name_or_path": name_or_path, **{key: model[key] for key in (*keys, *of_family)}}
+    return {"name_or_path": name_or_path, **{key: model[key] for key in (*keys, *on_top, *of_family)}}
 
 
 def tuned_weights(config: Mapping[str, Any], directory: Path) -> str | None:

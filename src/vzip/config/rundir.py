@@ -30,6 +30,8 @@ RESULT_KEYS: Mapping[str, tuple[str, ...]] = {
         "drop_padding",
         "row_newline",
         "num_frames",
+        "drop_cls",
+        "adapter_path",
         "system_prompt",
         "projector",
     ),

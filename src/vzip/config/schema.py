@@ -104,6 +104,8 @@ GROUPS: Mapping[str, Mapping[str, Rule]] = {
         "drop_padding": BOOL,
         "row_newline": BOOL,
         "num_frames": optional(whole_number(1)),
+        "drop_cls": BOOL,
+        "adapter_path": optional(text("a directory with a PEFT checkpoint (LoRA), or a hub id")),
         "projector": optional(text("a directory that train.py wrote, or trained: this command line's own")),
         "num_tower_tokens": optional(whole_number(1)),
         "system_prompt": optional(text("a text")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -197,26 +198,26 @@ def _check_budget_fits(model: Mapping[str, Any], compressor: Mapping[str, Any], 
 
 def _check_family(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> list[str]:
     """Holds options that only some families have against the compressor, and against a checkpoint's own directory."""
-    drop_padding, row_newline, num_frames = (model.get(key) for key in ("drop_padding", "row_newline", "num_frames"))
-    wrong_value = not all(isinstance(value, bool) for value in (drop_padding, row_newline))
-    if wrong_value or not (drop_padding or row_newline or num_frames is not None):
+    switches = {key: model.get(key) for key in ("drop_padding", "row_newline", "drop_cls")}
+    num_frames = model.get("num_frames")
+    wrong_value = not all(isinstance(value, bool) for value in switches.values())
+    if wrong_value or not (any(switches.values()) or num_frames is not None):
         return []
-    from vzip.models.adapters import PackingOptions, adapter_class_for_config
+    from vzip.models.adapters import FamilyOptions, adapter_class_for_config
     from vzip.models.adapters.options import check_drop_padding
 
     problems = []
     try:
-        check_drop_padding(build_compressor(compressor), bool(drop_padding))
+        check_drop_padding(build_compressor(compressor), bool(switches["drop_padding"]))
     except ConfigError as error:
         problems.append(str(error))
     folder = Path(str(model.get("name_or_path"))).expanduser()
     if not (folder / "config.json").is_file():
         return problems  # a hub id: load_vlm looks, before it loads any weight
-    from transformers import AutoConfig
+    from vzip.models.load import read_config
 
     try:
-        adapter_class = adapter_class_for_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-        adapter_class.check_options(PackingOptions(bool(drop_padding), bool(row_newline)), num_frames)
+        adapter_class_for_config(read_config(folder)).check_options(FamilyOptions(**switches), num_frames)
     except ConfigError as error:
         problems.append(str(error))
     except (VzipError, ValueError, OSError):
@@ -235,6 +236,12 @@ def _check_paths(model: Mapping[str, Any], evaluation: Mapping[str, Any]) -> lis
             f"model.projector={tuned}: no such directory. It must be one that train.py wrote (runs/train/.../final), or"
             f" {TRAINED} for what `train.py` with these words wrote."
         )
+    adapter = model.get("adapter_path")
+    if isinstance(adapter, str) and not Path(adapter).expanduser().is_dir() and not _may_be_hub_id(adapter):
+        problems.append(
+            f"model.adapter_path={adapter}: no such directory. It must be one that PEFT wrote (adapter_config.json and"
+            " weights), or a hub id."
+        )
     folder = evaluation.get("include_path")
     if isinstance(folder, str) and folder != BUILT_IN and not Path(folder).expanduser().is_dir():
         problems.append(
@@ -242,3 +249,7 @@ def _check_paths(model: Mapping[str, Any], evaluation: Mapping[str, Any]) -> lis
             f" or be {BUILT_IN} for the generated benchmark."
         )
     return problems
+
+
+def _may_be_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).parent.is_dir()

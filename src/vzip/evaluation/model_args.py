@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _OF_LOADER = (
     *("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess"),
-    *("drop_padding", "row_newline", "num_frames"),
+    *("drop_padding", "row_newline", "num_frames", "drop_cls", "adapter_path"),
 )
 _OF_ADAPTER = ("system_prompt", "batch_size")
 _OF_COMPRESSOR = ("compressor", "num_dominant", "num_contextual", "merge_rule", "seed")

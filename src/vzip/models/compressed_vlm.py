@@ -17,7 +17,7 @@ from vzip.data.images import PREPROCESSES, Preprocess
 from vzip.data.video import DEFAULT_NUM_FRAMES, check_num_frames
 from vzip.errors import ConfigError, PromptError, nearest
 
-from .adapters import PackingOptions, adapter_for_model
+from .adapters import FamilyOptions, adapter_for_model
 from .chat import ChatSession
 from .inputs import InputBuilder
 from .splice import PaddingSide, PreparedInputs, plan_splice, splice
@@ -48,18 +48,20 @@ class CompressedVlm(InputBuilder, nn.Module):
         drop_padding: bool = False,
         row_newline: bool = False,
         num_frames: int | None = None,
+        drop_cls: bool = False,
     ) -> None:
         """Wraps a loaded model.
 
         Args:
             hf_model, compressor, processor, preprocess: see the class.
-            drop_padding, row_newline: see ``vzip.models.adapters.options.PackingOptions`` (LLaVA-NeXT only).
+            drop_padding, row_newline: see ``vzip.models.adapters.options.FamilyOptions`` (LLaVA-NeXT only).
             num_frames: see the class (Video-LLaVA only); None: 8, as it was trained.
+            drop_cls: see ``FamilyOptions`` (Mini-Gemini only).
 
         Raises:
             UnsupportedModelError: no adapter for the model's class, vision tower or settings.
-            ConfigError: an unknown ``preprocess``, a budget that does not fit the vision tower, or an option of the
-                packing that the family or the compressor cannot honour.
+            ConfigError: an unknown ``preprocess``, a budget that does not fit the vision tower, or an option
+                that the family or the compressor cannot honour.
         """
         super().__init__()
         if preprocess not in PREPROCESSES:
@@ -67,8 +69,8 @@ class CompressedVlm(InputBuilder, nn.Module):
                 f"model.preprocess={preprocess!r}: must be one of {', '.join(PREPROCESSES)}"
                 f"{nearest(str(preprocess), PREPROCESSES)}."
             )
-        self.adapter = adapter_for_model(hf_model, PackingOptions(drop_padding, row_newline))
-        self.adapter.check_options(self.adapter.packing, num_frames)
+        self.adapter = adapter_for_model(hf_model, FamilyOptions(drop_padding, row_newline, drop_cls))
+        self.adapter.check_options(self.adapter.options, num_frames)
         self.num_frames = DEFAULT_NUM_FRAMES if num_frames is None else check_num_frames(num_frames)
         self.model = hf_model
         self.training = hf_model.training

@@ -19,7 +19,7 @@ from vzip.data.images import PREPROCESSES, Preprocess
 from vzip.data.video import check_num_frames
 from vzip.errors import CheckpointError, ConfigError, VzipError, nearest
 
-from .adapters import Adapter, PackingOptions, adapter_class_for_config
+from .adapters import Adapter, FamilyOptions, adapter_class_for_config
 from .compressed_vlm import CompressedVlm
 from .environment import refuse_broken_packages
 from .lora import apply_peft_checkpoint, check_peft_checkpoint
@@ -54,6 +54,7 @@ def load_vlm(
     drop_padding: bool = False,
     row_newline: bool = False,
     num_frames: int | None = None,
+    drop_cls: bool = False,
     adapter_path: str | Path | None = None,
     projector: str | Path | None = None,
 ) -> CompressedVlm:
@@ -71,6 +72,7 @@ def load_vlm(
         preprocess: ``llava`` or ``hf``.
         drop_padding, row_newline: as for ``CompressedVlm``: options of LLaVA-NeXT.
         num_frames: as for ``CompressedVlm``: frames taken of a video.
+        drop_cls: as for ``CompressedVlm``: an option of Mini-Gemini.
         projector: directory of tuned weights that training wrote (see ``vzip.models.tuned``); another budget than
             theirs is warned of, another base model an error.
         adapter_path: a PEFT checkpoint (LoRA), directory or hub id, put on top of the model; see ``vzip.models.lora``.
@@ -96,8 +98,8 @@ def load_vlm(
 
     config = _reach(source, lambda: read_config(source, revision))
     adapter_class = adapter_class_for_config(config)
-    packing = PackingOptions(drop_padding, row_newline)
-    adapter_class.check_settings(config, compressor, packing, num_frames)
+    options = FamilyOptions(drop_padding, row_newline, drop_cls)
+    adapter_class.check_settings(config, compressor, options, num_frames)
     if isinstance(source, Path):
         _check_weight_files(source)
     if adapter_path is not None:
@@ -121,7 +123,7 @@ def load_vlm(
     if adapter_path is not None:
         apply_peft_checkpoint(model, adapter_path)
     model.eval()
-    vlm = CompressedVlm(model, compressor, processor, preprocess, drop_padding, row_newline, num_frames)
+    vlm = CompressedVlm(model, compressor, processor, preprocess, drop_padding, row_newline, num_frames, drop_cls)
     if projector is not None:
         apply_tuned(vlm.adapter, compressor, projector)
     return vlm

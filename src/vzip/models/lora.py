@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import transformers
+from packaging.version import Version
 from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
@@ -17,6 +19,8 @@ from vzip.errors import CheckpointError, UnsupportedModelError
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # LLaVA's own training code keeps its projector here, under names of its own.
 _OTHER_WEIGHTS = "non_lora_trainables.bin"
+# 5.17 looks for whole modules (modules_to_save) under names the checkpoint does not have; seen right in 5.18 and 5.23.
+_PLACES_WHOLE_MODULES = Version("5.18.0")
 
 
 def check_peft_checkpoint(adapter_path: str | Path) -> None:
@@ -27,7 +31,8 @@ def check_peft_checkpoint(adapter_path: str | Path) -> None:
 
     Raises:
         CheckpointError: no such checkpoint, files missing, or files that would be left out.
-        UnsupportedModelError: a method that adds prompt tokens instead of changing layers.
+        UnsupportedModelError: a method that adds prompt tokens instead of changing layers; whole modules in it, which
+            transformers 5.17 cannot place.
     """
     path = Path(adapter_path).expanduser()
     if path.is_dir():
@@ -51,6 +56,13 @@ def check_peft_checkpoint(adapter_path: str | Path) -> None:
         raise UnsupportedModelError(
             f"model.adapter_path={adapter_path}: {config.peft_type.value} adds tokens to the prompt, whose positions"
             " compression changes; LoRA and other methods that change layers are supported."
+        )
+    if config.modules_to_save and Version(transformers.__version__) < _PLACES_WHOLE_MODULES:
+        modules = ", ".join(config.modules_to_save)
+        raise UnsupportedModelError(
+            f"model.adapter_path={adapter_path}: beside its layers it holds whole modules (modules_to_save: {modules}),"
+            f" which transformers {transformers.__version__} does not put in their places; transformers"
+            f" {_PLACES_WHOLE_MODULES} does. Upgrade it: pip install -c constraints.txt transformers."
         )
 
 

@@ -12,7 +12,7 @@ from .base import Adapter
 from .llava import LlavaAdapter
 from .llava_next import LlavaNextAdapter
 from .mini_gemini import MiniGeminiAdapter
-from .options import PackingOptions
+from .options import FamilyOptions
 from .video_llava import VideoLlavaAdapter
 
 # Subclasses before their base: a Mini-Gemini model is a LLaVA model to isinstance.
@@ -21,10 +21,10 @@ ADAPTERS: tuple[type[Adapter], ...] = (MiniGeminiAdapter, LlavaAdapter, LlavaNex
 __all__ = [
     "ADAPTERS",
     "Adapter",
+    "FamilyOptions",
     "LlavaAdapter",
     "LlavaNextAdapter",
     "MiniGeminiAdapter",
-    "PackingOptions",
     "VideoLlavaAdapter",
     "adapter_class_for_config",
     "adapter_for_model",
@@ -39,16 +39,16 @@ def _unsupported(name: str) -> UnsupportedModelError:
     )
 
 
-def adapter_for_model(model: nn.Module, packing: PackingOptions | None = None) -> Adapter:
+def adapter_for_model(model: nn.Module, options: FamilyOptions | None = None) -> Adapter:
     """The adapter for a loaded Hugging Face model, found by its class.
 
     Raises:
-        ConfigError: options of the packing that the family does not have.
+        ConfigError: options that the family does not have.
         UnsupportedModelError: no adapter for this class, its vision tower or its settings.
     """
     for adapter in ADAPTERS:
         if isinstance(model, adapter.model_class):
-            return adapter(model, packing)
+            return adapter(model, options)
     raise _unsupported(type(model).__name__)
 
 

@@ -23,7 +23,7 @@ from vzip.errors import ConfigError, PromptError, UnsupportedModelError
 
 from ..tap import run_tower
 from ..towers import Tower, TowerGeometry, find_tower
-from .options import PackingOptions, check_fit
+from .options import FamilyOptions, check_fit
 
 
 class Adapter(ABC):
@@ -36,27 +36,29 @@ class Adapter(ABC):
         select_layer: the tower's layer the model was trained on.
         stock_offset: first row of the tower's output the unmodified model uses (1: it drops row 0).
         image_token_id: id of the placeholder in ``input_ids``.
-        packing: options of the packing.
+        options: of the family.
         has_tiles: whether the family cuts a picture into several crops.
+        has_mining: whether patches are mined, and CLS, which is not, may be left out.
         has_video: whether it takes videos.
         video_token_id: id of a video's placeholder in ``input_ids``, or None.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
     has_tiles: ClassVar[bool] = False
+    has_mining: ClassVar[bool] = False
     has_video: ClassVar[bool] = False
     video_token_id: int | None = None
 
-    def __init__(self, model: PreTrainedModel, packing: PackingOptions | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
         """Finds the model's parts.
 
         Raises:
             UnsupportedModelError: a vision tower or setting that cannot be served.
-            ConfigError: options of the packing for a family without tiles.
+            ConfigError: options that the family does not have.
         """
         self.model = model
-        self.packing = packing or PackingOptions()
-        self.check_options(self.packing)
+        self.options = options or FamilyOptions()
+        self.check_options(self.options)
         self.geometry = self.check_config(model.config)
         self.tower: Tower = find_tower(self.vision_tower)
         self.select_layer: int = self.read_select_layer(model.config)
@@ -69,12 +71,17 @@ class Adapter(ABC):
         """The tower's shape, from the configuration alone; raises UnsupportedModelError for what we cannot serve."""
 
     @classmethod
-    def check_options(cls, packing: PackingOptions, num_frames: int | None = None) -> None:
+    def check_options(cls, options: FamilyOptions, num_frames: int | None = None) -> None:
         """Raises ConfigError for an option that the family does not have."""
-        if packing != PackingOptions() and not cls.has_tiles:
+        if (options.drop_padding or options.row_newline) and not cls.has_tiles:
             raise ConfigError(
-                f"model.drop_padding={packing.drop_padding}, model.row_newline={packing.row_newline}:"
+                f"model.drop_padding={options.drop_padding}, model.row_newline={options.row_newline}:"
                 f" {cls.model_class.__name__} has no tiles, so both must be False; they are options of LLaVA-NeXT."
+            )
+        if options.drop_cls and not cls.has_mining:
+            raise ConfigError(
+                f"model.drop_cls=True: {cls.model_class.__name__} does not mine patches, so CLS is a token like others"
+                " and drop_cls must be False; it is an option of Mini-Gemini (model=mini_gemini_7b)."
             )
         if num_frames is not None and not cls.has_video:
             raise ConfigError(
@@ -84,7 +91,7 @@ class Adapter(ABC):
 
     @classmethod
     def check_settings(
-        cls, config: Any, compressor: Compressor, packing: PackingOptions, num_frames: int | None = None
+        cls, config: Any, compressor: Compressor, options: FamilyOptions, num_frames: int | None = None
     ) -> None:
         """All that can be checked from a configuration, before any weight is read.
 
@@ -93,8 +100,8 @@ class Adapter(ABC):
             ConfigError: a compressor, budget or option that does not fit it.
         """
         geometry = cls.check_config(config)
-        cls.check_options(packing, num_frames)
-        check_fit(compressor, geometry, packing)
+        cls.check_options(options, num_frames)
+        check_fit(compressor, geometry, options)
 
     @classmethod
     def load_model(cls, source: str | Path, config: Any, **settings: Any) -> Any:
@@ -187,8 +194,8 @@ class Adapter(ABC):
         return [0] * len(num_crops)
 
     def check_compressor(self, compressor: Compressor) -> None:
-        """Raises ConfigError if the compressor does not fit the vision tower or the packing's options."""
-        check_fit(compressor, self.geometry, self.packing)
+        """Raises ConfigError if the compressor does not fit the vision tower or the family's options."""
+        check_fit(compressor, self.geometry, self.options)
 
     def video_lengths(self, pixel_values_videos: Tensor) -> list[int]:
         """Visual tokens of the unmodified model, which is the placeholders its processor writes, for each video.

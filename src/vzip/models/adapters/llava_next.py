@@ -117,7 +117,7 @@ class LlavaNextAdapter(LlavaBase):
     def hide_padding(
         self, vision: VisionOutput, num_crops: Sequence[int], image_sizes: Tensor | None, tile_grids: Tensor | None
     ) -> VisionOutput:
-        if not self.packing.drop_padding or vision.attention is None:
+        if not self.options.drop_padding or vision.attention is None:
             return vision
         (tile_rows, tile_cols), masks = self.geometry.grid, []
         for count, (size, grid) in zip(num_crops, self._layouts(len(num_crops), image_sizes, tile_grids), strict=True):
@@ -177,9 +177,9 @@ class LlavaNextAdapter(LlavaBase):
 
     def _newline_rows(self, size: Grid, grid: Grid) -> range:
         """Stitched rows after which ``row_newline`` puts a newline token."""
-        if not self.packing.row_newline:
+        if not self.options.row_newline:
             return range(0)
-        return self._pictured(size, grid)[0] if self.packing.drop_padding else range(self._stitched(grid)[0])
+        return self._pictured(size, grid)[0] if self.options.drop_padding else range(self._stitched(grid)[0])
 
     def _stitch(self, tiles: Tensor, size: Grid, grid: Grid, newline: Tensor) -> Tensor:
         """Uncompressed tiles ``[T, P, d]`` as Hugging Face packs them: stitched, unpadded, a newline a row."""

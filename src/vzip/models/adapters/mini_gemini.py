@@ -2,7 +2,7 @@
 
 The paper gives counts (64, 128, 192 of 576) and does not say how mining and selection are joined. Here all patches are
 mined first, since a query needs its own window, and merged tokens and CLS own none. Scores and keys are the
-low-resolution tower's, as for LLaVA-1.5; CLS passes unmined, or is left out (``drop_cls`` of the configuration).
+low-resolution tower's, as for LLaVA-1.5; CLS passes unmined, or is left out (``drop_cls``).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class MiniGeminiAdapter(LlavaAdapter):
     """CLIP tower, ConvNeXt tower and mining, two-layer projector, any language model."""
 
     model_class = MiniGeminiForConditionalGeneration
+    has_mining = True
 
     @classmethod
     def check_config(cls, config: Any) -> TowerGeometry:
@@ -45,11 +46,7 @@ class MiniGeminiAdapter(LlavaAdapter):
                 f" patches needs its own window of features, so the side must be a multiple of {stride} pixels. It is a"
                 " setting of the checkpoint's config.json (image_size_aux in a published one)."
             )
-        return replace(geometry, has_cls=not config.drop_cls)
-
-    @staticmethod
-    def read_stock_offset(config: Any) -> int:
-        return 0 if config.drop_cls else 1
+        return geometry
 
     @classmethod
     def load_model(cls, source: str | Path, config: Any, **settings: Any) -> Any:
@@ -82,7 +79,7 @@ class MiniGeminiAdapter(LlavaAdapter):
         model: Any = self.model.get_submodule("model")
         vision = super().run_tower(model.low_res(pixel_values), requires)
         mined = model.mine(vision.hidden[:, 1:], pixel_values)
-        if self.geometry.has_cls:
+        if not self.options.drop_cls:
             return replace(vision, hidden=torch.cat([vision.hidden[:, :1], mined], dim=1))
         keys = None if vision.keys is None else vision.keys[:, 1:]
-        return replace(vision, hidden=mined, keys=keys, has_cls=False)
+        return replace(vision, hidden=mined, keys=keys, has_cls=False, stock_offset=0)

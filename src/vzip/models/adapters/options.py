@@ -12,18 +12,22 @@ from ..towers import TowerGeometry
 
 
 @dataclass(frozen=True)
-class PackingOptions:
-    """How tiles become one sequence, beyond what the published code does; for families that cut pictures into tiles.
+class FamilyOptions:
+    """What some families can do beyond what the published code does.
 
     Attributes:
-        drop_padding: patches that show nothing but the padding around the picture are not selected as long as their
-            tile has enough others (they are still merged). Needs a compressor that selects by attention.
-        row_newline: the model's newline token after each row of patches of the tile grid, as without compression;
-            these tokens come on top of the budget. With ``drop_padding``, rows that are only padding get none.
+        drop_padding: (LLaVA-NeXT) patches that show nothing but the padding around the picture are not selected as long
+            as their tile has enough others (they are still merged). Needs a compressor that selects by attention.
+        row_newline: (LLaVA-NeXT) the model's newline token after each row of patches of the tile grid, as without
+            compression; these tokens come on top of the budget. With ``drop_padding``, rows that are only padding get
+            none.
+        drop_cls: (Mini-Gemini) compression chooses among the mined patches alone. False: CLS, which owns no window and
+            stays unmined, is the first dominant token, as for LLaVA-1.5. The uncompressed model never uses it.
     """
 
     drop_padding: bool = False
     row_newline: bool = False
+    drop_cls: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -31,10 +35,10 @@ class PackingOptions:
                 raise ConfigError(f"model.{name}={value!r}: must be true or false.")
 
 
-def check_fit(compressor: Compressor, geometry: TowerGeometry, packing: PackingOptions) -> None:
-    """Raises ConfigError if the compressor does not fit the vision tower or the packing's options."""
-    compressor.check_fits(geometry.num_patches, geometry.has_cls)
-    check_drop_padding(compressor, packing.drop_padding)
+def check_fit(compressor: Compressor, geometry: TowerGeometry, options: FamilyOptions) -> None:
+    """Raises ConfigError if the compressor does not fit the vision tower or the family's options."""
+    compressor.check_fits(geometry.num_patches, geometry.has_cls and not options.drop_cls)
+    check_drop_padding(compressor, options.drop_padding)
 
 
 def check_drop_padding(compressor: Compressor, drop_padding: bool) -> None:

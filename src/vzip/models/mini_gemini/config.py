@@ -14,8 +14,6 @@ class MiniGeminiConfig(LlavaConfig):
         high_res_config: the ConvNeXt; None: OpenCLIP's ``convnext_large``.
         high_res_image_size: side in pixels of the square picture the model takes. The low-resolution tower sees the
             same picture scaled down to its own size.
-        drop_cls: compression chooses among the mined patches alone. False: CLS, which owns no window and stays
-            unmined, is the first dominant token, as for LLaVA-1.5. The uncompressed model never uses it.
     """
 
     # Not "mini_gemini": early published checkpoints call their own layout so.
@@ -24,7 +22,6 @@ class MiniGeminiConfig(LlavaConfig):
 
     high_res_config: Any = None
     high_res_image_size: int = 768
-    drop_cls: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.high_res_config is None:

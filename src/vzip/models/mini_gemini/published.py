@@ -80,7 +80,6 @@ class PublishedCheckpoint:
                 depths=[3, 3, 27, 3], hidden_sizes=[narrowest * factor for factor in (1, 2, 4, 8)]
             ),
             high_res_image_size=self.fields["image_size_aux"],
-            drop_cls=self.fields.get("drop_cls", False),  # ours; no published checkpoint has it
             image_token_index=text.vocab_size,  # the placeholder is no word of the language model's
             vision_feature_layer=self.fields["mm_vision_select_layer"],
             bos_token_id=text.bos_token_id,
