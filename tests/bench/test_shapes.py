@@ -119,6 +119,15 @@ def test_other_classes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UnsupportedModelError, match="'bert'"):
         shapes.resolve(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mgm"}))
+    with pytest.raises(UnsupportedModelError, match="nor Mini-Gemini, which mines patches"):
+        shapes.resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["video_llava_7b", "mini_gemini_7b"])
+def test_families_that_are_not_measured_are_named(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"model={name}: .*not Video-LLaVA, .* nor Mini-Gemini"):
+        shapes.resolve(name)
 
 
 def test_too_large_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ def test_lines_that_cannot_be_answered_are_named_and_the_dialogue_goes_on(say, s
     lines = [
         "/imag x",
         "/image",
+        "/video clip.mp4",
         f"/image {tmp_path}/none.png",
         f"/image {tmp_path}/text.png",
         "what [bold]is[/] <image>?",
@@ -70,6 +71,7 @@ def test_lines_that_cannot_be_answered_are_named_and_the_dialogue_goes_on(say, s
     for said in (
         "ConfigError: /imag: no such command (did you mean '/image'?)",
         "ConfigError: /image needs a picture file",
+        "ConfigError: /video: a dialogue is about pictures. Ask one question about a video with `python -m vzip ask",
         f"ImageError: {tmp_path}/none.png: no such picture file.",
         f"ImageError: {tmp_path}/text.png: not a picture",
         "> what [bold]is[/] <image>?\nPromptError: The question holds '<image>'",

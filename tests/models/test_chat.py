@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tests import tiny
+from tests import tiny, tiny_mini_gemini
 from tokenizers.processors import TemplateProcessing
 
 import vzip
@@ -44,6 +44,18 @@ def llava_next() -> vzip.CompressedVlm:
     processor = tiny.next_processor()
     processor.chat_template = VICUNA
     return vzip.CompressedVlm(tiny.llava_next(vocab_size=320), vzip.VisionZip(BUDGET), processor)
+
+
+def video_llava() -> vzip.CompressedVlm:
+    processor = tiny.video_processor()
+    processor.chat_template = VICUNA
+    return vzip.CompressedVlm(tiny.video_llava(vocab_size=320, video_token=5), vzip.VisionZip(BUDGET), processor)
+
+
+def mini_gemini() -> vzip.CompressedVlm:
+    processor = tiny_mini_gemini.processor()
+    processor.chat_template = VICUNA
+    return vzip.CompressedVlm(tiny_mini_gemini.mini_gemini(vocab_size=320), vzip.VisionZip(BUDGET), processor)
 
 
 class Recorder:
@@ -100,7 +112,7 @@ TURNS = [
 ]
 
 
-@pytest.mark.parametrize("build", [built_in, llava, llava_next])
+@pytest.mark.parametrize("build", [built_in, llava, llava_next, video_llava, mini_gemini])
 def test_every_turn_equals_one_pass_over_the_dialogue(build: Callable[[], vzip.CompressedVlm]) -> None:
     vlm = build()
     chat, recorder = vlm.chat(), Recorder(vlm)

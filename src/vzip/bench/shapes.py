@@ -115,6 +115,11 @@ SHAPES: dict[str, Callable[[], BenchModel]] = {
     ),
 }
 TINY = "tiny"
+MEASURED = (
+    "the bench measures llava, clip_vision_model and siglip_vision_model, and LLaVA-NeXT as the shape llava_next_7b;"
+    " not Video-LLaVA, whose frames have a tower of their own, nor Mini-Gemini, which mines patches before selection"
+)
+_NOT_MEASURED = ("video_llava", "mini_gemini")
 TINY_DIRECTORY = Path(__file__).resolve().parent.parent / "demo" / "tiny"
 
 
@@ -123,7 +128,8 @@ def resolve(name: str) -> BenchModel:
 
     Raises:
         ConfigError: for a name that is neither, with the nearest one.
-        UnsupportedModelError: for a directory whose model class is neither LLaVA nor a vision tower.
+        UnsupportedModelError: for a directory whose model class is neither LLaVA nor a vision tower, and for a family
+            that is not measured.
     """
     if name in SHAPES:
         return SHAPES[name]()
@@ -134,17 +140,19 @@ def resolve(name: str) -> BenchModel:
                 f"model=tiny: {directory} holds no config.json; `make tiny` trains it, or choose one of "
                 f"{', '.join(SHAPES)}"
             )
+        if name.startswith(_NOT_MEASURED):
+            raise UnsupportedModelError(f"model={name}: {MEASURED}")
         allowed = [TINY, *SHAPES]
         raise ConfigError(
             f"model={name!r} is neither a shape nor a directory with a config.json{nearest(name, allowed)}; "
             f"shapes: {', '.join(allowed)}"
         )
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except ValueError as error:  # a model type that transformers does not know, as the published Mini-Gemini's
+        raise UnsupportedModelError(f"model={name}: {str(error).splitlines()[0]} {MEASURED}") from error
     if type(config) is not LlavaConfig and config.model_type not in ("clip_vision_model", "siglip_vision_model"):
-        raise UnsupportedModelError(
-            f"model={name}: {directory} holds a {config.model_type!r}; the bench measures llava, clip_vision_model and "
-            "siglip_vision_model"
-        )
+        raise UnsupportedModelError(f"model={name}: {directory} holds a {config.model_type!r}; {MEASURED}")
     return BenchModel(name, config, str(directory), default_weights="pretrained")
 
 

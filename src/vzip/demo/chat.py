@@ -105,6 +105,11 @@ class _Terminal:
             self._remark("stopped; this turn is forgotten")
 
     def _command(self, command: str, rest: str = "") -> None:
+        if command == "/video":
+            raise ConfigError(
+                "/video: a dialogue is about pictures. Ask one question about a video with `python -m vzip ask FILE"
+                " QUESTION`."
+            )
         if command not in COMMANDS:
             raise ConfigError(
                 f"{command}: no such command{nearest(command, COMMANDS)}; commands: /image FILE, /reset. A question"
