@@ -75,6 +75,7 @@ SETTINGS = TrainSettings(
     keep_last=2,
     num_validation_samples=0,
     trackers=(),
+    lora=None,
 )
 LAUNCH = LaunchSettings(
     num_threads=1,

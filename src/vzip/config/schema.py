@@ -187,6 +187,7 @@ KINDS: Mapping[str, Mapping[str, Mapping[str, Rule]]] = {
             "keep_last": whole_number(1),
             "num_validation_samples": whole_number(0),
             "trackers": subset_of("wandb", "tensorboard", empty=True),
+            "lora": optional(Rule("a mapping (train=projector_lora has one)", lambda v: isinstance(v, dict))),
         },
     },
 }
@@ -200,6 +201,17 @@ GENERATION: Mapping[str, Rule] = {
     "until": optional(texts("a list of strings at which an answer ends")),
 }
 
+LORA: Mapping[str, Rule] = {
+    "r": whole_number(1),
+    "alpha": positive(),
+    "dropout": share(),
+    "target_modules": texts("a list of at least one name of the language model's linear layers, as [q_proj,v_proj]"),
+    "learning_rate": optional(number(0.0)),
+}
+
+# Values that are mappings with rules of their own.
+NESTED: Mapping[str, Mapping[str, Rule]] = {"eval.gen_kwargs": GENERATION, "train.lora": LORA}
+
 COMPRESSOR_OPEN_GROUP = "compressor"
 
 
@@ -210,7 +222,7 @@ def rules_of(group: str, values: Mapping[str, Any]) -> Mapping[str, Rule]:
 
 def known_keys() -> list[str]:
     """Every dotted key of the schema; the open group's own keys are not among them."""
-    keys = [*TOP, *(f"eval.gen_kwargs.{key}" for key in GENERATION)]
+    keys = [*TOP, *(f"{name}.{key}" for name, rules in NESTED.items() for key in rules)]
     for group, rules in GROUPS.items():
         keys += [f"{group}.{key}" for key in rules]
     for group, kinds in KINDS.items():

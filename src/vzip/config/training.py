@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from vzip.config.build import load_arguments, resolved
 from vzip.config.options import RECIPE_GROUP, config_dir
-from vzip.config.rundir import training_directory
+from vzip.config.rundir import RESULT_KEYS, training_directory
 from vzip.config.validate import TRAINED, build_compressor, validate
 from vzip.errors import ConfigError
 
@@ -83,9 +83,15 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
     settings, launch = settings_of(config)
     if launch.num_machines == 1:
         launch.accumulation(settings.samples_per_step, launch.num_processes)
+    if settings.lora is not None and model["adapter_path"] is not None:
+        raise ConfigError(
+            f"train.lora on top of model.adapter_path={model['adapter_path']}: a model has one set of LoRA layers at a"
+            " time. Merge the first into the weights (PEFT's merge_and_unload), or set either to null."
+        )
     compressor = build_compressor(config["compressor"])
     start = None if model["projector"] == TRAINED else model["projector"]
-    identity_keys = ("name_or_path", "revision", "quantization", "preprocess", "attn_implementation", "system_prompt")
+    # What a training's model is; the precision is training's own, and the start is named apart.
+    identity_keys = [key for key in RESULT_KEYS["model"] if key not in ("dtype", "projector")]
     return TrainPlan(
         load_data=_data_loader(config["data"]),
         load_model=_model_loader(model, compressor, start),
@@ -112,11 +118,14 @@ def settings_of(config: Mapping[str, Any]) -> tuple[TrainSettings, LaunchSetting
     Raises:
         ConfigError: settings of ``train`` that contradict one another.
     """
-    from vzip.train.settings import LaunchSettings, TrainSettings
+    from vzip.train.settings import LaunchSettings, LoraSettings, TrainSettings
 
     train = {key: value for key, value in config["train"].items() if key not in ("name", "kind")}
     for key in ("parts", "trackers"):
         train[key] = tuple(train[key])
+    if train["lora"] is not None:
+        lora = {**train["lora"], "target_modules": tuple(train["lora"]["target_modules"])}
+        train["lora"] = LoraSettings(**lora)
     launch = {key: value for key, value in config["launcher"].items() if key != "name"}
     return TrainSettings(**train), LaunchSettings(**launch)
 

@@ -67,8 +67,8 @@ def _check_group(group: str, values: Any, rules: Mapping[str, schema.Rule]) -> l
         name = f"{group}.{key}"
         if key not in rules:
             problems.append(f"{name}: no such key{_near_key(name, rules, group)}; allowed: {', '.join(rules)}.")
-        elif name == "eval.gen_kwargs" and isinstance(value, Mapping):
-            problems += _check_group(name, value, schema.GENERATION)
+        elif name in schema.NESTED and isinstance(value, Mapping):
+            problems += _check_group(name, value, schema.NESTED[name])
         else:
             problems += _check_value(name, value, rules[key])
     missing = [key for key in rules if key not in values and rules is not schema.GENERATION]

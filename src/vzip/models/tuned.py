@@ -1,7 +1,8 @@
 """What training changed, in a file of its own: the tuned weights, and from what they were made.
 
 ``tuned.safetensors`` holds the trained tensors under the model's own names, ``tuned.json`` says for which base model,
-compressor and budget. Loading holds all of that against the model at hand.
+compressor and budget. Loading holds all of that against the model at hand. LoRA layers that were trained with them are
+in ``lora``, a PEFT checkpoint, and come along.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from vzip.compressors.base import Compressor
 from vzip.errors import CheckpointError
 
 from .adapters import Adapter
+from .lora import apply_peft_checkpoint
+from .lora_training import WEIGHTS_NAME as LORA_WEIGHTS_NAME
+from .lora_training import is_lora, read_lora, write_lora
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_NAME, HEADER_NAME = "tuned.safetensors", "tuned.json"
+WEIGHTS_NAME, HEADER_NAME, LORA_NAME = "tuned.safetensors", "tuned.json", "lora"
 FORMAT = "vzip-tuned-1"
 
 
@@ -83,10 +87,17 @@ def save_tuned(directory: Path, tensors: Mapping[str, Tensor], header: Mapping[s
 
 
 def write_tuned(directory: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Writes both files into an existing directory."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / WEIGHTS_NAME)
-    digest = hashlib.sha256((directory / WEIGHTS_NAME).read_bytes()).hexdigest()
-    numbers = {"num_parameters": sum(tensor.numel() for tensor in tensors.values()), "sha256": digest}
+    """Writes both files, and LoRA layers where there are any, into an existing directory."""
+    lora = {name: tensor for name, tensor in tensors.items() if is_lora(name)}
+    rest = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if name not in lora}
+    save_file(rest, directory / WEIGHTS_NAME)
+    numbers: dict[str, Any] = {
+        "num_parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "sha256": _digest(directory / WEIGHTS_NAME),
+    }
+    if lora:
+        write_lora(directory / LORA_NAME, lora, header["lora"], header["base"]["name_or_path"])
+        numbers["lora_sha256"] = _digest(directory / LORA_NAME / LORA_WEIGHTS_NAME)
     (directory / HEADER_NAME).write_text(json.dumps({**header, **numbers}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -155,21 +166,40 @@ def read_header(source: str | Path) -> tuple[Path, dict[str, Any]]:
         raise CheckpointError(f"{path}: not readable ({error}).") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not of the format {FORMAT}; it was written by another version or program.")
+    if "lora_sha256" in header and not (directory / LORA_NAME / LORA_WEIGHTS_NAME).is_file():
+        raise CheckpointError(
+            f"model.projector={source}: was trained with LoRA layers, but {LORA_NAME}/{LORA_WEIGHTS_NAME} is not there;"
+            " copy the whole directory."
+        )
     return directory, header
 
 
-def apply_tuned(adapter: Adapter, compressor: Compressor | None, source: str | Path) -> dict[str, Any]:
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a directory that ``write_tuned`` wrote, under the names it was given."""
+    lora = directory / LORA_NAME
+    return {**load_file(directory / WEIGHTS_NAME), **(read_lora(lora) if lora.is_dir() else {})}
+
+
+def apply_tuned(
+    adapter: Adapter, compressor: Compressor | None, source: str | Path, with_lora: bool = True
+) -> dict[str, Any]:
     """Puts tuned weights into a loaded base model; returns their header.
 
     Args:
         adapter: of the base model.
         compressor: what it will be used with, to warn where that is not what it was tuned with; None: not known yet.
         source: the directory that training wrote.
+        with_lora: also the LoRA layers trained with them; False: the caller sees to those.
 
     Raises:
-        CheckpointError: damaged, or tuned from another base model.
+        CheckpointError: damaged, tuned from another base model, or with LoRA layers for a model that has some already.
     """
     directory, header = read_header(source)
+    if "lora_sha256" in header and with_lora and any(is_lora(name) for name, _ in adapter.model.named_parameters()):
+        raise CheckpointError(
+            f"model.projector={source}: brings the LoRA layers it was trained with, in {LORA_NAME}, but the model has"
+            " some already: set model.adapter_path=null."
+        )
     _check_base(adapter, header, directory)
     if compressor is not None and header["compressor"] != repr(compressor):
         logger.warning(
@@ -178,10 +208,13 @@ def apply_tuned(adapter: Adapter, compressor: Compressor | None, source: str | P
             header["compressor"],
             compressor,
         )
-    weights = directory / WEIGHTS_NAME
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != header["sha256"]:
-        raise CheckpointError(f"{weights}: damaged (its SHA-256 is not the header's); copy or train it again.")
+    weights, lora_weights = directory / WEIGHTS_NAME, directory / LORA_NAME / LORA_WEIGHTS_NAME
+    _check_digest(weights, header["sha256"])
+    if "lora_sha256" in header:
+        _check_digest(lora_weights, header["lora_sha256"])
     load_tensors(adapter.model, load_file(weights), directory)
+    if "lora_sha256" in header and with_lora:
+        apply_peft_checkpoint(adapter.model, directory / LORA_NAME)
     return header
 
 
@@ -205,6 +238,15 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], director
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_digest(path: Path, expected: str) -> None:
+    if _digest(path) != expected:
+        raise CheckpointError(f"{path}: damaged (its SHA-256 is not the header's); copy or train it again.")
 
 
 def _check_base(adapter: Adapter, header: Mapping[str, Any], directory: Path) -> None:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vzip.errors import CheckpointError, RunExistsError
-from vzip.models.tuned import WEIGHTS_NAME, atomic_directory, load_tensors, remove_tree, write_tuned
+from vzip.models.tuned import atomic_directory, load_tensors, read_tensors, remove_tree, write_tuned
 
 _STEP = re.compile(r"step-(\d+)")
 _STATE_NAME, _DEEPSPEED_NAME = "state.pt", "deepspeed"
@@ -134,15 +134,13 @@ class CheckpointStore:
         Raises:
             CheckpointError: the checkpoint cannot be read.
         """
-        from safetensors.torch import load_file
-
         try:
             state = torch.load(directory / _STATE_NAME, weights_only=True)
             if _uses_deepspeed(accelerator):
                 engine: Any = model
                 engine.load_checkpoint(str(directory / _DEEPSPEED_NAME), tag="state", load_module_strict=False)
             else:
-                load_tensors(accelerator.unwrap_model(model).vlm.model, load_file(directory / WEIGHTS_NAME), directory)
+                load_tensors(accelerator.unwrap_model(model).vlm.model, read_tensors(directory), directory)
                 optimizer.load_state_dict(state["optimizer"])
         except (OSError, RuntimeError, KeyError, EOFError) as error:
             if isinstance(error, CheckpointError):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from vzip.errors import ConfigError, MissingPackageError
 
@@ -76,6 +76,10 @@ def build_accelerator(train: TrainSettings, launch: LaunchSettings, num_processe
         # cpu=True would switch DeepSpeed off without a word; it finds the processor by itself.
     else:
         settings["cpu"] = not cuda
+        if train.lora is not None or set(train.parts) != {"projector"}:
+            # A batch of text alone leaves the tower out, one without any sample the language model: without this the
+            # processes would wait for each other's gradients. The projector always has one (AnswerLoss).
+            settings["kwargs_handlers"] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     return Accelerator(**settings)
 
 

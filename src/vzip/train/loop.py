@@ -34,7 +34,7 @@ from .objective import AnswerLoss, ModelView
 from .settings import LaunchSettings, TrainSettings
 from .stepping import Stepper, StepSchedule, load_batches
 from .tracking import Tracker
-from .trainable import choose_trainable, parameter_groups
+from .trainable import choose_trainable, lora_arguments, parameter_groups
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,7 @@ def train(plan: TrainPlan) -> Path:
     vlm = plan.load_model(settings.precision)
     header = {
         **describe(vlm.adapter, vlm.compressor, plan.name_or_path, plan.revision, list(settings.parts)),
+        "lora": lora_arguments(vlm, settings),
         "commit": code_state()["commit"],
         "versions": versions(),
     }

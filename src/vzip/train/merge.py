@@ -3,6 +3,7 @@
   python -m vzip merge runs/train/.../final --out DIR
 
 The base model is read as the tuned weights' header names it, or from --base DIR; the result is in the base's precision.
+LoRA layers that were trained with them are added into the weights that they belong to.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 from vzip.errors import CheckpointError
 
@@ -35,15 +37,20 @@ def merge(tuned: Path, out: Path, base: str | None = None) -> None:
         CheckpointError: ``out`` holds something, cannot be written, or the weights belong to another base model.
     """
     from vzip.models.load import load_vlm
-    from vzip.models.tuned import apply_tuned, atomic_directory, read_header
+    from vzip.models.tuned import LORA_NAME, apply_tuned, atomic_directory, read_header
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out={out}: exists already; name a new directory.")
-    _, header = read_header(tuned)
+    directory, header = read_header(tuned)
     named = header["base"]
     vlm = load_vlm(base or named["name_or_path"], revision=None if base else named["revision"])
-    apply_tuned(vlm.adapter, None, tuned)
+    apply_tuned(vlm.adapter, None, tuned, with_lora=False)
+    model: Any = vlm.model
+    if "lora_sha256" in header:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(directory / LORA_NAME)).merge_and_unload()
     with atomic_directory(out) as work:
-        vlm.model.save_pretrained(work)
+        model.save_pretrained(work)
         if vlm.processor is not None:
             vlm.processor.save_pretrained(work)

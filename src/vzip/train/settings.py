@@ -19,6 +19,25 @@ TRACKERS = ("wandb", "tensorboard")
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """``train.lora``: low-rank layers in the language model that train with the projector (Hu et al., 2021).
+
+    Attributes:
+        r: rank.
+        alpha: the layers' output is scaled by ``alpha / r``.
+        dropout: at the layers' input.
+        target_modules: last names of the linear layers that get one, as ``q_proj``.
+        learning_rate: peak of the layers'; None: as the rest.
+    """
+
+    r: int
+    alpha: float
+    dropout: float
+    target_modules: tuple[str, ...]
+    learning_rate: float | None
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """The ``train`` group: what is learned. Nothing here depends on the machine.
 
@@ -40,6 +59,7 @@ class TrainSettings:
         keep_last: checkpoints kept.
         num_validation_samples: kept out of training and asked at every checkpoint; 0: none, and no best checkpoint.
         trackers: besides metrics.jsonl, any of wandb and tensorboard.
+        lora: LoRA layers in the language model, or None.
     """
 
     parts: tuple[Part, ...]
@@ -59,6 +79,7 @@ class TrainSettings:
     keep_last: int
     num_validation_samples: int
     trackers: tuple[str, ...]
+    lora: LoraSettings | None
 
     def __post_init__(self) -> None:
         assert self.template in TEMPLATES and self.precision in PRECISIONS
@@ -66,6 +87,11 @@ class TrainSettings:
             raise ConfigError(
                 f"train.tower_learning_rate={self.tower_learning_rate}: train.parts={list(self.parts)} leaves the"
                 " vision tower frozen. Set it to null, or add vision_tower to train.parts."
+            )
+        if self.lora is not None and "language_model" in self.parts:
+            raise ConfigError(
+                f"train.parts={list(self.parts)} trains the whole language model, so train.lora has nothing to add:"
+                " take language_model out of train.parts, or set train.lora=null."
             )
 
 

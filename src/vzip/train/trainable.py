@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from vzip.errors import ConfigError
 from vzip.models.compressed_vlm import CompressedVlm
 from vzip.models.freeze import train_projector_only
+from vzip.models.lora_training import add_lora, is_lora, peft_arguments
 
 from .settings import TrainSettings
 
@@ -28,15 +30,21 @@ def choose_trainable(vlm: CompressedVlm, settings: TrainSettings, in_float32: bo
 
     Args:
         vlm: the model, loaded.
-        settings: ``parts`` and ``reset_projector``.
+        settings: ``parts``, ``reset_projector`` and ``lora``, whose layers are made here.
         in_float32: keep the trained weights in float32 beside a half-precision model. DeepSpeed keeps its own float32
             copies instead, and wants one precision.
 
     Raises:
         UnsupportedModelError: a projector that cannot train.
-        ConfigError: a part whose weights are quantised.
+        ConfigError: a part whose weights are quantised, or LoRA for layers that the language model does not have.
     """
+    arguments = lora_arguments(vlm, settings)
+    # First, because PEFT freezes all that is not its own.
+    lora = [] if arguments is None else add_lora(vlm.adapter, arguments)
     train_projector_only(vlm.model)
+    for parameter in lora:
+        parameter.requires_grad_(True)
+        parameter.data = parameter.data.to(getattr(torch, settings.precision))
     if settings.reset_projector:
         for module in vlm.adapter.projector.modules():
             reset = getattr(module, "reset_parameters", None)
@@ -63,12 +71,26 @@ def choose_trainable(vlm: CompressedVlm, settings: TrainSettings, in_float32: bo
     return report(vlm)
 
 
+def lora_arguments(vlm: CompressedVlm, settings: TrainSettings) -> dict[str, Any] | None:
+    """The arguments of PEFT's ``LoraConfig``, or None where the run trains no LoRA layers.
+
+    Raises:
+        ConfigError: a layer that the language model does not have.
+    """
+    lora = settings.lora
+    if lora is None:
+        return None
+    return peft_arguments(vlm.adapter, lora.r, lora.alpha, lora.dropout, lora.target_modules)
+
+
 def report(vlm: CompressedVlm) -> str:
     """One line: what trains, what is frozen, in numbers of parameters."""
     adapter = vlm.adapter
     parts = {"projector": adapter.projector, "vision tower": adapter.vision_tower}
     counts = {name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in parts.items()}
     trained = num_trainable(vlm)
+    lora = [p for name, p in vlm.model.named_parameters() if is_lora(name) and p.requires_grad]
+    counts["LoRA in the language model"] = sum(p.numel() for p in lora)
     counts["language model"] = trained - sum(counts.values())
     total = sum(parameter.numel() for parameter in vlm.model.parameters())
     shown = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
@@ -83,12 +105,17 @@ def num_trainable(vlm: CompressedVlm) -> int:
 def parameter_groups(vlm: CompressedVlm, settings: TrainSettings) -> list[dict[str, Any]]:
     """The optimizer's groups: ``params``, and their ``peak`` learning rate."""
     tower = {id(parameter) for parameter in vlm.adapter.vision_tower.parameters()}
-    trained = [parameter for parameter in vlm.model.parameters() if parameter.requires_grad]
+    named = [(name, parameter) for name, parameter in vlm.model.named_parameters() if parameter.requires_grad]
+    of_tower = [parameter for _, parameter in named if id(parameter) in tower]
+    of_lora = [parameter for name, parameter in named if is_lora(name)]
+    taken = {id(parameter) for parameter in (*of_tower, *of_lora)}
+    usual, lora = settings.learning_rate, settings.lora
     groups = [
-        {"params": [p for p in trained if id(p) not in tower], "peak": settings.learning_rate},
+        {"params": [p for _, p in named if id(p) not in taken], "peak": usual},
+        {"params": of_lora, "peak": usual if lora is None or lora.learning_rate is None else lora.learning_rate},
         {
-            "params": [p for p in trained if id(p) in tower],
-            "peak": settings.learning_rate if settings.tower_learning_rate is None else settings.tower_learning_rate,
+            "params": of_tower,
+            "peak": usual if settings.tower_learning_rate is None else settings.tower_learning_rate,
         },
     ]
     return [group for group in groups if group["params"]]
