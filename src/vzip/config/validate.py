@@ -207,8 +207,9 @@ def _check_family(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> li
     from vzip.models.adapters.options import check_drop_padding
 
     problems = []
+    options = FamilyOptions(**{key: bool(value) for key, value in switches.items()})
     try:
-        check_drop_padding(build_compressor(compressor), bool(switches["drop_padding"]))
+        check_drop_padding(build_compressor(compressor), options.drop_padding)
     except ConfigError as error:
         problems.append(str(error))
     folder = Path(str(model.get("name_or_path"))).expanduser()
@@ -217,7 +218,7 @@ def _check_family(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> li
     from vzip.models.load import read_config
 
     try:
-        adapter_class_for_config(read_config(folder)).check_options(FamilyOptions(**switches), num_frames)
+        adapter_class_for_config(read_config(folder)).check_options(options, num_frames)
     except ConfigError as error:
         problems.append(str(error))
     except (VzipError, ValueError, OSError):

@@ -61,7 +61,7 @@ class _Parts:
     settings: dict[str, Any]
 
     def id_of(self, token: str) -> int:
-        return int(self.tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]  # one token, one id
+        return int(self.tokenizer.convert_tokens_to_ids(token))
 
 
 def vision_config(side: int) -> CLIPVisionConfig:
