@@ -48,7 +48,7 @@ def test_list_names_every_recipe_and_option(
     for group in [*groups(config_dir()), RECIPE_GROUP]:
         for option in options(config_dir(), group):
             assert option in shown
-    assert "LLaVA-1.5-7B, VisionZip at 64 visual tokens (54 dominant + 10 contextual), no training." in shown
+    assert "LLaVA-1.5-7B, VisionZip at 64 visual tokens (54 dominant + 10 contextual)." in shown
 
 
 def test_list_of_one_group(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import http.server
 import io
@@ -295,9 +296,10 @@ def test_a_full_disk_and_a_second_run_are_named(server, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    own = downloader(tmp_path, entry(server))
-    with own._alone(), pytest.raises(ManifestError, match="another run is downloading m here"):
-        run(tmp_path, entry(server))
+    with (tmp_path / ".m.downloading").open("w") as held:  # as another process holds it
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ManifestError, match="another run is downloading m here"):
+            run(tmp_path, entry(server))
     monkeypatch.setattr(download_module, "fetch", full)
     with pytest.raises(ManifestError, match="the disk is full"):
         run(tmp_path, entry(server))

@@ -130,6 +130,7 @@ class ScriptedVlm:
         self.processor = processor
         self.compressor = vzip.VisionZip(vzip.TokenBudget(5, 2))
         self.preprocess = "hf"
+        self.adapter = SimpleNamespace(video_token_id=None)
         self.script = script
         self.measured = measured
         self.last_num_visual_tokens: list[int] = []
@@ -141,7 +142,8 @@ class ScriptedVlm:
         )
         self.model.num_parameters = lambda: 0
 
-    def build_inputs(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
+    def build_inputs(self, texts: list[str], images: list[list[Image.Image]], videos: list[list]) -> dict[str, Any]:
+        assert not any(videos)
         assert [text.count("<image>") for text in texts] == [len(pictures) for pictures in images]
         num_images = sum(len(pictures) for pictures in images)
         inputs = {"texts": texts, "images": images}

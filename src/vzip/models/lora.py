@@ -10,11 +10,10 @@ from pathlib import Path
 
 import transformers
 from packaging.version import Version
-from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from vzip.errors import CheckpointError, UnsupportedModelError
+from vzip.errors import CheckpointError, MissingPackageError, UnsupportedModelError
 
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # LLaVA's own training code keeps its projector here, under names of its own.
@@ -33,7 +32,15 @@ def check_peft_checkpoint(adapter_path: str | Path) -> None:
         CheckpointError: no such checkpoint, files missing, or files that would be left out.
         UnsupportedModelError: a method that adds prompt tokens instead of changing layers; whole modules in it, which
             transformers 5.17 cannot place.
+        MissingPackageError: peft is not installed.
     """
+    try:
+        from peft import PeftConfig  # only here: whoever loads no PEFT checkpoint does without the package
+    except ImportError as error:
+        raise MissingPackageError(
+            f"model.adapter_path={adapter_path} needs the package peft ({error}): pip install peft (the extra train),"
+            " or set model.adapter_path=null."
+        ) from error
     path = Path(adapter_path).expanduser()
     if path.is_dir():
         if not (path / "adapter_config.json").is_file():
