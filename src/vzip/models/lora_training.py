@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -61,6 +60,8 @@ def add_lora(adapter: Adapter, arguments: Mapping[str, Any]) -> list[nn.Paramete
 
     PEFT freezes everything else: choose what trains afterwards.
     """
+    from peft import LoraConfig  # only here: what trains or loads no LoRA does without the package
+
     adapter.model.add_adapter(LoraConfig(**arguments))
     return [parameter for name, parameter in adapter.model.named_parameters() if is_lora(name)]
 
