@@ -75,6 +75,8 @@ def write_lora(directory: Path, tensors: Mapping[str, Tensor], arguments: Mappin
         arguments: as ``peft_arguments`` gave them.
         base: name or path of the model that they belong to.
     """
+    from peft import LoraConfig
+
     directory.mkdir()
     config = LoraConfig(**arguments, base_model_name_or_path=base, inference_mode=True)
     config.save_pretrained(str(directory))
