@@ -13,18 +13,21 @@ import torch
 from hydra import compose, initialize_config_dir
 from peft import PeftModel
 from tests import tiny
-from tests.train.kit import BUDGET, SETTINGS, load_model, make_plan
+from tests.train.kit import BUDGET, SETTINGS, Samples, load_model, make_plan
 from transformers import LlavaForConditionalGeneration
 
 import vzip
 from vzip.config.options import config_dir
 from vzip.config.training import checked, settings_of, tuning_plan
+from vzip.data.collate import Collator
+from vzip.data.conversations import vicuna_v1
 from vzip.errors import CheckpointError, ConfigError
 from vzip.models.lora_training import add_lora, is_lora, peft_arguments
 from vzip.models.tuned import read_tensors
 from vzip.train import stepping
 from vzip.train.loop import train
 from vzip.train.merge import merge
+from vzip.train.objective import AnswerLoss, ModelView
 from vzip.train.settings import LoraSettings
 from vzip.train.trainable import choose_trainable, num_trainable, parameter_groups
 
@@ -180,3 +183,24 @@ def test_as_a_setting() -> None:
         composed("train.lora.r=0")
     with pytest.raises(ConfigError, match=r"train\.lora on top of model\.adapter_path=some/lora"):
         tuning_plan(composed("model.adapter_path=some/lora"))
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_batch_without_pictures_runs_the_whole_model_and_counts_nothing(empty: bool) -> None:
+    vlm = load_model()
+    settings = dataclasses.replace(SETTINGS, lora=dataclasses.replace(LORA, dropout=0.0))
+    choose_trainable(vlm, settings, in_float32=True)
+    collate = Collator(vlm.processor, ModelView(vlm), vicuna_v1, None, tiny.IMAGE_TOKEN, 200)
+    batch = collate([Samples()[5]])
+    assert not batch.picture_of and batch.sample_of
+    if empty:
+        batch = dataclasses.replace(batch, sample_of=[])
+    whole = AnswerLoss(vlm, always_whole=True)(batch)
+    plain = AnswerLoss(vlm)(batch)
+    assert torch.equal(whole, plain) and bool(plain.any()) is not empty
+    whole.sum().backward()
+    for name, parameter in vlm.model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            if empty or not is_lora(name):
+                assert not parameter.grad.any()

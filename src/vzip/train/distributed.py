@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from transformers.integrations import unset_hf_deepspeed_config
 
 from vzip.errors import ConfigError, MissingPackageError
 
@@ -77,10 +78,13 @@ def build_accelerator(train: TrainSettings, launch: LaunchSettings, num_processe
     else:
         settings["cpu"] = not cuda
         if train.lora is not None or set(train.parts) != {"projector"}:
-            # A batch of text alone leaves the tower out, one without any sample the language model: without this the
-            # processes would wait for each other's gradients. The projector always has one (AnswerLoss).
+            # A tower that trains has layers after the select layer, which never get a gradient.
             settings["kwargs_handlers"] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    return Accelerator(**settings)
+    accelerator = Accelerator(**settings)
+    if launch.uses_deepspeed:
+        # Otherwise transformers shares the weights out while it loads them, and the base model could not be checked.
+        unset_hf_deepspeed_config()
+    return accelerator
 
 
 def deepspeed_config(train: TrainSettings, launch: LaunchSettings, accumulation: int) -> dict[str, Any]:

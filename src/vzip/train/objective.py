@@ -34,11 +34,20 @@ class AnswerLoss(nn.Module):
 
     A sum, not a mean: the caller divides by the tokens of the whole step, so that every token weighs the same however
     the step is split.
+
+    Args:
+        vlm: the wrapped model.
+        always_whole: run every part of the model on every batch, on a blank picture that counts nothing where the
+            batch has none. Several processes need that where more than the projector trains (ZeRO sums gradients in
+            the order in which they come, which must be the same everywhere) or where they share the weights out.
     """
 
-    def __init__(self, vlm: CompressedVlm) -> None:
+    def __init__(self, vlm: CompressedVlm, always_whole: bool = False) -> None:
         super().__init__()
         self.vlm = vlm
+        self.blank: dict[str, Tensor] | None = None
+        if always_whole:
+            self.blank = vlm.preprocess_images([Image.new("RGB", (32, 32))])
         # Kept from now: ZeRO-3 takes the parameters apart, and then they have no shape to be read.
         self.tower_width = next(p for p in vlm.adapter.projector.parameters() if p.ndim == 2).shape[1]
 
@@ -46,13 +55,16 @@ class AnswerLoss(nn.Module):
         """Returns ``[samples]``, in nats; float32, or float64 for a float64 model."""
         if not batch.sample_of:
             return self._without_samples(len(batch.ids))
+        # Before the text embedding, as with pictures: ZeRO-3 gathers weights in the order in which they are used.
+        blank = self._blank_tokens() if self.blank is not None and not batch.picture_of else None
         prepared = self.prepare(batch)
+        embeds = prepared.inputs_embeds if blank is None else prepared.inputs_embeds + 0.0 * blank.mean()
         assert prepared.labels is not None
         targets = prepared.labels[:, 1:]
         # The language model's head is run only where some sequence has a target: most positions have none.
         positions = (targets != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
         logits = self.vlm.model(
-            inputs_embeds=prepared.inputs_embeds,
+            inputs_embeds=embeds,
             attention_mask=prepared.attention_mask,
             position_ids=prepared.position_ids,
             use_cache=False,
@@ -64,7 +76,8 @@ class AnswerLoss(nn.Module):
         )
         owner = torch.tensor(batch.sample_of, device=nats.device)
         summed = torch.zeros(len(batch.ids), dtype=nats.dtype, device=nats.device).index_add(0, owner, nats.sum(dim=1))
-        return summed if batch.picture_of else summed + self._without_samples(len(batch.ids))
+        whole = batch.picture_of or self.blank is not None
+        return summed if whole else summed + self._without_samples(len(batch.ids))
 
     def prepare(self, batch: Batch) -> PreparedInputs:
         """The language model's inputs; each picture is encoded once, however many sequences ask about it.
@@ -89,7 +102,15 @@ class AnswerLoss(nn.Module):
 
         Otherwise backward has nothing to do in a text-only batch, and several processes wait for each other forever.
         """
+        if self.blank is not None:
+            logits = self.vlm.model(inputs_embeds=self._blank_tokens()[None], use_cache=False).logits
+            return torch.zeros(num_samples, device=logits.device) + 0.0 * logits.float().mean()
         projector = self.vlm.adapter.projector
         first = next(projector.parameters())
         tokens = torch.zeros(1, 1, self.tower_width, dtype=first.dtype, device=first.device)
         return torch.zeros(num_samples, device=first.device) + 0.0 * projector(tokens).sum().float()
+
+    def _blank_tokens(self) -> Tensor:
+        """The visual tokens of the blank picture."""
+        assert self.blank is not None
+        return self.vlm.encode_images(**self.blank)[0]
