@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -261,7 +262,11 @@ def test_two_processes_give_the_curve_of_one_also_after_a_kill(strategy: str, pl
     while process.poll() is None and not (cut / "checkpoints/step-00000002").exists():
         pass
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        # torchrun gives its workers sessions of their own: killing its group alone would let them finish the run.
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, *map(int, workers)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
     if not (cut / "final").exists():
         ended = run_processes(cut, 2, **changes)
