@@ -51,7 +51,7 @@ $(VENV_FLOOR)/.installed: pyproject.toml constraints.txt
 	$(if $(LMMS_EVAL),$(VENV_FLOOR)/bin/python -m pip --disable-pip-version-check install -q --no-deps '$(LMMS_EVAL)')
 	@touch $@
 
-tiny: install  ## train the built-in model again, data and weights, from its seed (an estimated hour on two free cores)
+tiny: install  ## train the built-in model again, data and weights, from its seed (106 minutes on two shared cores)
 	$(VENV)/bin/python -m vzip.demo.train_tiny
 
 clean:  ## remove the environments and caches; runs/ stays

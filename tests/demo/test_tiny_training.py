@@ -130,3 +130,13 @@ def test_a_frozen_tower_stays_as_it_is(model, processor):
     assert all(p.grad is None for p in model.model.vision_tower.parameters())
     assert all(p.grad is not None for p in model.model.multi_modal_projector.parameters())
     assert all(p.grad is not None for p in model.model.language_model.parameters())
+
+
+def test_a_batch_moves_whole(processor):
+    batch = make_batch([21, 22], 112, Packer(processor.tokenizer))
+    moved = batch.to(torch.device("meta"))
+    for before, after in ((batch, moved), (batch.packed, moved.packed)):
+        for name, value in vars(before).items():
+            if isinstance(value, torch.Tensor):
+                assert getattr(after, name).device.type == "meta" and getattr(after, name).shape == value.shape
+    assert moved.captions == batch.captions and moved.packed.questions == batch.packed.questions

@@ -8,7 +8,7 @@ reads leaves things out (measured on the first weights shipped: a third of the o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -62,6 +62,10 @@ class Batch:
     named: Tensor  # [B, NUM_PATCH_LABELS], 1 for what the scene holds
     captions: list[str]
     packed: PackedBatch
+
+    def to(self, device: torch.device) -> Batch:
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor | PackedBatch)}
+        return replace(self, **moved)
 
 
 def to_pixels(scenes: list[Scene]) -> Tensor:
@@ -145,20 +149,20 @@ def losses(
             selected = run_tower(model, batch.pixel_values)[1]
         return {"answers": answer_loss(model, selected, batch)}
     layer_input, selected, last_cls = run_tower(model, batch.pixel_values)
-    captions = tokenizer(batch.captions, padding=True, return_tensors="pt")
+    captions = tokenizer(batch.captions, padding=True, return_tensors="pt").to(batch.labels.device)
     text = heads.caption_vectors(captions.input_ids, captions.attention_mask.bool())
     image = F.normalize(heads.image_out(last_cls).float(), dim=-1)
     similarity = image @ text.T * heads.log_temperature.clamp(max=4.6).exp()
-    target = torch.arange(len(image))
+    target = torch.arange(len(image), device=image.device)
     contrast = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
     gathered = cls_gathers(model, layer_input)[1]
     name = partial(F.binary_cross_entropy_with_logits, target=batch.named, reduction="none")
     named, from_patches = name(heads.named(last_cls).float()), name(heads.gathered(gathered).float())
     patches = heads.patch_norm(selected[:, 1:])
-    weight = torch.ones(NUM_PATCH_LABELS)
+    weight = torch.ones(NUM_PATCH_LABELS, device=image.device)
     weight[0] = 0.1  # nine patches of ten show only background
     shows = F.cross_entropy(heads.shows(patches).float().flatten(0, 1), batch.labels.flatten(), weight=weight)
-    letter_weight = torch.ones(1 + len(CHARACTERS))
+    letter_weight = torch.ones(1 + len(CHARACTERS), device=image.device)
     letter_weight[0] = 0.05
     letters = heads.letter(patches).float().flatten(0, 1)
     letter = F.cross_entropy(letters, batch.characters.flatten(), weight=letter_weight)

@@ -7,7 +7,8 @@ model each block is the single-question prompt that the benchmark will use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,10 @@ class PackedBatch:
     answer_ids: Tensor
     question_of: Tensor
     questions: list[Question]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 class Packer:
