@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 from tests import tiny
 
@@ -16,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import vzip
 from vzip.data.collate import TrainingSample
 from vzip.data.llava_record import Turn
+from vzip.train import stepping
 from vzip.train.loop import TrainPlan
 from vzip.train.settings import LaunchSettings, TrainSettings
 
@@ -108,3 +112,18 @@ def make_plan(run_dir: Path, **changes: Any) -> TrainPlan:
         identity={"model": "tiny"},
     )
     return dataclasses.replace(plan, **changes)
+
+
+@contextmanager
+def dying_at(step: int) -> Iterator[None]:
+    """Interrupts the training when it is about to take this step (counted from 0), and expects to see it die."""
+    real = stepping.Stepper.step
+
+    def dies(self: Any, now: int, *rest: Any) -> Any:
+        if now == step:
+            raise KeyboardInterrupt
+        return real(self, now, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stepping.Stepper, "step", dies)
+        yield

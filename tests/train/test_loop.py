@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests import tiny
-from tests.train.kit import SETTINGS, Samples, load_model
+from tests.train.kit import SETTINGS, Samples, dying_at, load_model
 from torch import nn
 
 from vzip.errors import CheckpointError, ConfigError, ImageError, RunExistsError
@@ -117,17 +117,9 @@ def test_any_accumulation_gives_the_same_curve(plan: Any) -> None:
         assert one == pytest.approx(other, rel=2e-4)
 
 
-def test_killed_and_started_again_it_is_the_same_run(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_and_started_again_it_is_the_same_run(plan: Any) -> None:
     final = train(plan("whole"))
-    real = stepping.Stepper.step
-
-    def dies(self: Any, step: int, *rest: Any) -> Any:
-        if step == 5:
-            raise KeyboardInterrupt
-        return real(self, step, *rest)
-
-    monkeypatch.setattr(stepping.Stepper, "step", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with dying_at(5):
         train(plan("cut"))
     run_dir = plan("cut").run_dir
     assert len(metrics(run_dir)) == 5 and sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == [
@@ -136,7 +128,6 @@ def test_killed_and_started_again_it_is_the_same_run(plan: Any, monkeypatch: pyt
     ]
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "cut off by the cra')
-    monkeypatch.setattr(stepping.Stepper, "step", real)
     again = train(plan("cut"))
     assert curve(run_dir) == curve(plan("whole").run_dir)
     for name, tensor in weights(final).items():

@@ -13,7 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from peft import PeftModel
 from tests import tiny
-from tests.train.kit import BUDGET, SETTINGS, Samples, load_model, make_plan
+from tests.train.kit import BUDGET, SETTINGS, Samples, dying_at, load_model, make_plan
 from transformers import LlavaForConditionalGeneration
 
 import vzip
@@ -24,7 +24,6 @@ from vzip.data.conversations import vicuna_v1
 from vzip.errors import CheckpointError, ConfigError
 from vzip.models.lora_training import add_lora, is_lora, peft_arguments
 from vzip.models.tuned import read_tensors
-from vzip.train import stepping
 from vzip.train.loop import train
 from vzip.train.merge import merge
 from vzip.train.objective import AnswerLoss, ModelView
@@ -111,18 +110,9 @@ def test_merged_it_is_a_plain_checkpoint(trained: Any, base: Path, tmp_path: Pat
     assert torch.allclose(logits(merged), logits(vlm), atol=1e-4)
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(plan: Any, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = stepping.Stepper.step
-
-    def dies(self: Any, step: int, *rest: Any) -> Any:
-        if step == 5:
-            raise KeyboardInterrupt
-        return real(self, step, *rest)
-
-    monkeypatch.setattr(stepping.Stepper, "step", dies)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_killed_run_goes_on_as_if_nothing_had_been(plan: Any, trained: Any) -> None:
+    with dying_at(5):
         train(plan("cut", lora=LORA))
-    monkeypatch.setattr(stepping.Stepper, "step", real)
     again, whole = read_tensors(train(plan("cut", lora=LORA))), read_tensors(trained[1])
     assert set(again) == set(whole) and all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 

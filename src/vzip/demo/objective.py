@@ -23,6 +23,7 @@ from vzip.demo.questions import Question, training_questions
 from vzip.demo.render import CHARACTERS, NUM_PATCH_LABELS, patch_labels, render, sign_label, thing_label
 from vzip.demo.scenes import Scene, sample_scene
 from vzip.demo.tiny_model import WIDTH
+from vzip.ops.attention import split_heads
 
 NUM_QUESTIONS = 8
 Asker = Callable[[Scene, np.random.RandomState, int], list[Question]]
@@ -185,10 +186,7 @@ def cls_gathers(model: LlavaForConditionalGeneration, layer_input: Tensor) -> tu
     """
     layer = model.model.vision_tower.encoder.layers[-2]
     normed = layer.layer_norm1(layer_input)
-
-    def split(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (layer.self_attn.num_heads, -1)).transpose(1, 2)
-
+    split = partial(split_heads, num_heads=layer.self_attn.num_heads)
     query, key = split(layer.self_attn.q_proj(normed[:, :1])), split(layer.self_attn.k_proj(normed))
     attention = torch.softmax(query.float() @ key.float().mT * layer.self_attn.scale, dim=-1)[..., 1:]
     value = split(layer.self_attn.v_proj(normed[:, 1:]))

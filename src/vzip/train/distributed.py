@@ -77,7 +77,7 @@ def build_accelerator(train: TrainSettings, launch: LaunchSettings, num_processe
         # cpu=True would switch DeepSpeed off without a word; it finds the processor by itself.
     else:
         settings["cpu"] = not cuda
-        if train.lora is not None or set(train.parts) != {"projector"}:
+        if not train.only_projector:
             # A tower that trains has layers after the select layer, which never get a gradient.
             settings["kwargs_handlers"] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     accelerator = Accelerator(**settings)

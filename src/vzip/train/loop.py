@@ -123,8 +123,7 @@ def train(plan: TrainPlan) -> Path:
     adamw = torch.optim.AdamW(
         parameter_groups(vlm, settings), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
-    more_than_projector = settings.lora is not None or set(settings.parts) != {"projector"}
-    always_whole = accelerator.num_processes > 1 and (more_than_projector or launch.strategy == "zero3")
+    always_whole = accelerator.num_processes > 1 and (not settings.only_projector or launch.strategy == "zero3")
     model, optimizer = accelerator.prepare(AnswerLoss(vlm, always_whole), adamw)
     stepper = Stepper(accelerator, model, optimizer, settings, launch, plan.seed)
 

@@ -81,6 +81,11 @@ class TrainSettings:
     trackers: tuple[str, ...]
     lora: LoraSettings | None
 
+    @property
+    def only_projector(self) -> bool:
+        """Whether nothing but the projector trains, as in the paper's fine-tuning."""
+        return self.lora is None and set(self.parts) == {"projector"}
+
     def __post_init__(self) -> None:
         assert self.template in TEMPLATES and self.precision in PRECISIONS
         if "vision_tower" not in self.parts and self.tower_learning_rate is not None:

@@ -138,6 +138,7 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - started
+        memory = peak_memory_gib()
         return {
             "loss": loss,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -149,7 +150,7 @@ class Stepper:
             "target_tokens_per_s": round(counts[0] / seconds, 1),
             "data_ms": round(1000 * (loaded - started), 1),
             "compute_ms": round(1000 * (seconds - (loaded - started)), 1),
-            "peak_memory_gib": peak_memory_gib()["cuda"] or peak_memory_gib()["process"],
+            "peak_memory_gib": memory["cuda"] or memory["process"],
         }
 
     def _backward(self, mine: list[Batch], num_targets: float) -> tuple[float, float]:
