@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessor,
     LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
@@ -25,7 +25,8 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
     VideoLlavaImageProcessor,
 )
-from transformers.models.clip import CLIPImageProcessor
+
+from vzip.models import fresh
 
 IMAGE_SIZE = 112
 PATCH_SIZE = 14
@@ -88,69 +89,40 @@ def finish(model: Any, tower: Literal["clip", "siglip"]) -> Any:
     return model
 
 
-def llava(
+def build(
+    family: str,
     tower: Literal["clip", "siglip"] = "clip",
     strategy: Literal["default", "full"] = "default",
     select_layer: Any = -2,
     num_layers: int = 4,
     vocab_size: int = 64,
-    seed: int = 0,
-) -> LlavaForConditionalGeneration:
-    """A LLaVA of about 60 thousand parameters in eval mode, float32."""
+    seed: int = 7,  # models that do not just repeat one token
+    **of_family: Any,
+) -> Any:
+    """A family's model of about 60 thousand parameters in eval mode, float32."""
+    vision, text = vision_config(tower, num_layers), text_config(vocab_size)
     torch.manual_seed(seed)
-    config = LlavaConfig(
-        vision_config=vision_config(tower, num_layers),
-        text_config=text_config(vocab_size),
-        image_token_id=IMAGE_TOKEN,
-        vision_feature_layer=select_layer,
-        vision_feature_select_strategy=strategy,
-    )
-    return finish(LlavaForConditionalGeneration(config), tower)
+    config = fresh.family_config(family, vision, text, IMAGE_TOKEN, select_layer, strategy, **of_family)
+    return finish(fresh.new_model(config), tower)
 
 
 # As the released checkpoints', for crops of 112 instead of 336 pixels.
-PINPOINTS = [[112, 224], [224, 112], [224, 224], [336, 112], [112, 336]]
+PINPOINTS = fresh.pinpoints(IMAGE_SIZE)
 
 
-def llava_next(
-    tower: Literal["clip", "siglip"] = "clip",
-    strategy: Literal["default", "full"] = "default",
-    select_layer: Any = -2,
-    vocab_size: int = 64,
-    seed: int = 7,  # a model that does not just repeat one token
-) -> LlavaNextForConditionalGeneration:
+def llava(*kind: Any, **settings: Any) -> LlavaForConditionalGeneration:
+    """A LLaVA; arguments as for ``build``."""
+    return build("llava", *kind, **{"seed": 0, **settings})
+
+
+def llava_next(*kind: Any, **settings: Any) -> LlavaNextForConditionalGeneration:
     """A LLaVA-NeXT of the same parts."""
-    torch.manual_seed(seed)
-    config = LlavaNextConfig(
-        vision_config=vision_config(tower),
-        text_config=text_config(vocab_size),
-        image_token_index=IMAGE_TOKEN,
-        image_grid_pinpoints=PINPOINTS,
-        vision_feature_layer=select_layer,
-        vision_feature_select_strategy=strategy,
-    )
-    return finish(LlavaNextForConditionalGeneration(config), tower)
+    return build("llava_next", *kind, image_grid_pinpoints=PINPOINTS, **settings)
 
 
-def video_llava(
-    tower: Literal["clip", "siglip"] = "clip",
-    strategy: Literal["default", "full"] = "default",
-    select_layer: Any = -2,
-    vocab_size: int = 64,
-    seed: int = 7,
-    video_token: int = VIDEO_TOKEN,
-) -> VideoLlavaForConditionalGeneration:
+def video_llava(*kind: Any, video_token: int = VIDEO_TOKEN, **settings: Any) -> VideoLlavaForConditionalGeneration:
     """A Video-LLaVA of the same parts, with a tower for pictures and one for videos."""
-    torch.manual_seed(seed)
-    config = VideoLlavaConfig(
-        vision_config=vision_config(tower),
-        text_config=text_config(vocab_size),
-        image_token_index=IMAGE_TOKEN,
-        video_token_index=video_token,
-        vision_feature_layer=select_layer,
-        vision_feature_select_strategy=strategy,
-    )
-    return finish(VideoLlavaForConditionalGeneration(config), tower)
+    return build("video_llava", *kind, video_token_index=video_token, **settings)
 
 
 def pixels(num_images: int, seed: int = 0) -> torch.Tensor:
@@ -296,21 +268,6 @@ def some_of(inputs: dict[str, torch.Tensor], start: int, stop: int) -> dict[str,
     return {key: value[start:stop] for key, value in inputs.items()} if stop > start else {}
 
 
-def next_processor() -> LlavaNextProcessor:
-    """LLaVA-NeXT's processor over the same tokenizer."""
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessor(
-            size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_grid_pinpoints=PINPOINTS
-        ),
-        tokenizer=processor().tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
 def tokenizer(*more_tokens: str) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with <image> as one token (id 4), and ``more_tokens`` (5, ...)."""
     raw = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -332,27 +289,27 @@ def tokenizer(*more_tokens: str) -> PreTrainedTokenizerFast:
     )
 
 
+@cache
+def _config(family: str) -> Any:
+    """The configuration of a family's model, for its processor."""
+    return {"llava": llava, "llava_next": llava_next, "video_llava": video_llava}[family]().config
+
+
 def processor() -> LlavaProcessor:
     """The tokenizer, CLIP's image processor at 112 px, a chat template."""
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size),
-        tokenizer=tokenizer(),
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return fresh.new_processor(_config("llava"), tokenizer(), CHAT_TEMPLATE)
+
+
+def next_processor() -> LlavaNextProcessor:
+    """LLaVA-NeXT's processor over the same tokenizer."""
+    return fresh.new_processor(_config("llava_next"), tokenizer(), CHAT_TEMPLATE)
 
 
 def video_image_processor() -> VideoLlavaImageProcessor:
     """Video-LLaVA's image processor at 112 pixels."""
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return VideoLlavaImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
+    return fresh.new_image_processor(_config("video_llava"))
 
 
 def video_processor() -> LlavaProcessor:
     """What ``VideoLlavaAdapter.load_processor`` returns: the same tokenizer with <video> (id 5)."""
-    return LlavaProcessor(
-        image_processor=video_image_processor(), tokenizer=tokenizer("<video>"), chat_template=CHAT_TEMPLATE
-    )
+    return fresh.new_processor(_config("video_llava"), tokenizer("<video>"), CHAT_TEMPLATE)

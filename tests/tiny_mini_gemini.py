@@ -6,30 +6,36 @@ from typing import Any
 
 import torch
 from tests import tiny
-from transformers import CLIPImageProcessor, ConvNextConfig, LlavaProcessor
+from transformers import ConvNextConfig, LlavaProcessor
 
-from vzip.models.mini_gemini import MiniGeminiConfig, MiniGeminiForConditionalGeneration
+from vzip.models import fresh
+from vzip.models.mini_gemini import MiniGeminiConfig
 
 SIDE = 128  # pixels: 32 x 32 features, a window of 4 x 4 for each of 8 x 8 patches
 
 
 def config(select_layer: int = -2, vocab_size: int = 64) -> MiniGeminiConfig:
     """A 64-patch CLIP tower, a four-stage ConvNeXt of 60 channels, a two-layer Llama."""
-    return MiniGeminiConfig(
-        vision_config=tiny.vision_config("clip"),
-        text_config=tiny.text_config(vocab_size),
-        high_res_config=ConvNextConfig(hidden_sizes=[4, 8, 16, 32], depths=[1, 1, 2, 1]),
-        high_res_image_size=SIDE,
-        image_token_index=tiny.IMAGE_TOKEN,
-        vision_feature_layer=select_layer,
+    return fresh.family_config(
+        "mini_gemini",
+        tiny.vision_config("clip"),
+        tiny.text_config(vocab_size),
+        tiny.IMAGE_TOKEN,
+        select_layer,
+        **high_res(),
     )
 
 
-def mini_gemini(tower: str = "clip", strategy: str = "default", select_layer: int = -2, vocab_size: int = 64) -> Any:
+def high_res() -> dict[str, Any]:
+    """What Mini-Gemini's configuration has beyond LLaVA's."""
+    tower = ConvNextConfig(hidden_sizes=[4, 8, 16, 32], depths=[1, 1, 2, 1])
+    return {"high_res_config": tower, "high_res_image_size": SIDE}
+
+
+def mini_gemini(tower: str = "clip", strategy: str = "default", *kind: Any, **settings: Any) -> Any:
     """The model in eval mode, float32, with attention and mining peaked enough for every input to matter."""
     assert (tower, strategy) == ("clip", "default")
-    torch.manual_seed(3)
-    model = tiny.finish(MiniGeminiForConditionalGeneration(config(select_layer, vocab_size)), "clip")
+    model = tiny.build("mini_gemini", tower, strategy, *kind, **{"seed": 3, **settings}, **high_res())
     with torch.no_grad():
         for name, parameter in model.model.named_parameters():
             if name.startswith("patch_info_mining") and parameter.ndim == 2:
@@ -49,15 +55,7 @@ def inputs(num_images: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def processor() -> LlavaProcessor:
     """The high-resolution image processor over the tests' tokenizer."""
-    size = {"height": SIDE, "width": SIDE}
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=size),
-        tokenizer=tiny.processor().tokenizer,
-        patch_size=SIDE // 8,  # pixels of the picture for each visual token
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=tiny.CHAT_TEMPLATE,
-    )
+    return fresh.new_processor(config(), tiny.tokenizer(), tiny.CHAT_TEMPLATE)
 
 
 FAMILY = tiny.Family(

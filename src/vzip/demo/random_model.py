@@ -6,62 +6,27 @@ seconds and without a download: for trying commands, and for tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    ConvNextConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessor,
-    LlavaNextProcessor,
-    LlavaProcessor,
-    PreTrainedTokenizerBase,
-    VideoLlavaConfig,
-    VideoLlavaForConditionalGeneration,
-    VideoLlavaImageProcessor,
-)
-from transformers.models.clip import CLIPImageProcessor  # AutoImageProcessor of 5.17 insists on torchvision
+from transformers import CLIPVisionConfig, ConvNextConfig, LlamaConfig, LlavaProcessor, PreTrainedTokenizerBase
 
 from vzip.errors import ConfigError, RunExistsError, nearest
-from vzip.models.mini_gemini import MiniGeminiConfig, MiniGeminiForConditionalGeneration
+from vzip.models import fresh
+from vzip.models.fresh import FAMILIES
 
 WIDTH, NUM_LAYERS, NUM_HEADS = 32, 4, 4
-PATCH_SIZE, GRID = 14, 24
+PATCH_SIZE = 14
+# Pixels of a crop or frame, as in the published checkpoints.
+SIDES = {"llava": 336, "llava_next": 336, "video_llava": 224, "mini_gemini": 336}
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
-# The published checkpoints' tilings, of crops of 336 pixels.
-PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for item in message['content'] if item['type'] != 'text' %}<{{ item['type'] }}>\n{% endfor %}"
     "{% for item in message['content'] if item['type'] == 'text' %}{{ item['text'] + ' ' }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What every family is built from.
-
-    Attributes:
-        tokenizer: the built-in model's, with the placeholders.
-        text: the language model's configuration.
-        settings: of the vision tower's output, by Hugging Face's names, and the picture's placeholder.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    text: LlamaConfig
-    settings: dict[str, Any]
-
-    def id_of(self, token: str) -> int:
-        return int(self.tokenizer.convert_tokens_to_ids(token))
 
 
 def vision_config(side: int) -> CLIPVisionConfig:
@@ -76,65 +41,24 @@ def vision_config(side: int) -> CLIPVisionConfig:
     )
 
 
-def _sides(side: int) -> dict[str, Any]:
-    return {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-
-
-def _layout(patch_size: int = PATCH_SIZE) -> dict[str, Any]:
-    """Settings of a processor: how many placeholders it writes, and the chat template."""
-    return {
-        "patch_size": patch_size,
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
-        "chat_template": CHAT_TEMPLATE,
+def family_config(family: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The configuration of a family's small model, for a tokenizer with its placeholders."""
+    of_family: dict[str, dict[str, Any]] = {
+        "llava": {},
+        "llava_next": {"image_grid_pinpoints": fresh.pinpoints(SIDES["llava_next"])},
+        "video_llava": {"video_token_index": tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)},
+        "mini_gemini": {
+            "high_res_config": ConvNextConfig(hidden_sizes=[4, 8, 16, 32], depths=[1, 1, 1, 1]),
+            "high_res_image_size": 768,
+        },
     }
-
-
-def _llava(parts: _Parts) -> tuple[Any, Any]:
-    config = LlavaConfig(vision_config=vision_config(336), text_config=parts.text, **parts.settings)
-    processor = LlavaProcessor(CLIPImageProcessor(**_sides(336)), parts.tokenizer, **_layout())
-    return LlavaForConditionalGeneration(config), processor
-
-
-def _llava_next(parts: _Parts) -> tuple[Any, Any]:
-    config = LlavaNextConfig(
-        vision_config=vision_config(336), text_config=parts.text, image_grid_pinpoints=PINPOINTS, **parts.settings
+    return fresh.family_config(
+        family,
+        vision_config(SIDES[family]),
+        _text_config(tokenizer),
+        int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),
+        **of_family[family],
     )
-    images = LlavaNextImageProcessor(**_sides(336), image_grid_pinpoints=PINPOINTS)
-    return LlavaNextForConditionalGeneration(config), LlavaNextProcessor(images, parts.tokenizer, **_layout())
-
-
-def _video_llava(parts: _Parts) -> tuple[Any, Any]:
-    config = VideoLlavaConfig(
-        vision_config=vision_config(224),
-        text_config=parts.text,
-        video_token_index=parts.id_of(VIDEO_TOKEN),
-        **parts.settings,
-    )
-    processor = LlavaProcessor(VideoLlavaImageProcessor(**_sides(224)), parts.tokenizer, **_layout())
-    return VideoLlavaForConditionalGeneration(config), processor
-
-
-def _mini_gemini(parts: _Parts) -> tuple[Any, Any]:
-    side = 768
-    config = MiniGeminiConfig(
-        vision_config=vision_config(336),
-        text_config=parts.text,
-        high_res_config=ConvNextConfig(hidden_sizes=[4, 8, 16, 32], depths=[1, 1, 1, 1]),
-        high_res_image_size=side,
-        **parts.settings,
-    )
-    processor = LlavaProcessor(CLIPImageProcessor(**_sides(side)), parts.tokenizer, **_layout(side // GRID))
-    return MiniGeminiForConditionalGeneration(config), processor
-
-
-_BUILDERS: dict[str, Callable[[_Parts], tuple[Any, Any]]] = {
-    "llava": _llava,
-    "llava_next": _llava_next,
-    "video_llava": _video_llava,
-    "mini_gemini": _mini_gemini,
-}
-FAMILIES = tuple(_BUILDERS)
 
 
 def build(family: str, seed: int = 0) -> tuple[Any, Any]:
@@ -149,11 +73,12 @@ def build(family: str, seed: int = 0) -> tuple[Any, Any]:
     """
     if family not in FAMILIES:
         raise ConfigError(f"family={family}: must be one of {', '.join(FAMILIES)}{nearest(family, FAMILIES)}.")
-    parts = _parts()
+    tokenizer = _tokenizer()
+    config = family_config(family, tokenizer)
     torch.manual_seed(seed)
-    model, processor = _BUILDERS[family](parts)
-    model.generation_config.update(eos_token_id=parts.text.eos_token_id, pad_token_id=parts.text.pad_token_id)
-    return model.eval(), processor
+    model = fresh.new_model(config)
+    model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return model.eval(), fresh.new_processor(config, tokenizer, CHAT_TEMPLATE)
 
 
 def save(family: str, directory: Path, seed: int = 0) -> None:
@@ -170,12 +95,17 @@ def save(family: str, directory: Path, seed: int = 0) -> None:
     processor.save_pretrained(directory)
 
 
-def _parts() -> _Parts:
+def _tokenizer() -> PreTrainedTokenizerBase:
+    """The built-in model's, with the placeholders."""
     from vzip.models.load import resolve_checkpoint
 
     tokenizer = LlavaProcessor.from_pretrained(resolve_checkpoint("vzip/tiny")).tokenizer
     tokenizer.add_tokens([VIDEO_TOKEN], special_tokens=True)
-    text = LlamaConfig(
+    return tokenizer
+
+
+def _text_config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -187,9 +117,3 @@ def _parts() -> _Parts:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    settings = {
-        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-    }
-    return _Parts(tokenizer, text, settings)
