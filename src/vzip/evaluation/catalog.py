@@ -1,4 +1,4 @@
-"""Which lmms-eval tasks there are: the built-in ones and those of a folder of one's own."""
+"""Which lmms-eval tasks there are: the built-in ones, vzip's (``tasks/``) and those of a folder of one's own."""
 
 from __future__ import annotations
 
@@ -12,61 +12,79 @@ from vzip.errors import ConfigError, UnsupportedModelError, nearest
 if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
 
+# Tasks of vzip's: mostly an installed task of lmms-eval with a line or two changed.
+OWN_TASKS = Path(__file__).with_name("tasks")
+
 
 def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> TaskManager:
     """A task manager that knows every name in ``tasks``.
 
-    A folder of one's own is read first: where it holds all the names, lmms-eval's own 1,700 task files are not read at
-    all, which saves seconds. A name that both define is refused, because lmms-eval would silently take its own.
+    A folder of one's own is read first, with vzip's tasks: where they hold all the names, lmms-eval's own 1,700 task
+    files are not read at all, which saves seconds. A name that two of them define is refused, because lmms-eval would
+    silently take its own.
 
     Raises:
         ConfigError: ``include_path`` is no folder or holds no task, an unknown name, a name defined twice.
         UnsupportedModelError: a task that is not answered by generated text.
     """
-    from lmms_eval.tasks import TaskManager
-
-    own = None
+    ours = set(_manager(str(OWN_TASKS)).all_tasks)
+    theirs: set[str] = set()
+    folders = [str(OWN_TASKS)]
     if include_path is not None:
         folder = Path(include_path)
         if not folder.is_dir():
             raise ConfigError(f"include_path={str(include_path)!r}: no such folder. Change eval.include_path.")
-        own = TaskManager(verbosity="ERROR", include_path=str(folder), include_defaults=False, model_name="vzip")
-        if not own.all_tasks:
+        theirs = set(_manager(str(folder)).all_tasks)
+        if not theirs:
             raise ConfigError(
                 f"include_path={str(include_path)!r}: no lmms-eval task file (*.yaml with a `task:`) in it or below it."
                 " Change eval.include_path."
             )
-        if set(tasks) <= set(own.all_tasks):
-            _check_generative(own, tasks)
-            return own
-    built_in = built_in_tasks()
-    own_names = set() if own is None else set(own.all_tasks)
-    known = sorted({*built_in.all_tasks, *own_names})
+        folders.append(str(folder))
+    asked = set(tasks)
+    built_in = ours if asked <= ours | theirs else set(built_in_tasks().all_tasks)
+    known = sorted(built_in | theirs)
     for name in tasks:
         if name not in known:
             raise ConfigError(
-                f"task {name!r} is not known{nearest(name, known)}. There are {len(known)} names in lmms-eval"
-                + (f" and {str(include_path)!r}" if own else "; eval.include_path names a folder of your own tasks")
+                f"task {name!r} is not known{nearest(name, known)}. There are {len(known)} names in lmms-eval, vzip"
+                + (f" and {str(include_path)!r}" if theirs else "; eval.include_path names a folder of your own tasks")
                 + ". Change eval.tasks."
             )
-        if name in own_names and name in built_in.all_tasks:
+        if name in theirs and name in built_in:
             raise ConfigError(
-                f"task {name!r} of {str(include_path)!r} has the name of a built-in task of lmms-eval, which would be"
-                " run instead. Give yours another name."
+                f"task {name!r} of {str(include_path)!r} has the name of a built-in task, which would be run instead."
+                " Give yours another name."
             )
-    manager = built_in
-    if own_names & set(tasks):  # some from each
-        manager = TaskManager(verbosity="ERROR", include_path=str(include_path), model_name="vzip")
+    if asked <= ours | theirs:
+        manager = _manager(*folders)
+    elif asked & theirs:  # some from each
+        manager = _manager(*folders, defaults=True)
+    else:
+        manager = built_in_tasks()
     _check_generative(manager, tasks)
     return manager
 
 
 @cache
 def built_in_tasks() -> TaskManager:
-    """lmms-eval's own tasks; read once a process, for it takes seconds."""
+    """lmms-eval's own tasks and vzip's; read once a process, for it takes seconds."""
+    return _manager(str(OWN_TASKS), defaults=True)
+
+
+def _manager(*folders: str, defaults: bool = False) -> TaskManager:
+    import yaml
     from lmms_eval.tasks import TaskManager
 
-    return TaskManager(verbosity="ERROR", model_name="vzip")
+    yaml.add_constructor("!installed", _installed)
+    return TaskManager(verbosity="ERROR", include_path=list(folders), include_defaults=defaults, model_name="vzip")
+
+
+def _installed(loader: Any, node: Any) -> str:
+    """``include: !installed pope/pope.yaml``: that file of the installed lmms-eval, wherever it is."""
+    from lmms_eval import tasks
+
+    return str(Path(tasks.__file__).parent / loader.construct_scalar(node))
 
 
 def task_config(manager: TaskManager, name: str) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""What the task files of ``tasks/image`` add to lmms-eval's: the paper's scores where lmms-eval's are others.
+
+Answers are read by lmms-eval's own code; here they are only put together in another way, or other pictures are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lmms_eval.tasks.ocrbench.utils import ocrbench_process_results
+from lmms_eval.tasks.pope.utils import pope_aggregate_f1_score, pope_process_results
+from lmms_eval.tasks.scienceqa.utils import sqa_process_results
+from lmms_eval.tasks.seedbench.utils import seed_doc_to_visual
+
+Doc = Mapping[str, Any]
+
+
+def pope_results(doc: Doc, results: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """lmms-eval's reading of the answer under every metric of the task, with the split and the picture added."""
+    read = pope_process_results(doc, results)["pope_f1_score"]
+    entry = read | {"split": doc["category"], "picture": doc["image_source"]}
+    return dict.fromkeys(("pope_f1_mean", "pope_f1_score", "pope_accuracy"), entry)
+
+
+def pope_mean_of_splits(entries: Sequence[Mapping[str, Any]]) -> float:
+    """Mean of the splits' F1, as the paper has it; splits without a question (a limited run) are left out."""
+    by_split: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        by_split.setdefault(entry["split"], []).append(entry)
+    return sum(pope_aggregate_f1_score(split) for split in by_split.values()) / len(by_split)
+
+
+def scienceqa_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:
+    """Right or wrong, for all questions and once more for those with a picture."""
+    score = sqa_process_results(doc, results)["exact_match"]
+    return {"exact_match": score} | ({} if doc["image"] is None else {"exact_match_image": score})
+
+
+def seed_middle_frame(doc: Doc) -> list[Any]:
+    """The picture of a question, or the middle one of the frames of a video, which is all that LLaVA's script shows."""
+    pictures = seed_doc_to_visual(doc)
+    return [pictures[len(pictures) // 2]]
+
+
+def seed_pictures_only(dataset: Any) -> Any:
+    """The questions about pictures."""
+    return dataset.filter(lambda kind: kind == "image", input_columns=["data_type"])
+
+
+def ocrbench_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:
+    """lmms-eval's reading of the answer as one number a question.
+
+    Its own sum is kept in a variable of the module that nobody sets back, so a second run in the same process would
+    count the first one's points again; and it divides by 1000 however few questions were asked.
+    """
+    return {"ocrbench_accuracy": float(ocrbench_process_results(doc, results)["ocrbench_accuracy"]["score"])}
