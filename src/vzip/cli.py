@@ -28,7 +28,8 @@ class Command:
 
 COMMANDS: Mapping[str, Command] = {
     "list": Command("vzip.config.listing", "recipes and the options of every group, for eval.py and train.py"),
-    "compare": Command("vzip.report.compare", "a record against its recipe's expected numbers and its vanilla run"),
+    "runs": Command("vzip.report.runs", "the evaluations in runs/, with their primary scores"),
+    "compare": Command("vzip.report.compare", "a run against its recipe's expected numbers, or against another run"),
     "table": Command(
         "vzip.config.table", "a table of the paper with our runs beside it; --run evaluates what is missing"
     ),

@@ -17,7 +17,7 @@ from vzip.config import table as of_table
 from vzip.config.table import missing_tasks, plan, run_missing, runs_of, select
 from vzip.errors import ConfigError
 from vzip.report.paper_tables import read_table
-from vzip.report.table_fill import Run, find_runs
+from vzip.report.record import Run, find_runs
 
 
 def test_only() -> None:

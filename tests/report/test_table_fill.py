@@ -14,9 +14,11 @@ import pytest
 from rich.console import Console
 from tests.report.test_compare import record
 
+from vzip.report.layout import print_layout, to_latex, to_markdown
 from vzip.report.paper_tables import PaperTable, read_table
-from vzip.report.table_fill import FilledRow, Run, fill, find_benches, find_runs
-from vzip.report.table_format import lay_out, print_layout, to_csv, to_latex, to_markdown
+from vzip.report.record import Run, find_runs
+from vzip.report.table_fill import FilledRow, fill, find_benches
+from vzip.report.table_format import lay_out, to_csv
 
 OWN = {
     "name": "mine",

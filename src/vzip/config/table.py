@@ -31,9 +31,11 @@ from vzip.config.overrides import check_overrides
 from vzip.config.rundir import recipe_changes, training_directory
 from vzip.config.validate import TRAINED, validate
 from vzip.errors import ConfigError, nearest
+from vzip.report.layout import print_layout, to_latex, to_markdown
 from vzip.report.paper_tables import PaperTable, Row, read_table
-from vzip.report.table_fill import Run, fill, find_benches, find_runs, holds
-from vzip.report.table_format import FORMATS, lay_out, print_layout, to_csv, to_latex, to_markdown
+from vzip.report.record import Run, find_runs
+from vzip.report.table_fill import fill, find_benches, holds
+from vzip.report.table_format import FORMATS, lay_out, to_csv
 
 Runner = Callable[[Sequence[str]], int]
 

@@ -1,10 +1,15 @@
-"""`python -m vzip compare RUN`: a record beside what its recipe must produce, absolute and as retention."""
+"""A record beside what its recipe must produce, or beside another record.
+
+  python -m vzip compare RUN            against its recipe's expected numbers and our own vanilla run
+  python -m vzip compare RUN OTHER      any two runs: scores, paired statistics on the same questions, settings
+
+RUN is a run directory or its run.json; `python -m vzip runs` lists them.
+"""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +17,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vzip.errors import ManifestError, VzipError
+from vzip.errors import ConfigError, ManifestError
 
 from .expected import Expectation, ExpectedRow, read_expected
-from .record import RECORD_NAME, is_vanilla_of, read_record, record_path, score_of, unit_factor
+from .layout import print_layout
+from .paired import Paired, compare_task
+from .record import (
+    RECORD_NAME,
+    Run,
+    answers_of,
+    find_runs,
+    is_vanilla_of,
+    read_record,
+    record_path,
+    score_of,
+    unit_factor,
+)
+from .two_runs import lay_out_pair
 
 _SUFFIX = ".expected.json"
 
@@ -30,6 +48,7 @@ class Comparison:
         difference: measured - expected.
         expected_retention: expected / expected of the vanilla recipe.
         measured_retention: measured / our own vanilla run.
+        paired: the uncertainty of that, and how often both runs gave the same answer; None without a vanilla run.
         verdict: "ok" or "off" by the tolerance, "-" without one, "missing" where the record lacks the task.
     """
 
@@ -40,41 +59,45 @@ class Comparison:
     expected_retention: float | None
     measured_retention: float | None
     verdict: str
+    paired: Paired | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m vzip compare`."""
     parser.add_argument("run", type=Path, help="run directory, or its run.json")
+    parser.add_argument("other", type=Path, nargs="?", help="another run, to compare with instead of the expectation")
     parser.add_argument("--expected", type=Path, help=f"NAME{_SUFFIX}; by default that of the record's recipe")
     parser.add_argument("--vanilla", type=Path, help="run to take retention from; by default searched in the runs tree")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the comparison. Returns 0, 1 if a number is out of its tolerance, 2 for an error of the user's."""
-    try:
-        record = read_record(args.run)
-        expectation = read_expected(args.expected or find_expected(record, args.run))
-        vanilla_path = args.vanilla or find_vanilla(record, args.run)
-        vanilla = None if vanilla_path is None else read_record(vanilla_path)
-        of_vanilla = _expectation_of_vanilla(expectation, args.expected or find_expected(record, args.run))
-        rows = compare(record, expectation, vanilla, of_vanilla)
-    except VzipError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    _print(record, expectation, rows, vanilla_path)
+    """Prints the comparison. Returns 0, or 1 if a number is out of its tolerance."""
+    run = _run(args.run)
+    if args.other is not None:
+        if args.expected or args.vanilla:
+            raise ConfigError("compare RUN OTHER holds two runs against each other; leave out --expected, --vanilla.")
+        print_layout(lay_out_pair(run, _run(args.other)), Console())
+        return 0
+    path = args.expected or find_expected(run.record, args.run)
+    expectation = read_expected(path)
+    vanilla_path = args.vanilla or find_vanilla(run.record, args.run)
+    vanilla = None if vanilla_path is None else _run(vanilla_path)
+    rows = compare(run, expectation, vanilla, _expectation_of_vanilla(expectation, path))
+    _print(run.record, expectation, rows, vanilla_path)
     return 1 if any(row.verdict == "off" for row in rows) else 0
 
 
+def _run(path: Path) -> Run:
+    return Run(record_path(path), read_record(path))
+
+
 def compare(
-    record: Mapping[str, Any],
-    expectation: Expectation,
-    vanilla: Mapping[str, Any] | None = None,
-    of_vanilla: Expectation | None = None,
+    run: Run, expectation: Expectation, vanilla: Run | None = None, of_vanilla: Expectation | None = None
 ) -> list[Comparison]:
     """Compares a record with an expectation.
 
     Args:
-        record: the run.
+        run: the run.
         expectation: what it must produce.
         vanilla: our own uncompressed run of the same model and questions, for the measured retention.
         of_vanilla: what that one must produce, for the expected retention.
@@ -82,31 +105,32 @@ def compare(
     Raises:
         ManifestError: units that cannot be converted, e.g. an expectation in percent for a metric in points.
     """
-    rows = []
-    for row in expectation.rows:
-        score = score_of(record, row.task, row.metric)
-        base = None if vanilla is None else score_of(vanilla, row.task, row.metric)
-        expected_base = None if of_vanilla is None else of_vanilla.find(row.task, row.metric)
-        measured = error = difference = None
-        verdict = "missing"
-        if score is not None:
-            factor = unit_factor(record["tasks"][row.task]["unit"], row.unit, f"{row.task} {row.metric}")
-            measured = score.value * factor
-            error = None if score.standard_error is None else score.standard_error * factor
-            difference = measured - row.value
-            verdict = "-" if row.tolerance is None else ("ok" if abs(difference) <= row.tolerance else "off")
-        rows.append(
-            Comparison(
-                row,
-                measured,
-                error,
-                difference,
-                row.value / expected_base.value if expected_base and expected_base.value else None,
-                score.value / base.value if score and base and base.value else None,
-                verdict,
-            )
-        )
-    return rows
+    return [_compare_row(row, run, vanilla, of_vanilla) for row in expectation.rows]
+
+
+def _compare_row(row: ExpectedRow, run: Run, vanilla: Run | None, of_vanilla: Expectation | None) -> Comparison:
+    score = score_of(run.record, row.task, row.metric)
+    expected_base = None if of_vanilla is None else of_vanilla.find(row.task, row.metric)
+    expected_retention = row.value / expected_base.value if expected_base and expected_base.value else None
+    if score is None:
+        return Comparison(row, None, None, None, expected_retention, None, "missing")
+    factor = unit_factor(run.record["tasks"][row.task]["unit"], row.unit, f"{row.task} {row.metric}")
+    measured = score.value * factor
+    difference = measured - row.value
+    paired = None
+    if vanilla is not None and vanilla.path.resolve() != run.path.resolve():
+        ours, theirs = answers_of(run, row.task), answers_of(vanilla, row.task)
+        paired = compare_task(run.record, vanilla.record, row.task, row.metric, ours, theirs)
+    return Comparison(
+        row,
+        measured,
+        None if score.standard_error is None else score.standard_error * factor,
+        difference,
+        expected_retention,
+        None if paired is None else paired.retention,
+        "-" if row.tolerance is None else ("ok" if abs(difference) <= row.tolerance else "off"),
+        paired,
+    )
 
 
 def find_expected(record: Mapping[str, Any], run: Path) -> Path:
@@ -135,17 +159,10 @@ def find_vanilla(record: Mapping[str, Any], run: Path) -> Path | None:
     above = own.parents
     # runs/<task>/<recipe or model>/<compressor>-<budget>/seed<k>: `runs` by its name, else four levels up.
     root = next((folder for folder in above if folder.name == "runs"), above[min(4, len(above) - 1)])
-    found = [path for path in _records_below(root) if path != own and is_vanilla_of(read_record(path), record)]
-    return max(found, key=lambda path: str(read_record(path).get("created")), default=None)
-
-
-def _records_below(root: Path) -> Iterable[Path]:
-    for path in sorted(root.glob(f"*/*/*/*/{RECORD_NAME}")):
-        try:
-            read_record(path)
-        except ManifestError:  # other kinds of records lie in the same tree
-            continue
-        yield path
+    runs = find_runs(root, f"*/*/*/*/{RECORD_NAME}")
+    found = [other for other in runs if other.path != own and is_vanilla_of(other.record, record)]
+    newest = max(found, key=lambda other: str(other.record.get("created")), default=None)
+    return None if newest is None else newest.path
 
 
 def _expectation_of_vanilla(expectation: Expectation, path: Path) -> Expectation | None:
@@ -160,7 +177,16 @@ def _print(record: Mapping[str, Any], expectation: Expectation, rows: list[Compa
     table = Table(title=f"{expectation.recipe}: measured beside expected", title_justify="left")
     for name in ("task", "metric", "unit"):
         table.add_column(name, overflow="fold")
-    for name in ("expected", "measured", "± s.e.", "difference", "retention expected", "measured"):
+    for name in (
+        "expected",
+        "measured",
+        "± s.e.",
+        "difference",
+        "retention expected",
+        "measured",
+        "95 %",
+        "same answers",
+    ):
         table.add_column(name, justify="right")
     table.add_column("verdict")
     for row in rows:
@@ -174,11 +200,17 @@ def _print(record: Mapping[str, Any], expectation: Expectation, rows: list[Compa
             _number(row.difference, sign=True),
             _percent(row.expected_retention),
             _percent(row.measured_retention),
+            _interval(row.paired),
+            _percent(None if row.paired is None else row.paired.agreement),
             row.verdict,
         )
     console.print(table)
     for row in rows:
         console.print(f"{row.expected.task}: {row.expected.source}. {row.expected.protocol}.", markup=False)
+    if any(row.paired is not None for row in rows):
+        console.print(
+            "same: share of questions to which the vanilla run gave the same answer; ~: not from the same questions"
+        )
     console.print(f"vanilla run: {vanilla or 'none found, so no measured retention; name one with --vanilla RUN'}")
     for reason in record.get("provisional_reasons", []):
         console.print(f"provisional: {reason}")
@@ -190,3 +222,9 @@ def _number(value: float | None, *, sign: bool = False) -> str:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _interval(paired: Paired | None) -> str:
+    if paired is None or paired.low is None or paired.high is None:
+        return ""
+    return f"{100 * paired.low:.1f} to {100 * paired.high:.1f}" + ("" if paired.is_paired else " ~")

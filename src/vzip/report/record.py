@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ SCHEMA_VERSION = 1
 # What makes two runs runs of one model.
 _OF_MODEL = ("name_or_path", "revision", "weights_sha256", "class", "dtype", "preprocess")
 _REQUIRED = ("schema_version", "model", "compressor", "visual_tokens", "tasks", "provisional")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished evaluation: its ``run.json`` and what it says."""
+
+    path: Path
+    record: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,24 @@ def read_record(run: str | Path) -> dict[str, Any]:
     return record
 
 
+def find_runs(folder: Path, pattern: str = f"**/{RECORD_NAME}", unreadable: list[str] | None = None) -> list[Run]:
+    """Every evaluation's record below a folder, in order of their paths.
+
+    Args:
+        folder: ``runs``, or any other.
+        pattern: where below it.
+        unreadable: takes the messages about files named ``run.json`` that are no records.
+    """
+    found = []
+    for path in sorted(folder.glob(pattern)):
+        try:
+            found.append(Run(path, read_record(path)))
+        except ManifestError as error:
+            if unreadable is not None:
+                unreadable.append(str(error))
+    return found
+
+
 def read_samples(run: str | Path) -> dict[str, list[dict[str, Any]]]:
     """The answers of a run by task, in order of question.
 
@@ -88,6 +115,19 @@ def read_samples(run: str | Path) -> dict[str, list[dict[str, Any]]]:
         row = json.loads(line)
         by_task.setdefault(row["task"], []).append(row)
     return by_task
+
+
+def answers_of(run: Run, task: str) -> list[dict[str, Any]] | None:
+    """What a paired comparison needs of a task's answers; None where the run's answers were not kept."""
+    if not run.path.with_name(SAMPLES_NAME).is_file():
+        return None
+    return _paired_fields(run.path).get(task)
+
+
+@lru_cache(maxsize=2)  # a run and its vanilla run; the answers of a whole table would not fit into memory
+def _paired_fields(path: Path) -> dict[str, list[dict[str, Any]]]:
+    kept = ("doc_id", "filter_index", "question", "target", "answer", "scores")
+    return {task: [{key: row.get(key) for key in kept} for row in rows] for task, rows in read_samples(path).items()}
 
 
 def score_of(record: Mapping[str, Any], task: str, metric: str) -> Score | None:
@@ -105,6 +145,13 @@ def score_of(record: Mapping[str, Any], task: str, metric: str) -> Score | None:
     if len(parts) > 1 and all(part in metrics for part in parts):
         return Score(sum(metrics[part]["value"] for part in parts), None, entry["num_samples"])
     return None
+
+
+def metrics_of(record: Mapping[str, Any], task: str) -> list[str]:
+    """Names of a task's metrics, its primary one first."""
+    entry = record["tasks"][task]
+    primary = [] if entry["primary_metric"] is None else [entry["primary_metric"]]
+    return list(dict.fromkeys([*primary, *entry["metrics"]]))
 
 
 def primary_scores(record: Mapping[str, Any]) -> dict[str, Score]:

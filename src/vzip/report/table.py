@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .record import score_of
+from .record import metrics_of, score_of
 
 
 def print_record(record: Mapping[str, Any], console: Console | None = None) -> None:
@@ -33,7 +33,7 @@ def print_record(record: Mapping[str, Any], console: Console | None = None) -> N
     table.add_column("questions", justify="right")
     for task, entry in record["tasks"].items():
         first = True
-        for metric in sorted(entry["metrics"], key=lambda name: name != entry["primary_metric"]):
+        for metric in metrics_of(record, task):
             score = score_of(record, task, metric)
             assert score is not None
             mark = " *" if metric == entry["primary_metric"] and len(entry["metrics"]) > 1 else ""

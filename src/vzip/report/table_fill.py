@@ -5,30 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vzip.errors import ManifestError
-
 from .paired import Paired, compare_task
 from .paper_tables import AVERAGE, Column, Mismatch, PaperTable, Row
-from .record import SAMPLES_NAME, is_vanilla_of, read_record, read_samples, record_path, score_of, unit_factor
+from .record import Run, answers_of, is_vanilla_of, score_of, unit_factor
 from .stats import percentile_interval
 
 # 95 % of a normal distribution lie within this many standard errors.
 NORMAL_95 = 1.96
 MIB_PER_GIB = 1024
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished evaluation."""
-
-    path: Path
-    record: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,10 +56,15 @@ class FilledCell:
 
     @property
     def difference_outside_noise(self) -> bool:
-        """Whether the difference is more than ours may be off by chance; False where our error is not known."""
-        if self.difference is None or self.standard_error is None:
+        """Whether the difference is more than ours may be off by chance, and the paper's by rounding.
+
+        False where our error is not known.
+        """
+        if self.difference is None or self.paper is None or self.standard_error is None:
             return False
-        return abs(self.difference) > NORMAL_95 * self.standard_error
+        # The paper prints whole points of MME and one digit of everything else.
+        rounding = 0.5 if self.column.unit == "points" and self.paper == int(self.paper) else 0.05
+        return abs(self.difference) > NORMAL_95 * self.standard_error + rounding
 
     @property
     def ratio_outside_noise(self) -> bool:
@@ -135,17 +129,6 @@ def fill(
     return filled
 
 
-def find_runs(folder: Path) -> list[Run]:
-    """Every evaluation's record below a runs folder (``<task>/<recipe or model>/<compressor>-<budget>/seed<k>``)."""
-    found = []
-    for path in sorted(folder.glob("*/*/*/*/run.json")):
-        try:
-            found.append(Run(path, read_record(path)))
-        except ManifestError:  # other kinds of records lie in the same tree
-            continue
-    return found
-
-
 def find_benches(folder: Path) -> list[dict[str, Any]]:
     """Every ``bench.json`` below a runs folder."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("bench/**/bench.json"))]
@@ -183,7 +166,12 @@ def _cell(
         return FilledCell(*blank, mark, value, error, run.path, base_run.path, base_value / value, None, reasons)
     assert column.task is not None and column.metric is not None
     paired = compare_task(
-        run.record, base_run.record, column.task, column.metric, _samples(run, column), _samples(base_run, column)
+        run.record,
+        base_run.record,
+        column.task,
+        column.metric,
+        answers_of(run, column.task),
+        answers_of(base_run, column.task),
     )
     ratio = None if paired is None else paired.retention
     return FilledCell(*blank, mark, value, error, run.path, base_run.path, ratio, paired, reasons)
@@ -232,18 +220,6 @@ def _bench(benches: Sequence[Mapping[str, Any]], table: PaperTable, label: str |
 def _newest(runs: Iterable[Run]) -> Run | None:
     """The newest run; one that is not provisional before any that is."""
     return max(runs, key=lambda run: (not run.record["provisional"], str(run.record.get("created"))), default=None)
-
-
-def _samples(run: Run, column: Column) -> list[dict[str, Any]] | None:
-    if not record_path(run.path).with_name(SAMPLES_NAME).is_file():
-        return None
-    return _read_samples(run.path).get(str(column.task))
-
-
-@lru_cache(maxsize=2)  # a row's run and its vanilla run; the answers of a whole table would not fit into memory
-def _read_samples(path: Path) -> dict[str, list[dict[str, Any]]]:
-    kept = ("doc_id", "filter_index", "question", "target", "answer", "scores")
-    return {task: [{key: row.get(key) for key in kept} for row in rows] for task, rows in read_samples(path).items()}
 
 
 def _average(table: PaperTable, row: Row, cells: Sequence[FilledCell]) -> FilledAverage | None:

@@ -1,7 +1,8 @@
-"""A filled table for reading (terminal, Markdown, LaTeX) and for programs (CSV, one line a cell).
+"""A filled table for reading, as a ``Layout``, and for programs (CSV, one line a cell).
 
 Below each row of the paper stand, where there is a run, ours, the difference, retention against our own vanilla run (of
-a cost: the factor saved) and its 95 % interval. Bold is only what is outside the noise.
+a cost: the factor saved), its 95 % interval, and how often both gave the same answer. Bold is only what is outside the
+noise.
 """
 
 from __future__ import annotations
@@ -9,27 +10,20 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from rich import box
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
-
+from .layout import Layout, Piece
 from .paper_tables import Mismatch, PaperTable
 from .table_fill import FilledAverage, FilledCell, FilledRow
 
-WIDEST = 1000  # characters; no table comes near
 FORMATS = ("markdown", "latex", "csv")
 LEGEND = (
-    "difference: ours - paper, bold where it exceeds 1.96 of our standard errors",
+    "difference: ours - paper, bold where it exceeds 1.96 of our standard errors and the paper's rounding",
     "retention: against our own vanilla run, bold where its 95 % interval leaves out 100 and McNemar's test, where"
     " answers are right or wrong, gives p < 0.05; each cell is judged for itself",
 )
+AGREEMENT = "same answers: share of questions to which our vanilla run gave the same answer, right or wrong, in percent"
 UNPAIRED = "~: not from the same questions but from two standard errors, which is too wide"
 PARTIAL = "Avg of n/m: over the n columns that ours has; its difference is to the paper's numbers over the same columns"
-_LATEX = str.maketrans({c: f"\\{c}" for c in "&%#_$"} | {"‡": r"$^\ddagger$", "~": r"$\sim$", "→": r"$\to$"})
 CSV_FIELDS = [
     "table",
     "tokens",
@@ -61,24 +55,6 @@ CSV_FIELDS = [
 ]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A cell's text."""
-
-    text: str = ""
-    bold: bool = False
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A table as text: a head, blocks of lines (one block a row of the paper), and remarks below."""
-
-    title: str
-    head: tuple[str, ...]
-    blocks: tuple[tuple[tuple[Piece, ...], ...], ...]
-    remarks: tuple[str, ...]
-
-
 def lay_out(table: PaperTable, rows: Sequence[FilledRow]) -> Layout:
     """The paper's layout with our lines below each row."""
     marks: list[Mismatch] = []
@@ -90,6 +66,7 @@ def lay_out(table: PaperTable, rows: Sequence[FilledRow]) -> Layout:
         tuple(head),
         blocks,
         tuple(_remarks(table, rows, marks)),
+        left=frozenset({1, 2}),
     )
 
 
@@ -106,6 +83,7 @@ def _block(row: FilledRow, marks: list[Mismatch]) -> tuple[tuple[Piece, ...], ..
             ("difference", [_difference(c) for c in row.cells] + [_average_difference(a) for a in average]),
             ("retention", [_ratio(c) for c in row.cells] + [Piece() for _ in average]),
             ("95 %", [_interval(c) for c in row.cells] + [_average_interval(a) for a in average]),
+            ("same answers", [_agreement(c) for c in row.cells] + [Piece() for _ in average]),
         ]
     # Blank lines say nothing, except that this row could be run.
     shown = [line for line in lines if line[0] == "ours" or any(piece.text for piece in line[1])]
@@ -160,6 +138,12 @@ def _interval(cell: FilledCell) -> Piece:
     return Piece(f"{100 * paired.low:.1f} to {100 * paired.high:.1f}" + ("" if paired.is_paired else " ~"))
 
 
+def _agreement(cell: FilledCell) -> Piece:
+    if cell.paired is None or cell.paired.agreement is None:
+        return Piece()
+    return Piece(f"{100 * cell.paired.agreement:.1f}")
+
+
 def _paper_average(average: FilledAverage, marks: list[Mismatch]) -> Piece:
     if average.paper is None:
         return Piece()
@@ -194,58 +178,14 @@ def _remarks(table: PaperTable, rows: Sequence[FilledRow], marks: Sequence[Misma
     remarks += [f"{', '.join(titles)}: {why}" for why, titles in reasons.items()]
     if any(cell.ours is not None for cell in cells):
         remarks += LEGEND
+    if any(_agreement(cell).text for cell in cells):
+        remarks.append(AGREEMENT)
     if any(cell.paired is not None and not cell.paired.is_paired for cell in cells):
         remarks.append(UNPAIRED)
     if any(row.average is not None and 0 < row.average.num < row.average.of for row in rows):
         remarks.append(PARTIAL)
     provisional = dict.fromkeys(reason for cell in cells for reason in cell.provisional)
     return remarks + [f"*: provisional: {reason}" for reason in provisional]
-
-
-def print_layout(layout: Layout, console: Console) -> None:
-    """Prints to the terminal; a narrower one than the table needs wraps its lines rather than squeezing every cell."""
-    shown = Table(title=layout.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for number, name in enumerate(layout.head):
-        shown.add_column(name, justify="left" if number in (1, 2) else "right", no_wrap=True)
-    for block in layout.blocks:
-        for number, line in enumerate(block):
-            texts = [Text(piece.text, style="bold" if piece.bold else "") for piece in line]
-            shown.add_row(*texts, end_section=number == len(block) - 1)
-    needed = Measurement.get(console, console.options.update(width=WIDEST), shown).maximum
-    console.width = max(console.width, needed)
-    console.print(shown)
-    for remark in layout.remarks:
-        console.print(remark, markup=False, highlight=False)
-
-
-def to_markdown(layout: Layout) -> str:
-    """GitHub Markdown."""
-    sides = ["---" if number in (1, 2) else "---:" for number in range(len(layout.head))]
-    lines = [list(layout.head), sides]
-    lines += [[f"**{p.text}**" if p.bold else p.text for p in line] for block in layout.blocks for line in block]
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"**{layout.title}**\n\n{body}\n\n" + "".join(f"- {remark}\n" for remark in layout.remarks)
-
-
-def to_latex(layout: Layout) -> str:
-    """A ``table`` with booktabs rules; needs ``\\usepackage{booktabs}``."""
-    sides = "".join("l" if number in (1, 2) else "r" for number in range(len(layout.head)))
-    blocks = ("".join(_latex_line(line) for line in block) for block in layout.blocks)
-    remarks = "".join(f"  {remark.translate(_LATEX)}\\par\n" for remark in layout.remarks)
-    return (
-        "\\begin{table}\n"
-        f"  \\caption{{{layout.title.translate(_LATEX)}}}\n"
-        f"  \\begin{{tabular}}{{{sides}}}\n  \\toprule\n"
-        + _latex_line([Piece(name) for name in layout.head])
-        + "  \\midrule\n"
-        + "  \\midrule\n".join(blocks)
-        + f"  \\bottomrule\n  \\end{{tabular}}\n  \\footnotesize\n{remarks}\\end{{table}}\n"
-    )
-
-
-def _latex_line(line: Sequence[Piece]) -> str:
-    texts = (piece.text.translate(_LATEX) for piece in line)
-    return "  " + " & ".join(f"\\textbf{{{t}}}" if p.bold else t for p, t in zip(line, texts, strict=True)) + " \\\\\n"
 
 
 def to_csv(table: PaperTable, rows: Sequence[FilledRow]) -> str:
