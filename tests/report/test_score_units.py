@@ -58,6 +58,53 @@ def test_pope_is_lmms_evals() -> None:
     assert f1.aggregate(f1.values[draw]) == pytest.approx(theirs.pope_aggregate_f1_score([scores[i] for i in draw]))
 
 
+def test_pope_by_splits_is_the_mean_of_lmms_evals_f1() -> None:
+    theirs = pytest.importorskip("vzip.evaluation.image_tasks")
+    scores = [s | {"split": DRAW.choice(["random", "popular", "adversarial"])} for s in pope(200)]
+    mean = units("pope_f1_mean", rows([{"pope_f1_mean": s} for s in scores]))
+    assert mean.score == pytest.approx(theirs.pope_mean_of_splits(scores))
+    draw = np.array([DRAW.randrange(200) for _ in range(200)])
+    assert mean.aggregate is not None
+    assert mean.aggregate(mean.values[draw]) == pytest.approx(theirs.pope_mean_of_splits([scores[i] for i in draw]))
+
+
+def test_questions_about_one_picture_are_drawn_together() -> None:
+    scores = pope(60)
+    single = rows([{"pope_f1_score": s, "pope_accuracy": s, "exact_match": s["score"]} for s in scores])
+    pictures = [row | {"cluster": f"picture{i % 7}"} for i, row in enumerate(single)]
+    for metric in ("pope_f1_score", "pope_accuracy", "exact_match"):
+        alone, found = units(metric, single), units(metric, pictures)
+        assert len(alone.by_cluster()[0]) == 60
+        values, aggregate = found.by_cluster()
+        assert len(values) == 7 and aggregate is not None and aggregate(values) == pytest.approx(alone.score)
+        assert found.correct is not None and len(found.correct) == 60
+        # Drawing a picture twice is scoring its questions twice.
+        by_hand = [row for number in (2, 2, 5) for row in single[number::7]]
+        assert aggregate(values[[2, 2, 5]]) == pytest.approx(units(metric, by_hand).score)
+
+
+def test_mmbench_and_mmmu_by_the_verdicts_kept() -> None:
+    entries = [
+        {"index": group + 1_000_000 * turn, "group": group, "hit": int(group % 3 > 0)}
+        for group in range(9)
+        for turn in range(1 + group % 2)
+    ]
+    mmbench = units("gpt_eval_score", rows([{"gpt_eval_score": s} for s in entries]))
+    assert mmbench.score == pytest.approx(100 * 6 / 9) and len(mmbench.by_cluster()[0]) == 9
+    assert mmbench.correct is not None and mmbench.correct.tolist() == [False, True, True] * 3
+    mmmu = units("mmmu_acc", rows([{"mmmu_acc": {"id": i, "hit": int(i < 3)}} for i in range(4)]))
+    assert mmmu.score == 0.75
+
+
+def test_mmstar_is_lmms_evals() -> None:
+    theirs = pytest.importorskip("lmms_eval.tasks.mmstar.utils")
+    scores = [
+        {"question_id": i, "l2_category": DRAW.choice("xyz"), "score": float(DRAW.random() < 0.4)} for i in range(50)
+    ]
+    found = units("average", rows([{"average": s} for s in scores]))
+    assert found.score == pytest.approx(theirs.mmstar_aggregate_results(scores))
+
+
 def test_mme_is_lmms_evals() -> None:
     theirs = pytest.importorskip("lmms_eval.tasks.mme.utils")
     perception, cognition = mme(60, "abc"), mme(20, "xy")

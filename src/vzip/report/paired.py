@@ -6,7 +6,6 @@ and wrong answers McNemar's exact test, and the answers themselves the share in 
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from vzip.errors import ManifestError
 
 from .record import Score, score_of
-from .score_units import Units, units_of
+from .score_units import units_of
 from .stats import mcnemar_p, percentile_interval, resampled_retention
 
 SIGNIFICANCE = 0.05
@@ -91,14 +90,12 @@ def compare_task(
         rows
     )
     units, base_units = units_of(metric, rows), units_of(metric, vanilla_rows)
-    if not (_gives(units, ours) and _gives(base_units, base)):
+    if units is None or base_units is None or not (units.gives(ours.value) and base_units.gives(base.value)):
         return _from_errors(ours, base, task, num_resamples, seed, agreement)
-    assert units is not None and base_units is not None
-    if units.keys != base_units.keys:
+    if (units.keys, units.clusters) != (base_units.keys, base_units.clusters):
         raise ManifestError(f"{task} {metric}: the two runs scored different questions; evaluate both again.")
-    retention, resampled = resampled_retention(
-        task, units.values, base_units.values, units.aggregate, num_resamples, seed
-    )
+    (values, aggregate), (base_values, _) = units.by_cluster(), base_units.by_cluster()
+    retention, resampled = resampled_retention(task, values, base_values, aggregate, num_resamples, seed)
     low, high = percentile_interval(resampled)
     lost = gained = p_value = None
     if units.correct is not None and base_units.correct is not None:
@@ -140,11 +137,6 @@ def _by_id(rows: Rows, task: str) -> dict[tuple[Any, Any], Mapping[str, Any]]:
 
 def _plain(answer: Any) -> Any:
     return answer.strip().lower() if isinstance(answer, str) else answer
-
-
-def _gives(units: Units | None, score: Score) -> bool:
-    """Whether the units reproduce the record's number; if not, their form is not understood and they are not used."""
-    return units is not None and math.isclose(units.score, score.value, rel_tol=1e-4, abs_tol=1e-6)
 
 
 def _from_errors(

@@ -126,7 +126,7 @@ def answers_of(run: Run, task: str) -> list[dict[str, Any]] | None:
 
 @lru_cache(maxsize=2)  # a run and its vanilla run; the answers of a whole table would not fit into memory
 def _paired_fields(path: Path) -> dict[str, list[dict[str, Any]]]:
-    kept = ("doc_id", "filter_index", "question", "target", "answer", "scores")
+    kept = ("doc_id", "filter_index", "question", "target", "answer", "scores", "cluster")
     return {task: [{key: row.get(key) for key in kept} for row in rows] for task, rows in read_samples(path).items()}
 
 
