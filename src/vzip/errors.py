@@ -46,6 +46,18 @@ class RunExistsError(VzipError, FileExistsError):
     """A run directory that already holds results."""
 
 
+class RunWriteError(VzipError, OSError):
+    """A file of a run that cannot be written: the disk is full, or the rights are missing."""
+
+
+class DeviceMemoryError(VzipError, MemoryError):
+    """A device whose memory does not suffice even for the smallest piece of work."""
+
+
+class JudgeError(VzipError, RuntimeError):
+    """The judge model cannot be reached, refuses, or costs more than allowed."""
+
+
 class MissingPackageError(VzipError, ImportError):
     """An optional package that is absent or broken."""
 

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from vzip.errors import ConfigError
-from vzip.report.stats import bootstrap_standard_error, retention_interval, standard_error
+from vzip.report.stats import (
+    bootstrap_standard_error,
+    clustered_standard_error,
+    retention_interval,
+    standard_error,
+)
 
 RNG = np.random.default_rng(7)
 VANILLA = (RNG.random(400) < 0.85).astype(float)
@@ -134,3 +139,21 @@ def test_many_questions_are_drawn_in_blocks(monkeypatch):
 def test_what_has_no_retention(per_task, kwargs, message):
     with pytest.raises(ConfigError, match=message):
         retention_interval(per_task, **kwargs)
+
+
+def test_errors_of_clustered_scores():
+    scores = np.random.default_rng(3).random(12)
+    alone = clustered_standard_error(scores, range(12))
+    assert alone == pytest.approx(standard_error(scores))
+    # Every score four times over tells no more than the score once.
+    assert clustered_standard_error(np.repeat(scores, 4), np.repeat(range(12), 4).tolist()) == pytest.approx(alone)
+    assert np.isnan(clustered_standard_error(scores, ["one"] * 12))
+    # Against the spread of the mean over resampled clusters of unequal sizes.
+    labels = [0] * 5 + [1] * 3 + [2] * 2 + [3, 4]
+    rows = np.array([{"score": score, "label": label} for score, label in zip(scores, labels, strict=True)])
+    many = np.concatenate([[{**row, "label": (copy, row["label"])} for row in rows] for copy in range(40)])
+    resampled = bootstrap_standard_error(
+        many, lambda drawn: float(np.mean([row["score"] for row in drawn])), cluster_key="label", num_resamples=400
+    )
+    values, names = [row["score"] for row in many], [row["label"] for row in many]
+    assert clustered_standard_error(np.array(values), names) == pytest.approx(resampled, rel=0.12)

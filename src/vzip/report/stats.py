@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,21 @@ def standard_error(scores: np.ndarray) -> float:
     """Standard error of the mean of per-question scores ``[n]``; NaN for fewer than two."""
     scores = np.asarray(scores, dtype=np.float64)
     return float(np.std(scores, ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else float("nan")
+
+
+def clustered_standard_error(scores: np.ndarray, labels: Sequence[object]) -> float:
+    """Standard error of the mean of scores ``[n]`` of which those with one label are not independent.
+
+    The usual sandwich estimate: residuals are summed within each cluster. With a label a score it is ``standard_error``.
+    NaN for fewer than two clusters.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    sums: dict[object, float] = {}
+    for label, residual in zip(labels, scores - scores.mean(), strict=True):
+        sums[label] = sums.get(label, 0.0) + float(residual)
+    if len(sums) < 2:
+        return float("nan")
+    return math.sqrt(len(sums) / (len(sums) - 1) * sum(value**2 for value in sums.values())) / len(scores)
 
 
 def bootstrap_standard_error(

@@ -1,0 +1,186 @@
+"""A judge's verdicts on the answers of a finished run, written into the run's own record.
+
+Everything is matched by task and ``doc_id``; the order of ``samples.jsonl`` means nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vzip.errors import ConfigError, ManifestError, RunExistsError, nearest
+from vzip.report.record import SAMPLES_NAME, read_record, read_samples, record_path
+from vzip.report.stats import clustered_standard_error
+
+from .judge import Reply
+from .judge_prompts import JudgePrompt, read_verdict
+from .judge_settings import JudgeSettings
+from .video_qa import VIDEO_SETS
+from .writing import write_json, write_jsonl
+
+ACCURACY, SCORE = "judge_accuracy", "judge_score"
+_REASON = "judge: "  # how the judge's own reasons for a provisional record begin
+
+Row = dict[str, Any]
+
+
+@dataclass
+class JudgedRun:
+    """A run and its answers.
+
+    Attributes:
+        path: its ``run.json``.
+        record: what that says.
+        rows: its answers by task.
+        tasks: those to be judged.
+    """
+
+    path: Path
+    record: dict[str, Any]
+    rows: dict[str, list[Row]]
+    tasks: list[str]
+
+    def questions(self) -> list[Row]:
+        """The answers to be judged, one a question."""
+        return [row for task in self.tasks for row in self.rows[task] if row["filter_index"] == 0]
+
+
+def read_run(run: str | Path, tasks: Sequence[str] | None = None) -> JudgedRun:
+    """Reads a run.
+
+    Args:
+        run: its directory.
+        tasks: which to judge; by default the video benchmarks among its tasks.
+
+    Raises:
+        ManifestError: no record, no answers, or a question twice.
+        ConfigError: a task that the run does not have, or none to judge.
+    """
+    record, rows = read_record(run), read_samples(run)
+    chosen = [task for task in record["tasks"] if task in VIDEO_SETS] if tasks is None else list(tasks)
+    for task in chosen:
+        if task not in rows:
+            raise ConfigError(f"--tasks {task}: not in this run{nearest(task, rows)}; it has {', '.join(rows)}.")
+    if not chosen:
+        raise ConfigError(
+            f"{run}: none of its tasks ({', '.join(rows)}) is scored by this judge; {', '.join(VIDEO_SETS)} are. Name"
+            " others with open questions by --tasks."
+        )
+    judged = JudgedRun(record_path(run), record, rows, chosen)
+    times = Counter((row["task"], row["doc_id"]) for row in judged.questions())
+    repeated = [key for key, number in times.items() if number > 1]
+    if repeated:
+        raise ManifestError(
+            f"{judged.path.with_name(SAMPLES_NAME)}: question {repeated[0]} stands there more than once."
+        )
+    return judged
+
+
+def check_not_judged(run: JudgedRun, settings: JudgeSettings, prompt: JudgePrompt, *, overwrite: bool) -> None:
+    """Refuses to replace verdicts, except to complete those of the same judge.
+
+    Raises:
+        RunExistsError: the record has verdicts of another judge, or complete ones, and ``overwrite`` is False.
+    """
+    for task in run.tasks:
+        old = run.record.get("judge", {}).get(task)
+        if old is None or overwrite:
+            continue
+        same = all(old[key] == value for key, value in _identity(settings, prompt).items())
+        if not same or not old["num_unusable"]:
+            raise RunExistsError(
+                f"{run.path}: {task} was already judged by {old['model']} with {old['prompt']} (temperature"
+                f" {old['temperature']}). Nothing was changed. To replace that, add --overwrite."
+            )
+
+
+def write_verdicts(
+    run: JudgedRun, replies: Sequence[Reply], settings: JudgeSettings, prompt: JudgePrompt
+) -> dict[str, Any]:
+    """Writes verdicts into ``samples.jsonl`` and ``run.json``, each file whole or not at all.
+
+    Args:
+        run: changed in place.
+        replies: one for each of ``run.questions()``, in that order.
+        settings, prompt: whose.
+
+    Returns:
+        The record.
+    """
+    for row, reply in zip(run.questions(), replies, strict=True):
+        _judge_row(row, reply)
+    reasons = [reason for reason in run.record["provisional_reasons"] if not reason.startswith(_REASON)]
+    for task in run.tasks:
+        entry = _summary(run.record["tasks"][task], [row for row in run.rows[task] if row["filter_index"] == 0])
+        if task in VIDEO_SETS:
+            run.record["tasks"][task] |= {
+                "primary_metric": ACCURACY if entry["num_judged"] else None,
+                "unit": "fraction",
+            }
+        run.record.setdefault("judge", {})[task] = _identity(settings, prompt) | entry
+    for task, entry in run.record["judge"].items():
+        if entry["num_unusable"]:
+            of = run.record["tasks"][task]["num_samples"]
+            reasons.append(f"{_REASON}{entry['num_unusable']} of {of} answers of {task} have no usable verdict")
+    run.record["provisional_reasons"], run.record["provisional"] = reasons, bool(reasons)
+    write_jsonl(run.path.with_name(SAMPLES_NAME), (row for rows in run.rows.values() for row in rows))
+    write_json(run.path, run.record)
+    return run.record
+
+
+def unusable(run: JudgedRun, task: str) -> list[str]:
+    """The questions without a usable verdict, by the data set's own id, each with the reason."""
+    return [
+        f"{row.get('question_id', row['doc_id'])}: {row['judge']['problem']}"
+        for row in run.rows[task]
+        if row["filter_index"] == 0 and row["judge"]["problem"] is not None
+    ]
+
+
+def _identity(settings: JudgeSettings, prompt: JudgePrompt) -> dict[str, Any]:
+    return {**asdict(settings), "prompt": f"{prompt.name}_v{prompt.version}", "prompt_sha256": prompt.sha256}
+
+
+def _judge_row(row: Row, reply: Reply) -> None:
+    """A question without a usable verdict has no judge's score: it is neither right nor wrong."""
+    row["judge"] = {"reply": reply.text, "model": reply.served_model, "problem": reply.problem}
+    for metric in (ACCURACY, SCORE):
+        row["scores"].pop(metric, None)
+    verdict = read_verdict(reply.text) if reply.problem is None else None
+    if verdict is not None:
+        row["scores"] |= {ACCURACY: float(verdict.correct), SCORE: float(verdict.score)}
+
+
+def _summary(task: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """Puts accuracy and mean score into the record's entry of a task; returns what is said of the judging."""
+    judged = [row for row in rows if ACCURACY in row["scores"]]
+    # Many questions are about one video: MSVD-QA has 26 of each.
+    labels = [row.get("cluster", ("question", row["doc_id"])) for row in judged]
+    for metric in (ACCURACY, SCORE):
+        task["metrics"].pop(metric, None)
+        if judged:
+            scores = np.array([row["scores"][metric] for row in judged])
+            error = clustered_standard_error(scores, labels)
+            task["metrics"][metric] = {
+                "value": float(scores.mean()),
+                "standard_error": error if math.isfinite(error) else None,
+                "standard_error_source": "over videos" if math.isfinite(error) else None,
+            }
+    return {
+        "served_models": dict(Counter(str(row["judge"]["model"]) for row in judged)),
+        "judged": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "num_judged": len(judged),
+        "num_unusable": len(rows) - len(judged),
+    }
+
+
+def cost(num_prompt_tokens: float, num_reply_tokens: float, prices: Mapping[str, float]) -> float:
+    """In the currency of ``prices`` (``in`` and ``out``, each for a million tokens)."""
+    return (num_prompt_tokens * prices["in"] + num_reply_tokens * prices["out"]) / 1e6
