@@ -21,7 +21,7 @@ from vzip.data.collate import TrainingSample
 from vzip.data.llava_record import Turn
 from vzip.train import stepping
 from vzip.train.loop import TrainPlan
-from vzip.train.settings import LaunchSettings, TrainSettings
+from vzip.train.settings import LaunchSettings, LoraSettings, TrainSettings
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 
@@ -81,6 +81,7 @@ SETTINGS = TrainSettings(
     trackers=(),
     lora=None,
 )
+LORA = LoraSettings(r=4, alpha=8, dropout=0.1, target_modules=("q_proj", "v_proj"), learning_rate=3e-2)
 LAUNCH = LaunchSettings(
     num_threads=1,
     device="cpu",

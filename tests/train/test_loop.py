@@ -7,9 +7,12 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests import tiny
-from tests.train.kit import SETTINGS, Samples, dying_at, load_model
+from tests.train.kit import LORA, SETTINGS, Samples, dying_at, load_model
 from torch import nn
 
 from vzip.errors import CheckpointError, ConfigError, ImageError, RunExistsError
+from vzip.models.tuned import read_tensors
 from vzip.train import stepping
 from vzip.train.checkpoint import CheckpointStore
 from vzip.train.loop import train
@@ -182,18 +186,26 @@ def test_unreadable_pictures(plan: Any) -> None:
     assert sum(row["num_skipped"] for row in rows) == 2, "once in each epoch"
 
 
-def test_a_full_disk_while_saving_loses_nothing(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """The system refuses to make a file longer: torch and safetensors meet it as they meet a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("num_bytes", [4_000, 12_000], ids=["weights", "optimizer"])
+def test_a_full_disk_while_saving_loses_nothing(num_bytes: int, plan: Any) -> None:
     setup = plan()
-    real, calls = torch.save, []
-
-    def full(state: Any, path: Any) -> None:
-        calls.append(path)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        real(state, path)
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    with dying_at(3):
+        train(setup)
+    with (
+        files_of_at_most(num_bytes),
+        pytest.raises(CheckpointError, match="step-00000004: cannot be written"),
+    ):
         train(setup)
     assert [p.name for p in (setup.run_dir / "checkpoints").iterdir()] == ["step-00000002"]
     train(setup)  # the same again: the disk has room now
@@ -213,6 +225,7 @@ import sys
 from pathlib import Path
 from tests.train.kit import make_plan
 from vzip.train.loop import train
+from vzip.train.settings import LoraSettings
 
 train(make_plan(Path(sys.argv[1]), **eval(sys.argv[2])))
 """
@@ -236,35 +249,59 @@ def run_processes(run_dir: Path, count: int, **changes: Any) -> subprocess.Popen
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
-def test_two_processes_give_the_curve_of_one_also_after_a_kill(strategy: str, plan: Any) -> None:
-    train(plan("one"))
-    setup = plan("two")
-    changes = {"strategy": strategy, "num_processes": 2, "batch_size": 2}
-    ended = run_processes(setup.run_dir, 2, **changes)
+def finish(run_dir: Path, count: int, **changes: Any) -> None:
+    """Runs the training in processes of its own, to its end."""
+    ended = run_processes(run_dir, count, **changes)
     assert ended.wait(timeout=600) == 0, ended.stderr.read()[-3000:]  # type: ignore[union-attr]  # a pipe
-    for one, other in zip(curve(plan("one").run_dir), curve(setup.run_dir), strict=True):
+
+
+def kill_after(run_dir: Path, count: int, checkpoint: str, **changes: Any) -> None:
+    """Starts the training and ends all its processes by SIGKILL as soon as the checkpoint is there."""
+    process = run_processes(run_dir, count, **changes)
+    while process.poll() is None and not (run_dir / "checkpoints" / checkpoint).exists():
+        time.sleep(0.001)
+    # torchrun gives its workers sessions of their own: killing its group alone would let them finish the run.
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, workers)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert not (run_dir / "final").exists(), "it was too fast to be killed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "count", "lora"),
+    [
+        *((strategy, 1, None) for strategy in ("single", "zero2", "zero3")),
+        *((strategy, 2, lora) for strategy in ("ddp", "zero2", "zero3") for lora in (None, LORA)),
+    ],
+    ids=lambda value: "lora" if value is LORA else str(value or "projector"),
+)
+def test_processes_give_the_curve_of_one_also_after_a_kill(strategy: str, count: int, lora: Any, plan: Any) -> None:
+    changes = {"strategy": strategy, "num_processes": count, "batch_size": 2, "num_epochs": 4, "lora": lora}
+    whole = plan("whole").run_dir
+    finish(whole, count, **changes)
+    if lora is None:
+        train(plan("one", num_epochs=4))
+        split = whole
+    else:  # dropout draws by batch, so another split draws otherwise: compared without it
+        plain = dataclasses.replace(lora, dropout=0.0)
+        train(plan("one", num_epochs=4, lora=plain))
+        split = plan("split").run_dir
+        finish(split, count, **{**changes, "lora": plain})
+    for one, other in zip(curve(plan("one").run_dir), curve(split), strict=True):
         assert one == pytest.approx(other, rel=2e-3)
 
     # Killed as soon as a checkpoint is there, and started again: the same bits as uninterrupted.
     cut = plan("cut").run_dir
-    process = run_processes(cut, 2, **changes)
-    while process.poll() is None and not (cut / "checkpoints/step-00000002").exists():
-        pass
-    if process.poll() is None:
-        # torchrun gives its workers sessions of their own: killing its group alone would let them finish the run.
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for pid in (process.pid, *map(int, workers)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-    if not (cut / "final").exists():
-        ended = run_processes(cut, 2, **changes)
-        assert ended.wait(timeout=600) == 0, ended.stderr.read()[-3000:]  # type: ignore[union-attr]  # a pipe
-    assert curve(cut) == curve(setup.run_dir)
-    for name, tensor in weights(setup.run_dir / "final").items():
-        assert torch.equal(tensor, weights(cut / "final")[name])
+    kill_after(cut, count, "step-00000002", **changes)
+    finish(cut, count, **changes)
+    assert curve(cut) == curve(whole)
+    expected = read_tensors(whole / "final")
+    assert len(expected) == (4 if lora is None else 12)
+    for name, tensor in read_tensors(cut / "final").items():
+        assert torch.equal(tensor, expected[name])
 
 
 def test_gradients_agree_with_finite_differences_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:

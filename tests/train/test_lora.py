@@ -13,7 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from peft import PeftModel
 from tests import tiny
-from tests.train.kit import BUDGET, SETTINGS, Samples, dying_at, load_model, make_plan
+from tests.train.kit import BUDGET, LORA, SETTINGS, Samples, dying_at, load_model, make_plan
 from transformers import LlavaForConditionalGeneration
 
 import vzip
@@ -27,10 +27,8 @@ from vzip.models.tuned import read_tensors
 from vzip.train.loop import train
 from vzip.train.merge import merge
 from vzip.train.objective import AnswerLoss, ModelView
-from vzip.train.settings import LoraSettings
 from vzip.train.trainable import choose_trainable, num_trainable, parameter_groups
 
-LORA = LoraSettings(r=4, alpha=8, dropout=0.1, target_modules=("q_proj", "v_proj"), learning_rate=3e-2)
 NUM_LORA = 2 * (4 * (32 + 32) + 4 * (32 + 16))  # two layers; the values have half as many heads
 IDS = torch.tensor([[5, tiny.IMAGE_TOKEN, 6]])
 

@@ -32,7 +32,6 @@ from vzip.train.launch import launch_command
 from vzip.train.merge import merge
 from vzip.train.objective import ModelView
 from vzip.train.settings import learning_rate_factor
-from vzip.train.tracking import Tracker
 from vzip.train.trainable import choose_trainable, num_trainable, parameter_groups
 
 SCRIPT = Path("train.py")
@@ -259,33 +258,3 @@ def test_a_part_of_a_llava_file(tmp_path: Path) -> None:
     assert data.has_images.tolist() == [True] * 4 + [False] and data.lengths.tolist() == [3, 3, 3, 3, 2]
     assert data[0].images == [tmp_path / "p0.png"] and [turn.text for turn in data[4].dialogues[0]] == ["hello", "you"]
     assert len(LlavaSet(tmp_path / "data.json", on_problem="skip", keep_text_only=False, **options)) == 4
-
-
-def test_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    tracker = Tracker(tmp_path, ["tensorboard"], {}, "id")
-    tracker.log({"step": 1, "loss": 2.5})
-    tracker.log({"step": 2, "loss": 1.5})
-    tracker.close()
-    assert [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [2.5, 1.5]
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 1.5)]
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(MissingPackageError, match="needs wandb"):
-        Tracker(tmp_path, ["wandb"], {}, "id")
-
-
-def test_a_tracker_that_fails_does_not_stop_the_run(tmp_path: Path) -> None:
-    class Broken:
-        def log(self, *_: Any, **__: Any) -> None:
-            raise OSError("no network")
-
-    tracker = Tracker(tmp_path, [], {}, "id")
-    tracker._wandb = Broken()
-    tracker.log({"step": 1, "loss": 2.5})
-    tracker.log({"step": 2, "loss": 1.5})
-    tracker.close()
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2

@@ -63,7 +63,7 @@ class CheckpointStore:
         """
         path = self.run_dir / "train.json"
         if overwrite:
-            for name in ("final", "best", "checkpoints"):
+            for name in ("final", "best", "checkpoints", "wandb", "tensorboard"):
                 remove_tree(self.run_dir / name)
             for name in ("train.json", "metrics.jsonl"):
                 (self.run_dir / name).unlink(missing_ok=True)
@@ -112,8 +112,7 @@ class CheckpointStore:
                 remove_tree(shared)
                 self.folder.mkdir(parents=True, exist_ok=True)
             accelerator.wait_for_everyone()
-            # The engine's own files: each process writes its share of the optimizer.
-            getattr(model, "save_checkpoint")(str(shared), tag="state", exclude_frozen_parameters=True)  # noqa: B009
+            _save_shares(model, shared)
             accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             with atomic_directory(target) as work:
@@ -123,7 +122,7 @@ class CheckpointStore:
                     (self.folder / ".deepspeed.writing").rename(work / _DEEPSPEED_NAME)
                 else:
                     state["optimizer"] = optimizer.state_dict()
-                torch.save(state, work / _STATE_NAME)
+                _save_state(state, work / _STATE_NAME)
             for old in sorted(self._all())[: -self.keep_last]:
                 remove_tree(old)
         accelerator.wait_for_everyone()
@@ -163,6 +162,29 @@ def trim_metrics(path: Path, step: int) -> None:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _save_state(state: Mapping[str, Any], path: Path) -> None:
+    """``torch.save``, whose writer tells of a full disk by a RuntimeError."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def _save_shares(engine: Any, directory: Path) -> None:
+    """DeepSpeed's own files: each process writes its share of the optimizer.
+
+    Raises:
+        CheckpointError: they cannot be written.
+    """
+    try:
+        engine.save_checkpoint(str(directory), tag="state", exclude_frozen_parameters=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{directory}: DeepSpeed cannot write its checkpoint ({error}). Earlier ones are untouched; make room and"
+            " run the same command again, which goes on from the last."
+        ) from error
 
 
 def _uses_deepspeed(accelerator: Accelerator) -> bool:

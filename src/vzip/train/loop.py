@@ -7,7 +7,7 @@ at any time, and remains the same run.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import logging
 import math
 import os
@@ -135,11 +135,10 @@ def train(plan: TrainPlan) -> Path:
     tracker = None
     if accelerator.is_main_process:
         trim_metrics(plan.run_dir / "metrics.jsonl", step)
-        run_id = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
-        tracker = Tracker(plan.run_dir, settings.trackers, identity, run_id)
+        tracker = Tracker(plan.run_dir, settings.trackers, {**identity, "launcher": asdict(launch)}, step)
 
     batches = load_batches(data, collator, stepper.lists(schedule, step), launch.num_workers)
-    with _progress(accelerator) as bar:
+    with tracker or contextlib.nullcontext(), _progress(accelerator) as bar:
         task = bar.add_task("training", total=schedule.num_steps, completed=step)
         while step < schedule.num_steps:
             # Step.
@@ -159,8 +158,6 @@ def train(plan: TrainPlan) -> Path:
             if is_due and not is_last:
                 store.save(accelerator, model, optimizer, step, {**header, "step": step}, {"best": best})
     _save(accelerator, model, store.final, {**header, "step": step})
-    if tracker is not None:
-        tracker.close()
     _say(accelerator, f"tuned weights in {store.final}")
     accelerator.end_training()
     return store.final

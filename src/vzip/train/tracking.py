@@ -1,90 +1,221 @@
-"""What a run reports: a line of JSON a step always, weights-and-biases or TensorBoard if asked for."""
+"""What a run reports: a line of JSON a step always; Weights & Biases and TensorBoard, if asked for, beside it."""
 
 from __future__ import annotations
 
 import json
 import logging
+import netrc
 import os
-from collections.abc import Mapping, Sequence
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from urllib.parse import urlsplit
 
-from vzip.errors import MissingPackageError
+from vzip.errors import CheckpointError, MissingPackageError
 
 logger = logging.getLogger(__name__)
 
+# At the end of a run: how long the trackers may take to bring the rest of it to its place.
+CLOSE_SECONDS = 60.0
+_WANDB_URL = "https://api.wandb.ai"
+
+
+class Sink(Protocol):
+    """A tracker that has been started."""
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None: ...
+
+    def close(self, failed: bool) -> None: ...
+
 
 class Tracker:
-    """Writes metrics of the main process; a tracker that fails is dropped with a warning, the run goes on.
+    """Writes metrics of the main process; a context that closes it at its end, also by an error.
 
     Args:
         run_dir: ``metrics.jsonl`` goes here, the trackers' files below it.
         names: any of ``wandb`` and ``tensorboard``.
         config: shown beside the run.
-        run_id: under which an interrupted run goes on in the tracker.
+        step: the run goes on after this step; 0 for a new one.
 
     Raises:
         MissingPackageError: a tracker is not installed.
     """
 
-    def __init__(self, run_dir: Path, names: Sequence[str], config: Mapping[str, Any], run_id: str) -> None:
+    def __init__(self, run_dir: Path, names: Sequence[str], config: Mapping[str, Any], step: int = 0) -> None:
+        starts = {"wandb": lambda: _wandb(run_dir, config), "tensorboard": lambda: _tensorboard(run_dir, step)}
+        for name in names:
+            _check_installed(name)
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._wandb: Any = None
-        self._tensorboard: Any = None
-        if "wandb" in names:
-            self._wandb = _start_wandb(run_dir, config, run_id)
-        if "tensorboard" in names:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise MissingPackageError(
-                    f"train.trackers=[tensorboard] needs tensorboard ({error}): pip install 'vzip[train]'."
-                ) from error
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+        self._mirrors = [_Mirror(name, starts[name]) for name in names]
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Reports one step; ``metrics`` holds ``step`` and numbers."""
-        self.file.write(json.dumps(metrics) + "\n")
-        self.file.flush()
-        step, numbers = metrics["step"], {k: v for k, v in metrics.items() if k != "step" and v is not None}
+        """Reports one step; ``metrics`` holds ``step`` and numbers.
+
+        Raises:
+            CheckpointError: ``metrics.jsonl`` cannot be written (a full disk).
+        """
         try:
-            if self._wandb is not None:
-                self._wandb.log(numbers, step=step)
-            if self._tensorboard is not None:
-                for name, value in numbers.items():
-                    self._tensorboard.add_scalar(name, value, step)
-        except (OSError, RuntimeError, ValueError) as error:
-            logger.warning("tracking stopped at step %d (%s); metrics.jsonl goes on", step, error)
-            self._wandb = self._tensorboard = None
+            self.file.write(json.dumps(metrics) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.file.name}: cannot be written ({error}). Make room and run the same command again, which goes"
+                " on from the last checkpoint."
+            ) from error
+        numbers = {key: value for key, value in metrics.items() if key != "step" and value is not None}
+        for mirror in self._mirrors:
+            mirror.log(metrics["step"], numbers)
 
-    def close(self) -> None:
-        """Finishes the files."""
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=error is not None)
+
+    def close(self, failed: bool = False) -> None:
+        """Finishes the files; waits for each tracker up to ``CLOSE_SECONDS``."""
         self.file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+        for mirror in self._mirrors:
+            mirror.close(CLOSE_SECONDS, failed)
 
 
-def _start_wandb(run_dir: Path, config: Mapping[str, Any], run_id: str) -> Any:
+class _Mirror:
+    """Hands metrics to a tracker on a thread of its own: a training neither waits for it nor ends with it."""
+
+    def __init__(self, name: str, start: Callable[[], Sink]) -> None:
+        self.name, self._start, self._failed = name, start, False
+        self._waiting: queue.SimpleQueue[tuple[int, Mapping[str, float]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"tracker {name}", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self._thread.is_alive():
+            self._waiting.put((step, numbers))
+
+    def close(self, seconds: float, failed: bool) -> None:
+        self._failed = failed
+        self._waiting.put(None)
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            logger.warning(
+                "%s did not finish within %g s and is left behind; metrics.jsonl is whole", self.name, seconds
+            )
+
+    def _run(self) -> None:
+        # What is not named here ends this thread alone, with a traceback.
+        try:
+            sink = self._start()
+            while (reported := self._waiting.get()) is not None:
+                sink.log(*reported)
+            sink.close(self._failed)
+        except (OSError, RuntimeError, ValueError, *_wandb_errors()) as error:
+            logger.warning("%s stopped (%s: %s); metrics.jsonl goes on", self.name, type(error).__name__, error)
+
+
+class _WandbSink:
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log(dict(numbers), step=step)
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+class _TensorBoardSink:
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()
+
+
+def _wandb(run_dir: Path, config: Mapping[str, Any]) -> Sink:
+    """Starts or takes up the run of this directory; where the server cannot be reached it is kept on disk."""
+    import wandb
+
+    settings = {"silent": True, "console": "off", "init_timeout": 30.0}
+    if "finish_timeout" in wandb.Settings.model_fields:  # from 0.26 on; bounds the wait at the process's end too
+        settings["finish_timeout"] = CLOSE_SECONDS
+    arguments = {
+        "project": "vzip",
+        "name": "/".join(run_dir.parts[-3:]),
+        "dir": str(run_dir),
+        "config": dict(config),
+        "id": _run_id(run_dir),
+    }
+    if (mode := wandb_mode()) == "online":
+        try:
+            return _WandbSink(wandb.init(**arguments, mode=mode, resume="allow", settings=wandb.Settings(**settings)))
+        except wandb.Error as error:
+            logger.warning("wandb does not get to its server (%s)", error)
+            wandb.teardown()  # lets go of the run's id
+            mode = "offline"
+    if mode == "offline":
+        logger.info("wandb keeps this run in %s; `wandb sync` sends it", run_dir / "wandb")
+    return _WandbSink(wandb.init(**arguments, mode=mode, settings=wandb.Settings(**settings)))
+
+
+def wandb_mode() -> str:
+    """``online`` for somebody who is logged in, else ``offline``: wandb must never ask for a login.
+
+    ``WANDB_MODE=offline`` and ``disabled`` count.
+    """
+    asked = os.environ.get("WANDB_MODE", "online")
+    if asked != "online":
+        return asked
+    return "online" if os.environ.get("WANDB_API_KEY") or _has_netrc_entry() else "offline"
+
+
+def _has_netrc_entry() -> bool:
+    """Whether `wandb login` has left its mark."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", _WANDB_URL)).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _run_id(run_dir: Path) -> str:
+    """The same as long as the directory holds the same run."""
+    path = run_dir / "wandb" / "run_id"
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(secrets.token_hex(8), encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
+def _wandb_errors() -> tuple[type[Exception], ...]:
+    """wandb's own error, where wandb is installed."""
     try:
         import wandb
+    except ImportError:
+        return ()
+    return (wandb.Error,)
+
+
+def _tensorboard(run_dir: Path, step: int) -> Sink:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # What a killed run wrote after its last checkpoint is written again: TensorBoard hides the first of the two.
+    return _TensorBoardSink(SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1, flush_secs=10))
+
+
+def _check_installed(name: str) -> None:
+    try:
+        if name == "wandb":
+            import wandb  # noqa: F401
+        else:
+            import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise MissingPackageError(
-            f"train.trackers=[wandb] needs wandb ({error}): pip install 'vzip[train]'."
+            f"train.trackers=[{name}] needs {name} ({error}): pip install 'vzip[train]', or leave it out."
         ) from error
-    # Never asks for a login: without a key the run is written to disk, and `wandb sync` sends it later.
-    logged_in = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE") != "offline"
-    try:
-        return wandb.init(
-            project="vzip",
-            dir=str(run_dir),
-            config=dict(config),
-            id=run_id,
-            resume="allow" if logged_in else None,
-            mode="online" if logged_in else "offline",
-            settings=wandb.Settings(silent=True, init_timeout=60),
-        )
-    except (wandb.Error, OSError) as error:
-        logger.warning("wandb could not be started (%s); metrics.jsonl goes on", error)
-        return None
