@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests import tiny
+from tests import tiny, tiny_mini_gemini
 
 from vzip.bench import workload
 from vzip.bench.settings import BenchSettings
@@ -24,9 +24,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def bench_model(tower: Any = "clip", strategy: Any = "default") -> BenchModel:
-    """A small LLaVA as the bench sees it."""
-    return BenchModel("small", tiny.llava(tower, strategy).config, checkpoint="")
+def bench_model(tower: Any = "clip", strategy: Any = "default", family: str = "llava") -> BenchModel:
+    """A family's small model as the bench sees it."""
+    build_model = {"mini_gemini": tiny_mini_gemini.mini_gemini}.get(family) or getattr(tiny, family)
+    return BenchModel("small", build_model(tower, strategy).config, checkpoint="")
 
 
 def build(model: BenchModel, **settings: Any) -> Workload:

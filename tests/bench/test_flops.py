@@ -63,14 +63,38 @@ def test_decoder_formula_is_silent_on_what_it_does_not_describe() -> None:
     assert flops.decoder_formula(other, num_new=1, num_past=0, num_logits=1) is None
 
 
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
-@pytest.mark.parametrize("method", ["vanilla", "vzip", "eager_maps"])
-def test_every_stage_equals_its_formula(tower: str, method: str) -> None:
-    model = bench_model(tower)
+def test_convnext_large_is_34_4_gmacs() -> None:
+    """The known figure is of 224 pixels, and its head of 1.5 M multiply-adds does not show in it."""
+    config = shapes.resolve("mini_gemini_7b").config.high_res_config
+    assert flops.convnext_formula(config, image_size=224, num_pictures=1) / 2e9 == pytest.approx(34.4, abs=0.05)
+
+
+def test_mining_by_hand() -> None:
+    """576 queries and value projections at 1024 channels, keys' side at 2880, a window of 8 x 8."""
+    counted = flops.mining_formula(num_patches=576, window=64, patch_dim=1024, num_channels=2880, num_pictures=3)
+    assert counted == 3 * 2 * 576 * (1024 * 1024 + 1024 * 2880 + 64 * 2880 + 64 * 2880 + 2880 * 1024)
+
+
+METHODS = ("vanilla", "vzip", "eager_maps")
+
+
+@pytest.mark.parametrize(
+    ("family", "tower", "method"),
+    [
+        *(("llava", tower, method) for tower in ("clip", "siglip") for method in METHODS),
+        ("llava_next", "clip", "vzip"),
+        ("video_llava", "clip", "vzip"),
+        ("mini_gemini", "clip", "vanilla"),
+        ("mini_gemini", "clip", "vzip"),
+    ],
+)
+def test_every_stage_equals_its_formula(family: str, tower: str, method: str) -> None:
+    model = bench_model(tower, family=family)
     w = build(model, batch_size=2, num_crops=3)
     num_visual = 3 * (16 if method != "vanilla" else 64 - int(tower == "siglip"))
     stages = count_method(w, model, method, num_visual)
     assert {"tower", "projector", "prefill", "decode_per_token"} <= set(stages)
+    assert ({"high_res_tower", "mining"} <= set(stages)) == (family == "mini_gemini")
     for stage, operations in stages.items():
         if operations.formula is not None:
             assert operations.counted == operations.formula, stage

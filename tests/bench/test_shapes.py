@@ -7,33 +7,42 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import tiny
-from tests.bench.conftest import bench_model
+from tests import mgm_layout, tiny, tiny_mini_gemini
+from tests.bench.conftest import bench_model, build
 
 from vzip.bench import memory, shapes
 from vzip.bench.settings import BenchSettings, tower_parameters
 from vzip.bench.shapes import BenchModel
+from vzip.bench.stages import METHOD_CLASSES, run_pass
+from vzip.bench.visuals import visuals_of
 from vzip.bench.workload import check
 from vzip.errors import ConfigError, UnsupportedModelError
+from vzip.models.adapters import adapter_for_model
 
 # 24 layers with biases and norms; patch and position embeddings, CLS, the norms before and after.
 TOWER = 24 * (4 * 1024**2 + 2 * 1024 * 4096 + 13 * 1024) + (588 + 577 + 1 + 4) * 1024
+TOWER_224 = TOWER - (577 - 257) * 1024
+PROJECTOR_7B, PROJECTOR_13B = 20_979_712, 31_467_520
+# Layers; then the text embedding and head of 32064 words each and the last norm.
+VICUNA_7B = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 64129 * 4096
+VICUNA_13B = 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 64129 * 5120
+# torchvision's convnext_large, 197 767 336 parameters, without its head and the norm before that.
+CONVNEXT_L = 197_767_336 - 1000 * 1537 - 2 * 1536
+MINING = (2 * 1024 + 1025 * 1024) + 2 * (2 * 2880 + 2881 * 1024)
 
 
 @pytest.mark.parametrize(
     ("name", "num_parameters", "projector"),
     [
         ("clip_l_336", TOWER, 0),
-        # tower, projector, layers, then the text embedding and head of 32064 words each and the last norm
+        ("llava15_7b", TOWER + PROJECTOR_7B + VICUNA_7B, PROJECTOR_7B),
+        ("llava15_13b", TOWER + PROJECTOR_13B + VICUNA_13B, PROJECTOR_13B),
+        ("llava_next_7b", TOWER + PROJECTOR_7B + VICUNA_7B + 4096, PROJECTOR_7B),  # the newline token
+        ("video_llava_7b", 2 * TOWER_224 + PROJECTOR_7B + VICUNA_7B, PROJECTOR_7B),
         (
-            "llava15_7b",
-            TOWER + 20_979_712 + 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 64129 * 4096,
-            20_979_712,
-        ),
-        (
-            "llava15_13b",
-            TOWER + 31_467_520 + 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 64129 * 5120,
-            31_467_520,
+            "mini_gemini_7b",
+            TOWER + CONVNEXT_L + MINING + PROJECTOR_7B + VICUNA_7B - 2 * 64 * 4096,  # Vicuna's own 32000 words
+            PROJECTOR_7B,
         ),
     ],
 )
@@ -43,12 +52,22 @@ def test_shapes_have_the_known_sizes(name: str, num_parameters: int, projector: 
     assert sum(p.numel() for n, p in built.named_parameters() if "multi_modal_projector" in n) == projector
 
 
-def test_llava_next_is_declared_an_approximation() -> None:
-    model = shapes.resolve("llava_next_7b")
-    assert model.num_crops == 5
-    assert any("2880" in line for line in model.approximations)
-    name, budget = BenchSettings().token_budget(model)
-    assert (name, budget.num_tokens * 5) == ("32tok", 160)
+@pytest.mark.parametrize(
+    ("name", "num_crops", "vanilla", "budget", "compressed"),
+    [
+        ("llava15_13b", 1, 576, "64tok", 64),
+        ("llava_next_7b", 5, 2880 + 48, "32tok", 160),
+        ("video_llava_7b", 8, 2056, "17tok", 136),
+        ("mini_gemini_13b", 1, 576, "64tok", 64),
+    ],
+)
+def test_default_prompts_are_the_papers(name: str, num_crops: int, vanilla: int, budget: str, compressed: int) -> None:
+    model = shapes.resolve(name)
+    assert model.num_crops == num_crops
+    meta = shapes.build_meta(model, torch.bfloat16)
+    assert visuals_of(adapter_for_model(meta), num_crops).vanilla_tokens() == vanilla
+    found, counts = BenchSettings().token_budget(model)
+    assert (found, counts.num_tokens * num_crops) == (budget, compressed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -116,18 +135,27 @@ def test_unknown_name_gets_the_nearest() -> None:
 
 
 def test_other_classes_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(UnsupportedModelError, match="'bert'"):
-        shapes.resolve(str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mgm"}))
-    with pytest.raises(UnsupportedModelError, match="nor Mini-Gemini, which mines patches"):
-        shapes.resolve(str(tmp_path))
+    for content in (json.dumps({"model_type": "bert"}), "not json", json.dumps({"model_type": "gpt9"})):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UnsupportedModelError):
+            shapes.resolve(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["video_llava_7b", "mini_gemini_7b"])
-def test_families_that_are_not_measured_are_named(name: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"model={name}: .*not Video-LLaVA, .* nor Mini-Gemini"):
-        shapes.resolve(name)
+@pytest.mark.parametrize("family", ["llava_next", "video_llava", "mini_gemini"])
+def test_directories_of_every_family_are_built_from_their_own_weights(family: str, tmp_path: Path) -> None:
+    small = tiny_mini_gemini.mini_gemini() if family == "mini_gemini" else getattr(tiny, family)()
+    small.save_pretrained(tmp_path)
+    w = build(shapes.resolve(str(tmp_path)))
+    assert w.visuals.num_crops == {"llava_next": 5, "video_llava": 8, "mini_gemini": 1}[family]
+    stored = small.state_dict()
+    assert all(torch.equal(value, stored[name]) for name, value in w.model.state_dict().items())
+
+
+def test_the_published_layout_of_mini_gemini_is_read(tmp_path: Path) -> None:
+    small = tiny_mini_gemini.mini_gemini(vocab_size=mgm_layout.VOCABULARY)
+    w = build(shapes.resolve(str(mgm_layout.save_all(small, tmp_path))))
+    assert torch.equal(w.model.lm_head.weight, small.lm_head.weight)  # type: ignore[union-attr]  # a Linear
+    assert run_pass(METHOD_CLASSES["vzip"](w)).num_visual_tokens == 16
 
 
 def test_too_large_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

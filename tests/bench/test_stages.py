@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -12,49 +13,73 @@ from vzip.bench.memory import kv_cache_formula_bytes, storage_bytes
 from vzip.bench.shapes import BenchModel
 from vzip.bench.stages import METHOD_CLASSES, STAGES, preprocess, run_pass
 from vzip.bench.workload import make_pictures
+from vzip.errors import ConfigError
 from vzip.models.compressed_vlm import CompressedVlm
 
 ALL = ("vanilla", "vzip", "eager_maps")
 
 
-@pytest.mark.parametrize(("tower", "strategy"), [("clip", "default"), ("clip", "full"), ("siglip", "full")])
-def test_vanilla_decodes_what_hugging_face_decodes(tower: str, strategy: str) -> None:
+# Family, tower, select strategy; crops of a prompt, their placeholders, vanilla's tokens: 64 patches a crop; of
+# LLaVA-NeXT's tiles 16 (or 8) rows of 16 and a newline; of a frame its CLS too.
+FAMILIES = [
+    ("llava", "clip", "default", 2, 2, 2 * 64),
+    ("llava", "clip", "full", 2, 2, 2 * 65),
+    ("llava", "siglip", "full", 2, 2, 2 * 64),
+    ("llava_next", "clip", "default", 5, 1, 64 + 16 * 17),
+    ("llava_next", "clip", "default", 3, 1, 64 + 8 * 17),
+    ("video_llava", "clip", "default", 3, 1, 3 * 65),
+    ("mini_gemini", "clip", "default", 2, 2, 2 * 64),
+]
+
+
+@pytest.mark.parametrize(("family", "tower", "strategy", "num_crops", "placeholders", "num_visual"), FAMILIES)
+def test_vanilla_decodes_what_hugging_face_decodes(
+    family: str, tower: str, strategy: str, num_crops: int, placeholders: int, num_visual: int
+) -> None:
     """Against stock `generate` with the processor's expanded placeholders: an independent path through the model."""
-    w = build(bench_model(tower, strategy), num_crops=2, batch_size=2)
+    w = build(bench_model(tower, strategy, family), num_crops=num_crops, batch_size=2)
     passed = run_pass(METHOD_CLASSES["vanilla"](w))
-    assert w.input_ids is not None and passed.token_ids is not None
-    per_picture = w.adapter.expanded_lengths(1, None)[0]  # type: ignore[union-attr]
-    text, placeholder = w.input_ids, w.adapter.image_token_id  # type: ignore[union-attr]
-    expanded = torch.cat([text[:, :1], torch.full((2, 2 * per_picture), placeholder), text[:, 3:]], dim=1)
+    text = w.input_ids
+    assert text is not None and passed.token_ids is not None and text.shape == (2, 7 + placeholders)
+    expanded = torch.cat([text[:, :1], text[:, 1:2].expand(2, num_visual), text[:, 1 + placeholders :]], dim=1)
+    inputs = preprocess(w)
+    inputs.pop("tile_grids", None)  # ours alone
     stock = w.model.generate(
         input_ids=expanded,
         attention_mask=torch.ones_like(expanded),
-        pixel_values=preprocess(w),
+        **inputs,
         max_new_tokens=4,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
     )
     assert torch.equal(stock[:, expanded.shape[1] :], passed.token_ids)
-    assert passed.num_visual_tokens == 2 * per_picture and passed.num_prompt_tokens == expanded.shape[1]
+    assert passed.num_visual_tokens == num_visual and passed.num_prompt_tokens == expanded.shape[1]
 
 
 @pytest.mark.parametrize("method", ["vzip", "eager_maps"])
-def test_compressed_methods_decode_what_the_wrapper_decodes(method: str) -> None:
-    w = build(bench_model(), num_crops=2, batch_size=2)
+@pytest.mark.parametrize("family", FAMILIES[::2], ids=lambda family: f"{family[0]}-{family[1]}")
+def test_compressed_methods_decode_what_the_wrapper_decodes(method: str, family: tuple[Any, ...]) -> None:
+    name, tower, strategy, num_crops = family[:4]
+    w = build(bench_model(tower, strategy, name), num_crops=num_crops, batch_size=2)
     passed = run_pass(METHOD_CLASSES[method](w))
     vlm = CompressedVlm(w.model, w.compressor)
     assert w.input_ids is not None
     generated = vlm.generate(
         w.input_ids,
-        pixel_values=preprocess(w),
+        **preprocess(w),
         max_new_tokens=4,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
     )
     assert torch.equal(generated, passed.token_ids)
-    assert passed.num_visual_tokens * 2 == sum(vlm.last_num_visual_tokens) == 2 * 2 * 16
+    assert passed.num_visual_tokens == num_crops * 16 and sum(vlm.last_num_visual_tokens) == 2 * num_crops * 16
+
+
+def test_a_picture_in_a_number_of_crops_that_is_not_made() -> None:
+    with pytest.raises(ConfigError, match=r"num_crops=2: .* 3, 4, 5 crops"):
+        build(bench_model(family="llava_next"), num_crops=2)
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -88,9 +113,11 @@ def test_storage_bytes_sees_what_a_view_keeps_alive() -> None:
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_every_stage_is_timed(method: str) -> None:
-    passed = run_pass(METHOD_CLASSES[method](build(bench_model())))
+@pytest.mark.parametrize("family", ["llava", "mini_gemini"])
+def test_every_stage_is_timed(method: str, family: str) -> None:
+    passed = run_pass(METHOD_CLASSES[method](build(bench_model(family=family))))
     left_out = {"vanilla": {"scoring", "selection"}, "vzip": set(), "eager_maps": {"scoring"}}[method]
+    left_out |= {"high_res_tower", "mining"} if family == "llava" else set()
     assert set(passed.times_ms) == set(STAGES) - left_out
     assert all(value > 0 for value in passed.times_ms.values())
 
@@ -106,7 +133,7 @@ def test_bare_tower(method: str, clip_tower: BenchModel) -> None:
 def test_how_many_layers_each_method_runs() -> None:
     w = build(bench_model())
     ran: Counter[str] = Counter()
-    last = w.tower.layers[-1]
+    last = w.visuals.tower.layers[-1]
     last.register_forward_hook(lambda *_: ran.update(["last"]))
     run_pass(METHOD_CLASSES["vzip"](w))
     assert ran["last"] == 0  # stops after the select layer

@@ -68,6 +68,42 @@ def scoring_formula(config: PretrainedConfig, *, num_crops: int, has_cls: bool) 
     return num_crops * 2 * num_queries * num_tokens * config.hidden_size
 
 
+def convnext_formula(config: PretrainedConfig, *, image_size: int, num_pictures: int) -> int:
+    """Returns the operations of a ConvNeXt's stem and stages, as Mini-Gemini's high-resolution tower runs them.
+
+    Args:
+        config: a ConvNeXt configuration.
+        image_size: side of the square picture, a multiple of the whole tower's stride.
+        num_pictures: in the batch.
+    """
+    side = image_size // config.patch_size
+    operations = 2 * side**2 * config.num_channels * config.patch_size**2 * config.hidden_sizes[0]
+    before = config.hidden_sizes[0]
+    for number, (width, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
+        if number > 0:  # a 2 x 2 convolution of stride 2 between stages
+            side //= 2
+            operations += 2 * side**2 * 4 * before * width
+        depthwise, widen_and_narrow = 49 * width, 2 * 4 * width * width
+        operations += depth * 2 * side**2 * (depthwise + widen_and_narrow)
+        before = width
+    return num_pictures * operations
+
+
+def mining_formula(*, num_patches: int, window: int, patch_dim: int, num_channels: int, num_pictures: int) -> int:
+    """Returns the operations of patch info mining with its projections on the patches' side.
+
+    Args:
+        num_patches: of a picture.
+        window: high-resolution positions each patch looks at, more than one.
+        patch_dim: width of a patch token.
+        num_channels: of the high-resolution features.
+        num_pictures: in the batch.
+    """
+    projections = patch_dim * patch_dim + 2 * patch_dim * num_channels  # query; keys'; values'
+    attention = 2 * window * num_channels
+    return num_pictures * 2 * num_patches * (projections + attention)
+
+
 def projector_formula(*, num_tokens: int, vision_dim: int, text_dim: int) -> int:
     """Returns the operations of LLaVA's projector: two linear layers with an activation between them."""
     return 2 * num_tokens * (vision_dim * text_dim + text_dim * text_dim)

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vzip.bench import flops
 from vzip.bench.shapes import BenchModel, build_meta
-from vzip.bench.stages import METHOD_CLASSES, Vanilla
-from vzip.bench.workload import Workload
-from vzip.models.adapters import adapter_for_model
-from vzip.models.towers import find_tower
+from vzip.bench.stages import METHOD_CLASSES, Method, Vanilla, Vzip
+from vzip.bench.workload import Workload, parts_of
+from vzip.compressors import VisionOutput
+from vzip.models.adapters import MiniGeminiAdapter
 
 
 @dataclass(frozen=True)
@@ -44,64 +45,92 @@ def count_method(
     """
     meta = _on_meta(workload, model)
     method = METHOD_CLASSES[method_name](meta)
-    num_crops = meta.settings.batch_size * meta.num_crops
-    side = meta.tower.geometry.image_size
-    pixel_values = torch.empty(num_crops, 3, side, side, device="meta", dtype=meta.dtype)
+    side = meta.visuals.tower.geometry.image_size
+    pixel_values = torch.empty(meta.num_inputs, 3, side, side, device="meta", dtype=meta.dtype)
+    result = {"tower": _tower(method, model, pixel_values)}
     with torch.no_grad():
         vision = method.run_tower(pixel_values)
-        tokens = method.select(vision)
-    geometry = meta.tower.geometry
-    early_stop = method_name == "vzip"
-    num_layers = geometry.num_layers_to_run(meta.select_layer) if early_stop else geometry.num_layers
-    tower = flops.tower_formula(
-        model.vision_config, num_layers=num_layers, num_crops=num_crops, has_cls=geometry.has_cls
-    )
-    if early_stop:
-        tower += flops.scoring_formula(model.vision_config, num_crops=num_crops, has_cls=geometry.has_cls)
-    has_head = (
-        model.vision_config.model_type == "siglip_vision_model" and not early_stop
-    )  # pooling after the last layer
-    result = {"tower": StageFlops(flops.count(lambda: method.run_tower(pixel_values)), None if has_head else tower)}
+    if isinstance(meta.adapter, MiniGeminiAdapter):
+        result |= _mining(meta.adapter, vision, pixel_values)
     if not isinstance(method, Vanilla):
-        result["selection"] = StageFlops(flops.count(lambda: method.select(vision)), None)
+        result["selection"] = StageFlops(flops.count(lambda: method.compressor(vision)), None)
     if meta.adapter is None:
         return result
-    adapter, text = meta.adapter, model.config.text_config
-    result["projector"] = StageFlops(
-        flops.count(lambda: adapter.projector(tokens)),
-        flops.projector_formula(
-            num_tokens=tokens.shape[0] * tokens.shape[1],
-            vision_dim=model.vision_config.hidden_size,
-            text_dim=text.hidden_size,
+    with torch.no_grad():
+        tokens = method.compressor(vision).tokens
+    return result | _language(meta, model, tokens, num_visual_tokens)
+
+
+def _tower(method: Method, model: BenchModel, pixel_values: Tensor) -> StageFlops:
+    visuals, config = method.workload.visuals, model.vision_config
+    geometry, num_crops = visuals.tower.geometry, pixel_values.shape[0]
+    stops_early = isinstance(method, Vzip)
+    num_layers = geometry.num_layers_to_run(method.workload.select_layer) if stops_early else geometry.num_layers
+    formula = flops.tower_formula(config, num_layers=num_layers, num_crops=num_crops, has_cls=geometry.has_cls)
+    if stops_early:
+        formula += flops.scoring_formula(config, num_crops=num_crops, has_cls=geometry.has_cls)
+    has_head = config.model_type == "siglip_vision_model" and not stops_early  # pooling after the last layer
+    return StageFlops(flops.count(lambda: method.run_tower(pixel_values)), None if has_head else formula)
+
+
+def _mining(adapter: MiniGeminiAdapter, vision: VisionOutput, pixel_values: Tensor) -> dict[str, StageFlops]:
+    """Both of Mini-Gemini's own stages."""
+    config = adapter.model.config
+    num_pictures, side = pixel_values.shape[0], config.high_res_image_size
+    pictures = pixel_values.new_empty(num_pictures, 3, side, side)
+    with torch.no_grad():
+        highres = adapter.high_res(pictures)
+    num_patches, num_channels = vision.num_patches, highres.shape[1]
+    return {
+        "high_res_tower": StageFlops(
+            flops.count(lambda: adapter.high_res(pictures)),
+            flops.convnext_formula(config.high_res_config, image_size=side, num_pictures=num_pictures),
         ),
-    )
+        "mining": StageFlops(
+            flops.count(lambda: adapter.mined(vision, highres)),
+            flops.mining_formula(
+                num_patches=num_patches,
+                window=highres.shape[2] * highres.shape[3] // num_patches,
+                patch_dim=vision.hidden.shape[2],
+                num_channels=num_channels,
+                num_pictures=num_pictures,
+            ),
+        ),
+    }
+
+
+def _language(meta: Workload, model: BenchModel, tokens: Tensor, num_visual_tokens: int) -> dict[str, StageFlops]:
+    """The stages after compression; ``tokens [N, K, D]`` go to the projector."""
+    assert meta.adapter is not None
+    projector, text = meta.adapter.projector, model.config.text_config
     num_tokens = meta.settings.prompt_tokens + num_visual_tokens
     batch_size = meta.settings.batch_size
-    result["prefill"] = StageFlops(
-        flops.count(lambda: _read(meta, num_tokens, None)),
-        flops.decoder_formula(text, num_new=num_tokens, num_past=0, num_logits=1, batch_size=batch_size),
-    )
     with torch.no_grad():
         cache = _read(meta, num_tokens, None).past_key_values
-    result["decode_per_token"] = StageFlops(
-        flops.count(lambda: _read(meta, 1, cache)),
-        flops.decoder_formula(text, num_new=1, num_past=num_tokens, num_logits=1, batch_size=batch_size),
-    )
-    return result
+    return {
+        "projector": StageFlops(
+            flops.count(lambda: projector(tokens)),
+            flops.projector_formula(
+                num_tokens=tokens.shape[0] * tokens.shape[1],
+                vision_dim=model.vision_config.hidden_size,
+                text_dim=text.hidden_size,
+            ),
+        ),
+        "prefill": StageFlops(
+            flops.count(lambda: _read(meta, num_tokens, None)),
+            flops.decoder_formula(text, num_new=num_tokens, num_past=0, num_logits=1, batch_size=batch_size),
+        ),
+        "decode_per_token": StageFlops(
+            flops.count(lambda: _read(meta, 1, cache)),
+            flops.decoder_formula(text, num_new=1, num_past=num_tokens, num_logits=1, batch_size=batch_size),
+        ),
+    }
 
 
 def _on_meta(workload: Workload, model: BenchModel) -> Workload:
     built = build_meta(model, workload.dtype)
-    adapter = None if workload.adapter is None else adapter_for_model(built)
-    tower_module = built if adapter is None else adapter.vision_tower
-    return replace(
-        workload,
-        device=torch.device("meta"),
-        model=built,
-        adapter=adapter,
-        tower_module=tower_module,
-        tower=find_tower(tower_module),
-    )
+    adapter, visuals = parts_of(built, model, workload.visuals.num_crops)
+    return replace(workload, device=torch.device("meta"), model=built, adapter=adapter, visuals=visuals)
 
 
 def _read(meta: Workload, num_new: int, cache: Any) -> Any:

@@ -14,13 +14,19 @@ from vzip.bench.stages import STAGES
 from vzip.errors import MissingPackageError
 
 MIB = 1024**2
-PLOTTED = ("preprocess", "tower", "selection", "projector", "splice", "prefill")
+PLOTTED = ("preprocess", "tower", "high_res_tower", "mining", "selection", "projector", "splice", "prefill")
 ROW_WORDS = {
     "scoring": "  scoring in it",
     "decode_per_token": "decode a token",
     "time_to_first_token": "to first token",
 }
-FLOPS_WORDS = {"tower": "tower GFLOPs", "prefill": "prefill GFLOPs", "decode_per_token": "decode GFLOPs"}
+FLOPS_WORDS = {
+    "tower": "tower GFLOPs",
+    "high_res_tower": "high-res GFLOPs",
+    "mining": "mining GFLOPs",
+    "prefill": "prefill GFLOPs",
+    "decode_per_token": "decode GFLOPs",
+}
 RATIO_WORDS = {
     "selection_share_of_tower": "scoring + selection + merge: {:.2%} of the tower",
     "tower_and_selection_speedup_over_eager_maps": "tower + selection: {:.2f}x as fast as eager_maps",
@@ -39,7 +45,7 @@ def print_result(result: BenchResult, console: Console) -> None:
     facts = (
         f"{r['num_parameters'] / 1e6:.1f} M parameters, {r['weights']} weights",
         f"{r['dtype']} on {r['device']} ({e['processor']}, {e['num_threads']} threads)",
-        f"{result.settings['batch_size']} prompts of {r['num_crops']} crops",
+        f"batch of {result.settings['batch_size']}: {r['prompt']} a prompt",
         f"budget {r['num_dominant']}+{r['num_contextual']} a crop",
         f"{result.settings['repeats']} interleaved repeats",
         f"torch {e['torch']}, transformers {e['transformers']}",

@@ -140,8 +140,8 @@ def measure(
     if {"vzip", "eager_maps"} <= set(settings.methods):
         log("checking that vzip and eager_maps compute the same visual tokens")
         with torch.inference_mode():
-            pixel_values = preprocess(w)
-        agreement = check_agreement(w.tower_module, w.select_layer, w.compressor, pixel_values)
+            pixel_values = w.visuals.tower_inputs(w.visuals.crops(preprocess(w)))
+        agreement = check_agreement(w.visuals.tower_module, w.select_layer, w.compressor, pixel_values)
         overlap = selection_overlap(w, pixel_values[:1])
     methods = {name: METHOD_CLASSES[name](w) for name in settings.methods}
 
@@ -190,7 +190,7 @@ def measure(
         agreement=agreement,
         selection_overlap=overlap,
         methods=results,
-        notes=list(model.approximations),
+        notes=list(model.notes),
     )
 
 
@@ -226,7 +226,8 @@ def _resolved(settings: BenchSettings, model: shapes.BenchModel, w: Workload) ->
         "budget": name,
         "num_dominant": budget.num_dominant,
         "num_contextual": budget.num_contextual,
-        "num_crops": w.num_crops,
+        "num_crops": w.visuals.num_crops,
+        "prompt": w.visuals.describe(),
         "weights": model.default_weights if settings.weights == "auto" else settings.weights,
         "tower_only": model.tower_only,
         "num_parameters": sum(p.numel() for p in w.model.parameters()),

@@ -13,30 +13,34 @@ from transformers import PretrainedConfig
 from vzip.bench import shapes
 from vzip.bench.shapes import BenchModel
 from vzip.compressors import TokenBudget
-from vzip.errors import ConfigError, UnsupportedModelError, nearest
+from vzip.errors import ConfigError, VzipError, nearest
+from vzip.models.mini_gemini import MiniGeminiConfig
 
 BUDGETS: dict[str, tuple[int, int]] = {
     "192tok": (162, 30),
     "128tok": (108, 20),
     "64tok": (54, 10),
     "32tok": (27, 5),
+    "17tok": (14, 3),
 }
-"""Names of the paper's budgets per crop: dominant and contextual tokens (Tables 8 and 9)."""
+"""Names of budgets: dominant and contextual tokens per crop (the paper's Tables 8 and 9) or, for 17, per frame, whose
+split the paper does not give: this is configs/budget/17tok.yaml's."""
 
 METHODS = ("vanilla", "vzip", "eager_maps")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS = ("auto", "random", "pretrained")
 
 HELP = {
-    "model": "tiny, clip_l_336 (the tower alone), llava15_7b, llava15_13b, llava_next_7b (5 crops), or a directory",
+    "model": f"tiny, {', '.join(shapes.SHAPES)} (clip_l_336: the tower alone), or a directory",
     "weights": "auto | random | pretrained (auto: random for bare shapes, pretrained for tiny and directories)",
-    "budget": "auto | 192tok | 128tok | 64tok | 32tok | D+C: dominant and contextual tokens per crop (auto: 64tok; "
-    "llava_next_7b: 32tok)",
+    "budget": f"auto | {' | '.join(BUDGETS)} | D+C: dominant and contextual tokens per crop (auto: 64tok; LLaVA-NeXT: "
+    "32tok; Video-LLaVA: 17tok)",
     "methods": "comma-separated, of vanilla, vzip, eager_maps",
     "dtype": "auto | float32 | bfloat16 | float16 (auto: bfloat16 on a GPU, float32 on a CPU)",
     "device": "auto | cpu | cuda | cuda:N",
     "batch_size": "prompts in a batch",
-    "num_crops": "tower inputs (pictures) in each prompt; 0: the model's own (1, llava_next_7b: 5)",
+    "num_crops": "tower inputs in each prompt: pictures, crops of one picture (LLaVA-NeXT) or frames of one video "
+    "(Video-LLaVA); 0: the model's own (1, 5, 8)",
     "num_new_tokens": "tokens decoded after the first one",
     "prompt_tokens": "text tokens in each prompt, placeholders not counted",
     "repeats": "measured rounds",
@@ -85,9 +89,7 @@ class BenchSettings:
 
     def token_budget(self, model: BenchModel) -> tuple[str, TokenBudget]:
         """Returns the budget's name and counts per crop."""
-        name = self.budget
-        if name == "auto":
-            name = "32tok" if model.num_crops > 1 else "64tok"
+        name = model.default_budget if self.budget == "auto" else self.budget
         dominant, contextual = BUDGETS[name] if name in BUDGETS else map(int, name.split("+"))
         return name, TokenBudget(num_dominant=dominant, num_contextual=contextual)
 
@@ -171,7 +173,7 @@ def _value(key: str, text: str, problems: list[str]) -> object:
     if key == "model":
         try:
             shapes.resolve(text)
-        except (ConfigError, UnsupportedModelError) as error:
+        except VzipError as error:
             problems.append(str(error))
     elif key == "budget":
         _check_budget(text, problems)
@@ -215,7 +217,7 @@ def _check_device(text: str, problems: list[str]) -> None:
             )
 
 
-def estimate_bytes(settings: BenchSettings, model: BenchModel, num_parameters: int) -> int:
+def estimate_bytes(settings: BenchSettings, model: BenchModel, num_parameters: int, num_visual_tokens: int) -> int:
     """Estimates the largest memory a measurement needs, before anything is allocated.
 
     Counts the weights, the float32 copy of a half-precision tower that the equality check makes, every attention map
@@ -226,6 +228,7 @@ def estimate_bytes(settings: BenchSettings, model: BenchModel, num_parameters: i
         settings: the measurement.
         model: its model.
         num_parameters: of the whole model.
+        num_visual_tokens: of each prompt without compression; 0 for a bare tower.
     """
     element_bytes = settings.torch_dtype.itemsize
     vision = model.vision_config
@@ -240,9 +243,13 @@ def estimate_bytes(settings: BenchSettings, model: BenchModel, num_parameters: i
         needed += 2 * map_elements * 4  # scores and their float32 softmax, of the layer at work
         if element_bytes < 4:
             needed += 4 * tower_parameters(vision)
+    if isinstance(model.config, MiniGeminiConfig):
+        # The first stage's widened features, or all stages' joined ones, of which the last were float32 on the way.
+        widths, positions = model.config.high_res_config.hidden_sizes, (model.config.high_res_image_size // 4) ** 2
+        needed += num_inputs * positions * (sum(widths) * (2 * element_bytes + 4) + 8 * widths[0] * element_bytes)
     if not model.tower_only:
         text = model.config.text_config
-        num_tokens = settings.batch_size * (num_rows * settings.crops_per_prompt(model) + settings.prompt_tokens)
+        num_tokens = settings.batch_size * (num_visual_tokens + settings.prompt_tokens)
         cached = num_tokens + settings.batch_size * settings.num_new_tokens
         needed += 2 * text.num_hidden_layers * cached * text.hidden_size * element_bytes
         needed += num_tokens * (8 * text.hidden_size + 3 * text.intermediate_size) * element_bytes

@@ -15,17 +15,21 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlamaConfig,
-    LlavaConfig,
+    LlavaNextConfig,
     PretrainedConfig,
     PreTrainedModel,
+    VideoLlavaConfig,
 )
 
+from vzip.data.video import DEFAULT_NUM_FRAMES
 from vzip.errors import ConfigError, UnsupportedModelError, nearest
+from vzip.models.adapters import adapter_class_for_config
+from vzip.models.fresh import family_config, pinpoints
+from vzip.models.load import read_config
 
 NOISE_PERIOD = 1_048_573  # a prime just under 2**20: rows of a matrix, whose lengths are composite, then all differ
 
@@ -36,90 +40,114 @@ class BenchModel:
 
     Attributes:
         name: as the user wrote it.
-        config: a ``LlavaConfig``, or a vision configuration where the tower is measured alone.
+        config: a family's configuration, or a vision tower's where that is measured alone.
         checkpoint: directory or hub id that ``weights=pretrained`` loads.
-        num_crops: default number of tower inputs in a prompt.
         default_weights: ``random`` for bare shapes, ``pretrained`` for directories and the shipped model.
-        approximations: how this shape differs from the model it stands for, one sentence each.
+        notes: what a reader of its numbers must know, one sentence each.
     """
 
     name: str
     config: PretrainedConfig
     checkpoint: str
-    num_crops: int = 1
     default_weights: str = "random"
-    approximations: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def tower_only(self) -> bool:
         """Whether there is no language model to measure."""
-        return not isinstance(self.config, LlavaConfig)
+        return self.config.model_type in TOWER_TYPES
 
     @property
     def vision_config(self) -> PretrainedConfig:
         """The vision tower's configuration."""
         return self.config if self.tower_only else self.config.vision_config
 
+    @property
+    def num_crops(self) -> int:
+        """Default number of tower inputs in a prompt."""
+        if isinstance(self.config, LlavaNextConfig):
+            side = self.vision_config.image_size
+            return 1 + max(height // side * (width // side) for height, width in self.config.image_grid_pinpoints)
+        return DEFAULT_NUM_FRAMES if isinstance(self.config, VideoLlavaConfig) else 1
 
-def clip_l_336() -> CLIPVisionConfig:
-    """Returns the configuration of CLIP ViT-L/14-336, LLaVA's vision tower."""
+    @property
+    def default_budget(self) -> str:
+        """The paper's smallest budget for this family."""
+        if isinstance(self.config, LlavaNextConfig):
+            return "32tok"
+        return "17tok" if isinstance(self.config, VideoLlavaConfig) else "64tok"
+
+
+def clip_l(image_size: int) -> CLIPVisionConfig:
+    """Returns the configuration of CLIP ViT-L/14, the vision tower of all families."""
     return CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
         num_hidden_layers=24,
         num_attention_heads=16,
-        image_size=336,
+        image_size=image_size,
         patch_size=14,
         projection_dim=768,
     )
 
 
-def _llava(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int) -> LlavaConfig:
-    text = LlamaConfig(
-        vocab_size=32064,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
+def _vicuna(size: str, vocab_size: int = 32064) -> LlamaConfig:
+    width, mlp_width, num_layers, num_heads = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40)}[size]
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=mlp_width,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_heads,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
     )
-    return LlavaConfig(
-        vision_config=clip_l_336(),
-        text_config=text,
-        image_token_id=32000,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+
+
+def _clip_alone() -> BenchModel:
+    return BenchModel("clip_l_336", clip_l(336), "openai/clip-vit-large-patch14-336")
+
+
+def _llava(size: str) -> BenchModel:
+    config = family_config("llava", clip_l(336), _vicuna(size), 32000)
+    return BenchModel(f"llava15_{size}", config, f"llava-hf/llava-1.5-{size}-hf")
+
+
+def _llava_next(size: str) -> BenchModel:
+    config = family_config("llava_next", clip_l(336), _vicuna(size), 32000, image_grid_pinpoints=pinpoints(336))
+    note = (
+        "vanilla is Hugging Face's packing: a square picture is 5 x 576 = 2880 patches, the number the paper compares"
+        " with, and 48 newline tokens"
     )
+    return BenchModel(f"llava_next_{size}", config, f"llava-hf/llava-v1.6-vicuna-{size}-hf", notes=(note,))
 
 
-def _llava_7b() -> LlavaConfig:
-    return _llava(4096, 11008, 32, 32)
+def _video_llava() -> BenchModel:
+    config = family_config("video_llava", clip_l(224), _vicuna("7b"), 32000, video_token_index=32001)
+    note = "a frame is 257 visual tokens in vanilla, CLS among them: 2056 in 8 frames, where the paper counts 2048"
+    return BenchModel("video_llava_7b", config, "LanguageBind/Video-LLaVA-7B-hf", notes=(note,))
+
+
+def _mini_gemini(size: str) -> BenchModel:
+    # The configuration's own high-resolution tower is the published one. The placeholder is no word of the model's.
+    config = family_config("mini_gemini", clip_l(336), _vicuna(size, vocab_size=32000), 32000)
+    note = "high_res_tower and mining are the same work in every method: all patches are mined before selection"
+    return BenchModel(f"mini_gemini_{size}", config, f"YanweiLi/MGM-{size.upper()}", notes=(note,))
 
 
 SHAPES: dict[str, Callable[[], BenchModel]] = {
-    "clip_l_336": lambda: BenchModel("clip_l_336", clip_l_336(), "openai/clip-vit-large-patch14-336"),
-    "llava15_7b": lambda: BenchModel("llava15_7b", _llava_7b(), "llava-hf/llava-1.5-7b-hf"),
-    "llava15_13b": lambda: BenchModel("llava15_13b", _llava(5120, 13824, 40, 40), "llava-hf/llava-1.5-13b-hf"),
-    "llava_next_7b": lambda: BenchModel(
-        "llava_next_7b",
-        _llava_7b(),
-        "llava-hf/llava-1.5-7b-hf",
-        num_crops=5,
-        approximations=(
-            "LLaVA-NeXT-7B is stood for by the LLaVA-1.5-7B shape reading 5 crops a prompt (2880 visual tokens, the "
-            "number the paper compares with)",
-            "the newline tokens and the cropping of padded tiles of LLaVA-NeXT's packing are left out",
-        ),
-    ),
+    "clip_l_336": _clip_alone,
+    "llava15_7b": lambda: _llava("7b"),
+    "llava15_13b": lambda: _llava("13b"),
+    "llava_next_7b": lambda: _llava_next("7b"),
+    "llava_next_13b": lambda: _llava_next("13b"),
+    "video_llava_7b": _video_llava,
+    "mini_gemini_7b": lambda: _mini_gemini("7b"),
+    "mini_gemini_13b": lambda: _mini_gemini("13b"),
 }
 TINY = "tiny"
-MEASURED = (
-    "the bench measures llava, clip_vision_model and siglip_vision_model, and LLaVA-NeXT as the shape llava_next_7b;"
-    " not Video-LLaVA, whose frames have a tower of their own, nor Mini-Gemini, which mines patches before selection"
-)
-_NOT_MEASURED = ("video_llava", "mini_gemini")
+TOWER_TYPES = ("clip_vision_model", "siglip_vision_model")
 TINY_DIRECTORY = Path(__file__).resolve().parent.parent / "demo" / "tiny"
 
 
@@ -128,8 +156,8 @@ def resolve(name: str) -> BenchModel:
 
     Raises:
         ConfigError: for a name that is neither, with the nearest one.
-        UnsupportedModelError: for a directory whose model class is neither LLaVA nor a vision tower, and for a family
-            that is not measured.
+        CheckpointError: for a directory whose configuration cannot be read.
+        UnsupportedModelError: for a directory whose model class is neither of a family nor a vision tower.
     """
     if name in SHAPES:
         return SHAPES[name]()
@@ -140,19 +168,17 @@ def resolve(name: str) -> BenchModel:
                 f"model=tiny: {directory} holds no config.json; `make tiny` trains it, or choose one of "
                 f"{', '.join(SHAPES)}"
             )
-        if name.startswith(_NOT_MEASURED):
-            raise UnsupportedModelError(f"model={name}: {MEASURED}")
         allowed = [TINY, *SHAPES]
         raise ConfigError(
             f"model={name!r} is neither a shape nor a directory with a config.json{nearest(name, allowed)}; "
             f"shapes: {', '.join(allowed)}"
         )
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except ValueError as error:  # a model type that transformers does not know, as the published Mini-Gemini's
-        raise UnsupportedModelError(f"model={name}: {str(error).splitlines()[0]} {MEASURED}") from error
-    if type(config) is not LlavaConfig and config.model_type not in ("clip_vision_model", "siglip_vision_model"):
-        raise UnsupportedModelError(f"model={name}: {directory} holds a {config.model_type!r}; {MEASURED}")
+        config = read_config(directory)
+    except (ValueError, OSError) as error:  # not JSON, or a model type that transformers does not know
+        raise UnsupportedModelError(f"model={name}: {str(error).splitlines()[0]}") from error
+    if config.model_type not in TOWER_TYPES:
+        adapter_class_for_config(config)
     return BenchModel(name, config, str(directory), default_weights="pretrained")
 
 
@@ -209,8 +235,8 @@ def build_random(model: BenchModel, device: torch.device, dtype: torch.dtype, se
     offset = 0
     with torch.no_grad():
         for name, parameter in built.named_parameters():
-            if parameter.ndim == 1 and "class_embedding" not in name:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)  # normalisations; biases
+            if parameter.ndim == 1 and not name.endswith(("class_embedding", "image_newline")):
+                parameter.fill_(1.0 if name.endswith(("weight", "layer_scale_parameter")) else 0.0)  # norms; biases
                 continue
             fan_in = parameter[0].numel() if parameter.ndim > 1 else parameter.numel()
             sharpen = 2.0 if name.endswith(("q_proj.weight", "k_proj.weight")) and "language_model" not in name else 1.0

@@ -12,10 +12,11 @@ from torch import Tensor
 from vzip.bench.eager_maps import EagerMaps, select_layer_index
 from vzip.bench.hooks import recorded_outputs
 from vzip.bench.memory import storage_bytes
-from vzip.bench.timing import StageTimes, Stopwatch
+from vzip.bench.timing import StageTimes, Stopwatch, Untimed
+from vzip.bench.visuals import Pictures
 from vzip.bench.workload import Workload
-from vzip.compressors import VisionOutput
-from vzip.data.images import prepare_pictures
+from vzip.compressors import CompressedTokens, Compressor, Identity, VisionOutput
+from vzip.models.adapters import MiniGeminiAdapter
 from vzip.models.splice import PreparedInputs, plan_splice, splice
 from vzip.models.tap import run_tower
 from vzip.ops.attention import cls_attention, mean_keys, received_attention
@@ -24,6 +25,8 @@ STAGES = {
     "preprocess": "pictures to pixel values on the device",
     "tower": "vision tower, with what scoring needs",
     "scoring": "the part of `tower` that makes scores and keys from one layer's projections, timed apart",
+    "high_res_tower": "Mini-Gemini: the other vision tower",
+    "mining": "Mini-Gemini: what each patch finds in its window of that tower's features",
     "selection": "selection and merge",
     "projector": "projector",
     "splice": "planning and building the language model's inputs",
@@ -44,11 +47,12 @@ class Method(ABC):
 
     @abstractmethod
     def run_tower(self, pixel_values: Tensor) -> VisionOutput:
-        """Encodes crops ``[N, 3, h, w]``."""
+        """Encodes ``[N, 3, h, w]``, as the tower takes them."""
 
-    def select(self, vision: VisionOutput) -> Tensor:
-        """Returns the tokens ``[N, K, D]`` that go to the projector."""
-        return self.workload.compressor(vision).tokens
+    @property
+    def compressor(self) -> Compressor:
+        """What makes the tokens that go to the projector."""
+        return self.workload.compressor
 
 
 class Vanilla(Method):
@@ -57,16 +61,17 @@ class Vanilla(Method):
     name = "vanilla"
 
     def run_tower(self, pixel_values: Tensor) -> VisionOutput:
-        w = self.workload
-        layer = w.tower.layers[select_layer_index(w.tower, w.select_layer)]
+        visuals = self.workload.visuals
+        tower, geometry = visuals.tower, visuals.tower.geometry
+        layer = tower.layers[select_layer_index(tower, self.workload.select_layer)]
         # Asking for output_hidden_states would leave hooks on the model; one temporary hook costs and leaves nothing.
         with recorded_outputs({"hidden": layer}) as outputs:
-            w.tower_module(pixel_values)
-        geometry = w.tower.geometry
-        return VisionOutput(outputs["hidden"], geometry.has_cls, geometry.grid, stock_offset=w.stock_offset)
+            visuals.tower_module(pixel_values)
+        return VisionOutput(outputs["hidden"], geometry.has_cls, geometry.grid, stock_offset=visuals.stock_offset)
 
-    def select(self, vision: VisionOutput) -> Tensor:
-        return vision.hidden[:, vision.first_stock_row :]
+    @property
+    def compressor(self) -> Compressor:
+        return Identity()
 
 
 class Vzip(Method):
@@ -80,11 +85,11 @@ class Vzip(Method):
 
     def run_tower(self, pixel_values: Tensor) -> VisionOutput:
         w = self.workload
-        return run_tower(w.tower, pixel_values, w.select_layer, w.compressor.requires, w.stock_offset)
+        return run_tower(w.visuals.tower, pixel_values, w.select_layer, w.compressor.requires, w.visuals.stock_offset)
 
     def run_scoring(self, pixel_values: Tensor, watch: Stopwatch) -> None:
         """Times scoring by itself, on projections recorded once."""
-        tower = self.workload.tower
+        tower = self.workload.visuals.tower
         index = select_layer_index(tower, self.workload.select_layer)
         query_projection, key_projection, scale = tower.attention_of(index)
         if not self._projections:
@@ -105,7 +110,8 @@ class EagerMapsMethod(Method):
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
-        self.eager = EagerMaps(workload.tower_module, workload.select_layer, workload.stock_offset)
+        visuals = workload.visuals
+        self.eager = EagerMaps(visuals.tower_module, workload.select_layer, visuals.stock_offset)
 
     def run_tower(self, pixel_values: Tensor) -> VisionOutput:
         return self.eager.encode(pixel_values)
@@ -133,10 +139,13 @@ class PassResult:
     token_ids: Tensor | None
 
 
-def preprocess(workload: Workload) -> Tensor:
-    """Turns the pictures into ``pixel_values [N, 3, h, w]`` on the device, in the model's dtype."""
-    prepared = prepare_pictures(workload.pictures, workload.image_processor, "llava")
-    return prepared["pixel_values"].to(workload.device, workload.dtype)
+def preprocess(workload: Workload) -> dict[str, Tensor]:
+    """Turns the pictures into the model's inputs on the device, pixels in the model's dtype."""
+    prepared = workload.visuals.prepare(workload.pictures, workload.image_processor)
+    return {
+        name: tensor.to(workload.device, workload.dtype if tensor.is_floating_point() else None)
+        for name, tensor in prepared.items()
+    }
 
 
 @torch.inference_mode()
@@ -145,26 +154,15 @@ def run_pass(method: Method) -> PassResult:
     w = method.workload
     watch = Stopwatch(w.device)
     with watch.stage("preprocess"):
-        pixel_values = preprocess(w)
-    with watch.stage("tower"):
-        vision = method.run_tower(pixel_values)
-    if isinstance(method, Vanilla):  # a view of the tower's output: nothing to time
-        tokens = method.select(vision)
-    else:
-        with watch.stage("selection"):
-            tokens = method.select(vision)
+        inputs = preprocess(w)
+    tokens = _compress(method, inputs, watch)
     if isinstance(method, Vzip):
-        method.run_scoring(pixel_values, watch)
-    del vision
+        method.run_scoring(w.visuals.tower_inputs(w.visuals.crops(inputs)), watch)
     if w.adapter is None:
-        return PassResult(watch.times_ms, tokens.shape[1] * w.num_crops, 0, 0, None)
-    with watch.stage("projector"):
-        projected = w.adapter.projector(tokens)
-    with watch.stage("splice"):
-        prepared = _splice(w, projected)
-    with watch.stage("prefill"):
-        output = _prefill(w, prepared)
-        token_ids = output.logits[:, -1:].argmax(dim=-1)
+        return PassResult(watch.times_ms, tokens.tokens.shape[1] * w.visuals.num_crops, 0, 0, None)
+    prepared, output = _first_token(method, tokens, inputs, watch)
+    del tokens
+    token_ids = output.logits[:, -1:].argmax(dim=-1)
     cache = output.past_key_values
     kv_cache_bytes = storage_bytes([t for layer in cache.layers for t in (layer.keys, layer.values)])
     num_visual_tokens = sum(prepared.num_visual_tokens) // w.settings.batch_size
@@ -185,37 +183,56 @@ def run_pass(method: Method) -> PassResult:
             decoded.append(output.logits[:, -1:].argmax(dim=-1))
     result_ids = torch.cat(decoded, dim=1)
     num_prompt_tokens = prepared.inputs_embeds.shape[1]
-    del prepared, output, cache, projected, tokens
-    watch.times_ms["time_to_first_token"] = _time_to_first_token_ms(method, pixel_values)
+    del prepared, output, cache
+    watch.times_ms["time_to_first_token"] = _time_to_first_token_ms(method, inputs)
     return PassResult(watch.times_ms, num_visual_tokens, num_prompt_tokens, kv_cache_bytes, result_ids)
 
 
-def _time_to_first_token_ms(method: Method, pixel_values: Tensor) -> float:
+def _time_to_first_token_ms(method: Method, inputs: dict[str, Tensor]) -> float:
     """Times the way from pixel values to the first token's id on the host without stopping in between."""
-    w = method.workload
-    assert w.adapter is not None
-    watch = Stopwatch(w.device)
+    watch = Stopwatch(method.workload.device)
     with watch.stage("all"):
-        tokens = method.select(method.run_tower(pixel_values))
-        output = _prefill(w, _splice(w, w.adapter.projector(tokens)))
+        tokens = _compress(method, inputs, Untimed())
+        _prepared, output = _first_token(method, tokens, inputs, Untimed())
         output.logits[:, -1].argmax(dim=-1).tolist()
     return watch.times_ms["all"]
 
 
-def _splice(w: Workload, projected: Tensor) -> PreparedInputs:
-    assert w.adapter is not None and w.input_ids is not None
-    images = w.adapter.pack(projected.split(1), None)
-    lengths = w.adapter.expanded_lengths(len(images), None)
-    token_id = w.adapter.image_token_id
-    plan = plan_splice(w.input_ids, None, token_id, lengths)
-    return splice(plan, w.input_ids, w.adapter.embed_tokens, images, token_id)
+def _compress(method: Method, inputs: dict[str, Tensor], watch: Stopwatch | Untimed) -> CompressedTokens:
+    """From pixel values to the tokens that go to the projector."""
+    w = method.workload
+    with watch.stage("tower"):
+        crops = w.visuals.crops(inputs)
+        vision = method.run_tower(w.visuals.tower_inputs(crops))
+    if isinstance(w.adapter, MiniGeminiAdapter):
+        with watch.stage("high_res_tower"):
+            highres = w.adapter.high_res(crops)
+        with watch.stage("mining"):
+            vision = w.adapter.mined(vision, highres)
+    if isinstance(method, Vanilla):  # a view of the tower's output: nothing to time
+        return method.compressor(vision)
+    with watch.stage("selection"):
+        return method.compressor(vision)
 
 
-def _prefill(w: Workload, prepared: PreparedInputs) -> Any:
-    return w.model(
-        inputs_embeds=prepared.inputs_embeds,
-        attention_mask=prepared.attention_mask,
-        position_ids=prepared.position_ids,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+def _first_token(
+    method: Method, tokens: CompressedTokens, inputs: dict[str, Tensor], watch: Stopwatch | Untimed
+) -> tuple[PreparedInputs, Any]:
+    """From these tokens to the language model's inputs and its output on the whole prompt."""
+    w, visuals = method.workload, method.workload.visuals
+    assert w.adapter is not None and w.input_ids is not None and isinstance(visuals, Pictures)
+    with watch.stage("projector"):
+        projected = w.adapter.projector(tokens.tokens)
+    with watch.stage("splice"):
+        packed = visuals.pack(projected, None if isinstance(method, Vanilla) else tokens.source_index, inputs)
+        plan = plan_splice(w.input_ids, None, visuals.placeholder, [1] * len(packed))
+        prepared = splice(plan, w.input_ids, w.adapter.embed_tokens, packed, visuals.placeholder)
+    with watch.stage("prefill"):
+        output = w.model(
+            inputs_embeds=prepared.inputs_embeds,
+            attention_mask=prepared.attention_mask,
+            position_ids=prepared.position_ids,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return prepared, output

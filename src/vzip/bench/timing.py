@@ -52,6 +52,15 @@ class Stopwatch:
         self.times_ms[name] = self.times_ms.get(name, 0.0) + elapsed_ms
 
 
+class Untimed:
+    """Stands in for a ``Stopwatch`` where the work must not be stopped for the clock."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Does nothing around the body of the ``with`` statement."""
+        yield
+
+
 @dataclass(frozen=True)
 class Timing:
     """Durations of one stage over all repeats, in milliseconds.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -15,13 +15,14 @@ from vzip.bench import shapes
 from vzip.bench.memory import refuse_if_too_large
 from vzip.bench.settings import BenchSettings, estimate_bytes
 from vzip.bench.shapes import BenchModel
+from vzip.bench.visuals import PICTURE_SIZE, Pictures, Visuals, visuals_of
 from vzip.compressors import Compressor, VisionZip
 from vzip.errors import CheckpointError, ConfigError
 from vzip.models.adapters import Adapter, adapter_for_model
+from vzip.models.fresh import new_image_processor
 from vzip.models.load import load_vlm
-from vzip.models.towers import Tower, find_tower, geometry_from_config
+from vzip.models.towers import geometry_from_config
 
-PICTURE_SIZE = (640, 480)
 TOWER_ONLY_SELECT_LAYER = -2
 
 
@@ -35,15 +36,12 @@ class Workload:
         dtype: of its weights.
         model: the Hugging Face model (a bare tower where that is measured alone).
         adapter: how to reach its parts, or None for a bare tower.
-        tower_module: the vision tower as Hugging Face's module.
-        tower: the same, taken apart.
-        select_layer: index into its hidden states.
-        stock_offset: first row of the tower's output the unmodified model uses.
+        visuals: what the prompts show, and the vision tower that reads it.
+        select_layer: index into the tower's hidden states.
         compressor: the method measured as ``vzip`` and ``eager_maps``.
         image_processor: Hugging Face's, for the preprocess stage.
-        pictures: one a tower input, ``batch_size * num_crops`` in all.
-        input_ids: int64 ``[batch_size, prompt_tokens + num_crops]`` with one placeholder a picture, or None.
-        num_crops: tower inputs in each prompt.
+        pictures: ``visuals.num_files`` a prompt.
+        input_ids: int64 ``[batch_size, prompt_tokens + placeholders]``, or None for a bare tower.
     """
 
     settings: BenchSettings
@@ -51,30 +49,34 @@ class Workload:
     dtype: torch.dtype
     model: PreTrainedModel
     adapter: Adapter | None
-    tower_module: nn.Module
-    tower: Tower
+    visuals: Visuals
     select_layer: int
-    stock_offset: int
     compressor: Compressor
     image_processor: Any
     pictures: list[Image.Image]
     input_ids: Tensor | None
-    num_crops: int
+
+    @property
+    def num_inputs(self) -> int:
+        """Inputs of the vision tower in the batch."""
+        return self.settings.batch_size * self.visuals.num_crops
 
 
 def check(settings: BenchSettings, model: BenchModel) -> None:
     """Refuses, before anything is allocated, what cannot be measured.
 
     Raises:
-        ConfigError: a budget that does not fit the tower, a prompt longer than the language model's positions, or more
-            memory than there is.
+        ConfigError: a budget that does not fit the tower, a number of crops that the family does not make, a prompt
+            longer than the language model's positions, or more memory than there is.
         UnsupportedModelError: a vision tower there is no support for.
     """
     geometry = geometry_from_config(model.vision_config)
     _name, budget = settings.token_budget(model)
     VisionZip(budget).check_fits(geometry.num_patches, geometry.has_cls)
+    meta = shapes.build_meta(model, settings.torch_dtype)
+    num_visual = 0
     if not model.tower_only:
-        num_visual = settings.crops_per_prompt(model) * (geometry.num_patches + int(geometry.has_cls))
+        num_visual = visuals_of(adapter_for_model(meta), settings.crops_per_prompt(model)).vanilla_tokens()
         longest = num_visual + settings.prompt_tokens + settings.num_new_tokens
         allowed = model.config.text_config.max_position_embeddings
         if longest > allowed:
@@ -83,8 +85,8 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
                 f"{settings.num_new_tokens} new tokens is {longest} long, and {model.name} has {allowed} positions; "
                 "lower num_crops, prompt_tokens or num_new_tokens"
             )
-    num_parameters = sum(p.numel() for p in shapes.build_meta(model, settings.torch_dtype).parameters())
-    needed = estimate_bytes(settings, model, num_parameters)
+    num_parameters = sum(p.numel() for p in meta.parameters())
+    needed = estimate_bytes(settings, model, num_parameters, num_visual)
     refuse_if_too_large(needed, settings.torch_device, f"model={model.name} at {settings.torch_dtype}")
 
 
@@ -108,33 +110,29 @@ def build(settings: BenchSettings, model: BenchModel) -> Workload:
         hf_model = vlm.model.to(device).eval()
         if vlm.processor is not None:
             image_processor = vlm.processor.image_processor
-    adapter = None if model.tower_only else adapter_for_model(hf_model)
-    tower_module: nn.Module = hf_model if adapter is None else adapter.vision_tower
-    tower = find_tower(tower_module) if adapter is None else adapter.tower
-    num_crops = settings.crops_per_prompt(model)
-    side = tower.geometry.image_size
+    adapter, visuals = parts_of(hf_model, model, settings.crops_per_prompt(model))
+    pictures = make_pictures(settings.batch_size * visuals.num_files, settings.seed, visuals.picture_size)
     return Workload(
         settings=settings,
         device=device,
         dtype=dtype,
         model=hf_model,
         adapter=adapter,
-        tower_module=tower_module,
-        tower=tower,
+        visuals=visuals,
         select_layer=TOWER_ONLY_SELECT_LAYER if adapter is None else adapter.select_layer,
-        stock_offset=int(tower.geometry.has_cls) if adapter is None else adapter.stock_offset,
         compressor=VisionZip(settings.token_budget(model)[1]),
-        image_processor=image_processor or _clip_image_processor(side),
-        pictures=make_pictures(settings.batch_size * num_crops, settings.seed),
-        input_ids=None if adapter is None else make_prompts(settings, adapter, num_crops),
-        num_crops=num_crops,
+        image_processor=image_processor or new_image_processor(model.config),
+        pictures=pictures,
+        input_ids=make_prompts(settings, visuals) if isinstance(visuals, Pictures) else None,
     )
 
 
-def _clip_image_processor(side: int) -> Any:
-    from transformers import CLIPImageProcessor  # here, because it warns about torchvision when it is imported
-
-    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+def parts_of(hf_model: PreTrainedModel, model: BenchModel, num_crops: int) -> tuple[Adapter | None, Visuals]:
+    """The adapter (None for a bare tower) of a built model, and what its prompts show."""
+    if model.tower_only:
+        return None, Visuals(hf_model, num_crops)
+    adapter = adapter_for_model(hf_model)
+    return adapter, visuals_of(adapter, num_crops)
 
 
 def _load_tower(model: BenchModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -151,10 +149,10 @@ def _load_tower(model: BenchModel, device: torch.device, dtype: torch.dtype) -> 
     return loaded.to(device).eval().requires_grad_(False)
 
 
-def make_pictures(num_pictures: int, seed: int) -> list[Image.Image]:
-    """Makes smooth coloured pictures, the same for the same seed."""
+def make_pictures(num_pictures: int, seed: int, size: tuple[int, int] = PICTURE_SIZE) -> list[Image.Image]:
+    """Makes smooth coloured pictures of ``size`` (width, height), the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    width, height = PICTURE_SIZE
+    width, height = size
     pictures = []
     for _ in range(num_pictures):
         coarse = torch.rand(1, 3, height // 16, width // 16, generator=generator)
@@ -163,15 +161,20 @@ def make_pictures(num_pictures: int, seed: int) -> list[Image.Image]:
     return pictures
 
 
-def make_prompts(settings: BenchSettings, adapter: Adapter, num_crops: int) -> Tensor:
+def make_prompts(settings: BenchSettings, visuals: Pictures) -> Tensor:
     """Makes prompts of random text tokens with the placeholders after the first.
 
     Returns:
-        int64 ``[batch_size, prompt_tokens + num_crops]`` on the model's device.
+        int64 ``[batch_size, prompt_tokens + placeholders]`` on the model's device.
     """
+    adapter = visuals.adapter
     vocabulary = adapter.embed_tokens.get_parameter("weight").shape[0]
+    tokens = {adapter.image_token_id, adapter.video_token_id} - {None}
+    special = sorted(token for token in tokens if token < vocabulary)  # Mini-Gemini's lies outside
     generator = torch.Generator().manual_seed(settings.seed)
-    text = torch.randint(0, vocabulary, (settings.batch_size, settings.prompt_tokens), generator=generator)
-    text[text == adapter.image_token_id] = (adapter.image_token_id + 1) % vocabulary
-    placeholders = torch.full((settings.batch_size, num_crops), adapter.image_token_id)
+    shape = (settings.batch_size, settings.prompt_tokens)
+    text = torch.randint(0, vocabulary - len(special), shape, generator=generator)
+    for token in special:
+        text += text >= token
+    placeholders = torch.full((settings.batch_size, visuals.num_placeholders), visuals.placeholder)
     return torch.cat([text[:, :1], placeholders, text[:, 1:]], dim=1).to(settings.torch_device)

@@ -74,11 +74,24 @@ class MiniGeminiAdapter(LlavaAdapter):
             )
         return super().crops(pixel_values, image_sizes, tile_grids)
 
-    def run_tower(self, pixel_values: Tensor, requires: frozenset[str]) -> VisionOutput:
+    def run_tower(self, pixel_values: Tensor, requires: frozenset[str], score_layer: int | None = None) -> VisionOutput:
         """Both towers on pictures ``[N, 3, h, w]``: attention and keys of the low-resolution one, hidden mined."""
+        vision = super().run_tower(self.low_res(pixel_values), requires, score_layer)
+        return self.mined(vision, self.high_res(pixel_values))
+
+    def low_res(self, pixel_values: Tensor) -> Tensor:
+        """The pictures as the low-resolution tower takes them."""
         model: Any = self.model.get_submodule("model")
-        vision = super().run_tower(model.low_res(pixel_values), requires)
-        mined = model.mine(vision.hidden[:, 1:], pixel_values)
+        return model.low_res(pixel_values)
+
+    def high_res(self, pixel_values: Tensor) -> Tensor:
+        """The high-resolution tower's features of pictures ``[N, 3, h, w]``: ``[N, c, H, W]``."""
+        return self.model.get_submodule("model.high_res_tower")(pixel_values)
+
+    def mined(self, vision: VisionOutput, highres: Tensor) -> VisionOutput:
+        """The low-resolution tower's output with its patches mined from ``highres``, CLS as ``drop_cls`` says."""
+        model: Any = self.model.get_submodule("model")
+        mined = model.mine(vision.hidden[:, 1:], highres)
         if not self.options.drop_cls:
             return replace(vision, hidden=torch.cat([vision.hidden[:, :1], mined], dim=1))
         keys = None if vision.keys is None else vision.keys[:, 1:]

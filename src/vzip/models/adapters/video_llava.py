@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor, nn
@@ -19,13 +19,10 @@ from vzip.data.images import Preprocess
 from vzip.data.video import VideoSource, prepare_videos
 from vzip.errors import PromptError
 
-from ..tap import run_tower
 from ..towers import Tower, find_tower
 from .llava import LlavaAdapter
 
 _LAYOUT = "[videos, frames, 3, height, width]"
-# All rows of the tower: Hugging Face's class cuts CLS off pictures only, whatever its select strategy.
-_VIDEO_OFFSET = 0
 
 
 class VideoLlavaAdapter(LlavaAdapter):
@@ -33,6 +30,8 @@ class VideoLlavaAdapter(LlavaAdapter):
 
     model_class = VideoLlavaForConditionalGeneration
     has_video = True
+    # All rows of the tower: Hugging Face's class cuts CLS off pictures only, whatever its select strategy.
+    frame_offset: ClassVar[int] = 0
 
     def __init__(self, model: Any, *args: Any) -> None:
         super().__init__(model, *args)
@@ -75,11 +74,13 @@ class VideoLlavaAdapter(LlavaAdapter):
             )
         num_videos, num_frames = pixel_values_videos.shape[:2]
         num_rows = self.geometry.num_patches + int(self.geometry.has_cls)
-        return [num_frames * (num_rows - _VIDEO_OFFSET)] * num_videos
+        return [num_frames * (num_rows - self.frame_offset)] * num_videos
 
     def encode_videos(self, pixel_values_videos: Tensor, compressor: Compressor) -> list[Tensor]:
         num_videos = len(self.video_lengths(pixel_values_videos))
         frames = pixel_values_videos.flatten(0, 1)
-        vision = run_tower(self.frame_tower, frames, self.select_layer, compressor.requires, _VIDEO_OFFSET)
+        vision = self.run_through_cache(
+            self.frame_tower, frames, compressor.requires, self.frame_offset, compressor.score_layer
+        )
         projected = self.projector(compressor(vision).tokens)
         return list(projected.reshape(num_videos, -1, projected.shape[-1]))

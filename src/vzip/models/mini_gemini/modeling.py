@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlavaForConditionalGeneration, LlavaModel
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, LlavaModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .config import MiniGeminiConfig
@@ -33,9 +33,8 @@ class MiniGeminiModel(LlavaModel):
         wide = pixel_values if pixel_values.dtype == torch.float64 else pixel_values.float()
         return functional.interpolate(wide, size=(side, side), mode="bilinear", align_corners=False)
 
-    def mine(self, patches: Tensor, pixel_values: Tensor) -> Tensor:
-        """Patch tokens ``[B, P, D]`` with what they find in the pictures ``[B, 3, h, w]`` added."""
-        highres = self.high_res_tower(pixel_values)
+    def mine(self, patches: Tensor, highres: Tensor) -> Tensor:
+        """Patch tokens ``[B, P, D]`` with what they find in the features ``[B, c, H, W]`` of the other tower added."""
         return patches + self.patch_info_mining(patches, highres.to(patches.device, patches.dtype))
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -56,7 +55,7 @@ class MiniGeminiModel(LlavaModel):
             raise ValueError(f"Mini-Gemini has no {', '.join(given)} beside its configuration's.")
         output = self.vision_tower(self.low_res(pixel_values), output_hidden_states=True)
         patches = output.hidden_states[self.config.vision_feature_layer][:, 1:]  # CLS owns no window
-        features = self.multi_modal_projector(self.mine(patches, pixel_values))
+        features = self.multi_modal_projector(self.mine(patches, self.high_res_tower(pixel_values)))
         return BaseModelOutputWithPooling(
             last_hidden_state=output.last_hidden_state, pooler_output=list(features), hidden_states=output.hidden_states
         )
@@ -73,3 +72,6 @@ class MiniGeminiForConditionalGeneration(LlavaForConditionalGeneration):
         self.model = MiniGeminiModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+
+AutoModelForImageTextToText.register(MiniGeminiConfig, MiniGeminiForConditionalGeneration, exist_ok=True)
