@@ -249,10 +249,12 @@ def test_a_part_of_a_llava_file(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps(records))
     for i in range(4):
         Image.new("RGB", (8, 8)).save(tmp_path / f"p{i}.png")
+    (tmp_path / "p5.png").touch()
     options: dict[str, Any] = {"cache": tmp_path / "cache"}
     with pytest.raises(ManifestError, match="2 samples lack a picture below") as refused:
         LlavaSet(tmp_path / "data.json", **options)
-    assert "r4: " in str(refused.value) and "data.on_problem=skip" in str(refused.value)
+    assert f"r4: no such file: {tmp_path / 'p4.png'}" in str(refused.value)
+    assert f"r5: 0 bytes: {tmp_path / 'p5.png'}" in str(refused.value) and "data.on_problem=skip" in str(refused.value)
     data = LlavaSet(tmp_path / "data.json", on_problem="skip", **options)
     assert len(data) == 5 and data.num_missing == 2 and "left out: 2 samples" in data.describe()
     assert data.has_images.tolist() == [True] * 4 + [False] and data.lengths.tolist() == [3, 3, 3, 3, 2]

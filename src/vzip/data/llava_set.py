@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -14,6 +15,7 @@ from vzip.errors import ConfigError, ManifestError
 from .collate import TrainingSample
 from .llava_json import LlavaJson, OnProblem
 from .subset import choose, source_table
+from .verify import find_problems
 
 _NUM_SHOWN = 10
 
@@ -24,7 +26,7 @@ class LlavaSet:
     Args:
         path, image_root: the file and the folder its picture paths start from.
         fraction, seed, keep_text_only: which part, see ``vzip.data.subset``.
-        on_problem: what becomes of missing pictures and broken records: ``refuse`` or ``skip``.
+        on_problem: what becomes of missing (or empty) pictures and broken records: ``refuse`` or ``skip``.
         cache: folder of the file's index.
 
     Raises:
@@ -47,11 +49,12 @@ class LlavaSet:
             raise ConfigError(f"data.on_problem={on_problem}: must be one of {', '.join(get_args(OnProblem))}.")
         self.records = LlavaJson(path, image_root, on_problem=on_problem, cache=cache)
         chosen = choose(self.records, fraction, seed, keep_text_only=keep_text_only)
-        there = np.array([self._has_files(int(index)) for index in chosen])
-        self.num_missing = int((~there).sum())
+        reasons = {p.picture.name: p.reason for p in find_problems(self.records, chosen, decode=False)}
+        lacking = self._naming(reasons, chosen)
+        self.num_missing = int(lacking.sum())
         if self.num_missing and on_problem == "refuse":
-            raise ManifestError(self._refusal(chosen[~there]))
-        self._chosen = chosen[there]
+            raise ManifestError(self._refusal(chosen[lacking], reasons))
+        self._chosen = chosen[~lacking]
         if not len(self._chosen):
             raise ManifestError(f"{self.records.path}: no sample is left, all {len(chosen)} lack their pictures.")
 
@@ -81,16 +84,19 @@ class LlavaSet:
             console.print(f"left out: {self.num_missing} samples without their pictures, {num_broken} broken records")
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]  # it is the StringIO above
 
-    def _has_files(self, index: int) -> bool:
-        if not self.records.has_images(index):
-            return True
-        return all(image.is_file() for image in self.records[index].images)
+    def _naming(self, pictures: Collection[str], indices: np.ndarray) -> np.ndarray:
+        """Which of the samples name one of the pictures: bool, as long as ``indices``."""
+        if not pictures:  # the usual case; otherwise every record is read again
+            return np.zeros(len(indices), dtype=bool)
+        return np.array([any(name in pictures for name in self.records.record(int(i)).images) for i in indices])
 
-    def _refusal(self, missing: np.ndarray) -> str:
-        samples = [self.records[int(index)] for index in missing[:_NUM_SHOWN]]
-        lines = [f"{self.records.path}: {len(missing)} samples lack a picture below {self.records.image_root}:"]
-        lines += [f"  {sample.id}: {next(i for i in sample.images if not i.is_file())}" for sample in samples]
-        lines += [f"  ... and {len(missing) - len(samples)} more"] if len(missing) > len(samples) else []
+    def _refusal(self, indices: np.ndarray, reasons: Mapping[str, str]) -> str:
+        lines = [f"{self.records.path}: {len(indices)} samples lack a picture below {self.records.image_root}:"]
+        for index in map(int, indices[:_NUM_SHOWN]):
+            record = self.records.record(index)
+            reason = next(reasons[name] for name in record.images if name in reasons)
+            lines.append(f"  {record.label(index)}: {reason}")
+        lines += [f"  ... and {len(indices) - _NUM_SHOWN} more"] if len(indices) > _NUM_SHOWN else []
         lines.append(
             "Download them (`python -m vzip data verify` names them all), mend data.image_root, or leave these samples"
             " out with data.on_problem=skip."
