@@ -17,9 +17,11 @@ NAMES = ("llava_v1_5_mix665k", "llava_pretrain_558k", "open_llava_next_mix1m")
 
 
 def test_every_shipped_manifest_is_read():
-    assert {path.stem for path in manifest_folder().glob("*.json")} == {*NAMES, "scenes"}
+    assert {path.stem for path in manifest_folder().glob("*.json")} == {*NAMES, "scenes", "video_qa"}
     with pytest.raises(ManifestError, match="generated: python -m vzip scenes"):
         load_manifest("scenes")
+    with pytest.raises(ManifestError, match="fetch the folders of `sets` by hand"):
+        load_manifest("video_qa")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,6 +12,7 @@ import pytest
 
 from vzip.errors import ConfigError, ManifestError
 from vzip.report.paired import Paired, compare_task, match
+from vzip.report.record import same_judge
 from vzip.report.stats import mcnemar_p, percentile_interval
 
 DRAW = random.Random(11)
@@ -142,3 +143,34 @@ def test_nothing_to_compare() -> None:
     assert compare_task(record(VANILLA), record(VANILLA), "pope", "exact_match") is None
     with pytest.raises(ConfigError, match="confidence=1"):
         percentile_interval(np.ones(3), 1)
+
+
+def judged(scores: list[float | None], **judge: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A record and answers of which those with None got no usable verdict."""
+    rows = samples([0.0] * len(scores))
+    for row, score in zip(rows, scores, strict=True):
+        row["scores"] = {} if score is None else {"judge_accuracy": score}
+    value = float(np.mean([score for score in scores if score is not None]))
+    by = {"model": "m", "base_url": "u", "temperature": 0.0, "max_tokens": 64, "prompt_sha256": "p"}
+    metrics = {"judge_accuracy": {"value": value, "standard_error": 0.1}}
+    tasks = {"msvd": {"metrics": metrics, "num_samples": len(scores)}}
+    return {"tasks": tasks, "judge": {"msvd": {**by, "served_models": {"m-1": 9}, **judge}}}, rows
+
+
+def test_judged_runs() -> None:
+    (ours, rows), (base, base_rows) = judged([1.0, 0.0, 1.0, 1.0] * 5), judged([1.0, 1.0, 1.0, 0.0] * 5)
+    paired = compare_task(ours, base, "msvd", "judge_accuracy", rows, base_rows)
+    assert paired is not None and paired.is_paired and (paired.num_lost, paired.num_gained) == (5, 5)
+    # One answer without a verdict: its question is no pair, and the interval is taken from the two errors.
+    partly, partly_rows = judged([None, 0.0, 1.0, 1.0, *[1.0, 0.0, 1.0, 1.0] * 4])
+    unpaired = compare_task(partly, base, "msvd", "judge_accuracy", partly_rows, base_rows)
+    assert unpaired is not None and not unpaired.is_paired and unpaired.low is not None
+    assert unpaired.retention == pytest.approx((14 / 19) / (15 / 20))
+
+
+@pytest.mark.parametrize("other", [{"model": "n"}, {"temperature": 1.0}, {"served_models": {"m-2": 9}}])
+def test_different_judges_are_not_compared(other: dict[str, Any]) -> None:
+    (ours, rows), (base, base_rows) = judged([1.0, 0.0, 1.0]), judged([1.0, 1.0, 1.0], **other)
+    with pytest.raises(ManifestError, match=r"msvd: .* different judges, .*python -m vzip judge RUN --model"):
+        compare_task(ours, base, "msvd", "judge_accuracy", rows, base_rows)
+    assert same_judge(ours, ours, "msvd") and same_judge(ours, {}, "msvd") and not same_judge(ours, base, "msvd")

@@ -92,6 +92,8 @@ def load_manifest(name_or_path: str | Path) -> Manifest:
         raise ManifestError(f"{path}: not readable as JSON ({error}).") from error
     if isinstance(raw, dict) and "command" in raw:
         raise ManifestError(f"{path}: nothing to download, this data is generated: {raw['command']}.")
+    if isinstance(raw, dict) and "by_hand" in raw:
+        raise ManifestError(f"{path}: nothing that could be downloaded from here: {raw['by_hand']}.")
     problems = _problems(raw)
     if problems:
         raise ManifestError("\n  ".join([f"{path}: {len(problems)} problem(s):", *problems]))

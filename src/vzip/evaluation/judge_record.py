@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vzip.errors import ConfigError, ManifestError, RunExistsError, nearest
-from vzip.report.record import SAMPLES_NAME, read_record, read_samples, record_path
+from vzip.report.record import JUDGE_ACCURACY, JUDGE_SCORE, SAMPLES_NAME, read_record, read_samples, record_path
 from vzip.report.stats import clustered_standard_error
 
 from .judge import Reply
@@ -25,7 +25,6 @@ from .judge_settings import JudgeSettings
 from .video_qa import VIDEO_SETS
 from .writing import write_json, write_jsonl
 
-ACCURACY, SCORE = "judge_accuracy", "judge_score"
 _REASON = "judge: "  # how the judge's own reasons for a provisional record begin
 
 Row = dict[str, Any]
@@ -121,7 +120,7 @@ def write_verdicts(
         entry = _summary(run.record["tasks"][task], [row for row in run.rows[task] if row["filter_index"] == 0])
         if task in VIDEO_SETS:
             run.record["tasks"][task] |= {
-                "primary_metric": ACCURACY if entry["num_judged"] else None,
+                "primary_metric": JUDGE_ACCURACY if entry["num_judged"] else None,
                 "unit": "fraction",
             }
         run.record.setdefault("judge", {})[task] = _identity(settings, prompt) | entry
@@ -151,19 +150,19 @@ def _identity(settings: JudgeSettings, prompt: JudgePrompt) -> dict[str, Any]:
 def _judge_row(row: Row, reply: Reply) -> None:
     """A question without a usable verdict has no judge's score: it is neither right nor wrong."""
     row["judge"] = {"reply": reply.text, "model": reply.served_model, "problem": reply.problem}
-    for metric in (ACCURACY, SCORE):
+    for metric in (JUDGE_ACCURACY, JUDGE_SCORE):
         row["scores"].pop(metric, None)
     verdict = read_verdict(reply.text) if reply.problem is None else None
     if verdict is not None:
-        row["scores"] |= {ACCURACY: float(verdict.correct), SCORE: float(verdict.score)}
+        row["scores"] |= {JUDGE_ACCURACY: float(verdict.correct), JUDGE_SCORE: float(verdict.score)}
 
 
 def _summary(task: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     """Puts accuracy and mean score into the record's entry of a task; returns what is said of the judging."""
-    judged = [row for row in rows if ACCURACY in row["scores"]]
+    judged = [row for row in rows if JUDGE_ACCURACY in row["scores"]]
     # Many questions are about one video: MSVD-QA has 26 of each.
     labels = [row.get("cluster", ("question", row["doc_id"])) for row in judged]
-    for metric in (ACCURACY, SCORE):
+    for metric in (JUDGE_ACCURACY, JUDGE_SCORE):
         task["metrics"].pop(metric, None)
         if judged:
             scores = np.array([row["scores"][metric] for row in judged])

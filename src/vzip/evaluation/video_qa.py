@@ -1,7 +1,7 @@
 """TGIF-QA, MSVD-QA, MSRVTT-QA and ActivityNet-QA as the paper's Table 3 has them, as local lmms-eval tasks.
 
-The files are those that Video-LLaVA publishes (``data_manifests/video_qa.json``): one folder a benchmark, with questions
-in ``test_q.json``, answers in ``test_a.json``, and the videos. Question and answer are joined by ``question_id``.
+The files are those that Video-LLaVA publishes (``data_manifests/video_qa.json``): one folder a benchmark, questions in
+``test_q.json``, answers in ``test_a.json``, and the videos. Question and answer are joined by ``question_id``.
 Video-LLaVA's own script joins them by position, which is wrong as soon as the questions are split over several GPUs.
 
 The paper's score comes from a judge model (``python -m vzip judge``). The scores given here are made without one.
@@ -59,7 +59,7 @@ VIDEO_SETS: Mapping[str, VideoSet] = {
     for entry in (
         VideoSet("tgif_qa_zero_shot", "TGIF-QA", "TGIF_Zero_Shot_QA", "mp4", "", None),
         VideoSet("msvd_qa_zero_shot", "MSVD-QA", "MSVD_Zero_Shot_QA", "videos", "", 13157),
-        VideoSet("msrvtt_qa_zero_shot", "MSRVTT-QA", "MSRVTT_Zero_Shot_QA", "videos/all", "", 72821),
+        VideoSet("msrvtt_qa_zero_shot", "MSRVTT-QA", "MSRVTT_Zero_Shot_QA", "videos/all", "", None),
         VideoSet("activitynet_qa_zero_shot", "ActivityNet-QA", "Activitynet_Zero_Shot_QA", "all_test", "v_", 8000),
     )
 }

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vzip.errors import ManifestError
 
-from .record import Score, score_of
+from .record import JUDGE_ACCURACY, JUDGE_SCORE, Score, same_judge, score_of
 from .score_units import units_of
 from .stats import mcnemar_p, percentile_interval, resampled_retention
 
@@ -78,11 +78,16 @@ def compare_task(
         None if either run lacks the metric, or vanilla scored 0.
 
     Raises:
-        ManifestError: the two runs answered different questions.
+        ManifestError: the two runs answered different questions, or were judged by different judges.
     """
     ours, base = score_of(record, task, metric), score_of(vanilla, task, metric)
     if ours is None or base is None or base.value == 0:
         return None
+    if metric in (JUDGE_ACCURACY, JUDGE_SCORE) and not same_judge(record, vanilla, task):
+        raise ManifestError(
+            f"{task}: the two runs were judged by different judges, so their scores are not comparable. Judge both with"
+            " the same model: python -m vzip judge RUN --model NAME --overwrite."
+        )
     if rows is None or vanilla_rows is None:
         return _from_errors(ours, base, task, num_resamples, seed)
     rows, vanilla_rows = match(rows, vanilla_rows, task)
@@ -93,6 +98,8 @@ def compare_task(
     if units is None or base_units is None or not (units.gives(ours.value) and base_units.gives(base.value)):
         return _from_errors(ours, base, task, num_resamples, seed, agreement)
     if (units.keys, units.clusters) != (base_units.keys, base_units.clusters):
+        if metric in (JUDGE_ACCURACY, JUDGE_SCORE):  # in one of the runs an answer got no usable verdict
+            return _from_errors(ours, base, task, num_resamples, seed, agreement)
         raise ManifestError(f"{task} {metric}: the two runs scored different questions; evaluate both again.")
     (values, aggregate), (base_values, _) = units.by_cluster(), base_units.by_cluster()
     retention, resampled = resampled_retention(task, values, base_values, aggregate, num_resamples, seed)

@@ -5,7 +5,9 @@ Fields of a record: ``schema_version``, ``kind``, ``created``, ``config`` (resol
 ``visual_tokens`` (budget per crop, measured least and most), ``tasks`` (by name: ``primary_metric``, ``unit``,
 ``chance``, ``num_samples``, ``metrics`` by name: ``value``, ``standard_error``, ``standard_error_source``), ``data``
 (by task: path, revision or file digests, digest of the questions), ``code`` (commit, dirty), ``versions``,
-``hardware``, ``wall_time_s``, ``num_resumed_answers``, ``peak_memory_gib``, ``provisional``, ``provisional_reasons``.
+``hardware``, ``wall_time_s``, ``num_resumed_answers``, ``tower_cache`` (crops
+taken from it or run, or null), ``peak_memory_gib``, ``provisional``, ``provisional_reasons``; and once
+``python -m vzip judge`` was there, ``judge`` (by task: whom it asked what, and of how many answers a verdict came).
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ from vzip.errors import ManifestError
 RECORD_NAME = "run.json"
 SAMPLES_NAME = "samples.jsonl"
 SCHEMA_VERSION = 1
+# What a judge model adds to a task: the share of answers that it calls right, and the mean of its scores.
+JUDGE_ACCURACY, JUDGE_SCORE = "judge_accuracy", "judge_score"
+# What makes two judgements comparable.
+_OF_JUDGE = ("model", "base_url", "temperature", "max_tokens", "prompt_sha256")
 # What makes two runs runs of one model.
 _OF_MODEL = ("name_or_path", "revision", "weights_sha256", "class", "dtype", "preprocess")
 _REQUIRED = ("schema_version", "model", "compressor", "visual_tokens", "tasks", "provisional")
@@ -168,7 +174,7 @@ def is_vanilla_of(candidate: Mapping[str, Any], record: Mapping[str, Any]) -> bo
     """Whether ``candidate`` is an uncompressed run that ``record`` may be compared with.
 
     The same model in the same precision and preprocessing, the same questions of every task they share (by digest), the
-    same generation settings.
+    same generation settings, and the same judge where both were judged.
     """
     if candidate["compressor"]["name"] != "Identity":
         return False
@@ -183,7 +189,22 @@ def is_vanilla_of(candidate: Mapping[str, Any], record: Mapping[str, Any]) -> bo
     shared = [task for task in record["tasks"] if task in candidate["tasks"]]
     digest = "questions_sha256"
     return bool(shared) and all(
-        record["data"].get(task, {}).get(digest) == candidate["data"].get(task, {}).get(digest) for task in shared
+        record["data"].get(task, {}).get(digest) == candidate["data"].get(task, {}).get(digest)
+        and same_judge(record, candidate, task)
+        for task in shared
+    )
+
+
+def same_judge(record: Mapping[str, Any], other: Mapping[str, Any], task: str) -> bool:
+    """Whether a task's answers were judged alike in two records: by one judge, or not by any in one of them.
+
+    Versions of a model that its endpoint serves under one name are different judges.
+    """
+    first, second = (r.get("judge", {}).get(task) for r in (record, other))
+    if first is None or second is None:
+        return True
+    return all(first[key] == second[key] for key in _OF_JUDGE) and set(first["served_models"]) == set(
+        second["served_models"]
     )
 
 

@@ -29,8 +29,8 @@ def standard_error(scores: np.ndarray) -> float:
 def clustered_standard_error(scores: np.ndarray, labels: Sequence[object]) -> float:
     """Standard error of the mean of scores ``[n]`` of which those with one label are not independent.
 
-    The usual sandwich estimate: residuals are summed within each cluster. With a label a score it is ``standard_error``.
-    NaN for fewer than two clusters.
+    The usual sandwich estimate: residuals are summed within each cluster. Where each score has a label of its own, it
+    is ``standard_error``. NaN for fewer than two clusters.
     """
     scores = np.asarray(scores, dtype=np.float64)
     sums: dict[object, float] = {}
