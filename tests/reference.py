@@ -66,15 +66,19 @@ def visionzip(
     num_contextual: int,
     has_cls: bool,
     rule: str,
+    positions: list[int] | None = None,
 ) -> tuple[list[list[float]], list[int], list[int]]:
-    """One crop: tokens, kept rows, and for each row the contextual token it went into (-1: none)."""
+    """One crop: tokens, kept rows, and for each row the contextual token it went into (-1: none).
+
+    ``positions``: where the targets are among the remaining rows; None: evenly spaced.
+    """
     kept = dominant(attention, num_dominant, has_cls)
     merge_index = [-1] * len(hidden)
     if num_contextual == 0:
         return [hidden[row] for row in kept], kept, merge_index
     rest = [row for row in range(len(hidden)) if row not in kept]
     step = max(1, len(rest) // num_contextual)
-    targets = [rest[number * step] for number in range(num_contextual)]
+    targets = [rest[number] for number in positions or [number * step for number in range(num_contextual)]]
     groups: list[list[int]] = [[] for _ in targets]
     for row in rest:
         if row in targets:

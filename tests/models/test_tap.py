@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
+from vzip.compressors.base import Compressor
 from vzip.errors import PromptError, UnsupportedModelError
 from vzip.models.tap import run_tower
 from vzip.models.towers import check_select_layer, find_tower, geometry_from_config
@@ -43,6 +44,28 @@ def test_attention_and_hidden_equal_eager(kind, select_layer):
     keys = block.self_attn.k_proj(block.layer_norm1(stock.hidden_states[layer])).view(3, -1, 4, 8).mean(dim=2)
     torch.testing.assert_close(vision.keys, keys, rtol=0, atol=1e-5)
     assert (vision.has_cls, vision.grid, vision.num_patches) == (kind == "clip", (8, 8), 64)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("score_layer", [None, -1, 1, 3])
+@torch.no_grad()
+def test_every_score_of_any_layer_equals_eager_beside_the_select_layers_output(kind, score_layer):
+    sdpa, eager = tower_of(kind).double(), tower_of(kind, attention="eager").double()
+    eager.load_state_dict(sdpa.state_dict())
+    pixels = tiny.pixels(2).double()
+    vision = run_tower(find_tower(sdpa), pixels, -2, Compressor.REQUIRABLE, score_layer=score_layer)
+    stock = eager(pixels, output_attentions=True, output_hidden_states=True)
+    layer = {None: 2, -1: 3}.get(score_layer, (score_layer or 0) - 1)
+    maps, first = stock.attentions[layer], int(kind == "clip")
+    received = maps.mean(dim=(1, 2))[:, first:]
+    torch.testing.assert_close(vision.received_attention, received, rtol=0, atol=2e-6)
+    expected = maps[:, :, 0, 1:].sum(dim=1) if first else received
+    torch.testing.assert_close(vision.attention, expected, rtol=0, atol=2e-6)
+    block = eager.encoder.layers[layer]
+    keys = block.self_attn.k_proj(block.layer_norm1(stock.hidden_states[layer])).view(2, -1, 4, 8)
+    torch.testing.assert_close(vision.keys, keys.mean(dim=2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(vision.key_norms, keys.norm(dim=-1).mean(dim=2)[:, first:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(vision.hidden, stock.hidden_states[-2], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])

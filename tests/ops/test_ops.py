@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tests import reference
 from torch.overrides import TorchFunctionMode
 
-from vzip.ops.attention import cls_attention, mean_keys, received_attention
+from vzip.ops.attention import cls_attention, key_norms, mean_keys, received_attention
 from vzip.ops.merge import assign_to_targets, merge_rows, target_positions
 from vzip.ops.select import (
     dominant_rows,
@@ -40,6 +42,16 @@ def test_scores_and_metric_equal_plain_loops(length, num_heads, width, has_cls):
         torch.testing.assert_close(ours[crop], expected, rtol=0, atol=1e-12)
         expected = torch.tensor(reference.key_metric(k, num_heads), dtype=torch.float64)
         torch.testing.assert_close(metric[crop], expected, rtol=0, atol=1e-12)
+
+
+def test_key_norms_equal_plain_loops():
+    _, keys = random_projections(9, 3, 4, seed=1)
+    ours = key_norms(keys, 3)
+    for crop in range(2):
+        for row in range(9):
+            heads = reference.heads_of(keys[crop, row].tolist(), 3)
+            expected = sum(math.sqrt(sum(value**2 for value in head)) for head in heads) / 3
+            assert ours[crop, row].item() == pytest.approx(expected, abs=1e-12)
 
 
 class LargestResult(TorchFunctionMode):

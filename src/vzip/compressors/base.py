@@ -16,6 +16,9 @@ from torch import Tensor
 
 from vzip.errors import ConfigError
 
+# What patches can be selected by: fields of ``VisionOutput``, each ``[N, P]``, higher is more important.
+SCORES = ("attention", "received_attention", "key_norms")
+
 
 @dataclass(frozen=True)
 class TokenBudget:
@@ -61,6 +64,9 @@ class VisionOutput:
         grid: (rows, cols) of the patches; rows * cols = P = L - has_cls.
         attention: ``[N, P]`` float32 or float64, or None if not asked for. With CLS: the CLS query's softmax row over
             the patches, summed over heads. Without: the mean attention each patch receives.
+        received_attention: ``[N, P]``, the mean attention each patch receives over heads and queries, or None. Where
+            there is no CLS it is the same as ``attention``.
+        key_norms: ``[N, P]``, the norm of each patch's unscaled key, mean over heads, or None.
         keys: ``[N, L, d]``, mean over heads of the unscaled keys, or None if not asked for.
         stock_offset: first row the unmodified model passes to its projector (1: row 0 is dropped; 0: all are used).
             None stands for "CLS is dropped". A checkpoint's ``vision_feature_select_strategy`` decides it.
@@ -72,6 +78,8 @@ class VisionOutput:
     attention: Tensor | None = None
     keys: Tensor | None = None
     stock_offset: int | None = None
+    received_attention: Tensor | None = None
+    key_norms: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -90,9 +98,14 @@ class VisionOutput:
 
     def need_attention(self) -> Tensor:
         """``attention``, or a ValueError if the tower's run did not record it."""
-        if self.attention is None:
-            raise ValueError("VisionOutput.attention is None: name 'attention' in the compressor's `requires`.")
-        return self.attention
+        return self.need_score("attention")
+
+    def need_score(self, name: str) -> Tensor:
+        """The field of ``SCORES`` of that name, or a ValueError if the tower's run did not record it."""
+        score: Tensor | None = {field: getattr(self, field) for field in SCORES}[name]
+        if score is None:
+            raise ValueError(f"VisionOutput.{name} is None: name '{name}' in the compressor's `requires`.")
+        return score
 
     def need_keys(self) -> Tensor:
         """``keys``, or a ValueError if the tower's run did not record them."""
@@ -125,16 +138,29 @@ class CompressedTokens:
 class Compressor(ABC):
     """A method: ``VisionOutput`` -> ``CompressedTokens``, the same number of tokens for every crop.
 
-    Subclasses set ``requires`` (any of ``"attention"``, ``"keys"``: what the tower's run must record) and write
-    ``compress``, ``num_tokens`` and ``check_fits``.
+    Subclasses set ``requires`` (any of ``REQUIRABLE``: what the tower's run must record; a property where it depends on
+    the method's own arguments) and write ``compress``, ``num_tokens`` and ``check_fits``.
     """
 
-    REQUIRABLE: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
-    requires: ClassVar[frozenset[str]] = frozenset()
+    REQUIRABLE: ClassVar[frozenset[str]] = frozenset({*SCORES, "keys"})
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """What the tower's run must record."""
+        return frozenset()
+
+    @property
+    def score_layer(self) -> int | None:
+        """The layer that scores and keys are read at, as an index into the tower's hidden states; None: select layer.
+
+        ``hidden`` is of the select layer in any case, which the projector was trained on.
+        """
+        return None
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        unknown = frozenset(cls.requires) - cls.REQUIRABLE
+        named = cls.requires
+        unknown = frozenset() if isinstance(named, property) else frozenset(named) - cls.REQUIRABLE
         if unknown:
             raise TypeError(f"{cls.__name__}.requires has {sorted(unknown)}; allowed are {sorted(cls.REQUIRABLE)}.")
 
@@ -188,6 +214,12 @@ def check_count(num_tokens: int, available: int, what: Iterable[str] | str) -> N
             f"{keys} = {num_tokens} visual tokens per crop: the vision tower has {available} to choose from, so 1 to"
             f" {available} are allowed. Change {keys} (for each crop; a picture of 5 crops gets 5 times as many)."
         )
+
+
+def check_seed(seed: object) -> None:
+    """Raises ConfigError unless a compressor's ``seed`` is a whole number from 0 up."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"compressor.seed={seed!r}: must be a whole number, 0 or more.")
 
 
 def no_merge_index(vision: VisionOutput) -> Tensor:

@@ -7,11 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from vzip.errors import ConfigError
 from vzip.ops.merge import assign_to_targets, merge_rows
 from vzip.ops.select import dominant_rows, gather_rows, random_indices, uniform_indices
 
-from .base import CompressedTokens, Compressor, TokenBudget, VisionOutput, check_count, no_merge_index
+from .base import CompressedTokens, Compressor, TokenBudget, VisionOutput, check_count, check_seed, no_merge_index
 
 _BUDGET_KEYS = ("budget.num_dominant", "budget.num_contextual")
 
@@ -50,8 +49,7 @@ class RandomTokens(Compressor):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"compressor.seed={self.seed!r}: must be a whole number, 0 or more.")
+        check_seed(self.seed)
 
     def num_tokens(self, vision: VisionOutput) -> int:
         return self.budget.num_tokens

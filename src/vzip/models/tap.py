@@ -1,13 +1,13 @@
 """Running a vision tower up to the select layer and reading one layer's queries and keys on the way.
 
 The tower keeps its own attention kernel (SDPA, flash): attention is one softmax row computed from the projections, so
-no map is built, no list of hidden states is kept, and layers after the select layer do not run.
+no map is built, no list of hidden states is kept, and layers after the last one that is read do not run.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vzip.compressors.base import VisionOutput
 from vzip.errors import UnsupportedModelError
-from vzip.ops.attention import cls_attention, mean_keys, received_attention
+from vzip.ops.attention import cls_attention, key_norms, mean_keys, received_attention
 
 from .towers import Tower
 
@@ -45,6 +45,7 @@ def run_tower(
     select_layer: int,
     requires: frozenset[str] = frozenset(),
     stock_offset: int | None = None,
+    score_layer: int | None = None,
 ) -> VisionOutput:
     """Encodes crops up to the select layer.
 
@@ -56,40 +57,65 @@ def run_tower(
         pixel_values: ``[N, 3, h, w]``.
         select_layer: index into the tower's hidden states, as ``config.vision_feature_layer``: -2 is the output of the
             second-last layer, 0 the input of the first.
-        requires: ``"attention"`` and ``"keys"`` as needed; nothing else is read. Both are of the same layer as the
-            output (the last one that runs).
+        requires: names of ``Compressor.REQUIRABLE`` as needed; nothing else is read.
         stock_offset: handed on to ``VisionOutput``.
+        score_layer: the layer that scores and keys are read at, an index as ``select_layer``; None: the select layer.
+            Where it is a later one, the layers up to it run for the scores' sake; the output stays the select layer's.
 
     Returns:
-        ``VisionOutput`` with ``hidden [N, L, D]``, ``attention [N, P]`` and ``keys [N, L, d]`` or None.
+        ``VisionOutput`` with ``hidden [N, L, D]``, scores ``[N, P]`` and ``keys [N, L, d]`` as asked for.
 
     Raises:
         PromptError: pixels of a wrong shape.
         UnsupportedModelError: no such layer, or attention asked for at layer 0, before any attention.
     """
     num_layers = tower.geometry.num_layers_to_run(select_layer)
-    if requires and num_layers == 0:
+    scored = num_layers if score_layer is None else tower.geometry.num_layers_to_run(score_layer)
+    if requires and scored == 0:
         raise UnsupportedModelError(
-            f"vision_feature_layer={select_layer} is the input of the first layer, where there is no attention to"
-            " select tokens by; use a layer from 1 up, or compressor=none."
+            f"vision_feature_layer={select_layer if score_layer is None else score_layer} is the input of the first"
+            " layer, where there is no attention to select tokens by; use a layer from 1 up, or compressor=none."
         )
-    hidden = tower.embed(pixel_values)
+    hidden = selected = tower.embed(pixel_values)
     projections: dict[str, Tensor] = {}
     scale = 1.0
     with ExitStack() as stack:
         if requires:
-            query_projection, key_projection, scale = tower.attention_of(num_layers - 1)
+            query_projection, key_projection, scale = tower.attention_of(scored - 1)
             stack.enter_context(_record_output(key_projection, "keys", projections))
-            if "attention" in requires:
+            if requires & {"attention", "received_attention"}:
                 stack.enter_context(_record_output(query_projection, "queries", projections))
-        for index in range(num_layers):
+        for index in range(max(num_layers, scored if requires else 0)):
             hidden = tower.layers[index](hidden, None)
+            if index + 1 == num_layers:
+                selected = hidden
+    read = {name: _READERS[name](projections, tower, scale) for name in sorted(requires)}
+    return VisionOutput(selected, tower.geometry.has_cls, tower.geometry.grid, stock_offset=stock_offset, **read)
 
-    geometry = tower.geometry
-    attention = keys = None
-    if "attention" in requires:
-        score = cls_attention if geometry.has_cls else received_attention
-        attention = score(projections["queries"], projections["keys"], tower.num_heads, scale)
-    if "keys" in requires:
-        keys = mean_keys(projections["keys"], tower.num_heads)
-    return VisionOutput(hidden, geometry.has_cls, geometry.grid, attention, keys, stock_offset)
+
+def _attention(projections: dict[str, Tensor], tower: Tower, scale: float) -> Tensor:
+    if not tower.geometry.has_cls:
+        return _received_attention(projections, tower, scale)
+    return cls_attention(projections["queries"], projections["keys"], tower.num_heads, scale)
+
+
+def _received_attention(projections: dict[str, Tensor], tower: Tower, scale: float) -> Tensor:
+    received = received_attention(projections["queries"], projections["keys"], tower.num_heads, scale)
+    return received[:, int(tower.geometry.has_cls) :]
+
+
+def _key_norms(projections: dict[str, Tensor], tower: Tower, scale: float) -> Tensor:
+    return key_norms(projections["keys"], tower.num_heads)[:, int(tower.geometry.has_cls) :]
+
+
+def _keys(projections: dict[str, Tensor], tower: Tower, scale: float) -> Tensor:
+    return mean_keys(projections["keys"], tower.num_heads)
+
+
+# What can be read, by its name in ``Compressor.REQUIRABLE``.
+_READERS: Mapping[str, Callable[[dict[str, Tensor], Tower, float], Tensor]] = {
+    "attention": _attention,
+    "received_attention": _received_attention,
+    "key_norms": _key_norms,
+    "keys": _keys,
+}

@@ -71,6 +71,11 @@ def received_attention(
     return total / (num_heads * num_queries)
 
 
+def key_norms(keys: Tensor, num_heads: int) -> Tensor:
+    """Euclidean norm of every token's unscaled key, averaged over heads: ``[N, L, H * d]`` -> ``[N, L]``."""
+    return at_least_float32(keys).unflatten(-1, (num_heads, -1)).norm(dim=-1).mean(dim=-1)
+
+
 def mean_keys(keys: Tensor, num_heads: int) -> Tensor:
     """Mean over heads of the unscaled keys, the similarity metric of the merge: ``[N, L, H * d]`` -> ``[N, L, d]``."""
     return at_least_float32(keys).unflatten(-1, (num_heads, -1)).mean(dim=2)

@@ -26,25 +26,29 @@ def target_positions(num_rows: int, num_contextual: int, device: torch.device) -
     return torch.arange(num_contextual, device=device) * step
 
 
-def assign_to_targets(keys: Tensor, num_contextual: int) -> Tensor:
+def assign_to_targets(keys: Tensor, num_contextual: int, positions: Tensor | None = None) -> Tensor:
     """The target each row is merged into: highest cosine similarity of keys, ties to the lower target.
 
     Args:
         keys: ``[N, R, d]``, of the rows to merge, in raster order.
         num_contextual: C.
+        positions: int64 ``[C]``, where the targets are among the rows, ascending; None: ``target_positions``.
 
     Returns:
         int64 ``[N, R]`` with values 0..C-1; a target is assigned to itself.
     """
     metric = functional.normalize(at_least_float32(keys), dim=-1)
-    positions = target_positions(keys.shape[1], num_contextual, keys.device)
+    if positions is None:
+        positions = target_positions(keys.shape[1], num_contextual, keys.device)
     similarity = metric @ metric.index_select(1, positions).transpose(1, 2)  # [N, R, C]
     nearest = similarity.argmax(dim=-1)  # torch documents: the first of several maxima
     own = torch.arange(num_contextual, device=keys.device).expand(keys.shape[0], -1)
     return nearest.scatter(1, positions.expand(keys.shape[0], -1), own)
 
 
-def merge_rows(hidden: Tensor, assignment: Tensor, num_contextual: int, rule: MergeRule) -> Tensor:
+def merge_rows(
+    hidden: Tensor, assignment: Tensor, num_contextual: int, rule: MergeRule, positions: Tensor | None = None
+) -> Tensor:
     """Contextual tokens from rows and their targets.
 
     ``"sum"``: target + mean of the rows assigned to it (the target alone where there are none): what the published
@@ -56,12 +60,14 @@ def merge_rows(hidden: Tensor, assignment: Tensor, num_contextual: int, rule: Me
         assignment: int64 ``[N, R]`` from ``assign_to_targets``.
         num_contextual: C.
         rule: ``"sum"`` or ``"mean"``.
+        positions: as for ``assign_to_targets``.
 
     Returns:
         ``[N, C, D]`` in the order of the targets; differentiable in ``hidden``.
     """
     num_rows = hidden.shape[1]
-    positions = target_positions(num_rows, num_contextual, hidden.device)
+    if positions is None:
+        positions = target_positions(num_rows, num_contextual, hidden.device)
     wide = at_least_float32(hidden)
     targets = wide.index_select(1, positions)
     # A product with 0/1 weights, not scatter_add: atomics would make GPU sums depend on the order of arrival.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel
@@ -22,6 +23,7 @@ from vzip.data.video import VideoSource
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError
 
 from ..tap import run_tower
+from ..tower_cache import TowerCache
 from ..towers import Tower, TowerGeometry, find_tower
 from .options import FamilyOptions, check_fit
 
@@ -41,6 +43,7 @@ class Adapter(ABC):
         has_mining: whether patches are mined, and CLS, which is not, may be left out.
         has_video: whether it takes videos.
         video_token_id: id of a video's placeholder in ``input_ids``, or None.
+        tower_cache: outputs of the vision tower kept between runs; None: the tower always runs.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
@@ -64,6 +67,7 @@ class Adapter(ABC):
         self.select_layer: int = self.read_select_layer(model.config)
         self.stock_offset: int = self.read_stock_offset(model.config)
         self.image_token_id: int = self.read_image_token_id(model.config)
+        self.tower_cache: TowerCache | None = None
 
     @classmethod
     @abstractmethod
@@ -239,9 +243,28 @@ class Adapter(ABC):
         """The tower's output with the attention on mere padding taken away, where ``drop_padding`` asks for it."""
         return vision
 
-    def run_tower(self, pixel_values: Tensor, requires: frozenset[str]) -> VisionOutput:
-        """Runs the vision tower on crops ``[N, 3, h, w]`` up to the select layer."""
-        return run_tower(self.tower, pixel_values, self.select_layer, requires, self.stock_offset)
+    def run_tower(self, pixel_values: Tensor, requires: frozenset[str], score_layer: int | None = None) -> VisionOutput:
+        """Runs the vision tower on crops ``[N, 3, h, w]`` up to the select layer; see ``vzip.models.tap.run_tower``."""
+        return self.run_through_cache(self.tower, pixel_values, requires, self.stock_offset, score_layer)
+
+    def run_through_cache(
+        self,
+        tower: Tower,
+        pixel_values: Tensor,
+        requires: frozenset[str],
+        stock_offset: int,
+        score_layer: int | None,
+    ) -> VisionOutput:
+        """Runs a tower of the model, or takes its output from ``tower_cache``, never where gradients are wanted."""
+
+        def run(reads: frozenset[str]) -> VisionOutput:
+            return run_tower(tower, pixel_values, self.select_layer, reads, stock_offset, score_layer)
+
+        can_score = tower.geometry.num_layers_to_run(self.select_layer if score_layer is None else score_layer) > 0
+        if self.tower_cache is None or torch.is_grad_enabled() or not can_score:
+            return run(requires)
+        place = (id(tower), self.select_layer, score_layer)
+        return self.tower_cache.look_up(pixel_values, place, requires, run)
 
     def encode(
         self,
@@ -262,7 +285,7 @@ class Adapter(ABC):
             for each image ``[num_visual_tokens, d_text]``.
         """
         crops, num_crops = self.crops(pixel_values, image_sizes, tile_grids)
-        vision = self.run_tower(crops, compressor.requires)
+        vision = self.run_tower(crops, compressor.requires, compressor.score_layer)
         compressed = compressor(self.hide_padding(vision, num_crops, image_sizes, tile_grids))
         projected = self.projector(compressed.tokens).split(num_crops)
         kept = None if isinstance(compressor, Identity) else compressed.source_index.split(num_crops)

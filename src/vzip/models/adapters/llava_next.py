@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration
 
-from vzip.compressors.base import VisionOutput
+from vzip.compressors.base import SCORES, VisionOutput
 from vzip.data.anyres import hf_grid, placement, prepare_crops
 from vzip.data.images import Preprocess
 from vzip.errors import PromptError, UnsupportedModelError
@@ -117,7 +117,8 @@ class LlavaNextAdapter(LlavaBase):
     def hide_padding(
         self, vision: VisionOutput, num_crops: Sequence[int], image_sizes: Tensor | None, tile_grids: Tensor | None
     ) -> VisionOutput:
-        if not self.options.drop_padding or vision.attention is None:
+        scores = {name: getattr(vision, name) for name in SCORES if getattr(vision, name) is not None}
+        if not self.options.drop_padding or not scores:
             return vision
         (tile_rows, tile_cols), masks = self.geometry.grid, []
         for count, (size, grid) in zip(num_crops, self._layouts(len(num_crops), image_sizes, tile_grids), strict=True):
@@ -129,8 +130,8 @@ class LlavaNextAdapter(LlavaBase):
                 tiles = stitched.view(grid[0], tile_rows, grid[1], tile_cols).transpose(1, 2)
                 mask[1:] = tiles.reshape(count - 1, -1)
             masks.append(mask)
-        hidden = torch.cat(masks).to(vision.attention.device)
-        return replace(vision, attention=vision.attention.masked_fill(hidden, -math.inf))
+        hidden = torch.cat(masks).to(vision.hidden.device)
+        return replace(vision, **{name: score.masked_fill(hidden, -math.inf) for name, score in scores.items()})
 
     def _layouts(
         self, num_images: int, image_sizes: Tensor | None, tile_grids: Tensor | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vzip.compressors.base import Compressor
+from vzip.compressors.base import SCORES, Compressor
 from vzip.compressors.controls import Identity
 from vzip.errors import ConfigError
 
@@ -38,12 +38,23 @@ class FamilyOptions:
 def check_fit(compressor: Compressor, geometry: TowerGeometry, options: FamilyOptions) -> None:
     """Raises ConfigError if the compressor does not fit the vision tower or the family's options."""
     compressor.check_fits(geometry.num_patches, geometry.has_cls and not options.drop_cls)
+    check_score_layer(compressor.score_layer, geometry.num_layers)
     check_drop_padding(compressor, options.drop_padding)
+
+
+def check_score_layer(score_layer: int | None, num_layers: int) -> None:
+    """Raises ConfigError if the tower has no such layer, or no attention at it."""
+    if score_layer is None or 1 <= score_layer <= num_layers or -num_layers <= score_layer <= -1:
+        return
+    raise ConfigError(
+        f"compressor.score_layer={score_layer}: the vision tower has {num_layers} layers, so 1 to {num_layers} or"
+        f" {-num_layers} to -1 (the last) are allowed, or null for the layer whose output the model uses."
+    )
 
 
 def check_drop_padding(compressor: Compressor, drop_padding: bool) -> None:
     """Raises ConfigError if padding cannot be kept from being selected because attention does not decide."""
-    if drop_padding and "attention" not in compressor.requires and not isinstance(compressor, Identity):
+    if drop_padding and compressor.requires.isdisjoint(SCORES) and not isinstance(compressor, Identity):
         raise ConfigError(
             "model.drop_padding=True keeps padding from being selected by attention, and"
             f" {type(compressor).__name__} does not select by attention: set drop_padding=False, or use VisionZip or"

@@ -1,0 +1,116 @@
+"""The vision tower's output kept between the runs of a sweep: it depends on the picture, not on the budget.
+
+A batch of crops is looked up as a whole, by its bytes. So a run that takes its tower's output from here gets exactly
+what the tower would give it, bit for bit: the output of one crop alone may differ in its last bits from the output of
+that crop in a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+from vzip.compressors.base import VisionOutput
+from vzip.errors import ConfigError
+
+BYTES_PER_GIB = 1024**3
+# Read at every miss, whatever the run asks for, so that a vanilla run serves the compressed ones after it.
+USUAL = frozenset({"attention", "keys"})
+
+
+@dataclass
+class TowerCache:
+    """Outputs in host memory, up to a limit; for one model, whose weights must not change meanwhile.
+
+    Once full it keeps what it has and takes nothing new: every run of a sweep goes through the same pictures in the
+    same order, and throwing out the oldest would throw out each batch just before it is asked for.
+
+    Attributes:
+        max_gib: memory for the outputs.
+        num_hits, num_misses: crops since ``start_counting``.
+        num_bytes: memory in use.
+
+    Raises:
+        ConfigError: a negative ``max_gib``.
+    """
+
+    max_gib: float
+    num_hits: int = 0
+    num_misses: int = 0
+    num_bytes: int = 0
+    _kept: dict[Hashable, tuple[VisionOutput, torch.device]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.max_gib < 0:
+            raise ConfigError(f"eval.tower_cache_gib={self.max_gib}: must be 0 (off) or more.")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Hits and misses, for a record."""
+        return {"num_hits": self.num_hits, "num_misses": self.num_misses}
+
+    def start_counting(self) -> None:
+        """Sets the counts of hits and misses to 0."""
+        self.num_hits = self.num_misses = 0
+
+    def look_up(
+        self,
+        pixel_values: Tensor,
+        place: Hashable,
+        requires: frozenset[str],
+        run: Callable[[frozenset[str]], VisionOutput],
+    ) -> VisionOutput:
+        """The tower's output for a batch of crops, from here or from the tower.
+
+        Args:
+            pixel_values: ``[N, 3, h, w]``.
+            place: which tower and layers; outputs of different places are kept apart.
+            requires: what must have been read, as for ``run_tower``.
+            run: runs the tower and reads what it is told to.
+
+        Returns:
+            what ``run`` returns, on the same device; beyond ``requires`` it may hold more.
+        """
+        key = (place, tuple(pixel_values.shape), pixel_values.dtype, _digest(pixel_values))
+        found = self._kept.get(key)
+        if found is not None and requires <= _read(found[0]):
+            self.num_hits += len(pixel_values)
+            return _to(found[0], found[1])
+        self.num_misses += len(pixel_values)
+        already = frozenset() if found is None else _read(found[0])
+        vision = run(requires | already | USUAL)
+        self._keep(key, vision)
+        return vision
+
+    def _keep(self, key: Hashable, vision: VisionOutput) -> None:
+        before = self._kept.get(key)
+        more = _size(vision) - (0 if before is None else _size(before[0]))
+        if self.num_bytes + more <= self.max_gib * BYTES_PER_GIB:
+            self.num_bytes += more
+            self._kept[key] = (_to(vision, torch.device("cpu")), vision.hidden.device)
+
+
+def _digest(pixel_values: Tensor) -> bytes:
+    data = pixel_values.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=32).digest()
+
+
+def _tensors(vision: VisionOutput) -> dict[str, Tensor]:
+    named = {f.name: getattr(vision, f.name) for f in fields(vision)}
+    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+
+def _read(vision: VisionOutput) -> frozenset[str]:
+    return frozenset(_tensors(vision)) - {"hidden"}
+
+
+def _size(vision: VisionOutput) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(vision).values())
+
+
+def _to(vision: VisionOutput, device: torch.device) -> VisionOutput:
+    return replace(vision, **{name: tensor.to(device) for name, tensor in _tensors(vision).items()})
