@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,11 +131,12 @@ class ScriptedVlm:
         self.processor = processor
         self.compressor = vzip.VisionZip(vzip.TokenBudget(5, 2))
         self.preprocess = "hf"
-        self.adapter = SimpleNamespace(video_token_id=None)
+        self.adapter = SimpleNamespace(video_token_id=None, tower_cache=None)
         self.script = script
         self.measured = measured
         self.last_num_visual_tokens: list[int] = []
         self.prompts: list[str] = []
+        self.pictures: list[list[Image.Image]] = []
         self.batches: list[tuple[int, dict[str, Any]]] = []
         self.device = torch.device("cpu")
         self.model = SimpleNamespace(
@@ -152,6 +154,7 @@ class ScriptedVlm:
     def generate(self, texts: list[str], images: list[list[Image.Image]], **kwargs: Any) -> torch.Tensor:
         kwargs.pop("pixel_values", None)
         self.prompts += texts
+        self.pictures += images
         self.batches.append((len(texts), kwargs))
         count = self.compressor.budget.num_tokens if self.measured is None else self.measured
         self.last_num_visual_tokens = [count for pictures in images for _ in pictures]
@@ -168,7 +171,8 @@ def scripted(processor: Any) -> Callable[..., ScriptedVlm]:
 def save_parquet(rows: list[dict[str, Any]], path: Path) -> None:
     features = datasets.Dataset.from_list(rows[:1]).features.copy()
     one = datasets.Image()
-    features["image"] = datasets.Sequence(one) if isinstance(rows[0]["image"], list) else one
+    for name in [name for name in rows[0] if name == "image" or re.fullmatch(r"image_\d", name)]:
+        features[name] = datasets.Sequence(one) if isinstance(rows[0][name], list) else one
     datasets.Dataset.from_list(rows, features=features).to_parquet(str(path))
 
 
@@ -227,3 +231,10 @@ def write_parquet() -> Callable[[list[dict[str, Any]], Path], None]:
 @pytest.fixture
 def make_picture() -> Callable[[int], Image.Image]:
     return picture
+
+
+@pytest.fixture
+def benchmarks(scripted, tmp_path, monkeypatch) -> Any:
+    from tests.evaluation.benchmark_kit import Benchmarks
+
+    return Benchmarks(scripted, save_parquet, tmp_path, monkeypatch)

@@ -1,75 +1,111 @@
-"""lmms-eval's own scoring code, on local data in the benchmarks' own schema, with scores known by hand."""
+"""Short answers: lmms-eval's own scoring code, on local data in the benchmarks' schema, with scores known by hand."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from itertools import count
 from typing import Any
 
 import pytest
-from lmms_eval import tasks as lmms_eval_tasks
 
-from vzip.evaluation.catalog import built_in_tasks, task_config
-from vzip.evaluation.protocol import PROTOCOLS
-from vzip.evaluation.run import evaluate
-
-INSTALLED = Path(lmms_eval_tasks.__file__).parent
+PROMPT = "USER: <image>\n{}\nAnswer the question using a single word or phrase. ASSISTANT:"
 
 
-def own_copy(folder: Path, task: str, source: str, data: Path, extra: str = "") -> None:
-    """A task file that is the installed one in everything but its name and its data."""
-    (folder / f"{task}.yaml").write_text(
-        f"include: {INSTALLED / source}\ntask: {task}\ndataset_path: parquet\ndataset_name: null\n"
-        f"dataset_kwargs: {{data_files: {{test: {data}, validation: {data}, testdev: {data}}}}}\n{extra}"
-    )
+def annotated(*answers: str) -> list[dict[str, Any]]:
+    """VQAv2's ten annotators."""
+    return [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(answers, start=1)]
 
 
-@pytest.fixture
-def run(scripted, tmp_path, monkeypatch):
-    """Runs one benchmark on rows, with the answers in their order; the protocol of the original is used."""
-
-    def go(task: str, source: str, rows: list[dict[str, Any]], said: list[str], write_parquet, **kwargs: Any):
-        folder = tmp_path / "tasks"
-        folder.mkdir(exist_ok=True)
-        write_parquet(rows, folder / "data.parquet")
-        name = f"own_{task}"
-        own_copy(folder, name, source, folder / "data.parquet")
-        monkeypatch.setitem(PROTOCOLS, name, PROTOCOLS[task])
-        answers = iter(said)
-        vlm = scripted(lambda prompt: next(answers))
-        record = evaluate(vlm, tasks=[name], include_path=folder, run_dir=tmp_path / "run", progress=False, **kwargs)
-        return record["tasks"][name], vlm.prompts
-
-    return go
+def test_gqa(benchmarks, make_picture):
+    truth = [("a", "q0?", "yes"), ("a", "q1?", "dog"), ("b", "q2?", "cat"), ("b", "q3?", "left")]
+    questions = [{"imageId": i, "question": q, "answer": a, "image": make_picture(0)} for i, q, a in truth]
+    said = {"q0": "Yes.", "q1": "Dog", "q2": "dog", "q3": "the left"}
+    # process_docs fetches the pictures from the hub; here they stand in the rows.
+    done = benchmarks.run("gqa", questions, said, "process_docs: null\n")
+    assert done.value("exact_match") == 0.5, "case and punctuation do not matter, other words do"
+    assert done.rows[0]["prompt"] == PROMPT.format("q0?")
+    assert [row["cluster"] for row in done.rows] == ["a", "a", "b", "b"] and done.entry["cluster"] == "imageId"
+    # Picture a is 1/2 above the mean twice, picture b below it: sqrt(2 / (2 - 1) * (1 + 1)) / 4.
+    assert done.error("exact_match") == (pytest.approx(0.5), "clustered")
 
 
-def test_pope(run, write_parquet, make_picture):
-    truth = ["yes", "yes", "yes", "no", "no", "no"]
-    said = ["Yes", "yes", "no", "yes", "no", "No"]
-    rows = [
-        {
-            "question_id": str(i),
-            "question": f"Is there a dog{i}?",
-            "answer": a,
-            "image": make_picture(i),
-            "category": "x",
-        }
-        for i, a in enumerate(truth)
+def test_vqav2_counts_agreeing_annotators(benchmarks, make_picture):
+    questions = [
+        {"question": "q0?", "question_id": 1, "image_id": 7, "answers": annotated(*["2"] * 4, *["3"] * 6)},
+        {"question": "q1?", "question_id": 2, "image_id": 7, "answers": annotated(*["stop"] * 2, *["go"] * 8)},
+        {"question": "q2?", "question_id": 3, "image_id": 8, "answers": annotated(*["red"] * 10)},
     ]
-    entry, prompts = run("pope", "pope/pope.yaml", rows, said, write_parquet)
-    # true positives 2, false positives 1, false negatives 1: precision = recall = F1 = 2/3; 4 of 6 right.
-    assert entry["metrics"]["pope_f1_score"]["value"] == pytest.approx(2 / 3)
-    assert entry["metrics"]["pope_accuracy"]["value"] == pytest.approx(4 / 6)
-    assert entry["metrics"]["pope_yes_ratio"]["value"] == pytest.approx(0.5)
-    assert entry["primary_metric"] == "pope_f1_score" and entry["unit"] == "fraction"
-    assert entry["metrics"]["pope_f1_score"]["standard_error_source"] == "bootstrap"
-    assert 0.05 < entry["metrics"]["pope_f1_score"]["standard_error"] < 0.5
-    assert (
-        prompts[0] == "USER: <image>\nIs there a dog0?\nAnswer the question using a single word or phrase. ASSISTANT:"
-    )
+    questions = [entry | {"answer": "x", "image": make_picture(0)} for entry in questions]
+    done = benchmarks.run("vqav2_val", questions, {"q0": "Two", "q1": "the stop", "q2": "blue"})
+    # Three of four others suffice; two of ten: each left out in turn gives (8 * 2/3 + 2 * 1/3) / 10 = 0.6.
+    assert [row["scores"]["exact_match"] for row in done.rows] == [1, pytest.approx(0.6), 0]
+    assert done.value("exact_match") == pytest.approx(1.6 / 3)
+    assert done.rows[0]["prompt"] == PROMPT.format("q0?")
+    assert [row["cluster"] for row in done.rows] == [7, 7, 8]
 
 
-def test_mme_sums_both_parts(run, write_parquet, make_picture):
-    rows, said = [], []
+def test_vizwiz(benchmarks, make_picture):
+    questions = [
+        {"question": "what IS it?", "question_id": "v0.jpg", "answers": ["unanswerable"] * 9 + ["mug"]},
+        {"question": "which colour?", "question_id": "v1.jpg", "answers": ["blue", "blue", *["red"] * 8]},
+    ]
+    questions = [entry | {"image": make_picture(0)} for entry in questions]
+    done = benchmarks.run("vizwiz_vqa_val", questions, {"What is": "Unanswerable", "Which": "Blue"})
+    assert done.value("exact_match") == pytest.approx((1 + 0.6) / 2)
+    asked = "What is it?\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+    assert done.rows[0]["prompt"] == PROMPT.format(asked)
+
+
+@pytest.mark.parametrize("task", ["textvqa_val", "textvqa_val_ocr"])
+def test_textvqa(task, benchmarks, make_picture):
+    answers = ["stop", "stop", *["go"] * 8]
+    question = {"question": "what does it SAY?", "question_id": 7, "image_id": "x", "answers": answers, "answer": "x"}
+    question |= {"image": make_picture(0), "ocr_tokens": ["STOP", "Go"]}
+    done = benchmarks.run(task, [question], {"What": "Stop"})
+    assert done.value("exact_match") == pytest.approx(0.6)
+    tokens = "\nReference OCR token: STOP, Go" if task.endswith("ocr") else ""
+    assert done.rows[0]["prompt"] == PROMPT.format(f"What does it say?{tokens}")
+    assert list((benchmarks.folder / "run" / "submissions").iterdir()), "submission files belong into the run directory"
+
+
+# (split, picture, truth, said)
+POPE = [
+    ("adversarial", "p", "yes", "Yes"),
+    ("adversarial", "p", "yes", "no"),
+    ("adversarial", "q", "no", "yes"),
+    ("adversarial", "q", "no", "No"),
+    ("popular", "p", "yes", "yes"),
+    ("popular", "q", "no", "no"),
+    ("random", "p", "yes", "yes"),
+    ("random", "q", "no", "yes"),
+]
+
+
+@pytest.mark.parametrize("task", ["pope", "pope_splits"])
+def test_pope(task, benchmarks, make_picture):
+    number = count()
+    questions = [
+        {"question_id": str(next(number)), "category": split, "image_source": picture, "answer": truth}
+        for split, picture, truth, _ in POPE
+    ]
+    for entry in questions:
+        entry |= {"question": f"Is there a dog{entry['question_id']}?", "image": make_picture(0)}
+    done = benchmarks.run(task, questions, {f"dog{i}?": said for i, (*_, said) in enumerate(POPE)})
+    # All together: 3 true positives, 2 false positives, 1 false negative.
+    assert done.value("pope_f1_score") == pytest.approx(2 * 3 / (2 * 3 + 2 + 1))
+    assert done.value("pope_accuracy") == pytest.approx(5 / 8)
+    if task == "pope_splits":
+        # adversarial: one true and one false positive, one false negative; popular: all right; random: yes to both.
+        assert done.value("pope_f1_mean") == pytest.approx((1 / 2 + 1 + 2 / 3) / 3)
+    assert done.entry["primary_metric"] == {"pope": "pope_f1_score", "pope_splits": "pope_f1_mean"}[task]
+    assert done.entry["unit"] == "fraction"
+    assert [row["cluster"] for row in done.rows] == list("ppqqpqpq")
+    error, source = done.error(done.entry["primary_metric"])
+    assert source == "bootstrap" and 0.02 < error < 0.5
+    assert done.rows[0]["prompt"] == PROMPT.format("Is there a dog0?")
+
+
+def test_mme_sums_both_parts(benchmarks, make_picture):
+    questions, said = [], {}
     # existence: picture a both right (200), picture b one right (50); code_reasoning: one picture, one right (50).
     for category, picture, right in (
         ("existence", "a", (True, True)),
@@ -77,75 +113,56 @@ def test_mme_sums_both_parts(run, write_parquet, make_picture):
         ("code_reasoning", "c", (False, True)),
     ):
         for number, (answer, correct) in enumerate(zip(("Yes", "No"), right, strict=True)):
-            rows.append(
-                {
-                    "question_id": f"{category}/{picture}.png",
-                    "image": make_picture(number),
-                    "question": f"{picture}{number}? Please answer yes or no.",
-                    "answer": answer,
-                    "category": category,
-                }
-            )
-            said.append(answer if correct else {"Yes": "No", "No": "Yes"}[answer])
-    entry, prompts = run("mme", "mme/mme.yaml", rows, said, write_parquet)
-    assert entry["metrics"]["mme_perception_score"]["value"] == (200 + 50) / 2
-    assert entry["metrics"]["mme_cognition_score"]["value"] == 50
-    total = entry["metrics"]["mme_perception_score+mme_cognition_score"]
-    assert total["value"] == 175 and entry["primary_metric"] == "mme_perception_score+mme_cognition_score"
-    # Two pictures of scores 200 and 50: drawing two gives 200, 125 or 50 with 1/4, 1/2, 1/4, so 53.03; one picture: 0.
-    assert entry["metrics"]["mme_perception_score"]["standard_error"] == pytest.approx(53.03, rel=0.15)
-    assert entry["metrics"]["mme_cognition_score"]["standard_error"] == 0
-    assert total["standard_error"] == entry["metrics"]["mme_perception_score"]["standard_error"]
-    assert "Please answer" not in prompts[0]
+            question = f"{picture}{number}? Please answer yes or no."
+            questions.append({"question_id": f"{category}/{picture}.png", "question": question, "category": category})
+            questions[-1] |= {"answer": answer, "image": make_picture(number)}
+            said[f"{picture}{number}?"] = answer if correct else {"Yes": "No", "No": "Yes"}[answer]
+    done = benchmarks.run("mme", questions, said)
+    assert done.value("mme_perception_score") == (200 + 50) / 2
+    assert done.value("mme_cognition_score") == 50
+    total = "mme_perception_score+mme_cognition_score"
+    assert done.value(total) == 175 and done.entry["primary_metric"] == total
+    # Two pictures of scores 200 and 50: drawing two gives 200, 125 or 50 with 1/4, 1/2, 1/4, so 53.03.
+    assert done.error("mme_perception_score") == (pytest.approx(53.03, rel=0.15), "bootstrap")
+    assert done.error("mme_cognition_score") == (None, None), "one picture has no spread"
+    assert done.error(total) == (None, None)
+    assert "Please answer" not in done.rows[0]["prompt"]
 
 
-def test_scienceqa(run, write_parquet, make_picture):
-    rows = [
-        {"image": make_picture(i), "question": "Which?", "choices": ["p", "q"], "answer": a, "hint": h}
-        for i, (a, h) in enumerate([(0, ""), (1, "a hint"), (1, "")])
+def test_chartqa_allows_five_percent(benchmarks, make_picture):
+    truth = [("human_test", "100"), ("human_test", "100"), ("augmented_test", "12%"), ("augmented_test", "Peru")]
+    questions = [
+        {"type": kind, "question": f"q{i}?", "answer": answer, "image": make_picture(0)}
+        for i, (kind, answer) in enumerate(truth)
     ]
-    entry, prompts = run("scienceqa_img", "scienceqa/scienceqa_img.yaml", rows, ["A", "B. q", "A"], write_parquet)
-    assert entry["metrics"]["exact_match"]["value"] == pytest.approx(2 / 3)
-    assert prompts[1].startswith("USER: <image>\nContext: a hint\nWhich?\nA. p\nB. q\nAnswer with the option's letter")
+    done = benchmarks.run("chartqa", questions, {"q0": "105", "q1": "106", "q2": "0.12", "q3": "peru"})
+    assert done.value("relaxed_overall") == 0.75
+    assert (done.value("relaxed_human_split"), done.value("relaxed_augmented_split")) == (0.5, 1)
+    assert done.error("relaxed_overall") == (pytest.approx((0.75 * 0.25 / 3) ** 0.5), "lmms-eval")
 
 
-def test_textvqa_counts_agreeing_annotators(run, write_parquet, make_picture, tmp_path):
-    # Ten annotators; "stop" by two of them: leaving each out in turn gives (8 * 2/3 + 2 * 1/3) / 10 = 0.6.
-    answers = ["stop", "stop", *["go"] * 8]
-    rows = [
-        {"image": make_picture(0), "question": "what does it say?", "question_id": 7, "answers": answers, "answer": "x"}
+def test_docvqa_counts_letters(benchmarks, make_picture):
+    questions = [
+        {"questionId": "1", "question": "q0?", "docId": 5, "answers": ["hello world", "hi"], "image": make_picture(0)},
+        {"questionId": "2", "question": "q1?", "docId": 6, "answers": ["42"], "image": make_picture(0)},
     ]
-    entry, prompts = run("textvqa_val", "textvqa/textvqa_val.yaml", rows, ["Stop"], write_parquet)
-    assert entry["metrics"]["exact_match"]["value"] == pytest.approx(0.6)
-    assert entry["primary_metric"] == "exact_match" and "OCR" not in prompts[0]
-    assert list((tmp_path / "run" / "submissions").iterdir()), "submission files belong into the run directory"
+    done = benchmarks.run("docvqa_val", questions, {"q0": "Helo world", "q1": "17"})
+    # One letter of eleven is missing; an answer that is more than half wrong counts nothing.
+    assert done.value("anls") == pytest.approx((1 - 1 / 11) / 2)
+    assert [row["cluster"] for row in done.rows] == [5, 6]
 
 
-def test_seedbench(run, write_parquet, make_picture):
-    choices = {f"choice_{letter}": letter for letter in "abcd"}
-    rows = [
-        {
-            "image": [make_picture(i)],
-            "question": "What?",
-            **choices,
-            "answer": "B",
-            "data_type": kind,
-            "question_id": "0",
-        }
-        for i, kind in enumerate(["image", "image", "video", "image"])
+def test_ocrbench_twice_in_one_process(benchmarks, make_picture):
+    truth = [
+        ("HME100k", "Handwritten Mathematical Expression Recognition", ["x + y"]),
+        ("SVT", "Regular Text Recognition", ["Stop"]),
+        ("SVT", "Regular Text Recognition", ["Go", "Left"]),
     ]
-    entry, _ = run("seedbench", "seedbench/seedbench.yaml", rows, ["B", "b", "A", "C. c"], write_parquet)
-    assert entry["metrics"]["seed_image"]["value"] == pytest.approx(2 / 3)
-    assert entry["metrics"]["seed_all"]["value"] == 0.5
-    assert entry["metrics"]["seed_all"]["standard_error"] == pytest.approx((0.25 / 4) ** 0.5)
-    assert entry["metrics"]["seed_all"]["standard_error_source"] == "binomial"
-
-
-def test_every_protocol_names_metrics_the_installed_task_has():
-    manager = built_in_tasks()
-    for task, protocol in PROTOCOLS.items():
-        if task.startswith("scenes_"):
-            continue
-        listed = {entry["metric"] for entry in task_config(manager, task)["metric_list"]}
-        assert set(protocol.primary.split("+")) <= listed, task
-        assert task_config(manager, task).get("output_type", "generate_until") == "generate_until"
+    questions = [
+        {"dataset": data, "question_type": kind, "question": f"q{i}?", "answer": answer, "image": make_picture(0)}
+        for i, (data, kind, answer) in enumerate(truth)
+    ]
+    said = {"q0": "it is x+y", "q1": "it says STOP.", "q2": "right"}
+    for _ in range(2):
+        done = benchmarks.run("ocrbench_mean", questions, said)
+        assert done.value("ocrbench_accuracy") == pytest.approx(2 / 3)

@@ -31,10 +31,16 @@ def pope_mean_of_splits(entries: Sequence[Mapping[str, Any]]) -> float:
     return sum(pope_aggregate_f1_score(split) for split in by_split.values()) / len(by_split)
 
 
+def scienceqa_questions(dataset: Any) -> Any:
+    """All questions, with ``has_picture`` added: lmms-eval shows the scorer a question without its picture."""
+    pictures = dataset.select_columns("image").with_format("arrow")[:]["image"]
+    return dataset.add_column("has_picture", pictures.is_valid().to_pylist())
+
+
 def scienceqa_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:
     """Right or wrong, for all questions and once more for those with a picture."""
     score = sqa_process_results(doc, results)["exact_match"]
-    return {"exact_match": score} | ({} if doc["image"] is None else {"exact_match_image": score})
+    return {"exact_match": score} | ({"exact_match_image": score} if doc["has_picture"] else {})
 
 
 def seed_middle_frame(doc: Doc) -> list[Any]:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-
-from vzip.report.stats import bootstrap_standard_error
 
 from . import provenance
 from .catalog import task_config
-from .protocol import Protocol, protocol_of
+from .protocol import protocol_of
+from .standard_errors import complete
 from .token_count import budget_of
 
 if TYPE_CHECKING:
@@ -33,10 +29,13 @@ _NOT_SCORES = frozenset(
 def sample_rows(output: Mapping[str, Any], logs: Mapping[tuple[str, int], SampleLog]) -> list[dict[str, Any]]:
     """One row a question: task, doc_id, question, prompt, target, answer, scores, num_visual_tokens.
 
-    A task with several answer filters has several rows a question, told apart by ``filter_index``.
+    A task with several answer filters has several rows a question, told apart by ``filter_index``. Where the
+    data names the picture that several questions are about (``Protocol.cluster``), ``cluster`` does too.
     """
     rows: list[dict[str, Any]] = []
     for task, samples in output["samples"].items():
+        protocol = protocol_of(task)
+        cluster = None if protocol is None else protocol.cluster
         seen: dict[int, int] = {}
         of_task = []
         for sample in samples:
@@ -56,8 +55,13 @@ def sample_rows(output: Mapping[str, Any], logs: Mapping[tuple[str, int], Sample
                     "answer": answers[0] if len(answers) == 1 else answers,
                     "scores": {key: value for key, value in sample.items() if key not in _NOT_SCORES},
                     "num_visual_tokens": log.num_visual_tokens,
+                    **({"cluster": sample["doc"][cluster]} if cluster in sample["doc"] else {}),
                 }
             )
+        if protocol is not None and protocol.verdicts is not None:
+            entries = [row["scores"][protocol.primary] for row in of_task]
+            for entry, verdict in zip(entries, protocol.verdicts(entries), strict=True):
+                entry |= verdict
         rows += sorted(of_task, key=lambda row: (row["filter_index"], row["doc_id"]))
     return rows
 
@@ -160,14 +164,14 @@ def _task_entry(
         }
     protocol = protocol_of(name)
     if protocol is not None:
-        _complete(metrics, protocol, rows, config)
+        complete(metrics, protocol.primary, rows)
     listed = [str(entry["metric"]) for entry in config.get("metric_list") or []]
     primary = protocol.primary if protocol else next((m for m in [*listed, *metrics] if m in metrics), None)
     return {
         "primary_metric": primary if primary in metrics else None,
         "unit": protocol.unit if protocol else None,
         "chance": protocol.chance if protocol else None,
-        "cluster": protocol.cluster if protocol else None,
+        "cluster": protocol.cluster if protocol and any("cluster" in row for row in rows) else None,
         "num_samples": len({row["doc_id"] for row in rows}),
         "metrics": metrics,
     }
@@ -176,47 +180,3 @@ def _task_entry(
 def _metric_names(result: Mapping[str, Any]) -> list[str]:
     names = {key.partition(",")[0] for key in result if "," in key}
     return [name for name in names if "_stderr" not in name]
-
-
-def _complete(
-    metrics: dict[str, dict[str, Any]], protocol: Protocol, rows: list[dict[str, Any]], config: Mapping[str, Any]
-) -> None:
-    """Adds sums of metrics and the standard errors that lmms-eval does not give."""
-    parts = protocol.primary.split("+")
-    listed = {str(entry["metric"]): entry.get("aggregation") for entry in config.get("metric_list") or []}
-    for metric in parts:
-        if metric not in metrics or metrics[metric]["standard_error"] is not None or protocol.error is None:
-            continue
-        entry = metrics[metric]
-        scored = [row["scores"][metric] for row in rows if metric in row["scores"]]
-        if protocol.error == "binomial":
-            scale = 100 if protocol.unit == "percent" else 1
-            share = entry["value"] / scale
-            entry["standard_error"] = scale * math.sqrt(max(0.0, share * (1 - share)) / len(scored))
-        elif callable(aggregate := listed.get(metric)) and len(scored) > 1:
-            entry["standard_error"] = bootstrap_standard_error(
-                _object_array(scored),
-                partial(_on_list, aggregate),
-                cluster_key=protocol.cluster,
-            )
-        if entry["standard_error"] is not None:
-            entry["standard_error_source"] = protocol.error
-    if len(parts) > 1 and all(part in metrics for part in parts):
-        errors = [metrics[part]["standard_error"] for part in parts]
-        metrics[protocol.primary] = {
-            "value": sum(metrics[part]["value"] for part in parts),
-            # The parts are scores of different questions, so their errors are independent.
-            "standard_error": None if None in errors else math.hypot(*errors),
-            "standard_error_source": None if None in errors else protocol.error,
-        }
-
-
-def _on_list(aggregate: Callable[[list[Any]], float], rows: np.ndarray) -> float:
-    return aggregate(list(rows))
-
-
-def _object_array(values: Iterable[object]) -> np.ndarray:
-    items = list(values)
-    array = np.empty(len(items), dtype=object)
-    array[:] = items
-    return array

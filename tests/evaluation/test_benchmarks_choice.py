@@ -1,0 +1,115 @@
+"""Choices: lmms-eval's own scoring code, on local data in the benchmarks' schema, with scores known by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+NO_OPTION = "nan"
+
+
+def test_mmbench_wants_all_rotations(benchmarks, make_picture):
+    # (index, right letter, options, hint); the second form of a question has the index plus a million.
+    forms = [
+        (0, "A", ("dog", "cat", "cow"), NO_OPTION),
+        (1, "B", ("red", "blue", NO_OPTION), "look up"),
+        (2, "A", ("one", "two", NO_OPTION), NO_OPTION),
+        (1_000_000, "C", ("cat", "cow", "dog"), NO_OPTION),
+        (1_000_002, "B", ("two", "one", NO_OPTION), NO_OPTION),
+    ]
+    questions = [
+        {"index": i, "question": f"q{i}?", "hint": hint, "answer": right, "category": "c", "L2-category": "l"}
+        | dict(zip("ABC", options, strict=True))
+        | {"D": NO_OPTION, "source": "s", "split": "dev", "comment": NO_OPTION, "image": make_picture(0)}
+        for i, right, options, hint in forms
+    ]
+    said = {"q0?": "A", "q1000000?": "C. dog", "q1?": "It is blue", "q2?": "A", "q1000002?": "A"}
+    done = benchmarks.run("mmbench_en_dev_static", questions, said)
+    # Question 0 is right in both forms, 1 by its text, 2 in one of two forms only.
+    assert done.value("gpt_eval_score") == pytest.approx(200 / 3)
+    assert [row["scores"]["gpt_eval_score"]["hit"] for row in done.rows] == [1, 1, 0, 1, 0]
+    assert [row["scores"]["gpt_eval_score"]["group"] for row in done.rows] == [0, 1, 2, 0, 2]
+    # Three questions, not five.
+    assert done.error("gpt_eval_score") == (pytest.approx(100 * (2 / 9 / 3) ** 0.5), "binomial")
+    options = "There are several options:\nA. red\nB. blue\n"
+    assert done.rows[1]["prompt"] == f"USER: <image>\nlook up q1? {options}{LETTER} ASSISTANT:"
+
+
+def test_mmmu(benchmarks, make_picture):
+    pictures: dict[str, Any] = {f"image_{i}": make_picture(i) for i in range(1, 8)}
+    choice = {"question_type": "multiple-choice", "options": "['left', 'right', 'up']"}
+    questions = [
+        {"id": "validation_Art_1", "question": "q0 <image 1> or <image 2>?", "answer": "B"} | choice,
+        {"id": "validation_Art_2", "question": "q1 <image 1>?", "answer": "A"} | choice,
+        {"id": "validation_Math_1", "question": "q2 <image 1>?", "question_type": "open", "options": "[]"}
+        | {"answer": "1000"},
+        {"id": "validation_Math_2", "question": "q3 <image 1>?", "question_type": "open", "options": "[]"}
+        | {"answer": "['pi', '3.14']"},
+    ]
+    questions = [entry | pictures for entry in questions]
+    said = {"q0": "The answer is (B).", "q1": "C", "q2": "So the result is 1,000.", "q3": "3"}
+    done = benchmarks.run("mmmu_val", questions, said)
+    assert done.value("mmmu_acc") == 0.5
+    assert [row["scores"]["mmmu_acc"]["hit"] for row in done.rows] == [1, 0, 1, 0]
+    assert done.error("mmmu_acc") == (pytest.approx((0.25 / 4) ** 0.5), "binomial")
+    prompt = done.rows[0]["prompt"]
+    assert prompt.startswith("USER: <image>\n<image>\nq0") and "A. left\nB. right\nC. up\n" in prompt
+    assert [picture.size for picture in done.pictures[prompt]] == [(60, 41), (60, 42)]
+    assert "single word or phrase" in done.rows[2]["prompt"] and "letter" not in done.rows[2]["prompt"]
+
+
+def test_mmstar_is_the_mean_over_categories(benchmarks, make_picture):
+    truth = [("math", "geometry", "A"), ("math", "geometry", "B"), ("math", "statistical reasoning", "C")]
+    questions = [
+        {"index": i, "question": f"q{i}?", "image": make_picture(0), "answer": answer, "category": kind}
+        | {"l2_category": part}
+        for i, (kind, part, answer) in enumerate(truth)
+    ]
+    done = benchmarks.run("mmstar", questions, {"q0": "A", "q1": "(C)", "q2": "The answer is C."})
+    assert done.value("average") == pytest.approx((0.5 + 1) / 2), "2 of 3 are right"
+    assert done.entry["chance"] == 0.25 and done.error("average")[1] == "bootstrap"
+
+
+SEED = ["image", "image", "video", "image"]
+
+
+@pytest.mark.parametrize("task", ["seedbench", "seedbench_frame", "seedbench_image"])
+def test_seedbench(task, benchmarks, make_picture):
+    frames = [make_picture(i) for i in range(3)]
+    questions = [
+        {"image": frames if kind == "video" else frames[:1], "question": f"q{i}?", "answer": "B", "data_type": kind}
+        | {f"choice_{letter}": letter for letter in "abcd"}
+        | {"question_id": str(i), "data_id": f"d{i // 2}"}
+        for i, kind in enumerate(SEED)
+    ]
+    done = benchmarks.run(task, questions, {"q0": "B", "q1": "b", "q2": "A", "q3": "C. c"})
+    assert done.value("seed_image") == pytest.approx(2 / 3)
+    if task == "seedbench_image":
+        assert len(done.rows) == 3 and list(done.entry["metrics"]) == ["seed_image"]
+        return
+    assert done.value("seed_all") == 0.5 and done.value("seed_video") == 0
+    # Two pictures of two questions: one all right, one all wrong.
+    assert done.error("seed_all") == (pytest.approx(0.5), "clustered")
+    shown = [picture.size for picture in done.pictures[done.rows[2]["prompt"]]]
+    assert shown == ([(60, 41)] if task == "seedbench_frame" else [(60, 40), (60, 41), (60, 42)])
+
+
+@pytest.mark.parametrize("task", ["scienceqa_img", "scienceqa_overall"])
+def test_scienceqa(task, benchmarks, make_picture):
+    truth = [(make_picture(0), 0, ""), (make_picture(1), 1, "a hint"), (make_picture(2), 1, "")]
+    if task == "scienceqa_overall":
+        truth.append((None, 0, "words only"))
+    questions = [
+        {"image": image, "question": f"q{i}?", "choices": ["p", "q"], "answer": a, "hint": hint}
+        for i, (image, a, hint) in enumerate(truth)
+    ]
+    done = benchmarks.run(task, questions, {"q0": "A", "q1": "B. q", "q2": "A", "q3": "a"})
+    prompt = f"Context: a hint\nq1?\nA. p\nB. q{LETTER} ASSISTANT:"
+    assert done.rows[1]["prompt"] == f"USER: <image>\n{prompt}"
+    if task == "scienceqa_img":
+        assert done.value("exact_match") == pytest.approx(2 / 3)
+    else:
+        assert (done.value("exact_match"), done.value("exact_match_image")) == (0.75, pytest.approx(2 / 3))
+        assert done.rows[3]["num_visual_tokens"] == [] and "<image>" not in done.rows[3]["prompt"]

@@ -1,0 +1,58 @@
+"""What is said of each benchmark, held against the installed task files."""
+
+from __future__ import annotations
+
+import pytest
+from tests.evaluation.benchmark_kit import task_file
+
+from vzip.errors import ConfigError
+from vzip.evaluation.catalog import OWN_TASKS, built_in_tasks, find_tasks, task_config
+from vzip.evaluation.image_protocols import IMAGE
+from vzip.evaluation.protocol import PROTOCOLS, protocol_of
+
+# These put what they add to a question into their code, not into lmms_eval_specific_kwargs.
+PROMPT_IN_CODE = ("seedbench", "seedbench_frame", "seedbench_image")
+
+
+@pytest.fixture(scope="module")
+def manager():
+    return built_in_tasks()
+
+
+@pytest.mark.parametrize("task", IMAGE)
+def test_a_protocol_says_what_the_task_file_says(task, manager):
+    protocol, config = IMAGE[task], task_config(manager, task)
+    assert set(protocol.primary.split("+")) <= {entry["metric"] for entry in config["metric_list"]}
+    assert config.get("output_type", "generate_until") == "generate_until"
+    name = config.get("dataset_name")
+    assert protocol.split == f"{name}/{config['test_split']}" if name else config["test_split"]
+    if task in PROMPT_IN_CODE:
+        return
+    kwargs = config["lmms_eval_specific_kwargs"]["default"]
+    assert not kwargs.get("pre_prompt"), "nothing is put before the question"
+    added = [kwargs[key] for key in ("post_prompt", "multiple_choice_prompt", "open_ended_prompt") if key in kwargs]
+    assert added and all(text in protocol.prompt for text in added)
+    assert ("OCR" in protocol.prompt) == bool(kwargs.get("ocr"))
+
+
+def test_every_task_of_ours_has_a_protocol_and_a_name_of_its_own(manager):
+    names = {path.stem for path in (OWN_TASKS / "image").glob("*.yaml")}
+    assert names and names <= set(IMAGE)
+    for name in names:
+        assert manager.task_index[name]["yaml_path"] == str(task_file(name)), "lmms-eval's own would win"
+        assert PROTOCOLS[name].difference or PROTOCOLS[name].paper
+
+
+def test_our_tasks_are_found_without_reading_all_of_lmms_evals(include_path):
+    manager = find_tasks(["pope_splits", "own_exact"], include_path)
+    assert "gqa" not in manager.all_tasks and {"pope_splits", "own_exact"} <= set(manager.all_tasks)
+
+
+def test_a_name_of_ours_is_refused_in_a_folder_of_ones_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text("task: pope_splits\ndataset_path: json\n")
+    with pytest.raises(ConfigError, match=r"'pope_splits' of .* has the name of a built-in task"):
+        find_tasks(["pope_splits", "seedbench_image"], tmp_path)
+
+
+def test_a_task_of_ones_own_has_no_protocol():
+    assert protocol_of("own_exact") is None
