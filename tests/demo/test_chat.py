@@ -50,7 +50,7 @@ def test_a_dialogue_answers_as_the_session_does(say, scenes) -> None:
         if question == questions[2]:
             expected += [f"> /image {scenes[1]}", f"({scenes[1]}: 128 visual tokens, 576 without compression)"]
         answer = chat.ask(question, new, max_new_tokens=6)
-        num_visual_tokens = sum(picture.num_visual_tokens for picture in chat.pictures)
+        num_visual_tokens = sum(picture.num_visual_tokens for picture in chat.visuals)
         told = f"({num_visual_tokens} visual tokens in a dialogue of {chat.num_cached_tokens} tokens)"
         expected += [f"> {question}", answer, told]
     assert code == 0 and out.splitlines() == [*expected, "> "]
@@ -70,8 +70,8 @@ def test_lines_that_cannot_be_answered_are_named_and_the_dialogue_goes_on(say, s
     assert code == cli.USER_ERROR
     for said in (
         "ConfigError: /imag: no such command (did you mean '/image'?)",
-        "ConfigError: /image needs a picture file",
-        "ConfigError: /video: a dialogue is about pictures. Ask one question about a video with `python -m vzip ask",
+        "ConfigError: /image needs a file: /image FILE.",
+        "UnsupportedModelError: LlavaForConditionalGeneration has no video tower",
         f"ImageError: {tmp_path}/none.png: no such picture file.",
         f"ImageError: {tmp_path}/text.png: not a picture",
         "> what [bold]is[/] <image>?\nPromptError: The question holds '<image>'",
@@ -86,7 +86,7 @@ def test_lines_that_cannot_be_answered_are_named_and_the_dialogue_goes_on(say, s
 def test_a_reset_forgets_the_pictures(say, scenes) -> None:
     question = "Is there a star in the picture?"
     code, out, _ = say([question, "/reset", question], "--image", scenes[0])
-    assert code == 0 and "(begun anew, without pictures)" in out
+    assert code == 0 and "(begun anew, without pictures and videos)" in out
     assert "(64 visual tokens in a" in out and "(0 visual tokens in a" in out
 
 
@@ -108,6 +108,7 @@ def test_an_interrupted_answer_ends_the_turn_and_not_the_command(say, scenes, mo
     ("words", "said"),
     [
         (["--image", "no/such.png"], "ImageError: no/such.png: no such picture file"),
+        (["--video", "no/such.mp4"], "VideoError: no/such.mp4: no such video file"),
         (["--max-new-tokens", "0"], "ConfigError: --max-new-tokens=0: must be 1 or more"),
         (["--model", "tyni"], "did you mean 'tiny'"),
         (["budget.num_dominant=0"], "budget.num_dominant"),

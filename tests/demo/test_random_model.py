@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -64,6 +65,11 @@ def test_a_family_is_evaluated_and_asked(
     if family == "video_llava":
         assert cli.main(["ask", str(clip), *ask]) == 0
         assert f"({8 * 17} visual tokens, {8 * 257} without compression)" in capfd.readouterr().out
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"is it red?\n/video {clip}\nand now?\n"))
+        assert cli.main(["chat", "--video", str(clip), *ask[1:]]) == 0
+        out = capfd.readouterr().out
+        assert out.count(f"{clip}: {8 * 17} visual tokens, {8 * 257} without compression") == 2
+        assert f"({8 * 17} visual tokens in a dialogue" in out and f"({16 * 17} visual tokens in a dialogue" in out
     else:
         assert cli.main(["ask", str(clip), *ask]) == cli.USER_ERROR
         assert "has no video tower" in capfd.readouterr().err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,13 +13,14 @@ from tests import tiny, tiny_mini_gemini
 from tokenizers.processors import TemplateProcessing
 
 import vzip
-from vzip.errors import ConfigError, ImageError, PromptError
+from vzip.errors import ConfigError, ImageError, PromptError, UnsupportedModelError
+from vzip.models.adapters import VideoLlavaAdapter
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 # As the published LLaVA-1.5 checkpoints lay out a dialogue (conversation vicuna_v1).
 VICUNA = (
     "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'].upper() + ': ' }}{% endif %}"
-    "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for c in m['content'] if c['type'] != 'text' %}<{{ c['type'] }}>\n{% endfor %}"
     "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] + ' ' }}{% endfor %}"
     "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
@@ -46,10 +47,11 @@ def llava_next() -> vzip.CompressedVlm:
     return vzip.CompressedVlm(tiny.llava_next(vocab_size=320), vzip.VisionZip(BUDGET), processor)
 
 
-def video_llava() -> vzip.CompressedVlm:
+def video_llava(template: str = VICUNA) -> vzip.CompressedVlm:
     processor = tiny.video_processor()
-    processor.chat_template = VICUNA
-    return vzip.CompressedVlm(tiny.video_llava(vocab_size=320, video_token=5), vzip.VisionZip(BUDGET), processor)
+    processor.chat_template = template
+    model = tiny.video_llava(vocab_size=320, video_token=5)
+    return vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), processor, num_frames=3)
 
 
 def mini_gemini() -> vzip.CompressedVlm:
@@ -59,7 +61,7 @@ def mini_gemini() -> vzip.CompressedVlm:
 
 
 class Recorder:
-    """What a model computes: the logits of each forward pass, its length, and the runs of the vision tower."""
+    """What a model computes: the logits of each forward pass, its length, and the runs of its vision towers."""
 
     def __init__(self, vlm: vzip.CompressedVlm) -> None:
         self.logits: list[torch.Tensor] = []
@@ -80,6 +82,8 @@ class Recorder:
             vlm.adapter.language_model.register_forward_pre_hook(text, with_kwargs=True),
             vlm.adapter.tower.layers[0].register_forward_hook(tower),
         ]
+        if isinstance(vlm.adapter, VideoLlavaAdapter):
+            self.handles.append(vlm.adapter.frame_tower.layers[0].register_forward_hook(tower))
 
     def take(self) -> tuple[torch.Tensor, list[int], int]:
         """(logits of each new token ``[new, vocabulary]``, lengths, tower runs) since the last call."""
@@ -92,12 +96,16 @@ class Recorder:
 
 @torch.no_grad()
 def in_one_pass(
-    vlm: vzip.CompressedVlm, messages: list[dict[str, Any]], pictures: list[Image.Image], new_ids: torch.Tensor
+    vlm: vzip.CompressedVlm,
+    messages: list[dict[str, Any]],
+    pictures: list[Image.Image],
+    new_ids: torch.Tensor,
+    videos: Sequence[list[Image.Image]] = (),
 ) -> torch.Tensor:
     """Logits ``[new, vocabulary]`` at ``new_ids`` by one pass without cache, through the public calls."""
     processor: Any = vlm.processor
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    inputs = vlm.build_inputs([text], [pictures])
+    inputs = vlm.build_inputs([text], [pictures], [videos])
     inputs["input_ids"] = torch.cat([inputs["input_ids"], new_ids[None, :-1]], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     return vlm.forward(**inputs, use_cache=False).logits[0, -len(new_ids) :]
@@ -127,7 +135,57 @@ def test_every_turn_equals_one_pass_over_the_dialogue(build: Callable[[], vzip.C
         recorder.take()
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
         assert lengths[1:] == [1] * (len(logits) - 1)
-    assert len(chat.pictures) == 3 and len(chat.messages) == 8
+    assert len(chat.visuals) == 3 and len(chat.messages) == 8
+
+
+IMAGES_FIRST = VICUNA.replace(
+    "{% for c in m['content'] if c['type'] != 'text' %}<{{ c['type'] }}>\n{% endfor %}",
+    "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for c in m['content'] if c['type'] == 'video' %}<video>\n{% endfor %}",
+)
+
+
+@pytest.mark.parametrize("template", [VICUNA, IMAGES_FIRST], ids=["in order", "images first"])
+def test_a_dialogue_about_videos_equals_one_pass_over_it(template: str) -> None:
+    vlm = video_llava(template)
+    chat, recorder = vlm.chat(), Recorder(vlm)
+    clips = [[picture(10 * number + frame) for frame in range(1, 4)] for number in range(1, 4)]
+    chat.add_video(clips[0])
+    chat.add_image(picture(0))
+    chat.add_video(clips[1])
+    turns: list[tuple[str, list[Image.Image], list[Any]]] = [
+        ("What happens?", [], []),
+        ("And then?", [], []),
+        ("Is it the same?", [picture(1)], [clips[2]]),
+    ]
+    assert recorder.num_tower_runs == 3
+    shown = [([picture(0)], clips[:2])] * 2 + [([picture(0), picture(1)], clips)]
+    for (question, images, videos), (all_images, all_videos) in zip(turns, shown, strict=True):
+        recorder.num_tower_runs = 0
+        chat.ask(question, images, videos, max_new_tokens=6)
+        logits, lengths, tower_runs = recorder.take()
+        assert tower_runs == len(images) + len(videos) and lengths[1:] == [1] * (len(logits) - 1)
+        expected = in_one_pass(vlm, chat.messages[:-1], all_images, logits.argmax(dim=-1), all_videos)
+        recorder.take()
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert [(v.medium, v.num_visual_tokens, v.num_vanilla_tokens) for v in chat.visuals] == [
+        ("video", 27, 195),
+        ("image", 9, 64),
+        ("video", 27, 195),
+        ("image", 9, 64),
+        ("video", 27, 195),
+    ]
+
+
+def test_videos_need_a_video_tower_and_no_placeholder() -> None:
+    chat = llava().chat()
+    with pytest.raises(UnsupportedModelError, match="has no video tower"):
+        chat.add_video([picture(0)])
+    with pytest.raises(UnsupportedModelError, match="has no video tower"):
+        chat.ask("a", videos=[[picture(0)]])
+    assert chat.messages == [] and chat.pending == []
+    with pytest.raises(PromptError, match=r"'<video>', which marks where a video goes.*add_video"):
+        video_llava().chat().ask("what is <video>?")
 
 
 def test_a_turn_computes_only_what_is_new() -> None:
@@ -150,7 +208,7 @@ def test_the_counts_are_those_of_the_pictures() -> None:
     chat = llava_next().chat()
     chat.ask("a", [picture(0, (112, 200))], max_new_tokens=2)
     added = chat.add_image(picture(1, (200, 200)))
-    assert [p.num_visual_tokens for p in chat.pictures] == [3 * 9] and added.num_visual_tokens == 5 * 9
+    assert [p.num_visual_tokens for p in chat.visuals] == [3 * 9] and added.num_visual_tokens == 5 * 9
     stock = chat._vlm.build_inputs(["<image>"], [[picture(1, (200, 200))]])
     del stock["input_ids"], stock["attention_mask"], stock["tile_grids"]
     unmodified = chat._vlm.model.model.get_image_features(**stock).pooler_output[0]
@@ -164,7 +222,7 @@ def test_pictures_added_before_wait_for_the_question() -> None:
     recorder = Recorder(vlm)
     assert chat.ask("b", [picture(1)], max_new_tokens=4) == other.ask("b", [picture(0), picture(1)], max_new_tokens=4)
     recorder.take()
-    assert chat.pending == [] and len(chat.pictures) == 2 and chat.messages == other.messages
+    assert chat.pending == [] and len(chat.visuals) == 2 and chat.messages == other.messages
 
 
 def test_a_reset_forgets_everything_but_the_system_prompt() -> None:
@@ -176,7 +234,7 @@ def test_a_reset_forgets_everything_but_the_system_prompt() -> None:
     chat.ask("d", max_new_tokens=4)
     chat.add_image(picture(3))
     chat.reset()
-    assert chat.messages == told[:1] and chat.pictures == [] and chat.pending == [] and chat.num_cached_tokens == 0
+    assert chat.messages == told[:1] and chat.visuals == [] and chat.pending == [] and chat.num_cached_tokens == 0
     assert chat.ask("c", [picture(0)], max_new_tokens=4) == first and chat.messages == told
 
 
@@ -188,7 +246,7 @@ def test_a_template_that_rewrites_earlier_turns_is_still_seen_in_full() -> None:
     recorder.take()
     chat.ask("f", max_new_tokens=4)
     logits, lengths, tower_runs = recorder.take()
-    assert lengths[0] > chat.pictures[0].num_visual_tokens and tower_runs == 0
+    assert lengths[0] > chat.visuals[0].num_visual_tokens and tower_runs == 0
     expected = in_one_pass(vlm, chat.messages[:-1], [picture(0)], logits.argmax(dim=-1))
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
@@ -240,13 +298,13 @@ def test_what_fails_in_a_turn_leaves_the_dialogue_usable() -> None:
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = (chat.messages, chat.pictures, chat.num_cached_tokens)
+    before = (chat.messages, chat.visuals, chat.num_cached_tokens)
     for module in (layers[0], layers[1], vlm.adapter.projector):  # layers[1]: after layer 0 has filled its cache
         handle = module.register_forward_pre_hook(fail)
         with pytest.raises(KeyboardInterrupt):
             chat.ask("k", [picture(1)], max_new_tokens=6)
         handle.remove()
-        assert (chat.messages, chat.pictures) == before[:2] and chat.pending == []
+        assert (chat.messages, chat.visuals) == before[:2] and chat.pending == []
         assert {layer.get_seq_length() for layer in chat._cache.layers} == {chat.num_cached_tokens}
 
     def stop(text: str) -> None:
@@ -254,7 +312,7 @@ def test_what_fails_in_a_turn_leaves_the_dialogue_usable() -> None:
 
     with pytest.raises(RuntimeError):
         chat.ask("l", [picture(2)], max_new_tokens=30, on_text=stop)
-    assert (chat.messages, chat.pictures) == before[:2]
+    assert (chat.messages, chat.visuals) == before[:2]
     assert chat.ask("m", [picture(3)], max_new_tokens=6) == undisturbed.ask("m", [picture(3)], max_new_tokens=6)
     assert chat.messages == undisturbed.messages and chat.num_cached_tokens == undisturbed.num_cached_tokens
 
@@ -320,4 +378,4 @@ def test_bfloat16_and_gradients() -> None:
     chat = vlm.chat()
     chat.ask("u", [picture(0)], max_new_tokens=3)
     chat.ask("v", max_new_tokens=3)
-    assert chat.pictures[0].tokens.dtype == torch.bfloat16 and not chat.pictures[0].tokens.requires_grad
+    assert chat.visuals[0].tokens.dtype == torch.bfloat16 and not chat.visuals[0].tokens.requires_grad

@@ -169,8 +169,8 @@ def make_prompts(settings: BenchSettings, visuals: Pictures) -> Tensor:
     """
     adapter = visuals.adapter
     vocabulary = adapter.embed_tokens.get_parameter("weight").shape[0]
-    tokens = {adapter.image_token_id, adapter.video_token_id} - {None}
-    special = sorted(token for token in tokens if token < vocabulary)  # Mini-Gemini's lies outside
+    tokens = (adapter.image_token_id, adapter.video_token_id)
+    special = sorted(token for token in tokens if token is not None and token < vocabulary)  # Mini-Gemini's is outside
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (settings.batch_size, settings.prompt_tokens)
     text = torch.randint(0, vocabulary - len(special), shape, generator=generator)

@@ -1,12 +1,14 @@
-"""A dialogue about pictures in the terminal; questions are lines of the standard input.
+"""A dialogue about pictures and videos in the terminal; questions are lines of the standard input.
 
 python -m vzip chat --image photo.jpg
 python -m vzip chat --image photo.jpg budget=32tok --model llava15_7b
+python -m vzip chat --video clip.mp4 budget=17tok --model video_llava_7b
 printf 'What color is the star?\\nWhat does the sign say?\\n' | python -m vzip chat --image photo.jpg
 
 A line is a question, or one of
   /image FILE   adds a picture to the next question
-  /reset        begins anew, without turns and pictures
+  /video FILE   adds a video to the next question (Video-LLaVA)
+  /reset        begins anew, without turns, pictures and videos
 Ctrl-C stops an answer (the turn is forgotten), ctrl-D ends.
 """
 
@@ -18,22 +20,24 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
 from rich.console import Console
 
 from vzip.config.build import chat_plan
 from vzip.data.images import load_image
+from vzip.data.video import DEFAULT_NUM_FRAMES, load_video
 from vzip.errors import ConfigError, VzipError, nearest
 
 if TYPE_CHECKING:
     from vzip.models.chat import ChatSession
+    from vzip.models.chat_layout import EncodedVisual
 
-COMMANDS = ("/image", "/reset")
+COMMANDS = ("/image", "/video", "/reset")
 FAILED = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
+    parser.add_argument("--video", type=Path, action="append", default=[], metavar="FILE", help="likewise")
     parser.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="as for eval.py: budget=32tok, compressor=none budget=full ..."
     )
@@ -51,13 +55,19 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: must be 1 or more.")
     pictures = [(str(path), load_image(path)) for path in arguments.image]
+    if arguments.video:
+        # Said outright, so that a model without a video tower is refused before its weights are read.
+        model["num_frames"] = model["num_frames"] or DEFAULT_NUM_FRAMES
+    videos = [(str(path), load_video(path, model["num_frames"])) for path in arguments.video]
 
     import vzip
 
     vlm = vzip.load_vlm(**model, compressor=compressor)
     terminal = _Terminal(vlm.chat(system_prompt), arguments.max_new_tokens)
     for name, picture in pictures:
-        terminal.add_image(name, picture)
+        terminal.tell(name, terminal.chat.add_image(picture))
+    for name, frames in videos:
+        terminal.tell(name, terminal.chat.add_video(frames))
     terminal.run()
     return FAILED if terminal.num_failed and not terminal.interactive else 0
 
@@ -86,9 +96,8 @@ class _Terminal:
             if line:
                 self._follow(line)
 
-    def add_image(self, name: str, picture: Image.Image) -> None:
-        """Encodes a picture for the next question and says how many tokens it is."""
-        added = self.chat.add_image(picture)
+    def tell(self, name: str, added: EncodedVisual) -> None:
+        """Says how many tokens a picture or video is that was added for the next question."""
         self._remark(f"{name}: {added.num_visual_tokens} visual tokens, {added.num_vanilla_tokens} without compression")
 
     def _follow(self, line: str) -> None:
@@ -105,30 +114,27 @@ class _Terminal:
             self._remark("stopped; this turn is forgotten")
 
     def _command(self, command: str, rest: str = "") -> None:
-        if command == "/video":
-            raise ConfigError(
-                "/video: a dialogue is about pictures. Ask one question about a video with `python -m vzip ask FILE"
-                " QUESTION`."
-            )
         if command not in COMMANDS:
             raise ConfigError(
-                f"{command}: no such command{nearest(command, COMMANDS)}; commands: /image FILE, /reset. A question"
-                " begins with anything but /."
+                f"{command}: no such command{nearest(command, COMMANDS)}; commands: /image FILE, /video FILE, /reset. A"
+                " question begins with anything but /."
             )
         if command == "/reset":
             self.chat.reset()
-            self._remark("begun anew, without pictures")
+            self._remark("begun anew, without pictures and videos")
         elif not rest:
-            raise ConfigError("/image needs a picture file: /image FILE.")
+            raise ConfigError(f"{command} needs a file: {command} FILE.")
+        elif command == "/image":
+            self.tell(rest, self.chat.add_image(load_image(Path(rest))))
         else:
-            self.add_image(rest, load_image(Path(rest)))
+            self.tell(rest, self.chat.add_video(Path(rest)))
 
     def _ask(self, question: str) -> None:
         answer = self.chat.ask(
             question, max_new_tokens=self.max_new_tokens, on_text=lambda text: self.console.print(text, end="")
         )
         self.console.print("" if answer else "(no words)")
-        num_visual_tokens = sum(picture.num_visual_tokens for picture in self.chat.pictures)
+        num_visual_tokens = sum(visual.num_visual_tokens for visual in self.chat.visuals)
         self._remark(f"{num_visual_tokens} visual tokens in a dialogue of {self.chat.num_cached_tokens} tokens")
 
     def _remark(self, text: str) -> None:
