@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .image_protocols import IMAGE
 from .protocol_entry import Protocol
+from .video_protocols import VIDEO
 
 __all__ = ["PROTOCOLS", "Protocol", "protocol_of"]
 
@@ -19,7 +20,7 @@ _SCENES = {
     "scenes_reading": Protocol("accuracy", "percent", None, chance=3.75),
 }
 
-PROTOCOLS: dict[str, Protocol] = {**IMAGE, **_SCENES}
+PROTOCOLS: dict[str, Protocol] = {**IMAGE, **VIDEO, **_SCENES}
 
 
 def protocol_of(task: str) -> Protocol | None:

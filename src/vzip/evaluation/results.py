@@ -29,6 +29,7 @@ _NOT_SCORES = frozenset(
 def sample_rows(output: Mapping[str, Any], logs: Mapping[tuple[str, int], SampleLog]) -> list[dict[str, Any]]:
     """One row a question: task, doc_id, question, prompt, target, answer, scores, num_visual_tokens.
 
+    Where the data set names its questions, question_id too.
     A task with several answer filters has several rows a question, told apart by ``filter_index``. Where the
     data names the picture that several questions are about (``Protocol.cluster``), ``cluster`` does too.
     """
@@ -48,6 +49,7 @@ def sample_rows(output: Mapping[str, Any], logs: Mapping[tuple[str, int], Sample
                 {
                     "task": task,
                     "doc_id": doc_id,
+                    **({"question_id": sample["doc"]["question_id"]} if "question_id" in sample["doc"] else {}),
                     "filter_index": filter_index,
                     "question": next((text for text in sample["arguments"] if isinstance(text, str)), ""),
                     "prompt": log.prompt,
