@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from PIL import Image
 
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError
 from vzip.evaluation.generation import cut_at, settings_for
-from vzip.evaluation.lmms import SampleLog
 from vzip.evaluation.messages import read_messages
-from vzip.evaluation.resume import AnswerStore, fingerprint
 
 
 def kwargs_of(of_task, overrides=None):
@@ -100,21 +96,3 @@ def test_videos_where_the_model_takes_them():
         read_messages([{"role": "user", "content": [{"type": "video", "url": clip}]}], "t", 3, placeholders)
     with pytest.raises(UnsupportedModelError, match="holds audio; with this model vzip evaluates text, pictures and"):
         read_messages([{"role": "user", "content": [{"type": "audio", "url": "a"}]}], "t", 3, placeholders)
-
-
-def test_answer_store(tmp_path):
-    path = tmp_path / "answers"
-    store = AnswerStore(path, fingerprint({"a": 1}))
-    store.add(("t", 0), SampleLog("p", "yes", [7]))
-    store.add(("t", 1), SampleLog("q", "no", []))
-    store.close(delete=False)
-    with path.open("a") as file:
-        file.write('{"task": "t", "doc_id": 2, "prom')  # interrupted while writing
-    store = AnswerStore(path, fingerprint({"a": 1}))
-    assert store.num_resumed == 2
-    assert store.find(("t", 0), "p") == SampleLog("p", "yes", [7])
-    assert store.find(("t", 0), "another prompt") is None and store.find(("t", 2), "r") is None
-    store.add(("t", 2), SampleLog("r", "no", [7]))
-    store.close(delete=False)
-    assert [json.loads(line).get("doc_id") for line in path.read_text().splitlines()] == [None, 0, 1, 2]
-    assert AnswerStore(path, fingerprint({"a": 2})).num_resumed == 0

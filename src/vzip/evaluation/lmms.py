@@ -1,31 +1,37 @@
 """The adapter between lmms-eval and a ``CompressedVlm``.
 
-lmms-eval calls ``generate_until`` with the questions of all tasks at once. The adapter builds each prompt with the
-checkpoint's own chat template, generates in batches of equal generation settings, and writes down how many visual
-tokens each picture really contributed. Exceptions are never caught: an answer that could not be computed must end the
-run, not be scored as an empty one.
+lmms-eval calls ``generate_until`` with the questions of all tasks at once. The adapter plans batches of equal
+generation settings, builds each prompt with the checkpoint's own chat template, generates, and writes down how many
+visual tokens each picture really contributed. An answer that could not be computed is never scored as an empty one:
+exceptions are not caught, and a question whose picture cannot be read ends the run or is left out of the score.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vzip.errors import ConfigError, MissingPackageError, UnsupportedModelError
+from vzip.data.images import strict_decoding
+from vzip.errors import ConfigError, ManifestError, MissingPackageError, UnsupportedModelError
 
-from .generation import GenerationSettings, check_overrides, cut_at, settings_for
-from .messages import read_messages
-from .token_count import check_token_counts
+from .answering import Answerer, SampleLog
+from .batching import plan_batches
+from .generation import check_overrides
+from .prefetch import prepare_ahead
+from .processes import Processes
+from .questions import Key, PreparedBatch, Preparer, Question, list_questions
 
 if TYPE_CHECKING:
-    from vzip.data.video import VideoSource
     from vzip.models.compressed_vlm import CompressedVlm
 
     from .resume import AnswerStore
@@ -40,31 +46,14 @@ try:
 except ImportError as error:
     raise MissingPackageError(f"lmms-eval cannot be imported ({error}). To evaluate, {INSTALL_HINT}") from error
 
+OnProblem = Literal["refuse", "skip"]
+_SHOWN_PROBLEMS = 20
 
-@dataclass
-class SampleLog:
-    """What happened to one question.
-
-    Attributes:
-        prompt: the text given to the tokenizer, one placeholder a picture or video.
-        answer: the answer given to the scorer.
-        num_visual_tokens: measured, one number a picture, then one a video.
-    """
-
-    prompt: str
-    answer: str
-    num_visual_tokens: list[int]
+logger = logging.getLogger(__name__)
 
 
-@dataclass
-class _Question:
-    position: int
-    key: tuple[str, int]
-    settings: GenerationSettings
-    padding_only: bool
-    prompt: str = ""
-    images: list[Image.Image] = field(default_factory=list)
-    videos: list[VideoSource] = field(default_factory=list)
+class ShareAnsweredError(Exception):
+    """Ends lmms-eval in every process but the first, which alone scores; no error of anybody's."""
 
 
 class VzipLmms(lmms):
@@ -72,11 +61,21 @@ class VzipLmms(lmms):
 
     Args:
         vlm: the wrapper to evaluate; used as it is, and still whole after the run.
-        batch_size: questions generated together.
+        batch_size: questions generated together; fewer once memory does not suffice.
         gen_kwargs: generation settings that override those of every task.
         system_prompt: text of a system turn before each question; None for none.
-        progress: show a progress bar on standard error (rank 0 only).
+        progress: show a progress bar on standard error (first process only).
+        num_workers: threads that read pictures and make inputs ahead; 0: none.
+        on_problem: what becomes of questions whose pictures or videos cannot be read: ``refuse`` ends the run, once
+            everything else is answered, ``skip`` leaves them out of the score.
+        seed: of sampled answers.
         store: answers of an interrupted run, and where to keep new ones; None for neither.
+        processes: that share the questions.
+
+    Attributes:
+        samples: what happened to each question.
+        batch_sizes: how often how many questions were generated at once.
+        problems: why a question could not be asked.
 
     Raises:
         ConfigError: a batch size or generation setting that cannot be.
@@ -93,32 +92,29 @@ class VzipLmms(lmms):
         gen_kwargs: Mapping[str, Any] | None = None,
         system_prompt: str | None = None,
         progress: bool = True,
+        num_workers: int = 2,
+        on_problem: OnProblem = "refuse",
+        seed: int = 0,
         store: AnswerStore | None = None,
+        processes: Processes | None = None,
     ) -> None:
         super().__init__()
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ConfigError(f"batch_size={batch_size!r}: must be a whole number, 1 or more.")
-        if vlm.processor is None:
-            raise UnsupportedModelError(
-                "the model has no processor, so no prompt can be written for it. Load it from a directory that holds"
-                " its processor files, or pass CompressedVlm(..., processor=...)."
-            )
-        if not vlm.processor.chat_template:
-            raise UnsupportedModelError(
-                f"the checkpoint's {type(vlm.processor).__name__} has no chat template (chat_template.jinja), so its"
-                " prompt format is not known. Add the template to the checkpoint directory."
-            )
+        _check_processor(vlm.processor)
         self.vlm = vlm
-        self.processor: Any = vlm.processor
-        self.placeholders = {"image": str(self.processor.image_token)}
-        if vlm.adapter.video_token_id is not None:
-            self.placeholders["video"] = self.processor.tokenizer.convert_ids_to_tokens(vlm.adapter.video_token_id)
         self.batch_size = batch_size
         self.gen_kwargs = check_overrides(gen_kwargs)
         self.system_prompt = system_prompt
         self.progress = progress
+        self.num_workers = num_workers
+        self.on_problem = on_problem
+        self.seed = seed
         self.store = store
-        self.samples: dict[tuple[str, int], SampleLog] = {}
+        self.processes = processes or Processes()
+        self.samples: dict[Key, SampleLog] = {}
+        self.batch_sizes: Counter[int] = Counter()
+        self.problems: dict[Key, str] = {}
         # Opened now: lmms-eval's own output may be redirected while it runs.
         self._console = Console(file=sys.stderr)
 
@@ -155,77 +151,98 @@ class VzipLmms(lmms):
         """Answers all requests, in their order.
 
         Raises:
+            ManifestError: questions whose pictures or videos cannot be read, unless they are to be skipped.
             TokenCountError: a picture entered the language model with another number of tokens than the budget's.
-            Anything the model raises.
+            DeviceMemoryError: a question that does not fit the memory alone.
+            ShareAnsweredError: in every process but the first.
+            Anything the model or the task raises.
         """
-        answers: list[str | None] = [None] * len(requests)
-        groups: dict[GenerationSettings, list[int]] = {}
-        for position, request in enumerate(requests):
-            groups.setdefault(self._settings(request), []).append(position)
-        with self._bar() as bar:
-            task = bar.add_task("answering", total=len(requests))
-            for settings, positions in groups.items():
-                for batch in _chunks(positions, self.batch_size):
-                    questions = [self._question(requests[position], position, settings) for position in batch]
-                    for question, answer in zip(questions, self._answer(questions, settings), strict=True):
-                        answers[question.position] = answer
-                    bar.advance(task, len(batch))
-        assert all(answer is not None for answer in answers)
-        return [answer for answer in answers if answer is not None]
+        questions = list_questions(requests, self.gen_kwargs)
+        if not questions:
+            return []
+        known = {} if self.store is None else {q.key: log for q in questions if (log := self.store.find(q)) is not None}
+        self.samples = known
+        batches = self._plan(questions, known)
+        with strict_decoding():
+            self._answer(self.processes.share(batches))
+        self._collect()
+        if self.problems:
+            self._leave_out(questions)
+        # Some tasks draw an answer where they understand none. How much was drawn before must not matter: in a run that
+        # goes on after an interruption fewer questions were read.
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+        # A question that is left out has no answer; lmms-eval does not score the empty text.
+        return [self.samples[q.key].answer if q.key in self.samples else "" for q in questions]
 
-    def _settings(self, request: Instance) -> GenerationSettings:
-        return settings_for(request.task_name, request.args[2], self.gen_kwargs)
+    def _plan(self, questions: Sequence[Question], known: Mapping[Key, SampleLog]) -> list[list[Question]]:
+        """What is left to do: the batches of the whole run without the questions that are answered already."""
+        tokenizer: Any = self.vlm.processor.tokenizer  # type: ignore[union-attr]
+        lengths = [len(ids) for ids in tokenizer([question.text for question in questions])["input_ids"]]
+        plan = plan_batches(lengths, [question.settings for question in questions], self.batch_size)
+        left = [[questions[position] for position in batch if questions[position].key not in known] for batch in plan]
+        return [batch for batch in left if batch]
 
-    def _question(self, request: Instance, position: int, settings: GenerationSettings) -> _Question:
-        _, doc_to_messages, _, doc_id, task, split = request.args
-        question = _Question(
-            position, (task, doc_id), settings, padding_only="__padding_only__" in (request.metadata or {})
-        )
-        messages = doc_to_messages(self.task_dict[task][split][doc_id])
-        question.images, question.videos, turns = read_messages(messages, task, doc_id, self.placeholders)
-        if self.system_prompt:
-            turns.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
-        question.prompt = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return question
+    def _answer(self, batches: list[list[Question]]) -> None:
+        """Answers this process's share and keeps each batch at once."""
+        kept = None if self.store is None else self.store.kept
+        chunk_size = min(self.batch_size, (kept and kept.chunk_size) or self.batch_size)
+        answerer = Answerer(self.vlm, chunk_size, self.seed)
+        preparer = Preparer(self.vlm, self.task_dict, self.system_prompt)
 
-    def _answer(self, questions: list[_Question], settings: GenerationSettings) -> list[str]:
-        known = {q.position: self.store.find(q.key, q.prompt) for q in questions} if self.store else {}
-        todo = [question for question in questions if known.get(question.position) is None]
-        done = {position: log for position, log in known.items() if log is not None}
-        if todo:
-            for question, log in zip(todo, self._generate(todo, settings), strict=True):
-                done[question.position] = log
-                if self.store is not None:
-                    self.store.add(question.key, log)
+        def prepare(batch: list[Question]) -> PreparedBatch:
+            return preparer.prepare(batch, answerer.chunk_size)
+
+        with self._bar() as bar, contextlib.closing(prepare_ahead(batches, prepare, self.num_workers)) as prepared:
+            task = bar.add_task("answering", total=sum(map(len, batches)))
+            for batch in prepared:
+                asked = [one.question for chunk in batch.chunks for one in chunk.loaded]
+                logs, sizes = answerer.answer(batch.chunks)
+                answered = list(zip(asked, logs, strict=True))
+                if self.store is not None and answered:
+                    self.store.add(answered, sizes)
+                self.samples.update({question.key: log for question, log in answered})
+                self.batch_sizes.update(sizes)
+                self.problems.update(batch.problems)
+                for key, problem in batch.problems.items():
+                    logger.warning("task %s, question %d cannot be asked: %s", key[0], key[1], problem)
+                bar.advance(task, len(asked) + len(batch.problems))
+
+    def _collect(self) -> None:
+        """Brings all answers to the first process."""
+        shares = self.processes.gather((self.samples, self.batch_sizes, self.problems))
+        if shares is None:
+            raise ShareAnsweredError
+        for samples, batch_sizes, problems in shares[1:]:
+            self.samples.update(samples)
+            self.batch_sizes.update(batch_sizes)
+            self.problems.update(problems)
+        if self.store is not None:
+            self.batch_sizes.update(self.store.kept.sizes)
+
+    def _leave_out(self, questions: Sequence[Question]) -> None:
+        """Ends the run, or takes the questions that could not be asked out of what lmms-eval scores."""
+        asked = {question.key[0] for question in questions if question.key not in self.problems}
+        if self.on_problem == "refuse" or not {key[0] for key in self.problems} <= asked:
+            raise ManifestError(self._problems_text(len(questions)))
         for question in questions:
-            if not question.padding_only:
-                self.samples[question.key] = done[question.position]
-        return [done[question.position].answer for question in questions]
+            if question.key in self.problems:
+                scored = question.request.args[1].__self__.instances  # of the task whose messages these are
+                scored[:] = [request for request in scored if request is not question.request]
 
-    def _generate(self, questions: list[_Question], settings: GenerationSettings) -> list[SampleLog]:
-        tokenizer = self.processor.tokenizer
-        inputs = self.vlm.build_inputs(
-            [q.prompt for q in questions], [q.images for q in questions], [q.videos for q in questions]
-        )
-        kwargs = dict(settings.kwargs)
-        if tokenizer.pad_token_id is not None:
-            kwargs["pad_token_id"] = tokenizer.pad_token_id
-        with torch.no_grad():
-            new_tokens = self.vlm.generate(**inputs, **kwargs)
-        measured = check_token_counts(
-            self.vlm,
-            inputs.get("pixel_values"),
-            [len(question.images) for question in questions],
-            inputs.get("image_sizes"),
-            inputs.get("tile_grids"),
-            inputs.get("pixel_values_videos"),
-            [len(question.videos) for question in questions],
-        )
-        texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-        return [
-            SampleLog(question.prompt, cut_at(text, settings.until), counts)
-            for question, text, counts in zip(questions, texts, measured, strict=True)
-        ]
+    def _problems_text(self, num_questions: int) -> str:
+        listed = [f"  task {key[0]}, question {key[1]}: {text}" for key, text in sorted(self.problems.items())]
+        more = [f"  ... and {len(listed) - _SHOWN_PROBLEMS} more"] if len(listed) > _SHOWN_PROBLEMS else []
+        first = f"{len(listed)} of {num_questions} questions cannot be asked, so there is no score:"
+        way_out = "All other answers are kept. Mend the data and start the same command again"
+        if self.on_problem == "refuse":
+            way_out += (
+                ", or leave these questions out of the score with eval.on_problem=skip (the record then says so and is"
+                " provisional)"
+            )
+        else:
+            way_out += ": of one task there is no other question that could be scored"
+        return "\n".join([first, *listed[:_SHOWN_PROBLEMS], *more, f"{way_out}."])
 
     def _bar(self) -> Progress:
         return Progress(
@@ -236,10 +253,18 @@ class VzipLmms(lmms):
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
-            disable=not self.progress or self.rank > 0,
+            disable=not self.progress or self.rank > 0 or not self.processes.is_first,
         )
 
 
-def _chunks(positions: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(positions), size):
-        yield positions[start : start + size]
+def _check_processor(processor: Any) -> None:
+    if processor is None:
+        raise UnsupportedModelError(
+            "the model has no processor, so no prompt can be written for it. Load it from a directory that holds"
+            " its processor files, or pass CompressedVlm(..., processor=...)."
+        )
+    if not processor.chat_template:
+        raise UnsupportedModelError(
+            f"the checkpoint's {type(processor).__name__} has no chat template (chat_template.jinja), so its"
+            " prompt format is not known. Add the template to the checkpoint directory."
+        )

@@ -36,6 +36,15 @@ def code_state() -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
 
 
+def source_sha256() -> str:
+    """Digest of this package's Python files: tells two states of a checkout apart, whether committed or not."""
+    package = Path(__file__).resolve().parents[1]
+    files = sorted(package.rglob("*.py"))
+    return hashlib.sha256(
+        "".join(f"{file.relative_to(package)} {_sha256(file)}\n" for file in files).encode()
+    ).hexdigest()
+
+
 def versions() -> dict[str, str | None]:
     """Python's and each relevant package's version; None for a package without metadata."""
     found: dict[str, str | None] = {"python": platform.python_version()}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import provenance
+from .answering import count_sizes
 from .catalog import task_config
 from .protocol import protocol_of
 from .standard_errors import complete
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
     from vzip.models.compressed_vlm import CompressedVlm
 
-    from .lmms import SampleLog, VzipLmms
+    from .answering import SampleLog
+    from .lmms import VzipLmms
+    from .questions import Key
 
 SCHEMA_VERSION = 1
 # What lmms-eval logs about a sample beside its scores.
@@ -26,7 +29,7 @@ _NOT_SCORES = frozenset(
 )
 
 
-def sample_rows(output: Mapping[str, Any], logs: Mapping[tuple[str, int], SampleLog]) -> list[dict[str, Any]]:
+def sample_rows(output: Mapping[str, Any], logs: Mapping[Key, SampleLog]) -> list[dict[str, Any]]:
     """One row a question: task, doc_id, question, prompt, target, answer, scores, num_visual_tokens.
 
     Where the data set names its questions, question_id too.
@@ -41,7 +44,7 @@ def sample_rows(output: Mapping[str, Any], logs: Mapping[tuple[str, int], Sample
         of_task = []
         for sample in samples:
             doc_id = sample["doc_id"]
-            log = logs[task, doc_id]
+            log = logs[task, doc_id, 0]
             filter_index = seen.get(doc_id, 0)
             seen[doc_id] = filter_index + 1
             answers = sample["filtered_resps"]
@@ -98,6 +101,8 @@ def build_record(
         reasons.append("the checkout had changes that are not committed")
     if code["commit"] is None:
         reasons.append("not run from a checkout, so the code's commit is not known")
+    if lm.problems:
+        reasons.append(f"{len(lm.problems)} questions left out: their pictures or videos cannot be read")
     counts = [count for row in rows if row["filter_index"] == 0 for count in row["num_visual_tokens"]]
     budget = budget_of(vlm.compressor)
     return {
@@ -124,7 +129,15 @@ def build_record(
         "versions": provenance.versions(),
         "hardware": provenance.hardware(),
         "wall_time_s": round(wall_time_s, 3),
-        "num_resumed_answers": 0 if lm.store is None else lm.store.num_resumed,
+        "tower_cache": None if vlm.adapter.tower_cache is None else vlm.adapter.tower_cache.counts,
+        "num_processes": lm.processes.count,
+        "batch_sizes": count_sizes(lm.batch_sizes),
+        "num_resumed_answers": 0 if lm.store is None else len(lm.store.kept.answers),
+        "num_damaged_lines": 0 if lm.store is None else lm.store.kept.num_damaged,
+        "left_out": [
+            {"task": task, "doc_id": doc_id, "problem": problem}
+            for (task, doc_id, _), problem in sorted(lm.problems.items())
+        ],
         "peak_memory_gib": provenance.peak_memory_gib(),
         "provisional": bool(reasons),
         "provisional_reasons": reasons,

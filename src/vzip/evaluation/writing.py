@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from vzip.errors import RunWriteError
 
 
 def _plain(value: object) -> object:
@@ -17,19 +20,33 @@ def _plain(value: object) -> object:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes through a neighbour and renames it."""
-    _replace(path, json.dumps(value, indent=2, default=_plain, ensure_ascii=False) + "\n")
+    """Writes through a neighbour and renames it; RunWriteError if that cannot be."""
+    replace_file(path, json.dumps(value, indent=2, default=_plain, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """The same, one line a row."""
-    _replace(path, "".join(json.dumps(row, default=_plain, ensure_ascii=False) + "\n" for row in rows))
+    replace_file(path, "".join(json.dumps(row, default=_plain, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """The same, of any text."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with naming_the_file(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_the_file(path: Path) -> Iterator[None]:
+    """Turns what the system says of a full disk, a lost mount or missing rights into a RunWriteError."""
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise RunWriteError(
+            f"{path}: cannot be written ({error.strerror or error}). Answers written before are kept: make room or give"
+            " the rights, then start the same command again, and it goes on from there."
+        ) from error

@@ -1,0 +1,146 @@
+"""Questions that are ready for the model -> answers; a batch that does not fit the memory is halved."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vzip.errors import DeviceMemoryError
+
+from .batching import cut
+from .generation import cut_at
+from .questions import Chunk, LoadedQuestion, Noted, build_inputs
+from .token_count import check_token_counts
+
+if TYPE_CHECKING:
+    from vzip.models.compressed_vlm import CompressedVlm
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SampleLog:
+    """What happened to one question.
+
+    Attributes:
+        prompt: the text given to the tokenizer, one placeholder a picture or video.
+        answer: the answer given to the scorer.
+        num_visual_tokens: measured, one number a picture, then one a video.
+    """
+
+    prompt: str
+    answer: str
+    num_visual_tokens: list[int]
+
+
+class Answerer:
+    """Generates.
+
+    Args:
+        vlm: the wrapper to ask.
+        chunk_size: questions generated at once, at most.
+        seed: sampled answers are drawn from it and the chunk's first question, so that they do not depend on what was
+            drawn before: they are the same in an interrupted run, and in one of several processes.
+
+    Attributes:
+        chunk_size: smaller than at the beginning once memory did not suffice.
+    """
+
+    def __init__(self, vlm: CompressedVlm, chunk_size: int, seed: int) -> None:
+        self.vlm = vlm
+        self.chunk_size = chunk_size
+        self.seed = seed
+        self.tokenizer: Any = vlm.processor.tokenizer  # type: ignore[union-attr]
+
+    def answer(self, chunks: Sequence[Chunk]) -> tuple[list[SampleLog], list[int]]:
+        """The answers to all questions of the chunks, in order, and how many were generated at once each time.
+
+        Raises:
+            DeviceMemoryError: not even one question alone fits.
+            TokenCountError: another number of visual tokens than the budget's entered the language model.
+            Anything else that the model raises, with a note that names the questions.
+        """
+        logs: list[SampleLog] = []
+        sizes: list[int] = []
+        waiting = deque(chunks)
+        while waiting:
+            chunk = waiting.popleft()
+            if len(chunk.loaded) <= self.chunk_size:
+                answered = self._generate_if_it_fits(chunk)
+                if answered is not None:
+                    logs += answered
+                    sizes.append(len(answered))
+                    continue
+                self._halve(chunk.loaded)
+            parts = cut(range(len(chunk.loaded)), self.chunk_size)
+            waiting.extendleft(Chunk([chunk.loaded[i] for i in part], None) for part in reversed(parts))
+            del chunk  # its tensors would stay on the device
+        return logs, sizes
+
+    def _generate_if_it_fits(self, chunk: Chunk) -> list[SampleLog] | None:
+        """None where memory did not suffice; what was allocated is free again once this has returned."""
+        try:
+            with Noted(", ".join(one.question.name for one in chunk.loaded)):
+                inputs = build_inputs(self.vlm, chunk.loaded) if chunk.inputs is None else chunk.inputs
+                return self._generate(chunk.loaded, inputs)
+        except torch.OutOfMemoryError:
+            return None
+
+    def _halve(self, loaded: Sequence[LoadedQuestion]) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(loaded) == 1:
+            one = loaded[0]
+            raise DeviceMemoryError(
+                f"{one.question.name}: the device's memory does not suffice for this question alone"
+                f" ({len(one.images)} pictures, {len(one.videos)} videos, {len(one.prompt)} characters). Use a smaller"
+                " budget, model.dtype=bfloat16, model.quantization=4bit or a larger device; answers so far are kept."
+            )
+        self.chunk_size = (len(loaded) + 1) // 2
+        logger.warning(
+            "out of memory with %d questions at once (the first: %s): going on with %d",
+            len(loaded),
+            loaded[0].question.name,
+            self.chunk_size,
+        )
+
+    def _generate(self, loaded: Sequence[LoadedQuestion], inputs: dict[str, Tensor]) -> list[SampleLog]:
+        settings = loaded[0].question.settings
+        kwargs = dict(settings.kwargs)
+        if self.tokenizer.pad_token_id is not None:
+            kwargs["pad_token_id"] = self.tokenizer.pad_token_id
+        if kwargs["do_sample"]:
+            torch.manual_seed(_seed_of(self.seed, loaded[0]))
+        with torch.no_grad():
+            new_tokens = self.vlm.generate(**inputs, **kwargs)
+        measured = check_token_counts(
+            self.vlm,
+            inputs.get("pixel_values"),
+            [len(one.images) for one in loaded],
+            inputs.get("image_sizes"),
+            inputs.get("tile_grids"),
+            inputs.get("pixel_values_videos"),
+            [len(one.videos) for one in loaded],
+        )
+        texts = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        return [
+            SampleLog(one.prompt, cut_at(text, settings.until), counts)
+            for one, text, counts in zip(loaded, texts, measured, strict=True)
+        ]
+
+
+def _seed_of(seed: int, first: LoadedQuestion) -> int:
+    digest = hashlib.sha256(repr((seed, first.question.key)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def count_sizes(sizes: Counter[int]) -> dict[str, int]:
+    """Questions at once and how often, as a record has it: the largest first."""
+    return {str(size): sizes[size] for size in sorted(sizes, reverse=True)}

@@ -1,0 +1,178 @@
+"""Memory that does not suffice, sampled answers, pictures that cannot be read."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from vzip.errors import DeviceMemoryError, ManifestError
+from vzip.evaluation.run import evaluate
+from vzip.report.record import read_samples
+
+
+def run(vlm: Any, include_path: Path, run_dir: Path, **kwargs: Any) -> dict[str, Any]:
+    settings = {"tasks": ["own_exact"], "progress": False} | kwargs
+    return evaluate(vlm, include_path=include_path, run_dir=run_dir, **settings)
+
+
+def limit_memory(monkeypatch: pytest.MonkeyPatch, vlm: Any, most: int) -> list[int]:
+    """Lets ``generate`` run out of memory above ``most`` questions; returns the sizes it was asked for."""
+    asked: list[int] = []
+    generate = vlm.generate
+
+    def limited(input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        asked.append(len(input_ids))
+        if len(input_ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return generate(input_ids, **kwargs)
+
+    monkeypatch.setattr(vlm, "generate", limited)
+    return asked
+
+
+class TestMemory:
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_a_batch_is_halved_until_it_fits(self, vlm, include_path, tmp_path, monkeypatch, caplog, num_workers):
+        whole = run(vlm, include_path, tmp_path / "whole", tasks=["own_exact", "own_text"], batch_size=1)
+        asked = limit_memory(monkeypatch, vlm, 1)
+        caplog.set_level(logging.WARNING, "vzip")
+        record = run(
+            vlm,
+            include_path,
+            tmp_path / "run",
+            tasks=["own_exact", "own_text"],
+            batch_size=4,
+            num_workers=num_workers,
+        )
+        assert asked == [4, 2, *[1] * 8]  # never tried again with more
+        assert "out of memory with 4 questions at once (the first: task own_" in caplog.text
+        assert "going on with 2" in caplog.text and "going on with 1" in caplog.text
+        assert (record["batch_size"], record["batch_sizes"]) == (4, {"1": 8})
+        assert whole["batch_sizes"] == {"1": 8}
+        assert read_samples(tmp_path / "run") == read_samples(tmp_path / "whole")
+        assert record["tasks"] == whole["tasks"]
+
+    def test_one_question_that_does_not_fit_is_named(self, vlm, include_path, tmp_path, monkeypatch):
+        limit_memory(monkeypatch, vlm, 0)
+        with pytest.raises(DeviceMemoryError, match=r"task own_exact, question \d: .* \(1 pictures, .*smaller budget"):
+            run(vlm, include_path, tmp_path / "run", batch_size=4)
+        assert not (tmp_path / "run" / "run.json").exists()
+
+    def test_memory_that_lacks_while_inputs_are_made_ahead(self, vlm, include_path, tmp_path, monkeypatch):
+        build, left = vlm.build_inputs, [2]
+
+        def short(texts: list[str], *args: Any) -> Any:
+            if len(texts) == 4 and left[0]:
+                left[0] -= 1
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return build(texts, *args)
+
+        monkeypatch.setattr(vlm, "build_inputs", short)
+        record = run(vlm, include_path, tmp_path / "run", batch_size=4)
+        assert record["batch_sizes"] == {"2": 2}  # once ahead, once when its turn came
+
+
+def test_sizes_of_an_ordinary_run(vlm, include_path, tmp_path):
+    record = run(vlm, include_path, tmp_path / "run", tasks=["own_exact", "own_yesno"], batch_size=3)
+    assert record["batch_sizes"] == {"3": 2, "1": 2}
+    assert (record["num_processes"], record["left_out"], record["num_damaged_lines"]) == (1, [], 0)
+
+
+def test_workers_change_no_answer(vlm, include_path, tmp_path):
+    for workers in (0, 3):
+        run(vlm, include_path, tmp_path / str(workers), tasks=["own_exact", "own_text"], num_workers=workers)
+    assert read_samples(tmp_path / "0") == read_samples(tmp_path / "3")
+
+
+def test_sampled_answers_depend_on_the_seed_and_on_nothing_else(vlm, include_path, tmp_path):
+    sampled = {"do_sample": True, "temperature": 5.0, "max_new_tokens": 6}
+    both = {"tasks": ["own_exact", "own_text"], "gen_kwargs": sampled}
+    run(vlm, include_path, tmp_path / "both", **both)
+    torch.rand(7)
+    run(vlm, include_path, tmp_path / "one", tasks=["own_text"], gen_kwargs=sampled)
+    run(vlm, include_path, tmp_path / "other", seed=1, **both)
+    first, alone, other = (read_samples(tmp_path / name)["own_text"] for name in ("both", "one", "other"))
+    assert first == alone
+    assert [row["answer"] for row in first] != [row["answer"] for row in other]
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory, include_path: Path) -> Path:
+    """own_damaged: of five pictures one is cut off and one no picture at all; own_unreadable: nothing but the first."""
+    folder = tmp_path_factory.mktemp("damaged")
+    (folder / "utils.py").write_text((include_path / "utils.py").read_text())
+    file = io.BytesIO()
+    Image.effect_noise((90, 60), 80).convert("RGB").save(file, "JPEG")
+    whole = file.getvalue()
+    contents = [whole, whole[: len(whole) // 2], whole, b"no picture", whole]
+    text = (include_path / "own_exact.yaml").read_text()
+    for name, pictures in (("damaged", contents), ("unreadable", contents[1:2])):
+        rows = [
+            {"image": {"bytes": picture, "path": None}, "question": f"what is this {'now ' * number}?", "answer": "x"}
+            for number, picture in enumerate(pictures)
+        ]
+        features = datasets.Dataset.from_list([{**rows[0], "image": Image.new("RGB", (1, 1))}]).features
+        datasets.Dataset.from_list(rows, features=features).to_parquet(str(folder / f"{name}.parquet"))
+        own = text.replace("own_exact", f"own_{name}").replace(str(include_path / "exact"), str(folder / name))
+        (folder / f"own_{name}.yaml").write_text(own)
+    return folder
+
+
+class TestPicturesThatCannotBeRead:
+    @pytest.mark.parametrize("batch_size", [1, 5])
+    def test_are_named_and_counted_once_all_others_are_answered(self, vlm, damaged, tmp_path, batch_size):
+        with pytest.raises(ManifestError) as caught:
+            run(vlm, damaged, tmp_path, tasks=["own_damaged"], batch_size=batch_size)
+        message = str(caught.value)
+        assert message.startswith("2 of 5 questions cannot be asked, so there is no score:")
+        assert "task own_damaged, question 1: OSError: image file is truncated" in message
+        assert "task own_damaged, question 3: UnidentifiedImageError: cannot identify image" in message
+        assert "eval.on_problem=skip" in message and not (tmp_path / "run.json").exists()
+
+        record = run(vlm, damaged, tmp_path, tasks=["own_damaged"], batch_size=batch_size, on_problem="skip")
+        assert record["num_resumed_answers"] == 3  # nothing is asked twice
+        rows = read_samples(tmp_path)["own_damaged"]
+        assert [row["doc_id"] for row in rows] == [0, 2, 4]
+        assert record["tasks"]["own_damaged"]["num_samples"] == 3
+        assert [(entry["task"], entry["doc_id"]) for entry in record["left_out"]] == [
+            ("own_damaged", 1),
+            ("own_damaged", 3),
+        ]
+        assert "truncated" in record["left_out"][0]["problem"]
+        assert "2 questions left out: their pictures or videos cannot be read" in record["provisional_reasons"]
+        assert json.loads((tmp_path / "run.json").read_text())["left_out"] == record["left_out"]
+
+    def test_a_task_without_any_other_question_has_no_score(self, vlm, damaged, tmp_path):
+        with pytest.raises(ManifestError, match=r"3 of 6 questions cannot be asked(.*\n)+.*there is no other question"):
+            run(vlm, damaged, tmp_path / "run", tasks=["own_damaged", "own_unreadable"], on_problem="skip")
+
+    def test_one_found_only_by_the_image_processor(self, vlm, include_path, tmp_path, monkeypatch):
+        """As a video is, whose file is opened when the inputs are made: of a batch only that question is at fault."""
+        from vzip.errors import VideoError
+
+        build = vlm.build_inputs
+
+        def fails(texts: list[str], *args: Any) -> Any:
+            if any("animal" in text for text in texts):
+                raise VideoError("clip.mp4: cut off")
+            return build(texts, *args)
+
+        monkeypatch.setattr(vlm, "build_inputs", fails)
+        record = run(vlm, include_path, tmp_path, batch_size=4, on_problem="skip")
+        assert record["left_out"] == [{"task": "own_exact", "doc_id": 1, "problem": "clip.mp4: cut off"}]
+        assert record["batch_sizes"] == {"3": 1}
+
+
+def test_another_error_in_a_worker_names_the_question(vlm, include_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image.Image, "convert", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        run(vlm, include_path, tmp_path / "run", num_workers=2)
+    assert any(note.startswith("While working on task own_exact, question ") for note in caught.value.__notes__)
