@@ -14,10 +14,13 @@ import pytest
 from rich.console import Console
 from tests.report.test_compare import record
 
+from vzip.errors import ManifestError
+from vzip.report.costs import find_benches
 from vzip.report.layout import print_layout, to_latex, to_markdown
-from vzip.report.paper_tables import PaperTable, read_table
+from vzip.report.paper_tables import PaperTable
 from vzip.report.record import Run, find_runs
-from vzip.report.table_fill import FilledRow, fill, find_benches
+from vzip.report.table_files import read_table
+from vzip.report.table_fill import FilledRow, fill
 from vzip.report.table_format import lay_out, to_csv
 
 OWN = {
@@ -30,13 +33,13 @@ OWN = {
     "notes": ["a remark"],
     "mismatches": [{"row": "64, VisionZip", "column": "gqa", "note": "another number elsewhere"}],
     "rows": [
-        {"tokens": 576, "method": "vanilla", "run": "v", "bench": "m", "values": [80.0, 200, 80, None, 30, 90]},
+        {"tokens": 576, "method": "vanilla", "run": "v", "bench": "model=m", "values": [80.0, 200, 80, None, 30, 90]},
         {"tokens": 64, "method": "Rival", "none": "not built", "values": [50, 100, None, None, None, None]},
         {
             "tokens": 64,
             "method": "VisionZip",
             "run": "c",
-            "bench": "m",
+            "bench": "model=m budget=x",
             "values": [60, 150, 60, 7, 10, 45],
             "average": 75,
         },
@@ -63,21 +66,29 @@ def put(folder: Path, name: str, content: dict[str, Any], scores: list[float]) -
     return Run(run / "run.json", content)
 
 
+def put_bench(
+    folder: Path, name: str, stages: dict[str, tuple[int, float]], processor: str = "H200", time: str = "2026-01-01"
+) -> None:
+    content = {
+        "model": "m",
+        "environment": {"time": time, "processor": processor},
+        "settings": {"batch_size": 1},
+        "methods": {
+            k: {"num_visual_tokens": n, "stages": {"prefill": {"median_ms": t}}} for k, (n, t) in stages.items()
+        },
+    }
+    place = folder / "runs" / "bench" / name / "z"
+    place.mkdir(parents=True)
+    (place / "bench.json").write_text(json.dumps(content))
+
+
 @pytest.fixture
 def filled(table: PaperTable, tmp_path: Path) -> list[FilledRow]:
     vanilla = put(tmp_path, "vanilla", record("Identity", (0.8, 1.7)), VANILLA)
     ours = put(tmp_path, "ours", record(scores=(0.4, 0.7), peak_memory_gib={"process": 1, "cuda": 2.0}), COMPRESSED)
     limited = record(scores=(0.9, 0.9), limit=5, provisional=True, created="2027", provisional_reasons=["limit=5"])
     other = put(tmp_path, "limited", limited, COMPRESSED)
-    stages = {"vanilla": (576, 33.0), "vzip": (64, 11.0)}
-    bench = {
-        "model": "m",
-        "methods": {
-            k: {"num_visual_tokens": n, "stages": {"prefill": {"median_ms": t}}} for k, (n, t) in stages.items()
-        },
-    }
-    (tmp_path / "runs/bench/m/z").mkdir(parents=True)
-    (tmp_path / "runs/bench/m/z/bench.json").write_text(json.dumps(bench))
+    put_bench(tmp_path, "m", {"vanilla": (576, 33.0), "vzip": (64, 11.0)})
     assert [run.path for run in find_runs(tmp_path / "runs")] == [other.path, ours.path, vanilla.path]
     benches = find_benches(tmp_path / "runs")
     return fill(table, {"576, vanilla": [vanilla], "64, VisionZip": [ours, other]}, benches)
@@ -95,6 +106,7 @@ def test_cells(filled: list[FilledRow]) -> None:
     assert pope.ours is None and pope.reason is None
     assert memory.ours == 2048 and memory.difference == 2041
     assert prefill.ours == 11 and prefill.ratio == pytest.approx(3) and prefill.paper_ratio == pytest.approx(3)
+    assert prefill.machine == "H200, batches of 1" and prefill.run == prefill.vanilla
     assert seconds.ours is None, "the time of two benchmarks is not the time of one"
     assert base.cells[0].ours == 80 and base.cells[0].ratio is None
     assert rival.cells[0].reason == "not built" and rival.cells[0].ours is None
@@ -111,11 +123,72 @@ def test_average_over_what_is_there(filled: list[FilledRow]) -> None:
 def test_time_of_one_benchmark_and_never_of_a_resumed_run(table: PaperTable) -> None:
     def seconds(**change: Any) -> float | None:
         content = copy.deepcopy(record(**change))
-        content["tasks"] = {"pope": content["tasks"]["gqa"]}
+        content["tasks"] = {"pope_splits": content["tasks"]["gqa"]}
         return fill(table, {"64, VisionZip": [Run(Path("x"), content)]})[2].cells[5].ours
 
     assert seconds() == 3.2
     assert seconds(num_resumed_answers=4) is None
+
+
+def test_the_newest_measurements_of_one_machine_are_a_pair(table: PaperTable, tmp_path: Path) -> None:
+    def prefill() -> Any:
+        return fill(table, {}, find_benches(tmp_path / "runs"))[2].cells[4]
+
+    put_bench(tmp_path, "a", {"vanilla": (590, 40.0)}, "A800", "2026-01-01")  # newlines included: 2.4 % more than 576
+    put_bench(tmp_path, "b", {"vzip": (64, 10.0)}, "H200", "2026-01-02")
+    assert prefill().ours == 10 and prefill().ratio is None, "two machines have no ratio"
+    put_bench(tmp_path, "c", {"vzip": (64, 20.0)}, "A800", "2026-01-03")
+    put_bench(tmp_path, "d", {"vzip": (63, 1.0), "vanilla": (700, 1.0)}, "A800", "2026-01-04")  # other budgets
+    assert (prefill().ours, prefill().ratio, prefill().machine) == (20, 2, "A800, batches of 1")
+    put_bench(tmp_path, "e", {"vzip": (64, 15.0), "vanilla": (576, 60.0)}, "A800", "2025-12-31")
+    assert (prefill().ours, prefill().ratio) == (15, 4), "one measurement of both goes before two"
+    (tmp_path / "runs/bench/a/z/bench.json").write_text("{}")
+    with pytest.raises(ManifestError, match="is no measurement of `python -m vzip bench`"):
+        prefill()
+
+
+def test_times_of_other_machines_or_other_numbers_of_questions_have_no_ratio(table: PaperTable) -> None:
+    def seconds(**base: Any) -> Any:
+        runs = {}
+        for label, change in (("576, vanilla", {"wall_time_s": 9.6} | base), ("64, VisionZip", {})):
+            content = copy.deepcopy(record(hardware={"cpu": "C", "gpus": []}) | change)
+            content["tasks"] = {"pope_splits": content["tasks"]["gqa"] | change.get("task", {})}
+            runs[label] = [Run(Path("x"), content)]
+        return fill(table, runs)[2].cells[5]
+
+    assert seconds().ratio == pytest.approx(3) and seconds().machine == "C"
+    assert seconds(hardware={"cpu": "D", "gpus": []}).ratio is None
+    assert seconds(hardware={"cpu": "C", "gpus": ["G"]}).ratio is None
+    assert seconds(batch_size=8).ratio is None
+    assert seconds(task={"num_samples": 5}).ratio is None and seconds(task={"num_samples": 5}).ours == 3.2
+
+
+def test_hours_and_memory_of_a_training(tmp_path: Path) -> None:
+    row = {"tokens": 64, "method": "trained", "run": "c", "train": ["t"], "values": [10, 100]}
+    content = {"name": "own", "title": "t", "source": "s", "columns": ["training_hours", "training_memory"]}
+    (tmp_path / "own.json").write_text(json.dumps(content | {"average_over": [], "rows": [row]}))
+    table = read_table(str(tmp_path / "own.json"))
+    run_dir = tmp_path / "training"
+    (run_dir / "final").mkdir(parents=True)
+
+    def cells() -> tuple[Any, ...]:
+        return fill(table, {}, trainings={"64, trained": run_dir})[0].cells
+
+    assert cells()[0].ours is None and cells()[0].command == ("python", "train.py", "t")
+    steps = [{"step": i, "data_ms": 600_000, "compute_ms": 1_200_000, "peak_memory_gib": i / 2} for i in range(1, 5)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert cells()[0].ours is None, "not finished"
+    header = {"num_processes": 2, "hardware": {"cpu": "C", "gpus": ["A800", "A800", "A800"]}}
+    (run_dir / "final/tuned.json").write_text(json.dumps(header))
+    hours, memory = cells()
+    assert (hours.ours, memory.ours) == (2.0, 2048.0) and hours.machine == memory.machine == "2 x A800"
+    assert hours.run == run_dir / "metrics.jsonl" and hours.difference == -8
+    (run_dir / "final/tuned.json").write_text(json.dumps({"hardware": {"cpu": "C", "gpus": []}}))
+    hours, memory = cells()
+    assert hours.ours == 2.0 and hours.machine == "C" and memory.ours is None, "a process's memory is no GPU's"
+    (run_dir / "metrics.jsonl").write_text("{}")
+    with pytest.raises(ManifestError, match="is no log of a training"):
+        cells()
 
 
 def test_provisional_runs_are_marked_and_come_last(table: PaperTable, tmp_path: Path) -> None:
@@ -137,6 +210,8 @@ def test_markdown(table: PaperTable, filled: list[FilledRow]) -> None:
         "|  |  | ours | 40.0 | 100.0 |  | 2048 | 11.0 |  | 50.0 of 2/3 |",
         "|  |  | difference | **-20.0** | -50.0 |  | +2041.0 | +1.0 |  | -25.0 |",
         "|  |  | retention | **50.0** | 50.0 |  |  | 3.00x |  |  |",
+        "|  |  | same answers | 60.0 |  |  |  |  |  |  |",
+        "- prefill: ours on H200, batches of 1",
         "| 64 | Rival | paper | 50.0 | 100 |  |  |  |  |  |",
         "- [1] another number elsewhere",
         "- a remark",
@@ -159,8 +234,11 @@ def test_csv_has_every_cell_with_its_origin(table: PaperTable, filled: list[Fill
     lines = list(csv.DictReader(io.StringIO(to_csv(table, filled))))
     assert len(lines) == 3 * 6
     gqa = next(line for line in lines if line["method"] == "VisionZip" and line["benchmark"] == "gqa")
-    assert (gqa["paper"], float(gqa["ours"]), gqa["paired"], gqa["run"]) == ("60", 40.0, "True", "c")
+    assert (gqa["paper"], float(gqa["ours"]), gqa["paired"], gqa["command"]) == ("60", 40.0, "True", "python eval.py c")
+    prefill = next(line for line in lines if line["method"] == "VisionZip" and line["benchmark"] == "prefill")
+    assert prefill["command"] == "python -m vzip bench model=m budget=x" and prefill["machine"] == "H200, batches of 1"
+    assert prefill["record"].endswith("bench/m/z/bench.json")
     assert gqa["record"].endswith("ours/x-y/seed0/run.json") and gqa["mismatch"] and gqa["source"]
     assert float(gqa["agreement"]) == pytest.approx(0.6) and float(gqa["p_value"]) < 1e-5
     rival = next(line for line in lines if line["method"] == "Rival")
-    assert (rival["reason"], rival["run"], rival["ours"]) == ("not built", "", "")
+    assert (rival["reason"], rival["command"], rival["ours"]) == ("not built", "", "")

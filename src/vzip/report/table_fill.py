@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from .costs import Bench, Cost, cost_of_bench, cost_of_run, cost_of_training
 from .paired import Paired, compare_task
 from .paper_tables import AVERAGE, Column, Mismatch, PaperTable, Row
 from .record import Run, answers_of, is_vanilla_of, score_of, unit_factor
@@ -17,7 +16,6 @@ from .stats import percentile_interval
 
 # 95 % of a normal distribution lie within this many standard errors.
 NORMAL_95 = 1.96
-MIB_PER_GIB = 1024
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,13 @@ class FilledCell:
         paper, paper_ratio: the paper's value, and its value over its base row's (of a cost: the factor saved).
         reason: why no run here gives this cell.
         mark: where the paper contradicts itself here.
+        command: what is typed to get ours; empty where ``reason`` says why there is nothing.
         ours, standard_error: in the column's unit.
         run, vanilla: the records behind ours and behind ``ratio``.
         ratio: ours over our own vanilla run (of a cost: the factor saved).
         paired: what is known of the ratio's uncertainty.
         provisional: why ours is not final.
+        machine: what a cost was measured on.
     """
 
     column: Column
@@ -41,6 +41,7 @@ class FilledCell:
     paper_ratio: float | None
     reason: str | None
     mark: Mismatch | None
+    command: tuple[str, ...] = ()
     ours: float | None = None
     standard_error: float | None = None
     run: Path | None = None
@@ -48,6 +49,7 @@ class FilledCell:
     ratio: float | None = None
     paired: Paired | None = None
     provisional: tuple[str, ...] = ()
+    machine: str | None = None
 
     @property
     def difference(self) -> float | None:
@@ -107,80 +109,109 @@ class FilledRow:
 
 
 def fill(
-    table: PaperTable, runs: Mapping[str, Sequence[Run]], benches: Sequence[Mapping[str, Any]] = ()
+    table: PaperTable,
+    runs: Mapping[str, Sequence[Run]],
+    benches: Sequence[Bench] = (),
+    trainings: Mapping[str, Path] | None = None,
 ) -> list[FilledRow]:
     """Fills a table.
 
     Args:
         table: the paper's.
-        runs: for each row's label the runs of it.
-        benches: contents of ``bench.json`` files.
+        runs: for each row's label the evaluations of it.
+        benches: from ``find_benches``.
+        trainings: for a row's label the directory of the training that it tells of.
 
     Raises:
-        ManifestError: two runs that should be on the same questions are not, or a unit that cannot be converted.
+        ManifestError: two runs that should be on the same questions are not, a unit that cannot be converted, or a
+            measurement that cannot be read.
     """
+    found = _Found(table, runs, benches, trainings or {})
     filled = []
     for row in table.rows:
-        base_runs = runs.get(row.base, ()) if row.base not in (None, row.label) else ()
-        cells = tuple(
-            _cell(table, row, column, runs.get(row.label, ()), base_runs, benches) for column in table.columns
-        )
+        cells = tuple(_cell(found, row, column) for column in table.columns)
         filled.append(FilledRow(row, cells, _average(table, row, cells)))
     return filled
 
 
-def find_benches(folder: Path) -> list[dict[str, Any]]:
-    """Every ``bench.json`` below a runs folder."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("bench/**/bench.json"))]
+@dataclass(frozen=True)
+class _Found:
+    """What there is of ours, by the labels of the rows."""
+
+    table: PaperTable
+    runs: Mapping[str, Sequence[Run]]
+    benches: Sequence[Bench]
+    trainings: Mapping[str, Path]
+
+    def costs(self, row: Row, column: Column) -> list[Cost]:
+        """Every measurement of a row's cost, the best last: the newest, and a provisional one before any other."""
+        if column.bench is not None:
+            return sorted(cost_of_bench(self.benches, row, column), key=lambda cost: not cost.reasons)
+        if column.training is not None:
+            directory = self.trainings.get(row.label)
+            cost = None if directory is None else cost_of_training(directory, column)
+            return [] if cost is None else [cost]
+        costs = [cost_of_run(run, column) for run in sorted(self.runs.get(row.label, ()), key=_order)]
+        return [cost for cost in costs if cost is not None]
 
 
 def holds(run: Run, column: Column) -> bool:
-    """Whether a run has the column's number."""
-    return _value(run, column) is not None
+    """Whether an evaluation has the column's number."""
+    return (cost_of_run(run, column) if column.cost is not None else _value(run, column)) is not None
 
 
-def _cell(
-    table: PaperTable,
-    row: Row,
-    column: Column,
-    runs: Iterable[Run],
-    base_runs: Iterable[Run],
-    benches: Sequence[Mapping[str, Any]],
-) -> FilledCell:
-    blank = (column, row.values.get(column.key), table.ratio(row, column), table.reason(row, column))
-    mark = table.mismatch(row, column.key)
-    if column.bench is not None:
-        ours, base = (_bench(benches, table, label, column.bench) for label in (row.label, row.base))
-        ratio = base / ours if ours and base and row.base != row.label else None
-        return FilledCell(*blank, mark, ours, ratio=ratio)
-    run = _newest(run for run in runs if holds(run, column))
-    if blank[3] is not None or run is None:
-        return FilledCell(*blank, mark)
-    value, error = _value(run, column) or (None, None)
-    base_run = _newest(r for r in base_runs if holds(r, column) and is_vanilla_of(r.record, run.record))
-    reasons = tuple(run.record.get("provisional_reasons", ()))
-    if base_run is None or value is None:
-        return FilledCell(*blank, mark, value, error, run.path, provisional=reasons)
-    if column.is_cost:
-        base_value = (_value(base_run, column) or (0.0, None))[0]
-        return FilledCell(*blank, mark, value, error, run.path, base_run.path, base_value / value, None, reasons)
-    assert column.task is not None and column.metric is not None
-    paired = compare_task(
-        run.record,
-        base_run.record,
-        column.task,
-        column.metric,
-        answers_of(run, column.task),
-        answers_of(base_run, column.task),
+def _cell(found: _Found, row: Row, column: Column) -> FilledCell:
+    table = found.table
+    reason = table.reason(row, column)
+    blank = FilledCell(
+        column,
+        row.values.get(column.key),
+        table.ratio(row, column),
+        reason,
+        table.mismatch(row, column.key),
+        table.command(row, column),
     )
-    ratio = None if paired is None else paired.retention
-    return FilledCell(*blank, mark, value, error, run.path, base_run.path, ratio, paired, reasons)
+    if reason is not None:
+        return blank
+    base = table.row(row.base) if row.base not in (None, row.label) else None
+    return _cost_cell(found, blank, row, base) if column.is_cost else _score_cell(found, blank, row, base)
+
+
+def _cost_cell(found: _Found, blank: FilledCell, row: Row, base: Row | None) -> FilledCell:
+    costs = found.costs(row, blank.column)
+    if not costs:
+        return blank
+    base_costs = [] if base is None else found.costs(base, blank.column)
+    # A pair of one machine, and of one measurement where there is one, tells more than two newest ones of two machines.
+    paired = [(ours, b) for ours in costs for b in base_costs if b.comparable(ours)]
+    paired.sort(key=lambda pair: pair[0].path == pair[1].path)
+    ours, against = paired[-1] if paired else (costs[-1], None)
+    filled = replace(blank, ours=ours.value, run=ours.path, provisional=ours.reasons, machine=ours.machine)
+    if against is None or not ours.value:
+        return filled
+    return replace(filled, vanilla=against.path, ratio=against.value / ours.value)
+
+
+def _score_cell(found: _Found, blank: FilledCell, row: Row, base: Row | None) -> FilledCell:
+    column = blank.column
+    assert column.task is not None and column.metric is not None
+    run = _newest(run for run in found.runs.get(row.label, ()) if holds(run, column))
+    if run is None:
+        return blank
+    value, error = _value(run, column) or (None, None)
+    reasons = tuple(run.record.get("provisional_reasons", ()))
+    filled = replace(blank, ours=value, standard_error=error, run=run.path, provisional=reasons)
+    candidates = () if base is None else found.runs.get(base.label, ())
+    base_run = _newest(r for r in candidates if holds(r, column) and is_vanilla_of(r.record, run.record))
+    if base_run is None:
+        return filled
+    answers, base_answers = answers_of(run, column.task), answers_of(base_run, column.task)
+    paired = compare_task(run.record, base_run.record, column.task, column.metric, answers, base_answers)
+    return replace(filled, vanilla=base_run.path, ratio=None if paired is None else paired.retention, paired=paired)
 
 
 def _value(run: Run, column: Column) -> tuple[float, float | None] | None:
-    """(value, standard error) in the column's unit."""
-    if column.cost is not None:
-        return _cost(run, column)
+    """(value, standard error) of a score in the column's unit."""
     if column.task is None or column.metric is None:
         return None
     score = score_of(run.record, column.task, column.metric)
@@ -190,36 +221,13 @@ def _value(run: Run, column: Column) -> tuple[float, float | None] | None:
     return score.value * factor, None if score.standard_error is None else score.standard_error * factor
 
 
-def _cost(run: Run, column: Column) -> tuple[float, None] | None:
-    if column.task is not None and list(run.record["tasks"]) != [column.task]:
-        return None  # the time of several benchmarks is not the time of one
-    if column.cost == "wall_time_s" and run.record.get("num_resumed_answers"):
-        return None  # answers taken over from an interrupted run took no time in this one
-    value: Any = run.record
-    for name in (column.cost or "").split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    if value is None:
-        return None
-    return (value * MIB_PER_GIB if column.unit == "MB" else value), None
-
-
-def _bench(benches: Sequence[Mapping[str, Any]], table: PaperTable, label: str | None, stage: str) -> float | None:
-    """The stage's median in ms, of the row's model and number of tokens; the last measurement found counts."""
-    row = None if label is None else table.row(label)
-    if row is None or row.bench is None:
-        return None
-    method = "vanilla" if row.method.startswith("vanilla") else "vzip"
-    found = None
-    for bench in benches:
-        entry = bench["methods"].get(method) if bench["model"] == row.bench else None
-        if entry is not None and entry["num_visual_tokens"] == row.tokens and stage in entry["stages"]:
-            found = float(entry["stages"][stage]["median_ms"])
-    return found
+def _order(run: Run) -> tuple[bool, str]:
+    return not run.record["provisional"], str(run.record.get("created"))
 
 
 def _newest(runs: Iterable[Run]) -> Run | None:
     """The newest run; one that is not provisional before any that is."""
-    return max(runs, key=lambda run: (not run.record["provisional"], str(run.record.get("created"))), default=None)
+    return max(runs, key=_order, default=None)
 
 
 def _average(table: PaperTable, row: Row, cells: Sequence[FilledCell]) -> FilledAverage | None:

@@ -46,7 +46,8 @@ CSV_FIELDS = [
     "agreement",
     "ratio_outside_noise",
     "provisional",
-    "run",
+    "machine",
+    "command",
     "reason",
     "mismatch",
     "record",
@@ -178,6 +179,11 @@ def _remarks(table: PaperTable, rows: Sequence[FilledRow], marks: Sequence[Misma
     remarks += [f"{', '.join(titles)}: {why}" for why, titles in reasons.items()]
     if any(cell.ours is not None for cell in cells):
         remarks += LEGEND
+    machines: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.machine is not None and cell.column.title not in machines.setdefault(cell.machine, []):
+            machines[cell.machine].append(cell.column.title)
+    remarks += [f"{', '.join(titles)}: ours on {machine}" for machine, titles in machines.items()]
     if any(_agreement(cell).text for cell in cells):
         remarks.append(AGREEMENT)
     if any(cell.paired is not None and not cell.paired.is_paired for cell in cells):
@@ -214,7 +220,8 @@ def _csv_line(table: PaperTable, row: FilledRow, cell: FilledCell) -> dict[str, 
         "difference": cell.difference,
         "ratio": cell.ratio,
         "provisional": "; ".join(cell.provisional),
-        "run": " ".join(row.row.run) if cell.reason is None else "",
+        "command": " ".join(cell.command),
+        "machine": cell.machine,
         "reason": cell.reason,
         "mismatch": None if cell.mark is None else cell.mark.note,
         "record": cell.run,
