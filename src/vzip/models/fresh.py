@@ -89,18 +89,21 @@ def new_image_processor(config: Any) -> Any:
     return VideoLlavaImageProcessor(**sides) if isinstance(config, VideoLlavaConfig) else CLIPImageProcessor(**sides)
 
 
-def new_processor(config: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str) -> Any:
+def new_processor(
+    config: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str, image_processor: Any = None
+) -> Any:
     """The processor for a family's configuration.
 
     Args:
         config: from ``family_config``.
         tokenizer: with the placeholders.
         chat_template: Jinja.
+        image_processor: None: a new one for the configuration.
     """
     kind = LlavaNextProcessor if isinstance(config, LlavaNextConfig) else LlavaProcessor
     geometry = geometry_from_config(config.vision_config)
     return kind(
-        new_image_processor(config),
+        image_processor or new_image_processor(config),
         tokenizer,
         patch_size=picture_side(config) // geometry.grid[0],  # pixels of the picture for each visual token
         vision_feature_select_strategy=config.vision_feature_select_strategy,

@@ -96,7 +96,7 @@ def load_vlm(
     source = resolve_checkpoint(name_or_path)
     compressor = Identity() if compressor is None else compressor
 
-    config = _reach(source, lambda: read_config(source, revision))
+    config = reach(source, lambda: read_config(source, revision))
     adapter_class = adapter_class_for_config(config)
     options = FamilyOptions(drop_padding, row_newline, drop_cls)
     adapter_class.check_settings(config, compressor, options, num_frames)
@@ -118,8 +118,8 @@ def load_vlm(
     processor = _load_processor(adapter_class, source, revision)
     # Sizes that differ are let through here only to be refused below together with what is missing.
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = _reach(source, lambda: adapter_class.load_model(source, config, **settings))
-    _check_complete(source, report)
+    model, report = reach(source, lambda: adapter_class.load_model(source, config, **settings))
+    check_complete(source, report)
     if adapter_path is not None:
         apply_peft_checkpoint(model, adapter_path)
     model.eval()
@@ -179,7 +179,7 @@ def _check_choice(key: str, value: object, allowed: Any, *more: str) -> None:
         raise ConfigError(f"{key}={value}: must be one of {', '.join(names)}{nearest(str(value), names)}.")
 
 
-def _reach(source: Path | str, load: Any) -> Any:
+def reach(source: Path | str, load: Any) -> Any:
     """Runs a Hugging Face loader and turns what it raises for absent or unreadable checkpoints into ours."""
     try:
         return load()
@@ -218,7 +218,7 @@ def _check_weight_files(directory: Path) -> None:
         )
 
 
-def _check_complete(source: Path | str, report: dict[str, Any]) -> None:
+def check_complete(source: Path | str, report: dict[str, Any]) -> None:
     """Raises CheckpointError if parameters were left random: Hugging Face only warns of it."""
     absent = sorted(report["missing_keys"])
     other_size = sorted(str(key[0]) for key in report["mismatched_keys"])
@@ -237,4 +237,4 @@ def _load_processor(adapter_class: type[Adapter], source: Path | str, revision: 
     if isinstance(source, Path) and not any((source / name).is_file() for name in files):
         _LOG.warning("%s holds no processor; the model takes tensors only.", source)
         return None
-    return _reach(source, lambda: adapter_class.load_processor(source, revision))
+    return reach(source, lambda: adapter_class.load_processor(source, revision))
