@@ -21,6 +21,7 @@ from vzip.bench.settings import BenchSettings
 from vzip.bench.stages import METHOD_CLASSES, STAGES, EagerMapsMethod, Method, PassResult, Vzip, preprocess, run_pass
 from vzip.bench.timing import StageTimes, Timing, run_interleaved
 from vzip.bench.workload import Workload
+from vzip.evaluation.provenance import code_state
 
 SCHEMA_VERSION = 1
 
@@ -254,4 +255,5 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "num_cores": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "load_average_1min": os.getloadavg()[0],
+        "code": code_state(),
     }

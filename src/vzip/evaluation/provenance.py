@@ -16,7 +16,21 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("vzip", "torch", "transformers", "lmms-eval", "datasets", "tokenizers", "numpy", "pillow")
+# What can change a number: the model's, the data's and the scores' packages; optional ones too.
+_PACKAGES = (
+    "vzip",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "lmms-eval",
+    "datasets",
+    "numpy",
+    "pillow",
+    "av",
+)
 
 
 def code_state() -> dict[str, Any]:
@@ -46,7 +60,7 @@ def source_sha256() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Python's and each relevant package's version; None for a package without metadata."""
+    """Python's and each relevant package's version; None for a package that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -70,6 +84,10 @@ def hardware() -> dict[str, Any]:
         "num_torch_threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "gpu_memory_gib": [
+            round(torch.cuda.get_device_properties(index).total_memory / 2**30, 1)
+            for index in range(torch.cuda.device_count())
+        ],
         "cuda": torch.version.cuda,
     }
 

@@ -114,7 +114,7 @@ def cost_of_bench(benches: Iterable[Bench], row: Row, column: Column) -> list[Co
             continue
         if abs(entry["num_visual_tokens"] - row.tokens) > (VANILLA_COUNT_TOLERANCE * row.tokens if is_vanilla else 0):
             continue
-        code = content.get("code") or {}
+        code = content["environment"].get("code") or {}
         reasons = ("the checkout had changes that are not committed",) if code.get("dirty") else ()
         milliseconds = float(entry["stages"][column.bench]["median_ms"])
         found.append(Cost(milliseconds, bench.path, _bench_machine(content), reasons=reasons))
