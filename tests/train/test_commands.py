@@ -9,25 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from PIL import Image
 from tests import tiny
+from tests.assembly import save_language_model, save_tower
 from tests.config.test_bad_input import script
+from transformers import LlavaForConditionalGeneration
 
 import vzip
 from vzip.config.build import evaluation_plan
 from vzip.config.options import config_dir
+from vzip.config.training import checked, tuning_plan
 from vzip.demo.dialogues import SceneDialogues
 from vzip.errors import ConfigError
+from vzip.models.assemble import assemble
+from vzip.train.merge import merge
 
 
 @pytest.fixture
 def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A tiny random checkpoint, eight samples in LLaVA's format, and the words that name both."""
+    """A tiny random checkpoint (``model``), eight samples in LLaVA's format, and the words that name both."""
     processor = tiny.processor()
     tiny.llava(vocab_size=len(processor.tokenizer)).save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    records = []
+    records: list[dict[str, Any]] = []
     for number in range(8):
         Image.new("RGB", (30, 20), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
         turns = [{"from": "human", "value": "<image>\nred?"}, {"from": "gpt", "value": f"{number}"}]
@@ -51,6 +58,11 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ]
 
 
+def composed(words: list[str], primary: str = "train") -> DictConfig:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose(primary, words)
+
+
 def run(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
     try:
@@ -66,8 +78,7 @@ def test_train_then_evaluate_with_the_same_words(
     assert run("train", words, monkeypatch) == 0
     assert "training 2,112 of" in capfd.readouterr().err
     (final,) = tmp_path.glob("runs/train/*/model/visionzip-6+3/seed0/final")
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        plan = evaluation_plan(compose("eval", [*words, "model.projector=trained", "model.device_map=null"]))
+    plan = evaluation_plan(composed([*words, "model.projector=trained", "model.device_map=null"], "eval"))
     assert Path(plan.model["projector"]).resolve() == final
     header = json.loads((final / "tuned.json").read_text())
     assert plan.evaluation["resolved_config"]["model"]["projector_sha256"] == header["sha256"]
@@ -80,6 +91,28 @@ def test_train_then_evaluate_with_the_same_words(
     # The same command again: the run is finished, and stays as it is.
     assert run("train", words, monkeypatch) == 2
     assert "this run is finished" in capfd.readouterr().err
+
+
+def test_a_model_of_ones_own_parts_from_assembling_to_a_stock_checkpoint(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save_tower(tmp_path / "tower", "clip")
+    save_language_model(tmp_path / "lm", tied=True)
+    assemble(tmp_path / "tower", tmp_path / "lm", tmp_path / "model2")
+    words = [word.replace(str(tmp_path / "model"), str(tmp_path / "model2")) for word in words]
+    assert run("train", words, monkeypatch) == 0
+    (final,) = tmp_path.glob("runs/train/*/model2/visionzip-6+3/seed0/final")
+    merge(final, tmp_path / "merged")
+    stock, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report.values()), report
+    before = vzip.load_vlm(tmp_path / "model2")
+    for name, parameter in before.model.named_parameters():
+        assert torch.equal(stock.get_parameter(name), parameter) is not name.startswith("model.multi_modal_projector")
+    # Trained further: begins with the projector that is there.
+    config = composed([*words, f"model.projector={final}"])
+    further = tuning_plan(checked(config)).load_model("float32")
+    for name, parameter in further.adapter.projector.named_parameters():
+        assert torch.equal(parameter, stock.get_parameter(f"model.multi_modal_projector.{name}"))
 
 
 def test_what_is_wrong_is_said_before_the_model_is_loaded(
@@ -99,10 +132,9 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(
 
 
 def test_trained_needs_a_training(words: list[str], tmp_path: Path) -> None:
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        cfg: Any = compose("eval", [*words, "model.projector=trained"])
-        with pytest.raises(ConfigError, match=r"final is not there\. Run `python train\.py"):
-            evaluation_plan(cfg)
+    cfg = composed([*words, "model.projector=trained"], "eval")
+    with pytest.raises(ConfigError, match=r"final is not there\. Run `python train\.py"):
+        evaluation_plan(cfg)
 
 
 def test_generated_dialogues() -> None:
@@ -113,4 +145,4 @@ def test_generated_dialogues() -> None:
     assert all(len(turns) == 2 and turns[0].text.startswith("<image>\n") for turns in sample.dialogues)
     again = data[1]
     assert again.dialogues == sample.dialogues
-    assert list(again.images[0].getdata()) == list(sample.images[0].getdata())  # type: ignore[union-attr]  # pictures
+    assert again.images[0].tobytes() == sample.images[0].tobytes()  # type: ignore[union-attr]  # pictures
