@@ -41,7 +41,7 @@ DIRECTORIES = {
     ("compressor=none", "budget=full", "seed=3"): "runs/scenes/tiny/none-full/seed3",
     ("+exp=llava15_7b_64tok",): "runs/paper_image/llava15_7b_64tok/visionzip-64tok/seed0",
     ("+exp=llava15_7b_64tok", "budget=128tok"): "runs/paper_image/llava15_7b_64tok/visionzip-128tok/seed0",
-    ("model=llava15_7b", "eval=quick"): "runs/quick_limit-200/llava15_7b/visionzip-64tok/seed0",
+    ("model=llava15_7b", "eval=quick"): "runs/quick_limit-500/llava15_7b/visionzip-64tok/seed0",
     # A changed setting that changes results is written out; where and how fast it runs is not.
     ("budget.num_dominant=50",): "runs/scenes/tiny/visionzip-50+10/seed0",
     ("compressor.merge_rule=mean",): "runs/scenes/tiny/visionzip_merge_rule-mean-64tok/seed0",
@@ -122,7 +122,7 @@ def test_plain_arguments(hydra_folder: None) -> None:
     arguments = dict(plan.evaluation)
     record = arguments.pop("resolved_config")
     assert json.loads(json.dumps(record))["budget"]["num_dominant"] == 27, "plain containers only"
-    assert arguments.pop("tasks")[0] == "gqa" and len(record["eval"]["tasks"]) == 9
+    assert arguments.pop("tasks")[0] == "gqa" and len(record["eval"]["tasks"]) == 10
     assert arguments.pop("system_prompt").startswith("A chat between a curious user and an artificial intelligence")
     assert arguments == {
         "limit": 9,

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
+import yaml
 from tests.evaluation.benchmark_kit import task_file
 
 from vzip.errors import ConfigError
@@ -10,6 +16,7 @@ from vzip.evaluation.catalog import OWN_TASKS, built_in_tasks, find_tasks, task_
 from vzip.evaluation.image_protocols import IMAGE
 from vzip.evaluation.protocol import PROTOCOLS, protocol_of
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 # These put what they add to a question into their code, not into lmms_eval_specific_kwargs.
 PROMPT_IN_CODE = ("seedbench", "seedbench_frame", "seedbench_image")
 
@@ -56,3 +63,20 @@ def test_a_name_of_ours_is_refused_in_a_folder_of_ones_own(tmp_path):
 
 def test_a_task_of_ones_own_has_no_protocol():
     assert protocol_of("own_exact") is None
+
+
+def test_quick_states_the_intervals_that_its_limit_gives():
+    config = yaml.safe_load((CONFIGS / "eval/quick.yaml").read_text(encoding="utf-8"))
+    text = (CONFIGS / "eval/quick.yaml").read_text(encoding="utf-8")
+    stated = {task: (int(score), float(width)) for task, score, width in re.findall(r"(\w+) (\d+) ± ([\d.]+)", text)}
+    assert list(stated) == config["tasks"]
+    rng = np.random.default_rng(0)
+    for task, (percent, width) in stated.items():
+        if task == "pope_splits":  # recall 0.80 and precision 0.93 make the F1 of 86
+            true = rng.integers(0, 2, (2000, config["limit"])).astype(bool)
+            said = np.where(true, rng.random(true.shape) < 0.80, rng.random(true.shape) < 0.06)
+            scores = 200 * (true & said).sum(axis=1) / (true.sum(axis=1) + said.sum(axis=1))
+            assert scores.mean() == pytest.approx(percent, abs=0.5)
+            assert 1.96 * scores.std() == pytest.approx(width, abs=0.06)
+        else:
+            assert 1.96 * math.sqrt(percent * (100 - percent) / config["limit"]) == pytest.approx(width, abs=0.06)
