@@ -15,6 +15,7 @@ import vzip.errors
 from vzip.errors import ConfigError, RunExistsError, UnsupportedModelError
 from vzip.evaluation.run import evaluate
 from vzip.evaluation.token_count import TokenCountError
+from vzip.report import record as reading
 
 
 def question_in(prompt: str) -> str:
@@ -228,6 +229,10 @@ class TestRecord:
         file = include_path / "exact.parquet"
         assert data["files_sha256"] == {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
         assert len(record["code"]["commit"]) == 40
+        missing = {"accelerate", "peft", "bitsandbytes", "av", "datasets"} - record["versions"].keys()
+        assert not missing and len(record["hardware"]["gpus"]) == len(record["hardware"]["gpu_memory_gib"])
+        undocumented = [name for name in record if f"``{name}``" not in (reading.__doc__ or "")]
+        assert undocumented == [], "say what it is in vzip.report.record"
 
     def test_no_leftovers(self, run_of, scripted, answers, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

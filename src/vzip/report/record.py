@@ -5,9 +5,10 @@ Fields of a record: ``schema_version``, ``kind``, ``created``, ``config`` (resol
 ``visual_tokens`` (budget per crop, measured least and most), ``tasks`` (by name: ``primary_metric``, ``unit``,
 ``chance``, ``num_samples``, ``metrics`` by name: ``value``, ``standard_error``, ``standard_error_source``), ``data``
 (by task: path, revision or file digests, digest of the questions), ``code`` (commit, dirty), ``versions``,
-``hardware``, ``wall_time_s``, ``num_resumed_answers``, ``tower_cache`` (crops
-taken from it or run, or null), ``peak_memory_gib``, ``provisional``, ``provisional_reasons``; and once
-``python -m vzip judge`` was there, ``judge`` (by task: whom it asked what, and of how many answers a verdict came).
+``hardware``, ``wall_time_s``, ``num_processes``, ``batch_sizes`` (size -> how many batches), ``tower_cache`` (crops
+taken from it or run, or null), ``num_resumed_answers``, ``num_damaged_lines``, ``left_out`` (questions whose picture or
+video cannot be read), ``peak_memory_gib``, ``provisional``, ``provisional_reasons``; and once ``python -m vzip judge``
+was there, ``judge`` (by task: whom it asked what, and of how many answers a verdict came).
 """
 
 from __future__ import annotations
