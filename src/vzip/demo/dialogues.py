@@ -6,7 +6,7 @@ import numpy as np
 
 from vzip.data.collate import TrainingSample
 from vzip.data.llava_record import IMAGE_PLACEHOLDER, Turn
-from vzip.demo.questions import many_questions
+from vzip.demo.questions import tuning_questions
 from vzip.demo.render import render
 from vzip.demo.scenes import TRAIN_SEEDS, sample_scene
 
@@ -31,10 +31,10 @@ class SceneDialogues:
 
     def __getitem__(self, index: int) -> TrainingSample:
         scene = sample_scene(FIRST_SEED + index)
-        asked = many_questions(scene, np.random.RandomState(scene.seed ^ 0xD1A), self.num_questions)
+        asked = tuning_questions(scene, np.random.RandomState(scene.seed ^ 0xD1A), self.num_questions)
         dialogues = [
             [Turn("user", f"{IMAGE_PLACEHOLDER}\n{question.text}"), Turn("assistant", question.answer)]
-            for question in asked[: self.num_questions]
+            for question in asked
         ]
         return TrainingSample(f"scene-{scene.seed}", [render(scene)], dialogues)
 

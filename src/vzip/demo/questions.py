@@ -197,3 +197,16 @@ def placing_questions(scene: Scene, rng: np.random.RandomState, count: int) -> l
     chosen = [pool[i] for i in rng.permutation(len(pool))[: count - len(reading_questions(scene))]]
     chosen += reading_questions(scene)
     return [chosen[i] for i in rng.permutation(len(chosen))]
+
+
+def tuning_questions(scene: Scene, rng: np.random.RandomState, count: int) -> list[Question]:
+    """Up to `count` different questions for a model that only has to get used to fewer visual tokens.
+
+    What the sign says, and one question of existence, which suffers least; the rest is about attributes, numbers and
+    places.
+    """
+    chosen = [choose(rng, existence_questions(scene, rng)), *reading_questions(scene)]
+    rest = [q for _ in range(2) for q in attribute_questions(scene, rng)]
+    rest += [q for _ in range(2) for pair in counting_pairs(scene, rng) for q in pair] + open_questions(scene, rng)
+    rest = list(dict.fromkeys(rest))
+    return (chosen + [rest[i] for i in rng.permutation(len(rest))])[:count]
