@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +122,23 @@ def test_benchmark_refuses_pictures_that_are_not_its_own(tmp_path, monkeypatch):
     with pytest.raises(ManifestError, match="not empty"):
         benchmark.prepare(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep"
+
+
+def test_several_processes_generate_the_benchmark_once(tmp_path, monkeypatch):
+    made = []
+
+    def write(folder: Path) -> str:
+        made.append(folder)
+        time.sleep(0.2)
+        return benchmark.DIGEST
+
+    monkeypatch.setattr(benchmark, "write", write)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: benchmark.prepare(tmp_path / "scenes"), range(3)))
+    assert len(made) == 1 and set(found) == {tmp_path / "scenes"}
+    before = {path: path.stat().st_mtime_ns for path in found[0].iterdir()}
+    benchmark.prepare(tmp_path / "scenes")
+    assert {path: path.stat().st_mtime_ns for path in found[0].iterdir()} == before and len(before) > 5
 
 
 def test_demo_end_to_end_on_two_pictures(small_benchmark, tmp_path, monkeypatch, capsys):

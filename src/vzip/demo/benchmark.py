@@ -10,12 +10,12 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from rich.progress import track
 
 from vzip.demo.questions import (
@@ -98,14 +98,14 @@ def write(folder: Path) -> str:
 
 
 def write_tasks(folder: Path) -> None:
-    """Writes lmms-eval's task files, which need the folder's own absolute path."""
+    """Writes lmms-eval's task files, which need the folder's own absolute path; those that are there already stay."""
     for source in resources.files("vzip.demo").joinpath("tasks").iterdir():
         if source.is_file():
-            text = source.read_text(encoding="utf-8").replace("FOLDER", folder.resolve().as_posix())
+            text, target = source.read_text(encoding="utf-8"), folder / source.name
             if not source.name.endswith(".py"):
-                (folder / source.name).write_text(text, encoding="utf-8")
-            else:
-                shutil.copyfile(str(source), folder / source.name)
+                text = text.replace("FOLDER", folder.resolve().as_posix())
+            if not target.is_file() or target.read_text(encoding="utf-8") != text:  # another process may be reading it
+                target.write_text(text, encoding="utf-8")
 
 
 def default_folder() -> Path:
@@ -117,36 +117,43 @@ def default_folder() -> Path:
 def prepare(directory: Path | str | None = None) -> Path:
     """Returns the folder of the benchmark (an lmms-eval include path), generating it if it is not there.
 
+    Several processes may ask at the same time: one generates it, the others wait.
+
     Raises:
         ManifestError: the pictures generated here are not the benchmark's, or the folder holds something else.
     """
     folder = Path(directory) if directory else default_folder()
-    marker = folder / "digest.txt"
-    if not marker.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise ManifestError(f"'{folder}' is not empty and holds no scenes benchmark: name another folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".scenes-") as temporary:
-            work = Path(temporary) / "scenes"
-            work.mkdir()
-            digest = write(work)
-            if digest != DIGEST:
-                raise ManifestError(
-                    f"the scenes generated on this machine have digest {digest}, the benchmark's is {DIGEST}: scores "
-                    "on them would not be comparable. If you changed vzip.demo.scenes or render, update DIGEST; "
-                    "if not, please report your NumPy and Pillow versions"
-                )
-            (work / "digest.txt").write_text(digest + "\n")
-            if folder.exists():
-                folder.rmdir()
-            work.rename(folder)
-    elif marker.read_text().strip() != DIGEST:
-        raise ManifestError(
-            f"'{folder}' holds another version of the scenes benchmark ({marker.read_text().strip()[:12]}, wanted "
-            f"{DIGEST[:12]}): remove the folder or name another one"
-        )
-    write_tasks(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        marker = folder / "digest.txt"
+        if not marker.exists():
+            _generate(folder)
+        elif marker.read_text().strip() != DIGEST:
+            raise ManifestError(
+                f"'{folder}' holds another version of the scenes benchmark ({marker.read_text().strip()[:12]}, wanted "
+                f"{DIGEST[:12]}): remove the folder or name another one"
+            )
+        write_tasks(folder)
     return folder
+
+
+def _generate(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise ManifestError(f"'{folder}' is not empty and holds no scenes benchmark: name another folder")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".scenes-") as temporary:
+        work = Path(temporary) / "scenes"
+        work.mkdir()
+        digest = write(work)
+        if digest != DIGEST:
+            raise ManifestError(
+                f"the scenes generated on this machine have digest {digest}, the benchmark's is {DIGEST}: scores "
+                "on them would not be comparable. If you changed vzip.demo.scenes or render, update DIGEST; "
+                "if not, please report your NumPy and Pillow versions"
+            )
+        (work / "digest.txt").write_text(digest + "\n")
+        if folder.exists():
+            folder.rmdir()
+        work.rename(folder)
 
 
 def load_rows(folder: Path, task: str) -> list[dict]:
