@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from vzip.config.options import RECIPE_GROUP, config_dir, options
 from vzip.config.overrides import check_overrides
 from vzip.config.rundir import budget_label, recipe_changes, run_directory, training_directory
-from vzip.config.validate import BUILT_IN, TRAINED, build_compressor, validate
+from vzip.config.validate import BUILT_IN, TRAINED, VIDEO, build_compressor, validate
 from vzip.errors import ConfigError, RunExistsError, nearest
 
 if TYPE_CHECKING:
@@ -30,9 +30,11 @@ class EvaluationPlan:
     Attributes:
         model: keyword arguments of ``vzip.load_vlm``, the compressor left out.
         compressor: what ``compressor=`` names, built.
-        evaluation: keyword arguments of ``vzip.evaluation.run.evaluate``; ``include_path`` may still be ``built-in``.
+        evaluation: keyword arguments of ``vzip.evaluation.run.evaluate``; ``include_path`` may still be ``built-in`` or
+            ``video``.
         num_threads: CPU threads for torch; None leaves torch's choice.
         scenes_dir: where the generated benchmark lives; None for the project's cache.
+        video_root: the folder of the video benchmarks, or None.
     """
 
     model: dict[str, Any]
@@ -40,10 +42,19 @@ class EvaluationPlan:
     evaluation: dict[str, Any]
     num_threads: int | None
     scenes_dir: str | None
+    video_root: str | None
 
     def include_path(self) -> str | None:
-        """The folder of task files, the generated benchmark being prepared if it is asked for."""
+        """The folder of task files; the generated and the video benchmarks are prepared if they are asked for.
+
+        Raises:
+            ConfigError, ManifestError: the video benchmarks are asked for, and their files are not there or not whole.
+        """
         path = self.evaluation["include_path"]
+        if path == VIDEO:
+            from vzip.evaluation import video_qa
+
+            return str(video_qa.prepare(self.video_root, self.evaluation["tasks"]))
         if path != BUILT_IN:
             return path
         from vzip.demo import benchmark
@@ -108,7 +119,7 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
     model |= tuned_record(projector)
     asked = {key: value for key, value in evaluation["gen_kwargs"].items() if value is not None}
     include_path = evaluation["include_path"]
-    if include_path not in (None, BUILT_IN):
+    if include_path not in (None, BUILT_IN, VIDEO):
         include_path = str(Path(include_path).expanduser())
     return EvaluationPlan(
         model=load_arguments(model),
@@ -127,6 +138,7 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
         },
         num_threads=config["launcher"]["num_threads"],
         scenes_dir=config["paths"]["scenes_dir"],
+        video_root=config["paths"]["video_root"],
     )
 
 

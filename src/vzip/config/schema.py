@@ -122,7 +122,7 @@ GROUPS: Mapping[str, Mapping[str, Rule]] = {
         "tasks": texts("a list of at least one task name, as eval.tasks=[pope,gqa]"),
         "limit": optional(whole_number(1)),
         "batch_size": whole_number(1),
-        "include_path": optional(text("a folder of lmms-eval task files, or built-in")),
+        "include_path": optional(text("a folder of lmms-eval task files, built-in or video")),
         "gen_kwargs": Rule("a mapping", lambda v: isinstance(v, dict)),
     },
     "launcher": {
@@ -140,6 +140,7 @@ GROUPS: Mapping[str, Mapping[str, Rule]] = {
         "runs_dir": text("a directory"),
         "run_dir": optional(text("a directory")),
         "scenes_dir": optional(text("a directory")),
+        "video_root": optional(text("a directory")),
     },
 }
 

@@ -14,6 +14,7 @@ from vzip.errors import ConfigError, VzipError, nearest
 
 MISSING = "???"
 BUILT_IN = "built-in"
+VIDEO = "video"  # of eval.include_path: the benchmarks in paths.video_root
 TRAINED = "trained"
 COUNTS = ("num_dominant", "num_contextual")
 _PATH_STARTS = ("/", "./", "../", "~")
@@ -56,6 +57,7 @@ def find_problems(config: Mapping[str, Any]) -> list[str]:
         problems += _check_budget_fits(config["model"], config["compressor"], config["budget"])
         problems += _check_family(config["model"], config["compressor"])
         problems += _check_paths(config["model"], config["eval"])
+        problems += _check_video_root(config["eval"], config["paths"])
     return problems
 
 
@@ -244,12 +246,20 @@ def _check_paths(model: Mapping[str, Any], evaluation: Mapping[str, Any]) -> lis
             " weights), or a hub id."
         )
     folder = evaluation.get("include_path")
-    if isinstance(folder, str) and folder != BUILT_IN and not Path(folder).expanduser().is_dir():
+    if isinstance(folder, str) and folder not in (BUILT_IN, VIDEO) and not Path(folder).expanduser().is_dir():
         problems.append(
             f"eval.include_path={folder}: no such directory; it must hold lmms-eval task files (*.yaml),"
-            f" or be {BUILT_IN} for the generated benchmark."
+            f" or be {BUILT_IN} for the generated benchmark, {VIDEO} for the video benchmarks in paths.video_root."
         )
     return problems
+
+
+def _check_video_root(evaluation: Mapping[str, Any], paths: Mapping[str, Any]) -> list[str]:
+    """Only where a directory is named: composing a recipe, as `python -m vzip table` does, needs no videos."""
+    root = paths.get("video_root")
+    if evaluation.get("include_path") != VIDEO or not isinstance(root, str) or Path(root).expanduser().is_dir():
+        return []
+    return [f"paths.video_root={root}: no such directory. It must hold what data_manifests/video_qa.json describes."]
 
 
 def _may_be_hub_id(name: str) -> bool:
