@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import netrc
-import os
 import queue
-import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from vzip.errors import CheckpointError, MissingPackageError
+from vzip.evaluation.wandb_runs import CLOSE_SECONDS, check_wandb, start_wandb, wandb_errors
 
 logger = logging.getLogger(__name__)
-
-# At the end of a run: how long the trackers may take to bring the rest of it to its place.
-CLOSE_SECONDS = 60.0
-_WANDB_URL = "https://api.wandb.ai"
 
 
 class Sink(Protocol):
@@ -45,7 +38,10 @@ class Tracker:
     """
 
     def __init__(self, run_dir: Path, names: Sequence[str], config: Mapping[str, Any], step: int = 0) -> None:
-        starts = {"wandb": lambda: _wandb(run_dir, config), "tensorboard": lambda: _tensorboard(run_dir, step)}
+        starts = {
+            "wandb": lambda: _WandbSink(start_wandb(run_dir, config)),
+            "tensorboard": lambda: _tensorboard(run_dir, step),
+        }
         for name in names:
             _check_installed(name)
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
@@ -111,7 +107,7 @@ class _Mirror:
             while (reported := self._waiting.get()) is not None:
                 sink.log(*reported)
             sink.close(self._failed)
-        except (OSError, RuntimeError, ValueError, *_wandb_errors()) as error:
+        except (OSError, RuntimeError, ValueError, *wandb_errors()) as error:
             logger.warning("%s stopped (%s: %s); metrics.jsonl goes on", self.name, type(error).__name__, error)
 
 
@@ -138,70 +134,6 @@ class _TensorBoardSink:
         self._writer.close()
 
 
-def _wandb(run_dir: Path, config: Mapping[str, Any]) -> Sink:
-    """Starts or takes up the run of this directory; where the server cannot be reached it is kept on disk."""
-    import wandb
-
-    settings = {"silent": True, "console": "off", "init_timeout": 30.0}
-    if "finish_timeout" in wandb.Settings.model_fields:  # from 0.26 on; bounds the wait at the process's end too
-        settings["finish_timeout"] = CLOSE_SECONDS
-    arguments = {
-        "project": "vzip",
-        "name": "/".join(run_dir.parts[-3:]),
-        "dir": str(run_dir),
-        "config": dict(config),
-        "id": _run_id(run_dir),
-    }
-    if (mode := wandb_mode()) == "online":
-        try:
-            return _WandbSink(wandb.init(**arguments, mode=mode, resume="allow", settings=wandb.Settings(**settings)))
-        except wandb.Error as error:
-            logger.warning("wandb does not get to its server (%s)", error)
-            wandb.teardown()  # lets go of the run's id
-            mode = "offline"
-    if mode == "offline":
-        logger.info("wandb keeps this run in %s; `wandb sync` sends it", run_dir / "wandb")
-    return _WandbSink(wandb.init(**arguments, mode=mode, settings=wandb.Settings(**settings)))
-
-
-def wandb_mode() -> str:
-    """``online`` for somebody who is logged in, else ``offline``: wandb must never ask for a login.
-
-    ``WANDB_MODE=offline`` and ``disabled`` count.
-    """
-    asked = os.environ.get("WANDB_MODE", "online")
-    if asked != "online":
-        return asked
-    return "online" if os.environ.get("WANDB_API_KEY") or _has_netrc_entry() else "offline"
-
-
-def _has_netrc_entry() -> bool:
-    """Whether `wandb login` has left its mark."""
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", _WANDB_URL)).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _run_id(run_dir: Path) -> str:
-    """The same as long as the directory holds the same run."""
-    path = run_dir / "wandb" / "run_id"
-    if not path.is_file():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(secrets.token_hex(8), encoding="utf-8")
-    return path.read_text(encoding="utf-8")
-
-
-def _wandb_errors() -> tuple[type[Exception], ...]:
-    """wandb's own error, where wandb is installed."""
-    try:
-        import wandb
-    except ImportError:
-        return ()
-    return (wandb.Error,)
-
-
 def _tensorboard(run_dir: Path, step: int) -> Sink:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -210,11 +142,10 @@ def _tensorboard(run_dir: Path, step: int) -> Sink:
 
 
 def _check_installed(name: str) -> None:
+    if name == "wandb":
+        return check_wandb("train.trackers")
     try:
-        if name == "wandb":
-            import wandb  # noqa: F401
-        else:
-            import torch.utils.tensorboard  # noqa: F401
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise MissingPackageError(
             f"train.trackers=[{name}] needs {name} ({error}): pip install 'vzip[train]', or leave it out."
