@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 from peft import LoraConfig, get_peft_model
 from tests import tiny, tiny_mini_gemini
 
 import vzip
-from vzip.config.build import model_plan
-from vzip.errors import ConfigError
+from vzip.config.build import evaluation_plan, model_plan
+from vzip.config.options import config_dir
+from vzip.errors import CheckpointError, ConfigError
 from vzip.evaluation.model_args import load_from_arg_string
 
 
@@ -121,6 +124,15 @@ def test_a_peft_checkpoint_is_put_on_top(folders: dict[str, Path], tmp_path: Pat
     model, compressor = model_plan(words(folders["llava"], f"model.adapter_path={tmp_path / 'lora'}"))
     vlm = vzip.load_vlm(**model, compressor=compressor)
     assert sum("lora_A" in name for name, _ in vlm.model.named_parameters()) == 2  # one a layer
+    # A record tells two PEFT checkpoints of one name apart.
+    weights = tmp_path / "lora" / "adapter_model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("eval", words(folders["llava"], f"model.adapter_path={tmp_path / 'lora'}"))
+        assert evaluation_plan(cfg).evaluation["resolved_config"]["model"]["adapter_sha256"] == digest
+        weights.unlink()
+        with pytest.raises(CheckpointError, match=r"lora: holds no weights \(adapter_model"):
+            evaluation_plan(cfg)
 
 
 @pytest.mark.parametrize("name", ["lora", "runs/lora/last", "/no/lora"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import huggingface_hub
 import pytest
 import sentencepiece
 import torch
@@ -26,9 +27,10 @@ from torch.nn import functional
 
 import vzip
 from vzip.errors import CheckpointError, ConfigError, UnsupportedModelError
-from vzip.models.mini_gemini import MiniGeminiForConditionalGeneration, published
+from vzip.models import hub
+from vzip.models.mini_gemini import MiniGeminiForConditionalGeneration
 from vzip.models.mini_gemini.names import UnexpectedName, rename_checkpoint, rename_clip, rename_openclip
-from vzip.models.mini_gemini.published import HUB_IDS, find_published
+from vzip.models.mini_gemini.published import HUB_IDS, HUB_REVISIONS, find_published
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 
@@ -243,7 +245,7 @@ def test_a_checkpoint_that_is_not_whole_is_named(damaged, monkeypatch, changes, 
         assert hub_id == HUB_IDS[CLIP.rpartition("/")[2]]
         raise OSError("no network")
 
-    monkeypatch.setattr(published, "snapshot_download", unreachable)
+    monkeypatch.setattr(hub, "snapshot_download", unreachable)
     with pytest.raises(CheckpointError, match=message):
         vzip.load_vlm(damaged(**changes))
 
@@ -297,3 +299,27 @@ def test_a_tower_may_lie_next_to_the_checkpoint_under_its_name_on_the_hub(damage
         vlm.model.model.high_res_tower.stages[2].layers[1].pwconv1.bias,
         model.model.high_res_tower.stages[2].layers[1].pwconv1.bias,
     )
+
+
+def test_a_hub_id_is_read_from_one_commit_which_is_named(model, tmp_path, monkeypatch):
+    """From a cache as the hub's client leaves it: the checkpoint at its branch, the towers at their pinned commits."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    directory = save_all(model, tmp_path)
+    for hub_id, revision, source in [
+        ("YanweiLi/MGM-tiny", commit, directory),
+        *(
+            (hub_id, HUB_REVISIONS[hub_id], tmp_path / "model_zoo" / "OpenAI" / name)
+            for name, hub_id in HUB_IDS.items()
+        ),
+    ]:
+        repository = tmp_path / "cache" / f"models--{hub_id.replace('/', '--')}"
+        (repository / "snapshots").mkdir(parents=True)
+        source.rename(repository / "snapshots" / revision)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    vlm = vzip.load_vlm("YanweiLi/MGM-tiny", revision="main")
+    assert vlm.revision == commit and vlm.processor is not None
+    assert torch.equal(vlm.model.lm_head.weight, model.lm_head.weight)
+    with pytest.raises(CheckpointError, match="neither in the local cache"):
+        vzip.load_vlm("YanweiLi/MGM-tiny", revision="another")

@@ -108,7 +108,6 @@ def make_plan(run_dir: Path, **changes: Any) -> TrainPlan:
         overwrite=False,
         system_prompt=None,
         name_or_path="a/tiny-llava",
-        revision=None,
         skip_unreadable=False,
         identity={"model": "tiny"},
     )

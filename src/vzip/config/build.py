@@ -116,7 +116,7 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
     # A changed budget must not stand in the record under the name of the file it started from.
     config["budget"]["name"] = budget_label(config["budget"], directory)
     model, evaluation = config["model"], config["eval"]
-    model |= tuned_record(projector)
+    model |= tuned_record(projector) | adapter_record(model["adapter_path"])
     asked = {key: value for key, value in evaluation["gen_kwargs"].items() if value is not None}
     include_path = evaluation["include_path"]
     if include_path not in (None, BUILT_IN, VIDEO):
@@ -187,6 +187,19 @@ def tuned_record(projector: str | None) -> dict[str, Any]:
     from vzip.models.tuned import read_header
 
     return {"projector": projector, "projector_sha256": read_header(projector)[1]["sha256"]}
+
+
+def adapter_record(adapter_path: str | None) -> dict[str, Any]:
+    """The same of a PEFT checkpoint.
+
+    Raises:
+        CheckpointError: it holds no weights, or is not to be had.
+    """
+    if adapter_path is None:
+        return {}
+    from vzip.models.lora import peft_weights_sha256
+
+    return {"adapter_sha256": peft_weights_sha256(adapter_path)}
 
 
 def model_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor]:

@@ -102,7 +102,6 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
         overwrite=config["overwrite"],
         system_prompt=model["system_prompt"],
         name_or_path=model["name_or_path"],
-        revision=model["revision"],
         skip_unreadable=config["data"].get("on_problem") == "skip",
         identity={
             "model": {**{key: model[key] for key in identity_keys}, "projector": start},

@@ -148,8 +148,7 @@ def _model_entry(vlm: CompressedVlm) -> dict[str, Any]:
     model = vlm.model
     return {
         "name_or_path": model.name_or_path,
-        # Set by transformers when the files came from the hub.
-        "revision": getattr(model.config, "_commit_hash", None),
+        "revision": vlm.revision,
         "weights_sha256": provenance.weights_sha256(model.name_or_path),
         "class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -35,6 +35,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         preprocess: ``"llava"`` (pad to a square, as the paper's scripts) or ``"hf"`` (the checkpoint's own processor).
         adapter: what we know of the model's family.
         num_frames: frames taken of a video file.
+        revision: the commit of the hub's repository that the model was loaded from, or None.
         last_num_visual_tokens: visual tokens of each image, then of each video, that entered the language model in the
             last ``prepare``, ``forward`` or ``generate``; measured on the tensors, not read from the budget.
     """
@@ -76,6 +77,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         self.training = hf_model.training
         self.processor = processor
         self.preprocess = preprocess
+        self.revision: str | None = None
         self.last_num_visual_tokens: list[int] = []
         self.compressor = compressor
 

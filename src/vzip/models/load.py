@@ -9,6 +9,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import httpx
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, ProcessorMixin
@@ -22,6 +23,7 @@ from vzip.errors import CheckpointError, ConfigError, VzipError, nearest
 from .adapters import Adapter, FamilyOptions, adapter_class_for_config
 from .compressed_vlm import CompressedVlm
 from .environment import refuse_broken_packages
+from .hub import resolve_revision
 from .lora import apply_peft_checkpoint, check_peft_checkpoint
 from .mini_gemini.published import find_published
 from .quantization import QUANTIZATIONS, compute_dtype, modules_outside, quantization_config
@@ -96,6 +98,7 @@ def load_vlm(
     source = resolve_checkpoint(name_or_path)
     compressor = Identity() if compressor is None else compressor
 
+    revision = reach(source, lambda: resolve_revision(source, revision))
     config = reach(source, lambda: read_config(source, revision))
     adapter_class = adapter_class_for_config(config)
     options = FamilyOptions(drop_padding, row_newline, drop_cls)
@@ -124,6 +127,7 @@ def load_vlm(
         apply_peft_checkpoint(model, adapter_path)
     model.eval()
     vlm = CompressedVlm(model, compressor, processor, preprocess, drop_padding, row_newline, num_frames, drop_cls)
+    vlm.revision = revision
     if projector is not None:
         apply_tuned(vlm.adapter, compressor, projector)
     return vlm
@@ -185,7 +189,7 @@ def reach(source: Path | str, load: Any) -> Any:
         return load()
     except VzipError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError, httpx.TransportError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(source, Path):
             raise CheckpointError(f"{source}: the checkpoint cannot be loaded ({first_line}).") from error

@@ -6,6 +6,7 @@ and are not merged into them, so that they also go with quantized and offloaded 
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import transformers
@@ -14,6 +15,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from vzip.errors import CheckpointError, MissingPackageError, UnsupportedModelError
+
+from .hub import fetch
 
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # LLaVA's own training code keeps its projector here, under names of its own.
@@ -71,6 +74,21 @@ def check_peft_checkpoint(adapter_path: str | Path) -> None:
             f" which transformers {transformers.__version__} does not put in their places; transformers"
             f" {_PLACES_WHOLE_MODULES} does. Upgrade it: pip install -c constraints.txt transformers."
         )
+
+
+def peft_weights_sha256(adapter_path: str | Path) -> str:
+    """Digest of a PEFT checkpoint's weights, by which a record tells two under one name apart; a hub's are fetched.
+
+    Raises:
+        CheckpointError: there are none, or they cannot be fetched.
+    """
+    path = Path(adapter_path).expanduser()
+    folder = path if path.is_dir() else fetch(str(adapter_path), _WEIGHT_FILES)
+    files = [folder / name for name in _WEIGHT_FILES if (folder / name).is_file()]
+    if not files:
+        raise CheckpointError(f"model.adapter_path={adapter_path}: holds no weights ({', '.join(_WEIGHT_FILES)}).")
+    with files[0].open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def apply_peft_checkpoint(model: PreTrainedModel, adapter_path: str | Path) -> None:

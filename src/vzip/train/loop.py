@@ -51,7 +51,7 @@ class TrainPlan:
         seed: of the order of samples and of everything random.
         overwrite: begin anew where the directory holds a run.
         system_prompt: text before each conversation, or None.
-        name_or_path, revision: the base model's, for the header.
+        name_or_path: the base model's, for the header.
         skip_unreadable: leave samples with an unreadable picture out.
         identity: further settings that make it this run (model, data, compressor), as plain containers.
     """
@@ -65,7 +65,6 @@ class TrainPlan:
     overwrite: bool
     system_prompt: str | None
     name_or_path: str
-    revision: str | None
     skip_unreadable: bool
     identity: Mapping[str, Any]
 
@@ -101,7 +100,7 @@ def train(plan: TrainPlan) -> Path:
     torch.manual_seed(plan.seed)  # for a projector that is initialised anew
     vlm = plan.load_model(settings.precision)
     header = {
-        **describe(vlm.adapter, vlm.compressor, plan.name_or_path, plan.revision, list(settings.parts)),
+        **describe(vlm.adapter, vlm.compressor, plan.name_or_path, vlm.revision, list(settings.parts)),
         "lora": lora_arguments(vlm, settings),
         "commit": code_state()["commit"],
         "versions": versions(),

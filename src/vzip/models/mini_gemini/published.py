@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import CLIPVisionConfig, ConvNextConfig, LlamaConfig, LlavaProcessor, PreTrainedConfig
 
 from vzip.errors import CheckpointError, UnsupportedModelError
 
+from ..hub import fetch
 from .config import MiniGeminiConfig
 from .modeling import MiniGeminiForConditionalGeneration
 from .names import HIGH_RES, LOW_RES, rename_checkpoint, rename_clip, rename_openclip
@@ -34,6 +34,11 @@ HUB_IDS = {
     "openclip-convnext-large-d-320-laion2B-s29B-b131K-ft-soup": (
         "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup"
     ),
+}
+# The towers' commits that public repositories pin (found by search on 2026-11-21); the second one with MGM's own names.
+HUB_REVISIONS = {
+    "openai/clip-vit-large-patch14-336": "ce19dc912ca5cd21c8a653c79e251e808ccabcd1",
+    "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup": "39918dfbdf69ccd2172e6510a430e92337ee23e1",
 }
 # What must be so, and what a missing key stands for in MGM's code.
 _REQUIRED = {
@@ -152,7 +157,7 @@ class PublishedCheckpoint:
         """The checkpoint's directory, fetched from the hub where it is not a local one."""
         if isinstance(self.source, Path):
             return self.source
-        return Path(snapshot_download(self.source, revision=self.revision, allow_patterns=patterns))
+        return fetch(self.source, patterns, self.revision)
 
     def _tower(self, key: str, patterns: list[str]) -> Path:
         """The directory of the tower that ``config.json`` names under ``key``.
@@ -175,11 +180,10 @@ class PublishedCheckpoint:
         if hub_id is None:
             raise CheckpointError(f"{nowhere}. Put it beside the checkpoint, in a folder called {name.name}.")
         try:
-            return Path(snapshot_download(hub_id, allow_patterns=patterns))
-        except (OSError, ValueError) as error:
+            return fetch(hub_id, patterns, HUB_REVISIONS[hub_id])
+        except CheckpointError as error:
             raise CheckpointError(
-                f"{nowhere}, and {hub_id} is neither in the local cache nor could it be fetched from the hub"
-                f" ({str(error).splitlines()[0]}). Put it beside the checkpoint, in a folder called {name.name}."
+                f"{nowhere}, and {error} Put it beside the checkpoint, in a folder called {name.name}."
             ) from error
 
 
