@@ -71,6 +71,29 @@ def test_a_cost_alone_asks_for_a_run_once(tmp_path: Path) -> None:
     assert missing_tasks(table, row, planned, [on_cpu]) == [], "another run here would not tell it either"
 
 
+def test_answers_that_wait_for_a_judge_are_not_asked_for_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = select(read_table("3"), "136,msvd,tgif")
+    planned = plan(table, [], tmp_path)
+    entry = {"metrics": {"exact_match": {"value": 0.0, "standard_error": None}}, "unit": "fraction", "num_samples": 9}
+    config = planned["136, VisionZip"].config
+    record: dict[str, Any] = {"config": config, "limit": None, "tasks": {"msvd_qa_zero_shot": entry}}
+    answered = Run(tmp_path / "seed0" / "run.json", record)
+    todos = missing(table, planned, [], tmp_path, [answered], [])
+    assert [(todo.program, todo.tasks) for todo in todos] == [
+        ("eval.py", ("tgif_qa_zero_shot", "msvd_qa_zero_shot")),
+        ("eval.py", ("tgif_qa_zero_shot",)),
+        ("judge", ()),
+    ]
+    assert todos[-1].command == f"python -m vzip judge {tmp_path / 'seed0'}"
+    of_table.print_todos(todos, [])
+    assert "a judge model costs money: --run leaves it to you" in capsys.readouterr().err
+    assert run_all(todos[-1:], None) == [], "nothing is asked"
+    entry["metrics"]["judge_accuracy"] = {"value": 0.5, "standard_error": None}
+    assert "judge" not in [todo.program for todo in missing(table, planned, [], tmp_path, [answered], [])]
+
+
 def test_words_that_change_a_row_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"would not be the paper's any more: model.dtype=float32 \(recipe: float16\)"

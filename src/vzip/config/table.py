@@ -126,6 +126,8 @@ def print_todos(todos: Sequence[Todo], runs: Sequence[Run]) -> None:
     unknown = sum(todo.program == "eval.py" and estimate is None for todo, estimate in zip(todos, known, strict=True))
     if any(todo.makes is not None for todo in todos):
         print("  train.py needs --train LAUNCHER beside --run (python -m vzip list launcher)", file=sys.stderr)
+    if any(todo.program == "judge" for todo in todos):
+        print("  a judge model costs money: --run leaves it to you (python -m vzip judge --help)", file=sys.stderr)
     if unknown:
         print(
             f"  hours of {unknown} evaluations are not known: no record of their model on this machine has all of their"
@@ -138,7 +140,7 @@ def run_all(todos: Sequence[Todo], launcher: str | None) -> list[str]:
     """Runs the commands in order. An interrupted one goes on where it stopped.
 
     Args:
-        todos: what to run.
+        todos: what to run; a judge model costs money, so asking one is left to the user.
         launcher: the launcher of trainings; None: none is run, and what waits for one is left out.
 
     Returns:
@@ -146,7 +148,7 @@ def run_all(todos: Sequence[Todo], launcher: str | None) -> list[str]:
     """
     failed: list[str] = []
     for number, todo in enumerate(todos, 1):
-        if todo.program == "train.py" and launcher is None:
+        if todo.program == "judge" or (todo.program == "train.py" and launcher is None):
             continue
         if todo.waits_for is not None and not todo.waits_for.is_dir():
             print(f"left out, for {todo.waits_for} is not there: {todo.command}", file=sys.stderr, flush=True)

@@ -18,8 +18,8 @@ from vzip.config.validate import TRAINED, validate
 from vzip.errors import ConfigError
 from vzip.evaluation.provenance import hardware
 from vzip.report.costs import Bench, cost_of_bench, machine_of
-from vzip.report.paper_tables import PaperTable, Row
-from vzip.report.record import Run
+from vzip.report.paper_tables import Column, PaperTable, Row
+from vzip.report.record import JUDGE_ACCURACY, JUDGE_SCORE, Run
 from vzip.report.table_fill import holds
 
 BEFORE = "{before}"  # in a training's words: the tuned weights of the training before it
@@ -60,7 +60,7 @@ class Todo:
 
     Attributes:
         label: the row it is for; several rows may want the same command.
-        program: "train.py", "bench" or "eval.py".
+        program: "train.py", "bench", "eval.py" or "judge".
         words: what it is given.
         config: of an evaluation: what the words compose to.
         tasks: of an evaluation: its benchmarks.
@@ -78,7 +78,7 @@ class Todo:
 
     @property
     def command(self) -> str:
-        program = ("-m", "vzip", "bench") if self.program == "bench" else (self.program,)
+        program = ("-m", "vzip", self.program) if self.program in ("bench", "judge") else (self.program,)
         return shlex.join(["python", *program, *self.words])
 
 
@@ -155,14 +155,34 @@ def missing_tasks(table: PaperTable, row: Row, planned: Planned, runs: Sequence[
     Scores come from one run; the time of a benchmark only from a run of that benchmark alone. A run of a part of the
     questions (eval.limit) does for a run of the same part, not for a whole one.
     """
-    runs = [run for run in runs if run.record.get("limit") in (None, planned.config["eval"]["limit"])]
-    open_columns = [c for c in table.columns if table.reason(row, c) is None and not any(holds(run, c) for run in runs)]
+    runs = _of_limit(planned, runs)
+    open_columns = [
+        c
+        for c in table.columns
+        if table.reason(row, c) is None and not any(holds(run, c) or _waits_for_judge(run, c) for run in runs)
+    ]
     scores = [c.task for c in open_columns if c.task is not None and c.cost is None]
     alone = [[c.task] for c in open_columns if c.task is not None and c.cost is not None]
     together = [task for task in dict.fromkeys(scores) if [task] not in alone]
     if any(c.cost is not None and c.task is None for c in open_columns) and not (together or alone or runs):
         together = list(planned.config["eval"]["tasks"])  # a cost that any run of the row tells
     return [*([together] if together else []), *alone]
+
+
+def unjudged(table: PaperTable, row: Row, planned: Planned, runs: Sequence[Run]) -> list[Path]:
+    """The directories of runs whose answers a judge model has yet to score for a blank cell of a row."""
+    runs = _of_limit(planned, runs)
+    blank = [c for c in table.columns if table.reason(row, c) is None and not any(holds(run, c) for run in runs)]
+    return [run.path.parent for run in runs if any(_waits_for_judge(run, column) for column in blank)]
+
+
+def _waits_for_judge(run: Run, column: Column) -> bool:
+    of_judge = column.metric in (JUDGE_ACCURACY, JUDGE_SCORE)
+    return of_judge and column.task in run.record["tasks"] and not holds(run, column)
+
+
+def _of_limit(planned: Planned, runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if run.record.get("limit") in (None, planned.config["eval"]["limit"])]
 
 
 def missing(
@@ -173,8 +193,11 @@ def missing(
     runs: Sequence[Run],
     benches: Sequence[Bench],
 ) -> list[Todo]:
-    """What fills the blank cells: trainings, then measurements, then evaluations, those of one model after another."""
-    trainings, measurements, evaluations = [], [], []
+    """What fills the blank cells: trainings, then measurements, then evaluations, those of one model after another.
+
+    Last, what a judge model has to score: answers that are there.
+    """
+    trainings, measurements, evaluations, judgements = [], [], [], []
     for label, entry in planned.items():
         row = table.row(label)
         found = runs_of(entry, runs)
@@ -189,6 +212,7 @@ def missing(
         for column in table.columns:
             if column.bench and table.reason(row, column) is None and not cost_of_bench(benches, row, column):
                 measurements.append(Todo(label, "bench", _bench_words(row, runs_dir)))
+        judgements += [Todo(label, "judge", (str(path),)) for path in unjudged(table, row, entry, found)]
         for tasks in lists:
             command = [*entry.words, *words, *_into(runs_dir)]
             if tasks != list(entry.config["eval"]["tasks"]):
@@ -196,7 +220,7 @@ def missing(
             waits_for = entry.trainings[-1].final if entry.needs_training else None
             evaluations.append(Todo(label, "eval.py", tuple(command), entry.config, tuple(tasks), waits_for))
     together = sorted(evaluations, key=lambda todo: _model_order(todo, evaluations))
-    return list({todo.command: todo for todo in [*trainings, *measurements, *together]}.values())
+    return list({todo.command: todo for todo in [*trainings, *measurements, *together, *judgements]}.values())
 
 
 def _model_order(todo: Todo, todos: Sequence[Todo]) -> int:
