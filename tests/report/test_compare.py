@@ -229,6 +229,15 @@ def test_table(capsys):
         assert text in out, text
 
 
+def test_scores_that_are_not_the_papers_are_marked(capsys):
+    content = record()
+    content["tasks"]["gqa"]["primary_metric"] = None
+    print_record(content, Console(width=200))
+    assert "not the paper's metric, which a judge model adds (python -m vzip judge): gqa" in capsys.readouterr().out
+    print_record(record(), Console(width=200))
+    assert "judge" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "exp").glob("*.expected.json")), ids=lambda path: path.name)
 def test_the_recipes_expectations_are_readable_and_comparable(path):
     from vzip.evaluation.protocol import PROTOCOLS

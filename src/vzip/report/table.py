@@ -46,6 +46,9 @@ def print_record(record: Mapping[str, Any], console: Console | None = None) -> N
     if tokens["measured_max"] != tokens["measured_min"]:
         measured += f" to {tokens['measured_max']}"
     console.print(f"visual tokens a picture, measured: {measured} ({tokens['num_images']} pictures)")
+    unjudged = [task for task, entry in record["tasks"].items() if entry["unit"] and entry["primary_metric"] is None]
+    if unjudged:
+        console.print(f"not the paper's metric, which a judge model adds (python -m vzip judge): {', '.join(unjudged)}")
     for reason in record["provisional_reasons"]:
         console.print(f"provisional: {reason}")
 
