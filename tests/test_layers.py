@@ -22,6 +22,7 @@ LEVELS = {
     "train": 4,
     "evaluation": 4,
     "bench": 4,
+    "memory": 4,
     "analysis": 4,
     "report": 4,
     "config": 5,

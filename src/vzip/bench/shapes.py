@@ -20,6 +20,7 @@ from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaNextConfig,
+    MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
     VideoLlavaConfig,
@@ -123,6 +124,12 @@ def _llava_next(size: str) -> BenchModel:
     return BenchModel(f"llava_next_{size}", config, f"llava-hf/llava-v1.6-vicuna-{size}-hf", notes=(note,))
 
 
+def _llava_next_mistral() -> BenchModel:
+    text = MistralConfig(vocab_size=32064, rope_theta=1e6, max_position_embeddings=32768, sliding_window=None)
+    config = family_config("llava_next", clip_l(336), text, 32000, image_grid_pinpoints=pinpoints(336))
+    return BenchModel("llava_next_mistral_7b", config, "llava-hf/llava-v1.6-mistral-7b-hf")
+
+
 def _video_llava() -> BenchModel:
     config = family_config("video_llava", clip_l(224), _vicuna("7b"), 32000, video_token_index=32001)
     note = "a frame is 257 visual tokens in vanilla, CLS among them: 2056 in 8 frames, where the paper counts 2048"
@@ -142,6 +149,7 @@ SHAPES: dict[str, Callable[[], BenchModel]] = {
     "llava15_13b": lambda: _llava("13b"),
     "llava_next_7b": lambda: _llava_next("7b"),
     "llava_next_13b": lambda: _llava_next("13b"),
+    "llava_next_mistral_7b": _llava_next_mistral,
     "video_llava_7b": _video_llava,
     "mini_gemini_7b": lambda: _mini_gemini("7b"),
     "mini_gemini_13b": lambda: _mini_gemini("13b"),

@@ -117,7 +117,7 @@ def settings_of(config: Mapping[str, Any]) -> tuple[TrainSettings, LaunchSetting
     Raises:
         ConfigError: settings of ``train`` that contradict one another.
     """
-    from vzip.train.settings import LaunchSettings, LoraSettings, TrainSettings
+    from vzip.train.settings import LoraSettings, TrainSettings
 
     train = {key: value for key, value in config["train"].items() if key not in ("name", "kind")}
     for key in ("parts", "trackers"):
@@ -125,8 +125,14 @@ def settings_of(config: Mapping[str, Any]) -> tuple[TrainSettings, LaunchSetting
     if train["lora"] is not None:
         lora = {**train["lora"], "target_modules": tuple(train["lora"]["target_modules"])}
         train["lora"] = LoraSettings(**lora)
-    launch = {key: value for key, value in config["launcher"].items() if key != "name"}
-    return TrainSettings(**train), LaunchSettings(**launch)
+    return TrainSettings(**train), launch_of(config)
+
+
+def launch_of(config: Mapping[str, Any]) -> LaunchSettings:
+    """The ``launcher`` group as an object."""
+    from vzip.train.settings import LaunchSettings
+
+    return LaunchSettings(**{key: value for key, value in config["launcher"].items() if key != "name"})
 
 
 def _data_loader(data: Mapping[str, Any]) -> Callable[[], TrainingSet]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,11 +89,14 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORED_LABEL).sum())
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
-        self.input_ids, self.attention_mask = self.input_ids.to(device), self.attention_mask.to(device)
-        self.labels = self.labels.to(device)
-        self.pictures = {name: tensor.to(device) for name, tensor in self.pictures.items()}
-        return self
+        """The same on another device; this one stays, so that a step's waiting batches take no room there."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            labels=self.labels.to(device),
+            pictures={name: tensor.to(device) for name, tensor in self.pictures.items()},
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""How much memory a training or an inference needs at its worst moment: estimated without weights, or measured."""

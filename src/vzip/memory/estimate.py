@@ -1,0 +1,107 @@
+"""The peak of a training or an inference from shapes alone: the real code on tensors without content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from vzip.bench import shapes
+from vzip.bench.shapes import BenchModel
+from vzip.compressors import Compressor
+from vzip.models.adapters import FamilyOptions
+from vzip.models.compressed_vlm import CompressedVlm
+from vzip.train.settings import LaunchSettings, TrainSettings
+
+from .ledger import Ledger, Peak
+from .pretend import fill, pretending
+from .quantized import quantize
+from .sharing import model_size, shared_out
+from .steps import prepare_training, watch_inference, watch_training
+from .workload import Workload
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model without its weights.
+
+    Attributes:
+        config: Hugging Face's.
+        compressor: the method.
+        options: of the family.
+        quantization: of the language model's linear layers: None, ``8bit`` or ``4bit``.
+        attn_implementation: as Hugging Face's.
+    """
+
+    config: Any
+    compressor: Compressor
+    options: FamilyOptions = field(default_factory=FamilyOptions)
+    quantization: str | None = None
+    attn_implementation: str = "sdpa"
+
+    def on_paper(self, dtype: torch.dtype) -> CompressedVlm:
+        """The model on torch's meta device, quantized if it is to be."""
+        vlm = self._wrap(shapes.build_meta(BenchModel("", self.config, ""), dtype))
+        if self.quantization is not None:
+            quantize(vlm.model, vlm.adapter.language_model, self.quantization, dtype)
+        return vlm
+
+    def with_random_weights(self, device: torch.device, dtype: torch.dtype) -> CompressedVlm:
+        """The model itself, unquantized."""
+        return self._wrap(shapes.build_random(BenchModel("", self.config, ""), device, dtype))
+
+    def _wrap(self, model: PreTrainedModel) -> CompressedVlm:
+        if self.attn_implementation == "eager":  # flash attention takes what SDPA takes, and needs a GPU to be chosen
+            model.set_attn_implementation("eager")
+        options = self.options
+        return CompressedVlm(
+            model,
+            self.compressor,
+            drop_padding=options.drop_padding,
+            row_newline=options.row_newline,
+            drop_cls=options.drop_cls,
+        )
+
+
+def estimate_training(
+    shape: ModelShape,
+    train: TrainSettings,
+    launch: LaunchSettings,
+    load: Workload,
+    num_processes: int = 1,
+    on_cuda: bool = False,
+) -> Peak:
+    """The peak of a training step on each device.
+
+    Args:
+        shape: the model.
+        train, launch: the run's settings.
+        load: the batch that is on a device at once.
+        num_processes: over all machines.
+        on_cuda: whether the devices are GPUs.
+
+    Raises:
+        ConfigError: settings that contradict one another, or a length that leaves no room for text.
+        UnsupportedModelError: a model that cannot be served or trained so.
+    """
+    dtype = getattr(torch, train.precision)
+    accumulates = launch.accumulation(train.samples_per_step, num_processes) > 1
+    ledger = Ledger()
+    vlm = shape.on_paper(dtype)
+    prepare_training(vlm, train, launch)
+    with pretending():
+        fill(vlm.model)
+        watch_training(vlm, train, launch, load, accumulates, on_cuda, ledger)
+    return shared_out(ledger, model_size(vlm), launch.strategy, num_processes)
+
+
+def estimate_inference(shape: ModelShape, dtype: torch.dtype, load: Workload) -> Peak:
+    """The peak of generating answers on one device; raises as ``estimate_training``."""
+    ledger = Ledger()
+    vlm = shape.on_paper(dtype)
+    with pretending():
+        fill(vlm.model)
+        watch_inference(vlm, load, ledger)
+    return ledger.peak()
