@@ -127,6 +127,8 @@ def test_plain_arguments(hydra_folder: None) -> None:
     assert arguments == {
         "limit": 9,
         "batch_size": 1,
+        "num_workers": 2,
+        "on_problem": "refuse",
         "include_path": None,
         "gen_kwargs": {"max_new_tokens": 7},
         "seed": 4,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from vzip.errors import ConfigError, RunExistsError, nearest
 
 if TYPE_CHECKING:
     from vzip.compressors import Compressor
+    from vzip.train.settings import LaunchSettings
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ class EvaluationPlan:
 
     Attributes:
         model: keyword arguments of ``vzip.load_vlm``, the compressor left out.
+        launch: on how many processes; each has the whole model.
         compressor: what ``compressor=`` names, built.
         evaluation: keyword arguments of ``vzip.evaluation.run.evaluate``; ``include_path`` may still be ``built-in`` or
             ``video``.
@@ -38,6 +41,7 @@ class EvaluationPlan:
     """
 
     model: dict[str, Any]
+    launch: LaunchSettings
     compressor: Compressor
     evaluation: dict[str, Any]
     num_threads: int | None
@@ -104,6 +108,9 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
             f"train={train['name']}: eval.py trains nothing. Train with `python train.py"
             f" {_recipe_word(config)}`, then evaluate with model=llava_local model.name_or_path=DIR."
         )
+    from vzip.config.training import launch_of
+
+    launch = replace(launch_of(config), strategy="ddp")  # sharing weights out is for training
     run_dir = run_directory(config, directory)
     projector = tuned_weights(config, directory)
     config["recipe"] = unchanged_recipe(config, "eval")
@@ -122,12 +129,15 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
     if include_path not in (None, BUILT_IN, VIDEO):
         include_path = str(Path(include_path).expanduser())
     return EvaluationPlan(
-        model=load_arguments(model),
+        model={**load_arguments(model), "device_map": _device_map(model["device_map"], launch.device)},
+        launch=launch,
         compressor=build_compressor(config["compressor"]),
         evaluation={
             "tasks": list(evaluation["tasks"]),
             "limit": evaluation["limit"],
             "batch_size": evaluation["batch_size"],
+            "num_workers": evaluation["num_workers"],
+            "on_problem": evaluation["on_problem"],
             "include_path": include_path,
             "gen_kwargs": asked or None,
             "seed": config["seed"],
@@ -136,10 +146,21 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
             "overwrite": config["overwrite"],
             "resolved_config": config,
         },
-        num_threads=config["launcher"]["num_threads"],
+        num_threads=launch.num_threads,
         scenes_dir=config["paths"]["scenes_dir"],
         video_root=config["paths"]["video_root"],
     )
+
+
+def _device_map(device_map: Any, device: str) -> Any:
+    """Where this process's model goes, by ``model.device_map`` and ``launcher.device``."""
+    if device == "cpu":
+        return None
+    if "RANK" not in os.environ:
+        return device_map
+    from vzip.evaluation.processes import own_device
+
+    return own_device(device_map)
 
 
 def load_arguments(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,6 +122,8 @@ GROUPS: Mapping[str, Mapping[str, Rule]] = {
         "tasks": texts("a list of at least one task name, as eval.tasks=[pope,gqa]"),
         "limit": optional(whole_number(1)),
         "batch_size": whole_number(1),
+        "num_workers": whole_number(0),
+        "on_problem": one_of("refuse", "skip"),
         "include_path": optional(text("a folder of lmms-eval task files, built-in or video")),
         "gen_kwargs": Rule("a mapping", lambda v: isinstance(v, dict)),
     },

@@ -1,0 +1,83 @@
+"""eval.py on several processes: what it starts, where each process's model goes, what a sweep refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from tests.config.test_bad_input import Run, run, script  # noqa: F401  run is a fixture
+
+import vzip.train.launch
+from vzip.config.build import EvaluationPlan, evaluation_plan
+from vzip.config.options import config_dir
+
+
+def plan(*words: str) -> EvaluationPlan:
+    with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
+        return evaluation_plan(compose("eval", list(words)))
+
+
+def test_the_launcher_starts_the_processes(monkeypatch, tmp_path):
+    started: list[list[str]] = []
+
+    def run_command(command: list[str]) -> int:
+        started.append(command)
+        return 3
+
+    monkeypatch.setattr(vzip.train.launch, "run_command", run_command)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.chdir(tmp_path)
+    for launcher in ("ddp", "zero2_8gpu"):  # a training's words do for its evaluation too
+        monkeypatch.setattr(sys, "argv", ["eval.py", f"launcher={launcher}", "budget=32tok"])
+        with pytest.raises(SystemExit) as ended:
+            script("eval").main()
+        assert ended.value.code == 3
+    assert [command[1:5] for command in started] == [
+        ["-m", "torch.distributed.run", "--nproc_per_node=8", "--standalone"]
+    ] * 2
+    assert [Path(command[5]).name for command in started] == ["eval.py"] * 2
+    assert [command[6:] for command in started] == [
+        ["launcher=ddp", "budget=32tok"],
+        ["launcher=zero2_8gpu", "budget=32tok"],
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_process_takes_its_own_device_and_the_record_names_none(monkeypatch):
+    words = ("model=llava15_7b", "eval=quick")
+    assert plan(*words).model["device_map"] == "auto"
+    assert plan(*words, "launcher.device=cpu").model["device_map"] is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name, value in (("RANK", "5"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    of_a_process = plan(*words)
+    assert of_a_process.model["device_map"] == {"": 1}
+    assert of_a_process.evaluation["resolved_config"]["model"]["device_map"] == "auto"
+
+
+def test_settings_reach_the_evaluation():
+    arguments: dict[str, Any] = plan("eval.num_workers=5", "eval.on_problem=skip").evaluation
+    assert (arguments["num_workers"], arguments["on_problem"]) == (5, "skip")
+    assert json.loads(json.dumps(arguments["resolved_config"]))["eval"]["num_workers"] == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval.num_workers=-1"], "eval.num_workers=-1: must be a whole number, 0 or more"),
+        (["eval.on_problem=skp"], "eval.on_problem=skp: must be one of refuse, skip (did you mean 'skip'?)"),
+        (["launcher.device=cuda"], "launcher.device=cuda: this machine has no CUDA device"),
+        (["launcher.num_processes=4096"], "launcher.num_processes=4096: this machine has"),
+    ],
+)
+def test_refusals(run: Run, monkeypatch, words, message):  # noqa: F811
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, shown = run(*words)
+    assert code != 0 and message in shown
