@@ -219,6 +219,18 @@ def test_a_cache_that_is_none(tmp_path):
     assert path.read_text().startswith("something else")
 
 
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ManifestError, match=r"not a sound cache .* --cache FILE"):
+        ReplyCache(tmp_path / "file" / "cache.sqlite")
+    cache = ReplyCache(tmp_path / "cache.sqlite")
+    cache._database.execute("PRAGMA query_only = ON")  # as on a full disk: what is there can be read
+    with pytest.raises(ManifestError, match=r"cache\.sqlite: a reply cannot be kept"):
+        cache.put("key", {"text": "yes"})
+    assert cache.get("key") is None
+    cache.close()
+
+
 class TestPrompt:
     def test_it_is_the_published_one(self):
         """lmms-eval has the same text in the source of its activitynetqa task; read from there it must be ours."""
@@ -232,7 +244,7 @@ class TestPrompt:
         values = {"question": "what {answer}?", "answer": "a {pred}", "pred": "{'pred': 'no'}"}
         theirs = eval(compile(ast.Expression(messages), "published", "eval"), values)
         prompt = read_prompt("video_chatgpt_v1")
-        assert prompt.fill("what {answer}?", "a {pred}", "{'pred': 'no'}") == theirs
+        assert prompt.fill(question="what {answer}?", answer="a {pred}", prediction="{'pred': 'no'}") == theirs
         assert (prompt.name, prompt.version) == ("video_chatgpt", 1)
         # A change of the text needs a new version, and this digest with it.
         assert prompt.sha256 == "291f0c4cbacfe9980f488f3ea6a940716c12019088110a1e78fec6fd717ae1e5"

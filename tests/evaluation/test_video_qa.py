@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,22 @@ class TestPrepare:
         write_set(tmp_path / "root", MSVD, answers={**ANSWERS, "v_a_0": "other"})
         assert prepare(tmp_path / "root", tasks, tmp_path / "cache") != folder
         assert len(list((tmp_path / "cache").iterdir())) == 2, "nothing half written stays"
+
+    def test_another_process_may_be_faster(self, tmp_path, monkeypatch):
+        write_set(tmp_path / "root", MSVD)
+        expected = prepare(tmp_path / "root", [MSVD.task], tmp_path / "cache")
+        content = (expected / f"{MSVD.task}.jsonl").read_bytes()
+        shutil.rmtree(expected)
+        finish = Path.rename
+
+        def after_the_other(work: Path, folder: Path) -> None:
+            shutil.copytree(work, folder)
+            finish(work, folder)
+
+        monkeypatch.setattr(Path, "rename", after_the_other)
+        assert prepare(tmp_path / "root", [MSVD.task], tmp_path / "cache") == expected
+        assert (expected / f"{MSVD.task}.jsonl").read_bytes() == content
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == [expected.name]
 
     def test_all_problems_at_once(self, tmp_path):
         write_set(tmp_path, MSVD, videos=())

@@ -27,13 +27,13 @@ class ReplyCache:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute(_TABLE)
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, OSError) as error:
             raise ManifestError(
                 f"{path}: not a sound cache of judge replies ({error}). Remove it, or name another with --cache FILE."
             ) from error
@@ -50,9 +50,16 @@ class ReplyCache:
         return None if row is None else json.loads(row[0])
 
     def put(self, key: str, reply: Mapping[str, Any]) -> None:
-        """Keeps a reply, in place of an earlier one."""
-        with self._lock:
-            self._database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, json.dumps(reply)))
+        """Keeps a reply, in place of an earlier one.
+
+        Raises:
+            ManifestError: it cannot be written; the disk may be full.
+        """
+        try:
+            with self._lock:
+                self._database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, json.dumps(reply)))
+        except sqlite3.DatabaseError as error:
+            raise ManifestError(f"{self.path}: a reply cannot be kept ({error}). Free some room and go on.") from error
 
     def close(self) -> None:
         """Ends the use of the file."""
