@@ -126,7 +126,7 @@ def test_scores_by_hand(run):
     assert metrics["judge_accuracy"]["value"] == 0.5 and metrics["judge_score"]["value"] == 3.0
     # Residuals by video: a (1/2 - 1/2) = 0, b 1/2, c -1/2: sqrt(3/2 * (0 + 1/4 + 1/4)) / 4.
     assert metrics["judge_accuracy"]["standard_error"] == pytest.approx(math.sqrt(0.75) / 4)
-    assert metrics["judge_accuracy"]["standard_error_source"] == "over videos"
+    assert metrics["judge_accuracy"]["standard_error_source"] == "clustered"
     # Scores: a 2 - 2 = 0, b 1, c -1.
     assert metrics["judge_score"]["standard_error"] == pytest.approx(math.sqrt(1.5 * 2) / 4)
     assert metrics["exact_match"]["value"] == 0.0
@@ -239,7 +239,8 @@ def test_an_endpoint_that_dies_changes_nothing_and_is_gone_on_with(run):
 class TestCost:
     def test_shown_before_anything_is_sent(self, run, monkeypatch):
         tokens = sum(
-            estimate_tokens(read_prompt("video_chatgpt_v1").fill(*content[:3])) for content in MSVD_ROWS + TGIF_ROWS
+            estimate_tokens(read_prompt("video_chatgpt_v1").fill(question=question, answer=target, prediction=answer))
+            for question, target, answer, *_ in MSVD_ROWS + TGIF_ROWS
         )
         assert 6 * 250 < tokens < 6 * 450, "OpenAI's tokenizer gives the filled prompt about 300 tokens"
         monkeypatch.setattr("sys.stdin", io.StringIO())

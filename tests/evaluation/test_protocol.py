@@ -29,13 +29,14 @@ def manager():
 @pytest.mark.parametrize("task", IMAGE)
 def test_a_protocol_says_what_the_task_file_says(task, manager):
     protocol, config = IMAGE[task], task_config(manager, task)
-    assert set(protocol.primary.split("+")) <= {entry["metric"] for entry in config["metric_list"]}
+    listed = {entry["metric"] for entry in config["metric_list"]}
+    assert listed == {"answered"} if protocol.judge else set(protocol.primary.split("+")) <= listed
     assert config.get("output_type", "generate_until") == "generate_until"
     name = config.get("dataset_name")
     assert protocol.split == f"{name}/{config['test_split']}" if name else config["test_split"]
     if task in PROMPT_IN_CODE:
         return
-    kwargs = config["lmms_eval_specific_kwargs"]["default"]
+    kwargs = config.get("lmms_eval_specific_kwargs", {"default": {"post_prompt": ""}})["default"]
     assert not kwargs.get("pre_prompt"), "nothing is put before the question"
     added = [kwargs[key] for key in ("post_prompt", "multiple_choice_prompt", "open_ended_prompt") if key in kwargs]
     assert added and all(text in protocol.prompt for text in added)

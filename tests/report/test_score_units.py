@@ -149,3 +149,10 @@ def test_numbers() -> None:
 def test_unknown_forms_give_nothing() -> None:
     assert units_of("gpt_eval_score", rows([{"gpt_eval_score": {"answer": "A", "prediction": "A"}}])) is None
     assert units_of("x", rows([{"y": 1}])) is None
+
+
+def test_rated_against_a_reference() -> None:
+    of = rows([{"judge_score": {"judged": a, "reference": b}} for a, b in [(6, 8), (9, 10), (3, 9)]])
+    rated = units("judge_score", of)
+    assert rated.score == pytest.approx(100 * 18 / 27), "of the sums, not of each question"
+    assert rated.correct is None and rated.values.shape == (3, 2)

@@ -12,6 +12,8 @@ from vzip.errors import ConfigError, UnsupportedModelError, nearest
 if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
 
+# Scored by a judge in the middle of the run, with a failed call taken for a wrong answer -> what to run instead.
+_JUDGED_BY_LMMS_EVAL = {"mmvet": "mmvet_direct", "llava_in_the_wild": "llava_bench_wild"}
 # Tasks of vzip's: mostly an installed task of lmms-eval with a line or two changed.
 OWN_TASKS = Path(__file__).with_name("tasks")
 
@@ -99,6 +101,12 @@ def task_config(manager: TaskManager, name: str) -> dict[str, Any]:
 
 def _check_generative(manager: TaskManager, tasks: Sequence[str]) -> None:
     for name in tasks:
+        if name in _JUDGED_BY_LMMS_EVAL:
+            raise UnsupportedModelError(
+                f"task {name}: lmms-eval asks a judge model while it scores, needs its key for that, and takes a call"
+                f" that failed for a wrong answer. Use eval.tasks=[{_JUDGED_BY_LMMS_EVAL[name]}] and, after the run,"
+                " python -m vzip judge RUN_DIR, which asks again, keeps what was said and names what is missing."
+            )
         output_type = task_config(manager, name).get("output_type", "generate_until")
         if output_type != "generate_until":
             raise UnsupportedModelError(

@@ -7,12 +7,13 @@ its task files by tests/evaluation/test_protocol.py.
 
 from __future__ import annotations
 
+from vzip.report.record import JUDGE_SCORE
+
 from .protocol_entry import Protocol
 from .verdicts import mmbench_hits, mmmu_hits
 
 _SHORT = "\nAnswer the question using a single word or phrase."
 _LETTER = "\nAnswer with the option's letter from the given choices directly."
-_GPT = "gpt-4o-2024-11-20 where MODEL_VERSION names no other"
 
 _GQA = {
     "gqa": Protocol(
@@ -82,7 +83,7 @@ _SCIENCEQA = {
         "exact_match",
         "fraction",
         "ScienceQA test, accuracy over all questions, text-only ones included; exact_match_image is the picture part",
-        "hint, question and options in lmms-eval's order (LLaVA's question file has its own); at most 16 new tokens",
+        "at most 16 new tokens, where LLaVA's script allows 1024",
         split="ScienceQA-FULL/test",
         prompt=_LETTER,
     ),
@@ -187,6 +188,26 @@ _VIZWIZ = {
     ),
 }
 
+_JUDGED = {
+    "mmvet_direct": Protocol(
+        JUDGE_SCORE,
+        "percent",
+        "MM-Vet, graded by its own service",
+        "graded once, by the prompt of MM-Vet's script; the paper does not say which version of GPT-4 graded how often",
+        split="test",
+        judge="gpt-4-0613, or what --model names",
+    ),
+    "llava_bench_wild": Protocol(
+        JUDGE_SCORE,
+        "percent",
+        "LLaVA-Bench (in the wild), rated by GPT-4 against the answers of text-only GPT-4",
+        "LLaVA's script asked gpt-4-0314, which is no longer served, at temperature 0.2",
+        split="train",
+        judge="gpt-4, or what --model names",
+        cluster="image_id",
+    ),
+}
+
 # Not in the paper: reading text is where fewer tokens hurt most.
 _OCR = {
     "chartqa": Protocol(
@@ -233,5 +254,6 @@ IMAGE: dict[str, Protocol] = {
     **_MMMU,
     **_SEED,
     **_VIZWIZ,
+    **_JUDGED,
     **_OCR,
 }

@@ -13,6 +13,8 @@ from lmms_eval.tasks.pope.utils import pope_aggregate_f1_score, pope_process_res
 from lmms_eval.tasks.scienceqa.utils import sqa_process_results
 from lmms_eval.tasks.seedbench.utils import seed_doc_to_visual
 
+from .judge_tasks import JUDGE_CONTEXT
+
 Doc = Mapping[str, Any]
 
 
@@ -61,3 +63,20 @@ def ocrbench_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:
     count the first one's points again; and it divides by 1000 however few questions were asked.
     """
     return {"ocrbench_accuracy": float(ocrbench_process_results(doc, results)["ocrbench_accuracy"]["score"])}
+
+
+def mmvet_picture(doc: Doc) -> list[Any]:
+    """The picture of a question."""
+    return [doc["image"].convert("RGB")]
+
+
+def answered(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
+    """Whether there is an answer at all; what it is worth a judge says after the run."""
+    return {"answered": float(bool(results[0].strip()))}
+
+
+def llava_bench_results(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
+    """The same, and what the judge is told of the picture."""
+    captions = doc["caption"]
+    context = captions if isinstance(captions, str) else "\n".join(captions)
+    return answered(doc, results) | {JUDGE_CONTEXT: {"context": context, "category": doc["category"]}}

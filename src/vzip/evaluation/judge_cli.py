@@ -1,4 +1,6 @@
-"""Lets a judge model score the answers of a finished run of the video benchmarks, and writes that into its record.
+"""Lets a judge model score a finished run's answers to open questions, and writes that into its record.
+
+The video benchmarks, MM-Vet (mmvet_direct) and LLaVA-Bench (llava_bench_wild) have no other score.
 
   python -m vzip judge runs/paper_video/video_llava_7b_136tok/visionzip-17tok/seed0
   python -m vzip judge RUN --model gpt-3.5-turbo-0125 --price-in 0.5 --price-out 1.5 --max-cost 10 --yes
@@ -26,25 +28,24 @@ from vzip.report.record import metrics_of, score_of
 
 from .judge import Judge, Message, Reply
 from .judge_cache import ReplyCache
-from .judge_prompts import VIDEO_PROMPT, JudgePrompt, read_prompt, read_verdict
 from .judge_record import JudgedRun, check_not_judged, cost, read_run, unusable, write_verdicts
 from .judge_settings import OFFICIAL_URL, JudgeSettings, read_key
+from .judge_tasks import JudgedTask, judged_task
 
-# What the published script asks for. Which of its versions answers is OpenAI's choice, and is recorded.
-DEFAULT_MODEL = "gpt-3.5-turbo"
 _CHARACTERS_PER_TOKEN = 4  # of English text, roughly
 _TOKENS_PER_MESSAGE = 4
-_TOKENS_PER_REPLY = 20  # {'pred': 'yes', 'score': 5}, generously
 _NUM_NAMED = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m vzip judge`."""
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"the judge; name a dated version ({DEFAULT_MODEL})")
+    parser.add_argument(
+        "--model", help="the judge; name a dated version (the one that the benchmark's own script asks)"
+    )
     parser.add_argument("--base-url", default=OFFICIAL_URL, help=f"OpenAI-compatible endpoint ({OFFICIAL_URL})")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the judge (0)")
-    parser.add_argument("--tasks", help="which of the run's tasks, by commas; by default its video benchmarks")
+    parser.add_argument("--tasks", help="which of the run's tasks, by commas; by default all that have a judge")
     parser.add_argument("--workers", type=int, default=8, help="requests at once (8)")
     parser.add_argument("--price-in", type=float, help="price of a million tokens that are sent")
     parser.add_argument("--price-out", type=float, help="price of a million tokens that come back")
@@ -60,22 +61,44 @@ def main(args: argparse.Namespace, console: Console | None = None) -> int:
     prices = _prices(args)
     if args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: must be 1 or more.")
-    settings = JudgeSettings(args.model, args.base_url, args.temperature)
-    key = read_key(settings)
-    prompt = read_prompt(VIDEO_PROMPT)
-    run = read_run(args.run, args.tasks.split(",") if args.tasks else None)
-    check_not_judged(run, settings, prompt, overwrite=args.overwrite)
-    chats = [prompt.fill(row["question"], str(row["target"]), row["answer"]) for row in run.questions()]
+    key = read_key(JudgeSettings(args.model or "any", args.base_url))
+    kinds: dict[JudgedTask, list[str]] = {}
+    for name in read_run(args.run, args.tasks.split(",") if args.tasks else None).tasks:
+        kinds.setdefault(judged_task(name), []).append(name)
+    settings = {
+        kind: JudgeSettings(args.model or kind.model, args.base_url, args.temperature, kind.max_tokens)
+        for kind in kinds
+    }
+    for kind, tasks in kinds.items():  # all are checked before any is asked
+        check_not_judged(read_run(args.run, tasks), settings[kind], kind.prompt, overwrite=args.overwrite)
+    codes = [
+        _judge(kind, read_run(args.run, tasks), settings[kind], key, prices, args, console)
+        for kind, tasks in kinds.items()
+    ]
+    return max(codes)
+
+
+def _judge(
+    kind: JudgedTask,
+    run: JudgedRun,
+    settings: JudgeSettings,
+    key: str | None,
+    prices: Mapping[str, float] | None,
+    args: argparse.Namespace,
+    console: Console,
+) -> int:
+    """Judges the tasks that are judged alike."""
+    chats = [kind.chat(row) for row in run.questions()]
     cache_path = args.cache or cache_folder() / "judge.sqlite"
     with (
         closing(ReplyCache(cache_path)) as cache,
         closing(Judge(settings, cache, key=key, num_workers=args.workers)) as judge,
     ):
-        if not _agreed(judge, prompt, chats, prices, args, console):
+        if not _agreed(judge, kind, chats, prices, args, console):
             console.print("not started; nothing was sent.")
             return 0
-        replies = _ask(judge, chats, prices, args.max_cost, console)
-    write_verdicts(run, replies, settings, prompt)
+        replies = _ask(judge, kind, chats, prices, args.max_cost, console)
+    write_verdicts(run, replies, settings, kind.prompt)
     return _report(run, console)
 
 
@@ -93,16 +116,16 @@ def _prices(args: argparse.Namespace) -> dict[str, float] | None:
 
 def _agreed(
     judge: Judge,
-    prompt: JudgePrompt,
+    kind: JudgedTask,
     chats: Sequence[Sequence[Message]],
     prices: Mapping[str, float] | None,
     args: argparse.Namespace,
     console: Console,
 ) -> bool:
     """Says what it will cost, and asks."""
-    new = [chat for chat in chats if judge.known(chat, _usable) is None]
-    tokens_in, tokens_out = sum(map(estimate_tokens, new)), _TOKENS_PER_REPLY * len(new)
-    settings = judge.settings
+    new = [chat for chat in chats if judge.known(chat, kind.usable) is None]
+    tokens_in, tokens_out = sum(map(estimate_tokens, new)), kind.num_reply_tokens * len(new)
+    settings, prompt = judge.settings, kind.prompt
     console.print(f"judge: {settings.model} at {settings.base_url}, prompt {prompt.name}_v{prompt.version}")
     console.print(f"{len(chats)} answers, {len(chats) - len(new)} of them judged before (in {judge.cache.path})")
     if not new:
@@ -129,6 +152,7 @@ def estimate_tokens(chat: Sequence[Message]) -> int:
 
 def _ask(
     judge: Judge,
+    kind: JudgedTask,
     chats: Sequence[Sequence[Message]],
     prices: Mapping[str, float] | None,
     max_cost: float | None,
@@ -147,7 +171,7 @@ def _ask(
         num_done += 1
         # An endpoint that does not count is taken at our own estimate.
         sent += reply.num_prompt_tokens or (0 if reply.cached else estimate_tokens(chats[number]))
-        received += reply.num_reply_tokens or (0 if reply.cached else _TOKENS_PER_REPLY)
+        received += reply.num_reply_tokens or (0 if reply.cached else kind.num_reply_tokens)
         bar.advance(task)
         if prices is not None and max_cost is not None and (spent := cost(sent, received, prices)) > max_cost:
             raise JudgeError(f"{spent:.2f} were spent, more than --max-cost {max_cost:g}")
@@ -155,7 +179,7 @@ def _ask(
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(chats))
         try:
-            replies = judge.ask_all(chats, _usable, count)
+            replies = judge.ask_all(chats, kind.usable, count)
         except JudgeError as error:
             raise JudgeError(
                 f"{error}. {num_done} of {len(chats)} answers are judged and kept in {judge.cache.path}; the record is"
@@ -164,10 +188,6 @@ def _ask(
     spent = "" if prices is None else f", {cost(sent, received, prices):.2f} spent"
     console.print(f"{sent:,} tokens sent, {received:,} came back{spent}")
     return replies
-
-
-def _usable(reply: str) -> bool:
-    return read_verdict(reply) is not None
 
 
 def _report(run: JudgedRun, console: Console) -> int:

@@ -19,7 +19,7 @@ _DICTIONARY = re.compile(r"\{[^{}]{1,500}\}")
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """A prompt with places for ``{question}``, ``{answer}`` and ``{prediction}``.
+    """A prompt with places such as ``{question}``, ``{answer}`` and ``{prediction}``.
 
     Attributes:
         name, version: a change of a single letter needs a new version.
@@ -32,16 +32,14 @@ class JudgePrompt:
     sha256: str
     messages: tuple[tuple[str, str], ...]
 
-    def fill(self, question: str, answer: str, prediction: str) -> list[dict[str, str]]:
-        """The chat about one question."""
-        values = {"question": question, "answer": answer, "prediction": prediction}
-
-        def value(place: re.Match[str]) -> str:
-            return values[place[1]]
-
+    def fill(self, **values: str) -> list[dict[str, str]]:
+        """The chat about one question; ``values`` by the names of the places."""
         # Not str.format: the prompt shows a dictionary, and what is filled in may hold braces.
-        places = re.compile(r"\{(question|answer|prediction)\}")
-        return [{"role": role, "content": places.sub(value, content)} for role, content in self.messages]
+        places = re.compile(r"\{(" + "|".join(values) + r")\}")
+        return [
+            {"role": role, "content": places.sub(lambda place: values[place[1]], content)}
+            for role, content in self.messages
+        ]
 
 
 @dataclass(frozen=True)

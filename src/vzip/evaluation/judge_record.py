@@ -13,16 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vzip.errors import ConfigError, ManifestError, RunExistsError, nearest
-from vzip.report.record import JUDGE_ACCURACY, JUDGE_SCORE, SAMPLES_NAME, read_record, read_samples, record_path
-from vzip.report.stats import clustered_standard_error
+from vzip.report.record import SAMPLES_NAME, read_record, read_samples, record_path
+from vzip.report.score_units import Units, units_of
+from vzip.report.stats import bootstrap_standard_error, clustered_standard_error
 
 from .judge import Reply
-from .judge_prompts import JudgePrompt, read_verdict
+from .judge_prompts import JudgePrompt
 from .judge_settings import JudgeSettings
-from .video_qa import VIDEO_SETS
+from .judge_tasks import JUDGED_TASKS, JudgedTask, judged_task
 from .writing import write_json, write_jsonl
 
 _REASON = "judge: "  # how the judge's own reasons for a provisional record begin
@@ -56,20 +55,20 @@ def read_run(run: str | Path, tasks: Sequence[str] | None = None) -> JudgedRun:
 
     Args:
         run: its directory.
-        tasks: which to judge; by default the video benchmarks among its tasks.
+        tasks: which to judge; by default those of its tasks that are meant for a judge.
 
     Raises:
         ManifestError: no record, no answers, or a question twice.
         ConfigError: a task that the run does not have, or none to judge.
     """
     record, rows = read_record(run), read_samples(run)
-    chosen = [task for task in record["tasks"] if task in VIDEO_SETS] if tasks is None else list(tasks)
+    chosen = [task for task in record["tasks"] if task in JUDGED_TASKS] if tasks is None else list(tasks)
     for task in chosen:
         if task not in rows:
             raise ConfigError(f"--tasks {task}: not in this run{nearest(task, rows)}; it has {', '.join(rows)}.")
     if not chosen:
         raise ConfigError(
-            f"{run}: none of its tasks ({', '.join(rows)}) is scored by this judge; {', '.join(VIDEO_SETS)} are. Name"
+            f"{run}: none of its tasks ({', '.join(rows)}) is scored by this judge; {', '.join(JUDGED_TASKS)} are. Name"
             " others with open questions by --tasks."
         )
     judged = JudgedRun(record_path(run), record, rows, chosen)
@@ -114,14 +113,16 @@ def write_verdicts(
         The record.
     """
     for row, reply in zip(run.questions(), replies, strict=True):
-        _judge_row(row, reply)
+        _judge_row(row, reply, judged_task(row["task"]))
     reasons = [reason for reason in run.record["provisional_reasons"] if not reason.startswith(_REASON)]
     for task in run.tasks:
-        entry = _summary(run.record["tasks"][task], [row for row in run.rows[task] if row["filter_index"] == 0])
-        if task in VIDEO_SETS:
+        kind = judged_task(task)
+        of_task = [row for row in run.rows[task] if row["filter_index"] == 0]
+        entry = _summary(run.record["tasks"][task], of_task, kind.metrics)
+        if task in JUDGED_TASKS:
             run.record["tasks"][task] |= {
-                "primary_metric": JUDGE_ACCURACY if entry["num_judged"] else None,
-                "unit": "fraction",
+                "primary_metric": kind.metrics[0] if entry["num_judged"] else None,
+                "unit": kind.unit,
             }
         run.record.setdefault("judge", {})[task] = _identity(settings, prompt) | entry
     for task, entry in run.record["judge"].items():
@@ -147,37 +148,42 @@ def _identity(settings: JudgeSettings, prompt: JudgePrompt) -> dict[str, Any]:
     return {**asdict(settings), "prompt": f"{prompt.name}_v{prompt.version}", "prompt_sha256": prompt.sha256}
 
 
-def _judge_row(row: Row, reply: Reply) -> None:
+def _judge_row(row: Row, reply: Reply, kind: JudgedTask) -> None:
     """A question without a usable verdict has no judge's score: it is neither right nor wrong."""
     row["judge"] = {"reply": reply.text, "model": reply.served_model, "problem": reply.problem}
-    for metric in (JUDGE_ACCURACY, JUDGE_SCORE):
+    for metric in kind.metrics:
         row["scores"].pop(metric, None)
-    verdict = read_verdict(reply.text) if reply.problem is None else None
-    if verdict is not None:
-        row["scores"] |= {JUDGE_ACCURACY: float(verdict.correct), JUDGE_SCORE: float(verdict.score)}
+    if reply.problem is None:
+        row["scores"] |= kind.read(reply.text) or {}
 
 
-def _summary(task: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """Puts accuracy and mean score into the record's entry of a task; returns what is said of the judging."""
-    judged = [row for row in rows if JUDGE_ACCURACY in row["scores"]]
-    # Many questions are about one video: MSVD-QA has 26 of each.
-    labels = [row.get("cluster", ("question", row["doc_id"])) for row in judged]
-    for metric in (JUDGE_ACCURACY, JUDGE_SCORE):
+def _summary(task: dict[str, Any], rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
+    """Puts the judge's metrics into the record's entry of a task; returns what is said of the judging."""
+    for metric in metrics:
         task["metrics"].pop(metric, None)
-        if judged:
-            scores = np.array([row["scores"][metric] for row in judged])
-            error = clustered_standard_error(scores, labels)
+        units = units_of(metric, rows)
+        if units is not None:
+            error = _standard_error(units)
             task["metrics"][metric] = {
-                "value": float(scores.mean()),
+                "value": units.score,
                 "standard_error": error if math.isfinite(error) else None,
-                "standard_error_source": "over videos" if math.isfinite(error) else None,
+                "standard_error_source": "clustered" if math.isfinite(error) else None,
             }
+    judged = [row for row in rows if metrics[0] in row["scores"]]
     return {
         "served_models": dict(Counter(str(row["judge"]["model"]) for row in judged)),
         "judged": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "num_judged": len(judged),
         "num_unusable": len(rows) - len(judged),
     }
+
+
+def _standard_error(units: Units) -> float:
+    """Questions about one picture or video together: MSVD-QA has 26 of each. NaN where there is only one."""
+    if units.aggregate is None:
+        return clustered_standard_error(units.values, units.clusters)
+    values, aggregate = units.by_cluster()
+    return bootstrap_standard_error(values, aggregate) if aggregate and len(values) > 1 else math.nan
 
 
 def cost(num_prompt_tokens: float, num_reply_tokens: float, prices: Mapping[str, float]) -> float:

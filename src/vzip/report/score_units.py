@@ -167,6 +167,12 @@ def _mme(metric: str, ids: tuple[object, ...], scores: Rows) -> Units | None:
     return Units(values, _sum_of_ratios, None, tuple(twins))
 
 
+def _relative(metric: str, ids: tuple[object, ...], scores: Rows) -> Units:
+    """LLaVA-Bench: the judge's scores of our answers over those of the reference answers, in percent."""
+    values = np.array([(100.0 * s["judged"], s["reference"]) for s in scores])
+    return Units(values, _ratio_of_sums, None, ids)
+
+
 def _groups(labels: Sequence[Any], scores: Sequence[Any] | np.ndarray) -> dict[Any, list[Any]]:
     grouped: dict[Any, list[Any]] = {}
     for label, score in zip(labels, scores, strict=True):
@@ -212,4 +218,5 @@ _FORMS: tuple[tuple[frozenset[str], Callable[[str, tuple[object, ...], Rows], Un
     (frozenset({"score", "category", "question_id"}), _mme),
     (frozenset({"said", "answer", "pair"}), _scenes),
     (frozenset({"pred", "answer"}), _letters),
+    (frozenset({"judged", "reference"}), _relative),
 )
