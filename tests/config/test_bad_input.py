@@ -113,6 +113,16 @@ MESSAGES = {
     ("data=llava_json",): ["data.json: must be given, as data.json=VALUE: a file in LLaVA's format"],
     ("train=projector", "train.parts=[projektor]"): ["train.parts=['projektor']: must be a list of at least one of"],
     ("train=projector", "train.warmup_fraction=3"): ["train.warmup_fraction=3: must be a number from 0 to 1"],
+    ("train=projector", "train.lora.r=8"): [
+        "train.lora.r: train=projector has no such setting; options of train that have it: projector_lora."
+    ],
+    ("train.learning_rate=1",): [
+        "train.learning_rate: train=none has no such setting; options of train that have it: instruct, instruct_next,",
+    ],
+    ("data=scenes_dialogues", "data.json=FILE"): ["data.json: data=scenes_dialogues has no such setting; options"],
+    ("compressor=uniform", "compressor.merge_rule=mean"): [
+        "compressor.merge_rule: compressor=uniform has no such setting; options of compressor that have it: visionzip."
+    ],
     ("model.projector=nowhere",): ["model.projector=nowhere: no such directory"],
     ("model.projector=trained",): ["model.projector=trained: train=none trains no projector"],
     ("+exp=tiny_64tok_tuned",): ["visionzip-64tok/seed0/final is not there. Run `python train.py +exp=tiny_64tok"],
@@ -135,6 +145,12 @@ def test_all_problems_at_once(run: Run) -> None:
     assert code == 2 and "6 problems in the configuration:" in message
     for part in ("eval.limt", "budgt", "model=nope", "model.dtype=bf16", "budget.num_dominant=0", "seed=-1"):
         assert part in message
+
+
+def test_a_setting_that_one_option_of_a_sweep_lacks(run: Run) -> None:
+    code, message = run("-m", "train=projector_lora,projector", "train.lora.r=8", "seed=-1")
+    assert code == 2 and "2 problems in the configuration:" in message
+    assert "train.lora.r: train=projector has no such setting" in message and "seed=-1" in message
 
 
 def test_a_sweep_is_judged_before_its_first_job(run: Run, tmp_path: Path) -> None:

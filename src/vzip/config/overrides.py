@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from vzip.config import schema
+from vzip.config.absent import absent_settings
 from vzip.config.options import RECIPE_GROUP, groups, header, options
 from vzip.config.validate import find_problems, raise_all
 from vzip.errors import ConfigError, nearest
@@ -56,6 +57,9 @@ def check_overrides(arguments: Sequence[str], directory: Path, config_name: str)
         found = _check_word(word, parser, directory)
         problems += found
         good += [] if found else parser.parse_overrides([word])
+    absent = absent_settings(good, directory, config_name)
+    problems += absent.values()
+    good = [override for override in good if override.input_line not in absent]
     if problems or is_sweep(arguments):
         problems += _check_values(good, directory, config_name)
     raise_all(problems)
