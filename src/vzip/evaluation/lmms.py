@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -71,11 +72,13 @@ class VzipLmms(lmms):
         seed: of sampled answers.
         store: answers of an interrupted run, and where to keep new ones; None for neither.
         processes: that share the questions.
+        num_pictures: how many questions of a task have their picture kept in ``pictures``.
 
     Attributes:
         samples: what happened to each question.
         batch_sizes: how often how many questions were generated at once.
         problems: why a question could not be asked.
+        pictures: the first picture of the first questions answered, to be shown.
 
     Raises:
         ConfigError: a batch size or generation setting that cannot be.
@@ -97,6 +100,7 @@ class VzipLmms(lmms):
         seed: int = 0,
         store: AnswerStore | None = None,
         processes: Processes | None = None,
+        num_pictures: int = 0,
     ) -> None:
         super().__init__()
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -115,6 +119,8 @@ class VzipLmms(lmms):
         self.samples: dict[Key, SampleLog] = {}
         self.batch_sizes: Counter[int] = Counter()
         self.problems: dict[Key, str] = {}
+        self.num_pictures = num_pictures
+        self.pictures: dict[Key, Image.Image] = {}
         # Opened now: lmms-eval's own output may be redirected while it runs.
         self._console = Console(file=sys.stderr)
 
@@ -197,6 +203,7 @@ class VzipLmms(lmms):
             task = bar.add_task("answering", total=sum(map(len, batches)))
             for batch in prepared:
                 asked = [one.question for chunk in batch.chunks for one in chunk.loaded]
+                self._keep_pictures(batch)
                 logs, sizes = answerer.answer(batch.chunks)
                 answered = list(zip(asked, logs, strict=True))
                 if self.store is not None and answered:
@@ -207,6 +214,12 @@ class VzipLmms(lmms):
                 for key, problem in batch.problems.items():
                     logger.warning("task %s, question %d cannot be asked: %s", key[0], key[1], problem)
                 bar.advance(task, len(asked) + len(batch.problems))
+
+    def _keep_pictures(self, batch: PreparedBatch) -> None:
+        for one in (one for chunk in batch.chunks for one in chunk.loaded):
+            kept = sum(key[0] == one.question.key[0] for key in self.pictures)
+            if one.images and kept < self.num_pictures:
+                self.pictures[one.question.key] = one.images[0]
 
     def _collect(self) -> None:
         """Brings all answers to the first process."""

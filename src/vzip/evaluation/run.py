@@ -15,6 +15,7 @@ from . import provenance
 from .generation import check_overrides
 from .harness import check_lmms_eval, quiet_logger, run_lmms_eval
 from .results import build_record, sample_rows
+from .wandb_runs import check_wandb
 from .writing import naming_the_file, write_json, write_jsonl
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 RECORD_NAME = "run.json"
 SAMPLES_NAME = "samples.jsonl"
+_PICTURES_PER_TASK = 2  # shown by a tracker
 
 
 def evaluate(
@@ -42,6 +44,7 @@ def evaluate(
     progress: bool = True,
     num_workers: int = 2,
     on_problem: OnProblem = "refuse",
+    trackers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluates ``vlm`` on lmms-eval tasks and writes ``run.json`` and ``samples.jsonl`` to ``run_dir``.
 
@@ -69,6 +72,7 @@ def evaluate(
         on_problem: what becomes of questions whose pictures or videos cannot be read: ``refuse`` ends the run, once
             everything else is answered, and names them; ``skip`` leaves them out of the score, and the record names
             them and is provisional.
+        trackers: ``wandb``, or nothing; told of the finished run, see ``tracking``.
 
     Returns:
         The record, as in ``run.json``.
@@ -85,6 +89,8 @@ def evaluate(
     run_dir = Path(run_dir)
     check_run_dir(run_dir, overwrite=overwrite)
     check_lmms_eval()
+    if trackers:
+        check_wandb("eval.trackers")
     from .catalog import find_tasks
     from .lmms import VzipLmms
     from .processes import join_processes
@@ -102,6 +108,7 @@ def evaluate(
             on_problem=on_problem,
             seed=seed,
             processes=join_processes(),
+            num_pictures=_PICTURES_PER_TASK if trackers else 0,
         )
         with naming_the_file(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -144,6 +151,10 @@ def evaluate(
         write_jsonl(run_dir / SAMPLES_NAME, rows)
         write_json(run_dir / RECORD_NAME, record)  # last: a record says that all of the run is there
         lm.store.delete()
+    if trackers:
+        from .tracking import report_evaluation
+
+        report_evaluation(vlm, run_dir, record, rows, lm.pictures)
     return record
 
 

@@ -22,17 +22,7 @@ from vzip.errors import ConfigError, ManifestError
 from .expected import Expectation, ExpectedRow, read_expected
 from .layout import print_layout
 from .paired import Paired, compare_task
-from .record import (
-    RECORD_NAME,
-    Run,
-    answers_of,
-    find_runs,
-    is_vanilla_of,
-    read_record,
-    record_path,
-    score_of,
-    unit_factor,
-)
+from .record import Run, answers_of, is_vanilla_of, read_record, record_path, runs_beside, score_of, unit_factor
 from .two_runs import lay_out_pair
 
 _SUFFIX = ".expected.json"
@@ -156,10 +146,7 @@ def find_vanilla(record: Mapping[str, Any], run: Path) -> Path | None:
     own = record_path(run).resolve()
     if is_vanilla_of(record, record):
         return own
-    above = own.parents
-    # runs/<task>/<recipe or model>/<compressor>-<budget>/seed<k>: `runs` by its name, else four levels up.
-    root = next((folder for folder in above if folder.name == "runs"), above[min(4, len(above) - 1)])
-    runs = find_runs(root, f"*/*/*/*/{RECORD_NAME}")
+    runs = runs_beside(Run(own, record))
     found = [other for other in runs if other.path != own and is_vanilla_of(other.record, record)]
     newest = max(found, key=lambda other: str(other.record.get("created")), default=None)
     return None if newest is None else newest.path

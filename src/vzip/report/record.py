@@ -81,6 +81,8 @@ def read_record(run: str | Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ManifestError(f"{path} is not JSON ({error}). Run the evaluation again with overwrite=true.") from error
     missing = [key for key in _REQUIRED if key not in record] if isinstance(record, dict) else list(_REQUIRED)
+    if not missing and "name" not in record["compressor"]:
+        missing = ["compressor.name"]
     if missing:
         raise ManifestError(f"{path} is not an evaluation record: it lacks {', '.join(missing)}.")
     if record["schema_version"] != SCHEMA_VERSION:
@@ -106,6 +108,19 @@ def find_runs(folder: Path, pattern: str = f"**/{RECORD_NAME}", unreadable: list
             if unreadable is not None:
                 unreadable.append(str(error))
     return found
+
+
+def runs_beside(run: Run) -> list[Run]:
+    """The evaluations of the runs tree that a record lies in, itself among them; none where it lies elsewhere.
+
+    The tree is ``runs/<task>/<recipe or model>/<compressor>-<budget>/seed<k>``; its root is told by its name, or else
+    by the seed's, four levels below it.
+    """
+    above = run.path.resolve().parents
+    root = next((folder for folder in above if folder.name == "runs"), None)
+    if root is None and above[0].name.startswith("seed") and len(above) > 4:
+        root = above[4]
+    return [] if root is None else find_runs(root, f"*/*/*/*/{RECORD_NAME}")
 
 
 def read_samples(run: str | Path) -> dict[str, list[dict[str, Any]]]:
