@@ -15,8 +15,8 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from PIL import Image
-from tests import tiny
-from tests.tiny import FAMILIES
+from tests import mgm_layout, tiny, tiny_mini_gemini
+from tests.families import FAMILIES
 
 import vzip
 from vzip.models.devices import execution_device
@@ -25,7 +25,8 @@ BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 COMPRESSORS = [vzip.VisionZip(BUDGET), vzip.Identity()]
 TEXT_PARTS = ("model.language_model", "lm_head")
 # Under the names of all families: a model has some of these.
-VISION_PARTS = ("model.vision_tower", "model.image_tower", "model.video_tower", "model.multi_modal_projector")
+TOWERS = ("vision_tower", "image_tower", "video_tower", "high_res_tower", "patch_info_mining", "multi_modal_projector")
+VISION_PARTS = tuple(f"model.{part}" for part in TOWERS)
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 each_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=["visionzip", "none"])
 
@@ -117,6 +118,17 @@ def test_a_checkpoint_is_loaded_onto_a_map_of_devices(tmp_path) -> None:
     expected = vzip.CompressedVlm(model, COMPRESSORS[0]).forward(ids, **inputs).logits
     for device_map in ("auto", "cpu", {"": "cpu"}):
         vlm = vzip.load_vlm(tmp_path, device_map=device_map, dtype="float32", compressor=COMPRESSORS[0])
+        assert torch.equal(vlm.forward(ids, **inputs).logits.cpu(), expected) or torch.cuda.is_available()
+
+
+@torch.no_grad()
+def test_the_published_layout_of_mini_gemini_is_loaded_onto_a_map_of_devices(tmp_path) -> None:
+    model = tiny_mini_gemini.mini_gemini(vocab_size=mgm_layout.VOCABULARY)
+    directory = mgm_layout.save_all(model, tmp_path)
+    inputs, ids = tiny_mini_gemini.inputs(1), torch.tensor([[5, mgm_layout.VOCABULARY, 6]])
+    expected = vzip.load_vlm(directory, compressor=COMPRESSORS[0]).forward(ids, **inputs).logits
+    for device_map in ("auto", {"": "cpu"}):
+        vlm = vzip.load_vlm(directory, device_map=device_map, compressor=COMPRESSORS[0])
         assert torch.equal(vlm.forward(ids, **inputs).logits.cpu(), expected) or torch.cuda.is_available()
 
 

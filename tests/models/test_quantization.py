@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from tests import tiny
-from tests.tiny import FAMILIES
+from tests import mgm_layout, tiny, tiny_mini_gemini
+from tests.families import FAMILIES
 from transformers import LlavaForConditionalGeneration
 
 import vzip
 from vzip.errors import ConfigError, MissingPackageError
-from vzip.models import load, quantization
+from vzip.models import fresh, load, quantization
 from vzip.models.adapters import adapter_for_model
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A LLaVA whose sizes bitsandbytes' blocks of 64 divide."""
-    config = tiny.llava(vocab_size=320).config
+def blocks_of_64(model: torch.nn.Module) -> Any:
+    """The model in bfloat16, its language model in sizes that bitsandbytes' blocks of 64 divide."""
+    config = model.config
     config.text_config.hidden_size, config.text_config.intermediate_size = 64, 128
     config.text_config.head_dim = 16
     torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    return fresh.new_model(config).to(torch.bfloat16)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    blocks_of_64(tiny.llava(vocab_size=320)).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -75,24 +82,46 @@ def test_auto_is_the_dtype_of_the_checkpoint() -> None:
         quantization.compute_dtype("auto", SimpleNamespace(quantization_config={"load_in_4bit": True}))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-@pytest.mark.parametrize("name", ["8bit", "4bit"])
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+
+
 @torch.no_grad()
-def test_a_quantized_language_model_is_close_and_the_rest_exact(checkpoint, name) -> None:
+def check_quantized(name: str, directory: Path, family: tiny.Family, image_token: int | None = None) -> None:
+    """A quantized language model computes nearly the same, and everything else is exact."""
     compressor = vzip.VisionZip(BUDGET)
-    whole = vzip.load_vlm(checkpoint, compressor=compressor)
-    vlm = vzip.load_vlm(checkpoint, quantization=name, compressor=compressor)
+    whole = vzip.load_vlm(directory, compressor=compressor)
+    vlm = vzip.load_vlm(directory, quantization=name, compressor=compressor)
     kinds = {type(module).__name__ for module in vlm.adapter.language_model.modules()}
     assert ("Linear8bitLt" if name == "8bit" else "Linear4bit") in kinds and "Linear" not in kinds
-    for part in (vlm.adapter.vision_tower, vlm.adapter.projector, vlm.model.lm_head):
-        assert not {type(module).__name__ for module in part.modules()} & {"Linear8bitLt", "Linear4bit"}
-        assert {parameter.dtype for parameter in part.parameters()} == {torch.bfloat16}
-    pixels, ids = tiny.pixels(1).to(vlm.device), torch.tensor([[5, tiny.IMAGE_TOKEN, 6]])
-    assert torch.equal(vlm.encode_images(pixels)[0].cpu(), whole.encode_images(tiny.pixels(1))[0])
-    ours, exact = (
-        vlm.forward(ids, pixel_values=pixels).logits.cpu(),
-        whole.forward(ids, pixel_values=tiny.pixels(1)).logits,
-    )
+    inside = {id(module) for module in vlm.adapter.language_model.modules()}
+    outside = [module for module in vlm.model.modules() if id(module) not in inside]
+    assert not {type(module).__name__ for module in outside} & {"Linear8bitLt", "Linear4bit"}
+    own = [parameter for module in outside for parameter in module.parameters(recurse=False)]
+    assert {parameter.dtype for parameter in own} == {torch.bfloat16}
+    ids, inputs = torch.tensor([[5, image_token or family.token, 6]]), family.inputs(1)
+    there = {key: tensor.to(vlm.device) for key, tensor in inputs.items()}
+    assert torch.equal(family.encode(vlm, there)[0].cpu(), family.encode(whole, inputs)[0])
+    ours, exact = vlm.forward(ids, **there).logits.cpu(), whole.forward(ids, **inputs).logits
     difference = (ours - exact).float().norm() / exact.float().norm()
     assert 0 < difference < (0.05 if name == "8bit" else 0.25)
-    assert vlm.generate(ids, pixel_values=pixels, max_new_tokens=3).shape == (1, 3)
+    assert vlm.generate(ids, **there, max_new_tokens=3).shape == (1, 3)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("name", quantization.QUANTIZATIONS)
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_a_quantized_language_model_is_close_and_the_rest_exact(family, name, tmp_path) -> None:
+    blocks_of_64(family.build(vocab_size=320)).save_pretrained(tmp_path)
+    check_quantized(name, tmp_path, family)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("name", quantization.QUANTIZATIONS)
+def test_the_published_layout_of_mini_gemini_is_quantized_alike(name, tmp_path) -> None:
+    model = blocks_of_64(tiny_mini_gemini.mini_gemini(vocab_size=mgm_layout.VOCABULARY))
+    directory = mgm_layout.save_all(model, tmp_path)
+    config = json.loads((directory / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
+    (directory / "config.json").write_text(json.dumps(config))
+    check_quantized(name, directory, tiny_mini_gemini.FAMILY, image_token=mgm_layout.VOCABULARY)

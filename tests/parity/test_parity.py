@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests import tiny, tiny_mini_gemini
+from tests.families import FAMILIES
 from tests.isolation.test_isolation import changed, snapshot
 from tests.tiny import Family, some_of
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -17,7 +17,6 @@ from transformers import CLIPVisionConfig, LlamaConfig
 import vzip
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
-FAMILIES = (*tiny.FAMILIES, tiny_mini_gemini.FAMILY)
 KINDS = [(family, tower, strategy) for family in FAMILIES for tower, strategy in family.kinds]
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
@@ -273,6 +272,19 @@ def test_the_model_is_unchanged_by_use_and_by_an_exception(family):
         vlm.generate(ids, max_new_tokens=2, **inputs)
     assert changed(before, snapshot(model)) == []
     with_hook.remove()
+
+
+@each_family
+@torch.no_grad()
+def test_a_saved_model_comes_back(family, tmp_path):
+    model = family.build()
+    model.save_pretrained(tmp_path)
+    vlm = vzip.load_vlm(tmp_path, compressor=vzip.VisionZip(BUDGET))
+    assert type(vlm.model) is type(model) and not vlm.model.training and vlm.revision is None
+    ids, inputs = prompt(family, [5, "image", 7, "image"]), family.inputs(2)
+    original = vzip.CompressedVlm(model, vlm.compressor)
+    assert torch.equal(vlm.forward(ids, **inputs).logits, original.forward(ids, **inputs).logits)
+    assert vlm.last_num_visual_tokens == [9 * crops for crops in family.num_crops(2)]
 
 
 @each_family

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
@@ -18,7 +21,16 @@ def execution_device(module: nn.Module) -> torch.device:
     return device
 
 
+@contextmanager
+def fetched(*modules: nn.Module) -> Iterator[None]:
+    """Has the modules' own parameters at hand while the context lasts, where accelerate has parked them elsewhere."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(align_module_device(module))
+        yield
+
+
 def fetch_parameter(module: nn.Module, name: str) -> Tensor:
     """A module's own parameter, fetched if it is offloaded."""
-    with align_module_device(module):
+    with fetched(module):
         return module.get_parameter(name)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..devices import fetched
+
 
 class PatchInfoMining(nn.Module):
     """Queries from the patches, keys and values from their windows; submodules are named as in MGM."""
@@ -52,14 +54,15 @@ class PatchInfoMining(nn.Module):
         of_values: Any = self.vlm_uni_val_projector
         (key_norm, key_linear), (value_norm, value_linear) = of_keys, of_values
         queries = self.vlm_uni_query_projector(patches).to(working_type) * patches.shape[-1] ** -0.5
-        lookups = (queries @ key_linear.weight.to(working_type)) * key_norm.weight  # [B, P, c]
-        found = []
-        for strip, lookup in zip(highres.chunk(side, dim=2), lookups.chunk(side, dim=1), strict=True):
-            windows = strip.unflatten(3, (side, -1)).permute(0, 3, 2, 4, 1).flatten(2, 3)  # [B, side, window, c]
-            windows = functional.layer_norm(windows.to(working_type), windows.shape[-1:], eps=key_norm.eps)
-            weights = (windows @ lookup.unsqueeze(-1)).softmax(dim=2)  # [B, side, window, 1]
-            found.append((weights.transpose(2, 3) @ windows).squeeze(2))
-        means = torch.cat(found, dim=1) * value_norm.weight + value_norm.bias  # [B, P, c]
+        with fetched(key_norm, key_linear, value_norm):  # their weights are used without calling them
+            lookups = (queries @ key_linear.weight.to(working_type)) * key_norm.weight  # [B, P, c]
+            found = []
+            for strip, lookup in zip(highres.chunk(side, dim=2), lookups.chunk(side, dim=1), strict=True):
+                windows = strip.unflatten(3, (side, -1)).permute(0, 3, 2, 4, 1).flatten(2, 3)  # [B, side, window, c]
+                windows = functional.layer_norm(windows.to(working_type), windows.shape[-1:], eps=key_norm.eps)
+                weights = (windows @ lookup.unsqueeze(-1)).softmax(dim=2)  # [B, side, window, 1]
+                found.append((weights.transpose(2, 3) @ windows).squeeze(2))
+            means = torch.cat(found, dim=1) * value_norm.weight + value_norm.bias  # [B, P, c]
         return value_linear(means.to(patches.dtype))
 
 
