@@ -69,7 +69,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Decodes the first frame, turns it upright and converts it to 8-bit RGB."""
     if getattr(image, "is_animated", False):  # only multi-frame formats of Pillow define it
         image.seek(0)
-    with _strict_decoding():
+    with strict_decoding():
         image.load()
     if 0 in image.size:
         raise ImageError(f"A picture of {image.width} x {image.height} has no pixels.")
@@ -77,7 +77,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _strict_decoding() -> Iterator[None]:
+def strict_decoding() -> Iterator[None]:
     """Lets a truncated file be an error even where another package (lmms-eval does) told Pillow to fill it up."""
     lenient = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
