@@ -122,7 +122,7 @@ def test_plain_arguments(hydra_folder: None) -> None:
     arguments = dict(plan.evaluation)
     record = arguments.pop("resolved_config")
     assert json.loads(json.dumps(record))["budget"]["num_dominant"] == 27, "plain containers only"
-    assert arguments.pop("tasks")[0] == "gqa" and len(record["eval"]["tasks"]) == 10
+    assert arguments.pop("tasks")[0] == "gqa" and len(record["eval"]["tasks"]) == 12
     assert arguments.pop("system_prompt").startswith("A chat between a curious user and an artificial intelligence")
     assert arguments == {
         "limit": 9,
