@@ -27,6 +27,7 @@ from vzip.models.tuned import read_tensors
 from vzip.train.loop import train
 from vzip.train.merge import merge
 from vzip.train.objective import AnswerLoss, ModelView
+from vzip.train.settings import LoraSettings
 from vzip.train.trainable import choose_trainable, num_trainable, parameter_groups
 
 NUM_LORA = 2 * (4 * (32 + 32) + 4 * (32 + 16))  # two layers; the values have half as many heads
@@ -164,6 +165,11 @@ def test_as_a_setting() -> None:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return checked(compose("train", ["+exp=llava15_7b_64tok", "train=projector_lora", *words]))
 
+    # LLaVA scripts/v1_5/finetune_lora.sh and the defaults of llava/train/train.py.
+    layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    published, _ = settings_of(composed())
+    assert published.lora == LoraSettings(r=128, alpha=256, dropout=0.05, target_modules=layers, learning_rate=2e-4)
+    assert (published.learning_rate, published.samples_per_step) == (2e-5, 128)
     settings, _ = settings_of(composed("train.lora.r=16"))
     assert settings.parts == ("projector",) and settings.lora is not None
     assert (settings.lora.r, settings.lora.alpha, settings.lora.learning_rate) == (16, 256, 2e-4)

@@ -142,6 +142,19 @@ def test_more_devices_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
         check_devices(dataclasses.replace(LAUNCH, device="cpu", strategy="zero2"))
 
 
+def test_what_deepspeed_compiles_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    two = dataclasses.replace(LAUNCH, device="cpu", strategy="zero2", num_processes=2)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    (tmp_path / "ninja").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", "")
+    check_devices(two)  # an environment that is not activated: found beside its interpreter
+    (tmp_path / "ninja").unlink()
+    with pytest.raises(MissingPackageError, match="ninja, which is not installed"):
+        check_devices(two)
+
+
 def test_deepspeed_is_told_everything_that_matters() -> None:
     settings = dataclasses.replace(SETTINGS, precision="bfloat16", max_grad_norm=None)
     config = deepspeed_config(settings, dataclasses.replace(LAUNCH, strategy="zero3"), accumulation=2)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +34,7 @@ def check_devices(launch: LaunchSettings) -> None:
 
     Raises:
         ConfigError: more GPUs, or more CPU processes than cores, than this machine has.
-        MissingPackageError: DeepSpeed is asked for and not installed.
+        MissingPackageError: DeepSpeed, or what it compiles with, is needed and not installed.
     """
     cuda = uses_cuda(launch.device)
     available, what = (torch.cuda.device_count(), "CUDA devices") if cuda else (os.cpu_count() or 1, "CPU cores")
@@ -48,6 +51,19 @@ def check_devices(launch: LaunchSettings) -> None:
                 f"launcher.strategy={launch.strategy} needs DeepSpeed ({error}): pip install 'vzip[train]', or choose"
                 " launcher.strategy=ddp."
             ) from error
+        find_beside_interpreter()
+        if not cuda and launch.num_processes > 1 and shutil.which("ninja") is None:
+            raise MissingPackageError(
+                f"launcher.strategy={launch.strategy} on CPU processes: DeepSpeed compiles what they talk through, with"
+                " ninja, which is not installed: pip install ninja, or choose launcher.strategy=ddp."
+            )
+
+
+def find_beside_interpreter() -> None:
+    """Puts the interpreter's folder on PATH: the programs of an environment that nobody activated are found there."""
+    folder, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if folder not in path.split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join(filter(None, (folder, path)))
 
 
 def build_accelerator(train: TrainSettings, launch: LaunchSettings, num_processes: int) -> Accelerator:
