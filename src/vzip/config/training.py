@@ -94,7 +94,7 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
     identity_keys = [key for key in RESULT_KEYS["model"] if key not in ("dtype", "projector")]
     return TrainPlan(
         load_data=_data_loader(config["data"]),
-        load_model=_model_loader(model, compressor, start),
+        load_model=_model_loader(model, compressor, start, launch.device),
         train=settings,
         launch=launch,
         run_dir=training_directory(config, config_dir()),
@@ -155,19 +155,19 @@ def _data_loader(data: Mapping[str, Any]) -> Callable[[], TrainingSet]:
     return load
 
 
-def _model_loader(model: Mapping[str, Any], compressor: Any, start: str | None) -> Callable[[str], CompressedVlm]:
+def _model_loader(
+    model: Mapping[str, Any], compressor: Any, start: str | None, device: str
+) -> Callable[[str], CompressedVlm]:
     def load(precision: str) -> CompressedVlm:
         import os
 
         import vzip
+        from vzip.train.distributed import uses_cuda
 
         arguments = load_arguments({**model, "projector": start})
         # The processes place the model themselves; only quantised weights must be put on their device as they are read.
-        quantized = model["quantization"] is not None
-        arguments |= {
-            "dtype": precision,
-            "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))} if quantized else None,
-        }
+        own = int(os.environ.get("LOCAL_RANK", "0")) if uses_cuda(device) else "cpu"
+        arguments |= {"dtype": precision, "device_map": None if model["quantization"] is None else {"": own}}
         return vzip.load_vlm(**arguments, compressor=compressor)
 
     return load
