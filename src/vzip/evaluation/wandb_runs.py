@@ -42,26 +42,27 @@ def start_wandb(run_dir: Path, config: Mapping[str, Any]) -> Any:
     """
     import wandb
 
-    settings = {"silent": True, "console": "off", "init_timeout": 30.0}
+    settings: dict[str, Any] = {"silent": True, "console": "off", "init_timeout": 30.0}
     if "finish_timeout" in wandb.Settings.model_fields:  # from 0.26 on; bounds the wait at the process's end too
         settings["finish_timeout"] = CLOSE_SECONDS
-    arguments = {
+    arguments: dict[str, Any] = {
         "project": "vzip",
         "name": "/".join(run_dir.parts[-3:]),
         "dir": str(run_dir),
         "config": dict(config),
         "id": _run_id(run_dir),
     }
-    if (mode := wandb_mode()) == "online":
+    arguments["mode"] = wandb_mode()
+    if arguments["mode"] == "online":
         try:
-            return wandb.init(**arguments, mode=mode, resume="allow", settings=wandb.Settings(**settings))
+            return wandb.init(**arguments, resume="allow", settings=wandb.Settings(**settings))
         except wandb.Error as error:
             logger.warning("wandb does not get to its server (%s)", error)
             wandb.teardown()  # lets go of the run's id
-            mode = "offline"
-    if mode == "offline":
+            arguments["mode"] = "offline"
+    if arguments["mode"] == "offline":
         logger.info("wandb keeps this run in %s; `wandb sync` sends it", run_dir / "wandb")
-    return wandb.init(**arguments, mode=mode, settings=wandb.Settings(**settings))
+    return wandb.init(**arguments, settings=wandb.Settings(**settings))
 
 
 def wandb_mode() -> str:
@@ -93,10 +94,11 @@ def _run_id(run_dir: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def wandb_errors() -> tuple[type[Exception], ...]:
-    """wandb's own error, where wandb is installed."""
+def trouble() -> tuple[type[Exception], ...]:
+    """What a tracker may raise without being the run's business; wandb's own error where wandb is installed."""
+    usual = (OSError, RuntimeError, ValueError)
     try:
         import wandb
     except ImportError:
-        return ()
-    return (wandb.Error,)
+        return usual
+    return (*usual, wandb.Error)

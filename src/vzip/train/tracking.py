@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vzip.errors import CheckpointError, MissingPackageError
-from vzip.evaluation.wandb_runs import CLOSE_SECONDS, check_wandb, start_wandb, wandb_errors
+from vzip.evaluation.wandb_runs import CLOSE_SECONDS, check_wandb, start_wandb, trouble
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class _Mirror:
             while (reported := self._waiting.get()) is not None:
                 sink.log(*reported)
             sink.close(self._failed)
-        except (OSError, RuntimeError, ValueError, *wandb_errors()) as error:
+        except trouble() as error:
             logger.warning("%s stopped (%s: %s); metrics.jsonl goes on", self.name, type(error).__name__, error)
 
 
