@@ -20,8 +20,9 @@ INSTALLED = Path(lmms_eval_tasks.__file__).parent
 
 @dataclass
 class Outcome:
-    """What came of it: the record's entry, the rows of samples.jsonl, and the pictures shown with each prompt."""
+    """What came of it: the record, its entry, the rows of samples.jsonl, and the pictures shown with each prompt."""
 
+    record: dict[str, Any]
     entry: dict[str, Any]
     rows: list[dict[str, Any]]
     pictures: dict[str, list[Any]]
@@ -49,8 +50,11 @@ class Benchmarks:
     folder: Path
     monkeypatch: pytest.MonkeyPatch
 
-    def run(self, task: str, questions: list[dict[str, Any]], said: Mapping[str, str], extra: str = "") -> Outcome:
-        """``said`` is the answer by a piece of the prompt; ``extra`` further lines of the task file."""
+    def run(
+        self, task: str, questions: list[dict[str, Any]], said: Mapping[str, str], extra: str = "", **kwargs: Any
+    ) -> Outcome:
+        """``said`` is the answer by a piece of the prompt; ``extra`` further lines of the task file; the rest
+        goes to ``evaluate``."""
         tasks = self.folder / "tasks"
         tasks.mkdir(exist_ok=True)
         data, name = tasks / "data.parquet", f"own_{task}"
@@ -63,6 +67,8 @@ class Benchmarks:
         self.monkeypatch.setitem(PROTOCOLS, name, PROTOCOLS[task])
         vlm = self.scripted(lambda prompt: next(answer for piece, answer in said.items() if piece in prompt))
         run_dir = self.folder / "run"
-        record = evaluate(vlm, tasks=[name], include_path=tasks, run_dir=run_dir, progress=False, overwrite=True)
+        record = evaluate(
+            vlm, tasks=[name], include_path=tasks, run_dir=run_dir, progress=False, overwrite=True, **kwargs
+        )
         shown = dict(zip(vlm.prompts, vlm.pictures, strict=True))
-        return Outcome(record["tasks"][name], read_samples(run_dir)[name], shown)
+        return Outcome(record, record["tasks"][name], read_samples(run_dir)[name], shown)

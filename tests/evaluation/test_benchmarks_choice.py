@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from vzip.errors import ConfigError, ManifestError
+from vzip.evaluation.run import evaluate
+
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 NO_OPTION = "nan"
 
@@ -113,3 +116,58 @@ def test_scienceqa(task, benchmarks, make_picture):
     else:
         assert (done.value("exact_match"), done.value("exact_match_image")) == (0.75, pytest.approx(2 / 3))
         assert done.rows[3]["num_visual_tokens"] == [] and "<image>" not in done.rows[3]["prompt"]
+
+
+BROKEN = {"bytes": b"no picture", "path": None}
+
+
+def test_mme_without_a_picture_leaves_out_its_other_question(benchmarks, make_picture):
+    questions = [
+        {"question_id": f"existence/{i // 2}.png", "question": f"q{i}?", "category": "existence"}
+        | {"answer": "Yes", "image": BROKEN if i == 3 else make_picture(0)}
+        for i in range(6)
+    ]
+    said = {"q0": "Yes", "q1": "Yes", "q2": "Yes", "q4": "Yes", "q5": "No"}
+    done = benchmarks.run("mme", questions, said, on_problem="skip")
+    assert done.value("mme_perception_score") == (200 + 50) / 2, "of two pictures, not of three"
+    assert [row["doc_id"] for row in done.rows] == [0, 1, 4, 5]
+    problems = {entry["doc_id"]: entry["problem"] for entry in done.record["left_out"]}
+    assert problems[2] == "is scored together with question 3, which cannot be asked"
+    assert set(problems) == {2, 3} and "cannot identify image" in problems[3]
+    assert done.record["provisional"]
+
+
+def test_mmbench_without_a_rotation_leaves_out_its_question(benchmarks, make_picture):
+    options = {"A": "dog", "B": "cat", "C": NO_OPTION, "D": NO_OPTION}
+    questions = [
+        {"index": i, "question": f"q{i}?", "hint": NO_OPTION, "answer": "A", "category": "c", "L2-category": "l"}
+        | options
+        | {"source": "s", "split": "dev", "image": BROKEN if i == 1_000_001 else make_picture(0)}
+        for i in (0, 1, 2, 1_000_000, 1_000_001)
+    ]
+    said = {"q0?": "A", "q1?": "A", "q2?": "B", "q1000000?": "A"}
+    done = benchmarks.run("mmbench_en_dev_static", questions, said, on_problem="skip")
+    assert done.value("gpt_eval_score") == 50 and [row["doc_id"] for row in done.rows] == [0, 2, 3]
+
+
+def test_a_picture_that_cannot_be_read_is_no_wrong_answer(benchmarks, make_picture):
+    questions = [
+        {
+            "question": f"q{i}?",
+            "hint": "",
+            "choices": ["p", "q"],
+            "answer": 0,
+            "image": BROKEN if i else make_picture(0),
+        }
+        for i in range(2)
+    ]
+    with pytest.raises(
+        ManifestError, match=r"1 of 2 questions cannot be asked(.*\n)+.*own_scienceqa_overall, question 1"
+    ):
+        benchmarks.run("scienceqa_overall", questions, {"q0": "A"})
+
+
+def test_half_of_mmes_questions_about_a_picture_are_refused_before_anything_is_asked(benchmarks):
+    with pytest.raises(ConfigError, match=r"limit=3: mme scores 2 questions about a picture together"):
+        evaluate(benchmarks.scripted(lambda prompt: ""), tasks=["mme"], limit=3, run_dir=benchmarks.folder / "run")
+    assert not (benchmarks.folder / "run").exists()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from vzip.report.record import JUDGE_SCORE
 
 from .protocol_entry import Protocol
-from .verdicts import mmbench_hits, mmmu_hits
+from .verdicts import mmbench_groups, mmbench_hits, mme_pictures, mmmu_hits
 
 _SHORT = "\nAnswer the question using a single word or phrase."
 _LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -36,6 +36,7 @@ _MMBENCH = {
         split="en/dev",
         prompt=_LETTER,
         # No chance level: two to four options a question, in shares that are not a constant of the benchmark.
+        together=mmbench_groups,
         verdicts=mmbench_hits,
     ),
 }
@@ -51,6 +52,8 @@ _MME = {
         # Two yes/no questions a picture: accuracy 50 + both right 25, in each of 14 categories.
         chance=1050.0,
         cluster="question_id",
+        together=mme_pictures,
+        limit_step=2,
     ),
 }
 

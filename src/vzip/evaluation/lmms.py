@@ -28,6 +28,7 @@ from vzip.errors import ConfigError, ManifestError, MissingPackageError, Unsuppo
 from .answering import Answerer, SampleLog
 from .batching import plan_batches
 from .generation import check_overrides
+from .partners import partners_of
 from .prefetch import prepare_ahead
 from .processes import Processes
 from .questions import Key, PreparedBatch, Preparer, Question, list_questions
@@ -235,6 +236,8 @@ class VzipLmms(lmms):
 
     def _leave_out(self, questions: Sequence[Question]) -> None:
         """Ends the run, or takes the questions that could not be asked out of what lmms-eval scores."""
+        if self.on_problem == "skip":
+            self.problems |= partners_of(self.problems, questions, self.task_dict)
         asked = {question.key[0] for question in questions if question.key not in self.problems}
         if self.on_problem == "refuse" or not {key[0] for key in self.problems} <= asked:
             raise ManifestError(self._problems_text(len(questions)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ class Protocol:
             on the answers' distribution.
         cluster: the field of a question that names what it is drawn together with by the bootstrap, since questions
             about one picture are not independent; None where each question has a picture of its own or none is named.
+        together: the rows of a split -> one label a row; rows of one label are scored together or not at all.
+        limit_step: a limited run must ask a multiple of this many questions.
         verdicts: says which questions are right where lmms-eval's samples do not; None where they do.
     """
 
@@ -40,4 +42,6 @@ class Protocol:
     judge: str | None = None
     chance: float | None = None
     cluster: str | None = None
+    together: Callable[[Any], Sequence[Hashable]] | None = None
+    limit_step: int = 1
     verdicts: Verdicts | None = None

@@ -14,6 +14,7 @@ from vzip.errors import ConfigError, RunExistsError, nearest
 from . import provenance
 from .generation import check_overrides
 from .harness import check_lmms_eval, quiet_logger, run_lmms_eval
+from .partners import check_limit
 from .results import build_record, sample_rows
 from .wandb_runs import check_wandb
 from .writing import naming_the_file, write_json, write_jsonl
@@ -85,6 +86,7 @@ def evaluate(
         RunWriteError: a full disk. In all these cases no record is written, and answers so far are kept.
     """
     tasks = _check_arguments(tasks, limit, batch_size, seed, num_workers, on_problem)
+    check_limit(tasks, limit)
     overrides = check_overrides(gen_kwargs)
     run_dir = Path(run_dir)
     check_run_dir(run_dir, overwrite=overwrite)

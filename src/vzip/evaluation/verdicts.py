@@ -1,8 +1,8 @@
-"""lmms-eval's verdict on each question, for the benchmarks whose samples hold none: MMBench and MMMU.
+"""What lmms-eval's benchmarks do not say of each question: whether it is right, and which are scored together.
 
-Both are judged by lmms-eval inside the aggregation over all questions. A comparison of two runs question by question
-needs the verdicts themselves, so the same code of lmms-eval is asked once more and what it says is kept beside the
-answer.
+MMBench and MMMU are judged by lmms-eval inside the aggregation over all questions. A comparison of two runs question by
+question needs the verdicts themselves, so the same code of lmms-eval is asked once more and what it says is kept beside
+the answer.
 """
 
 from __future__ import annotations
@@ -36,6 +36,16 @@ def mmbench_hits(entries: Entries) -> list[dict[str, Any]]:
         for group, rotations in table.sort_values("index").groupby(groups)
     }
     return [{"hit": hits[group], "group": int(group)} for group in groups]
+
+
+def mmbench_groups(rows: Any) -> list[int]:
+    """The number of each row's question, whichever its rotation."""
+    return [index % ROTATIONS for index in rows["index"]]
+
+
+def mme_pictures(rows: Any) -> list[tuple[str, str]]:
+    """Each row's picture: its two questions count once more together (accuracy+)."""
+    return list(zip(rows["category"], rows["question_id"], strict=True))
 
 
 def mmmu_hits(entries: Entries) -> list[dict[str, Any]]:
