@@ -14,6 +14,7 @@ import pytest
 
 import vzip
 from vzip.config.options import config_dir
+from vzip.models import reuse
 
 ROOT = config_dir().parent
 Run = Callable[..., tuple[int, str]]
@@ -35,6 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFi
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(vzip, "load_vlm", refuse, raising=False)
+    monkeypatch.setattr(reuse, "load_vlm", refuse)
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str, name: str = "eval") -> tuple[int, str]:
@@ -154,9 +156,9 @@ def test_a_setting_that_one_option_of_a_sweep_lacks(run: Run) -> None:
 
 
 def test_a_sweep_is_judged_before_its_first_job(run: Run, tmp_path: Path) -> None:
-    code, message = run("-m", "budget=64tok,full", "compressor.merge_rule=sum,max")
+    code, message = run("-m", "budget=64tok,full", "compressor=none", "eval.batch_size=1,0")
     assert code == 2 and "2 problems in the configuration:" in message
-    assert "budget=full names no counts" in message and "merge_rule='max'" in message
+    assert "compressor=none keeps every visual token" in message and "eval.batch_size=0" in message
     assert list(tmp_path.iterdir()) == []
 
 

@@ -75,6 +75,7 @@ def test_settings_reach_the_evaluation():
         (["eval.on_problem=skp"], "eval.on_problem=skp: must be one of refuse, skip (did you mean 'skip'?)"),
         (["launcher.device=cuda"], "launcher.device=cuda: this machine has no CUDA device"),
         (["launcher.num_processes=4096"], "launcher.num_processes=4096: this machine has"),
+        (["-m", "budget=64tok,32tok", "launcher.num_processes=2"], "a job of a sweep is one process"),
     ],
 )
 def test_refusals(run: Run, monkeypatch, words, message):  # noqa: F811

@@ -19,7 +19,7 @@ from tests.config.test_bad_input import script
 import vzip
 import vzip.evaluation.run
 import vzip.report.table
-from vzip.config.build import EvaluationPlan, evaluation_plan, resolved, unchanged_recipe
+from vzip.config.build import evaluation_plan, resolved, unchanged_recipe
 from vzip.config.options import config_dir
 from vzip.config.rundir import run_directory, training_directory
 
@@ -129,34 +129,14 @@ def test_plain_arguments(hydra_folder: None) -> None:
         "batch_size": 1,
         "num_workers": 2,
         "on_problem": "refuse",
+        "trackers": (),
         "include_path": None,
         "gen_kwargs": {"max_new_tokens": 7},
         "seed": 4,
         "run_dir": Path("runs/paper_image_max_new_tokens-7_limit-9/llava15_13b_quantization-4bit/random-32tok/seed4"),
         "overwrite": False,
     }
-    assert (plan.num_threads, plan.scenes_dir) == (2, None)
-
-
-def test_a_sweep_runs_each_job_into_its_own_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    printed: list[Any] = []
-    monkeypatch.setattr(vzip, "load_vlm", lambda **model: model, raising=False)
-    monkeypatch.setattr(
-        vzip.evaluation.run, "evaluate", lambda vlm, **rest: calls.append((vlm, rest)) or {"number": len(calls)}
-    )
-    monkeypatch.setattr(vzip.report.table, "print_record", printed.append)
-    monkeypatch.setattr(EvaluationPlan, "include_path", lambda self: "tasks")
-    monkeypatch.setattr(EvaluationPlan, "check_tasks", lambda self, include_path: None)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["eval.py", "-m", "budget=192tok,128tok,64tok"])
-    script("eval").main()
-    assert [model["compressor"].budget.num_tokens for model, _ in calls] == [192, 128, 64]
-    assert [str(rest["run_dir"]) for _, rest in calls] == [
-        f"runs/scenes/tiny/visionzip-{budget}/seed0" for budget in ("192tok", "128tok", "64tok")
-    ]
-    assert all(rest["include_path"] == "tasks" for _, rest in calls)
-    assert printed == [{"number": 1}, {"number": 2}, {"number": 3}]
+    assert (plan.num_threads, plan.scenes_dir, plan.tower_cache_gib) == (2, None, 0.0)
 
 
 def command(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -185,7 +165,7 @@ def test_a_users_error_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def broken(cfg: Any) -> None:
+    def broken(cfg: Any, of_sweep: bool) -> None:
         raise ZeroDivisionError("ours")
 
     module = script("eval")

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from vzip.config.finished import same_run
 from vzip.config.options import RECIPE_GROUP, config_dir, options
 from vzip.config.overrides import check_overrides
 from vzip.config.rundir import budget_label, recipe_changes, run_directory, training_directory
 from vzip.config.validate import BUILT_IN, TRAINED, VIDEO, build_compressor, validate
+from vzip.config.vanilla import full_is_vanilla
 from vzip.errors import ConfigError, RunExistsError, nearest
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from vzip.train.settings import LaunchSettings
 
 logger = logging.getLogger(__name__)
+
+SWEEP_CACHE_GIB = 4.0  # some 3000 pictures of CLIP ViT-L/14 at 336 px in float16
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class EvaluationPlan:
         num_threads: CPU threads for torch; None leaves torch's choice.
         scenes_dir: where the generated benchmark lives; None for the project's cache.
         video_root: the folder of the video benchmarks, or None.
+        tower_cache_gib: memory for the vision tower's outputs; 0: none are kept.
+        finished: the record of this very run, if there is one and it is to be taken; None: the run is to be made.
     """
 
     model: dict[str, Any]
@@ -47,6 +53,8 @@ class EvaluationPlan:
     num_threads: int | None
     scenes_dir: str | None
     video_root: str | None
+    tower_cache_gib: float
+    finished: dict[str, Any] | None = None
 
     def include_path(self) -> str | None:
         """The folder of task files; the generated and the video benchmarks are prepared if they are asked for.
@@ -92,16 +100,21 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
+def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
     """Checks a composed evaluation and says what it will do.
+
+    Args:
+        cfg: composed.
+        of_sweep: it is a job of a sweep: a record of this very run is taken instead of refused, the vision tower's
+            outputs are kept for the other jobs, and ``budget=full`` is vanilla whatever the compressor.
 
     Raises:
         ConfigError: naming every problem of the configuration.
         RunExistsError: the run directory holds a record and ``overwrite`` is false.
     """
-    config = resolved(cfg)
-    validate(config)
     directory = config_dir()
+    config = full_is_vanilla(resolved(cfg), directory) if of_sweep else resolved(cfg)
+    validate(config)
     train = config["train"]
     if train["name"] != "none" and "kind" not in train:
         raise ConfigError(
@@ -111,19 +124,25 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
     from vzip.config.training import launch_of
 
     launch = replace(launch_of(config), strategy="ddp")  # sharing weights out is for training
+    if of_sweep:
+        _one_process_a_job(launch)
     run_dir = run_directory(config, directory)
     projector = tuned_weights(config, directory)
     config["recipe"] = unchanged_recipe(config, "eval")
-    if (run_dir / "run.json").exists() and not config["overwrite"]:
-        raise RunExistsError(
-            f"{run_dir} already holds a record (run.json): set overwrite=true to replace it, or paths.run_dir=DIR to"
-            " write elsewhere."
-        )
     config["paths"]["run_dir"] = str(run_dir)
     # A changed budget must not stand in the record under the name of the file it started from.
     config["budget"]["name"] = budget_label(config["budget"], directory)
     model, evaluation = config["model"], config["eval"]
     model |= tuned_record(projector) | adapter_record(model["adapter_path"])
+    finished = None
+    if (run_dir / "run.json").exists() and not config["overwrite"]:
+        finished = same_run(run_dir, config) if of_sweep else None
+        if finished is None:
+            raise RunExistsError(
+                f"{run_dir} already holds a record (run.json){' of other settings' if of_sweep else ''}: set"
+                " overwrite=true to replace it, or paths.run_dir=DIR to write elsewhere."
+            )
+    cache_gib = evaluation["tower_cache_gib"]
     asked = {key: value for key, value in evaluation["gen_kwargs"].items() if value is not None}
     include_path = evaluation["include_path"]
     if include_path not in (None, BUILT_IN, VIDEO):
@@ -138,6 +157,7 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
             "batch_size": evaluation["batch_size"],
             "num_workers": evaluation["num_workers"],
             "on_problem": evaluation["on_problem"],
+            "trackers": tuple(evaluation["trackers"]),
             "include_path": include_path,
             "gen_kwargs": asked or None,
             "seed": config["seed"],
@@ -149,7 +169,18 @@ def evaluation_plan(cfg: DictConfig) -> EvaluationPlan:
         num_threads=launch.num_threads,
         scenes_dir=config["paths"]["scenes_dir"],
         video_root=config["paths"]["video_root"],
+        tower_cache_gib=cache_gib if cache_gib is not None else SWEEP_CACHE_GIB if of_sweep else 0.0,
+        finished=finished,
     )
+
+
+def _one_process_a_job(launch: LaunchSettings) -> None:
+    """Raises ConfigError for a sweep whose jobs are of several processes."""
+    if launch.num_processes != 1 or launch.num_machines != 1 or "RANK" in os.environ:
+        raise ConfigError(
+            f"launcher.num_processes={launch.num_processes}: a job of a sweep is one process. To use several GPUs run"
+            " the jobs beside each other (hydra/launcher=joblib), or evaluate without -m."
+        )
 
 
 def _device_map(device_map: Any, device: str) -> Any:

@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,33 +16,38 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from vzip import log
+from vzip.config import sweep
 from vzip.config.options import config_dir
-from vzip.config.overrides import check_overrides
+from vzip.config.overrides import arrange, check_overrides
 from vzip.errors import VzipError
 
 USER_ERROR = 2
 _FULL = "HYDRA_FULL_ERROR"
 
 
-def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Makes a function of a composed configuration the main of a script.
 
     Args:
         config_name: the primary in ``configs``, without its ending.
 
+    What the function returns is the objective of an optimising sweep (``hydra/sweeper=optuna``). A sweep ends with its
+    summary, also where jobs failed; then the exit code is not 0.
+
     What the user caused (``VzipError``, Hydra's and OmegaConf's errors) is printed as one message, exit code 2;
     everything else keeps its traceback. ``HYDRA_FULL_ERROR=1`` shows every traceback.
     """
 
-    def decorate(function: Callable[[DictConfig], None]) -> Callable[[], None]:
+    def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(function)
         def main() -> None:
             log.setup()
+            sys.argv[1:] = arrange(sys.argv[1:])
             wants_traceback = os.environ.get(_FULL) == "1"
 
-            def job(cfg: DictConfig) -> None:
+            def job(cfg: DictConfig) -> Any:
                 try:
-                    function(cfg)
+                    return function(cfg)
                 except VzipError as error:
                     # A sweep goes on with its other jobs, and Hydra names the overrides of the one that failed.
                     if wants_traceback or HydraConfig.get().mode is RunMode.MULTIRUN:
@@ -54,7 +59,13 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], None]], Ca
                 check_overrides(sys.argv[1:], directory, config_name)
                 # Hydra must hand its exceptions on instead of printing them: this is its own switch for that.
                 os.environ[_FULL] = "1"
-                hydra.main(version_base="1.3", config_path=str(directory), config_name=config_name)(job)()
+                num_failed = 0
+                try:
+                    hydra.main(version_base="1.3", config_path=str(directory), config_name=config_name)(job)()
+                finally:
+                    num_failed = sweep.finish()
+                if num_failed:  # a sweeper that lives with failures
+                    sys.exit(USER_ERROR)
             except (VzipError, HydraException, OmegaConfBaseException) as error:
                 if wants_traceback:
                     raise

@@ -17,11 +17,13 @@ from vzip.config import schema
 from vzip.config.absent import absent_settings
 from vzip.config.options import RECIPE_GROUP, groups, header, options
 from vzip.config.validate import find_problems, raise_all
+from vzip.config.vanilla import full_is_vanilla
 from vzip.errors import ConfigError, nearest
 
 # Words of Hydra's own command line that take a value of their own.
 _FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
 _FLAGS_WITH_VALUE |= {"--config-dir", "-cd", "--experimental-rerun", "--info", "-i"}
+_SWEEP_FLAGS = ("-m", "--multirun")
 
 # A sweep's jobs that are composed beforehand (a quarter of a second each); every job is checked again when it starts.
 MAX_JOBS_CHECKED = 64
@@ -66,7 +68,19 @@ def check_overrides(arguments: Sequence[str], directory: Path, config_name: str)
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
-    return any(word in ("-m", "--multirun") for word in arguments)
+    return any(word in _SWEEP_FLAGS for word in arguments)
+
+
+def arrange(arguments: Sequence[str]) -> list[str]:
+    """A sweep's command line with ``-m`` first, and the words that choose a recipe or a model before the others.
+
+    Hydra understands ``-m`` between words only there, and changes the last word fastest: so each model is loaded once.
+    """
+    if not is_sweep(arguments):
+        return list(arguments)
+    words = [word for word in arguments if word not in _SWEEP_FLAGS]
+    of_model = [word for word in words if re.match(rf"\+{RECIPE_GROUP}=|\+*model[.=]", word)]
+    return ["-m", *of_model, *(word for word in words if word not in of_model)]
 
 
 def _check_values(overrides: Sequence[Override], directory: Path, config_name: str) -> list[str]:
@@ -85,7 +99,10 @@ def _check_values(overrides: Sequence[Override], directory: Path, config_name: s
         for words in itertools.islice(itertools.product(*choices), MAX_JOBS_CHECKED):
             composed = OmegaConf.to_container(compose(config_name, list(words)), resolve=True)
             if isinstance(composed, dict):
-                problems += find_problems({str(key): value for key, value in composed.items()})
+                config = {str(key): value for key, value in composed.items()}
+                if config_name == "eval" and any(override.is_sweep_override() for override in overrides):
+                    config = full_is_vanilla(config, directory)
+                problems += find_problems(config)
     return list(dict.fromkeys(problems))
 
 

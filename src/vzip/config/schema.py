@@ -124,7 +124,9 @@ GROUPS: Mapping[str, Mapping[str, Rule]] = {
         "batch_size": whole_number(1),
         "num_workers": whole_number(0),
         "on_problem": one_of("refuse", "skip"),
+        "trackers": subset_of("wandb", empty=True),
         "include_path": optional(text("a folder of lmms-eval task files, built-in or video")),
+        "tower_cache_gib": optional(number(0.0)),
         "gen_kwargs": Rule("a mapping", lambda v: isinstance(v, dict)),
     },
     "launcher": {

@@ -53,12 +53,19 @@ def find_problems(config: Mapping[str, Any]) -> list[str]:
     absent = [key for key in allowed if key not in config]
     problems += [f"{key}: missing from the configuration; start from configs/base.yaml." for key in absent]
     if not absent and isinstance(config["compressor"], Mapping):
-        problems += _check_compressor(config["compressor"], config["budget"])
+        problems += _check_compressor(_with_usable_seed(config), config["budget"])
         problems += _check_budget_fits(config["model"], config["compressor"], config["budget"])
         problems += _check_family(config["model"], config["compressor"])
         problems += _check_paths(config["model"], config["eval"])
         problems += _check_video_root(config["eval"], config["paths"])
     return problems
+
+
+def _with_usable_seed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The compressor; a seed that it has from the run, and that is reported as the run's, is not reported twice."""
+    compressor, seed = config["compressor"], config["seed"]
+    borrowed = compressor.get("seed") == seed and not schema.TOP["seed"].allows(seed)
+    return {**compressor, "seed": 0} if borrowed else compressor
 
 
 def _check_group(group: str, values: Any, rules: Mapping[str, schema.Rule]) -> list[str]:

@@ -1,0 +1,152 @@
+"""Sweeps (``-m``): what became of each job, wherever it ran, and one summary of them all at the end.
+
+Every job leaves a file in the sweep's folder, so the summary is the same for Hydra's basic launcher, joblib and Slurm,
+and one job's failure loses nothing of the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from filelock import FileLock
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from vzip.config.build import resolved
+from vzip.config.options import config_dir
+from vzip.config.rundir import run_directory, training_directory
+from vzip.config.vanilla import full_is_vanilla
+from vzip.errors import ConfigError, VzipError
+
+_JOBS = "jobs"
+
+
+def in_sweep() -> bool:
+    """Whether this is a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+@contextlib.contextmanager
+def alone_in(run_dir: Path) -> Iterator[None]:
+    """Waits until no other job is in this run directory: two jobs of a sweep can be the same run, as full ones are."""
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(run_dir.parent / f".{run_dir.name}.lock"):
+        yield
+
+
+class SweepCallback(Callback):
+    """Hydra calls it where a sweep starts and, in the process that ran it, where each job ends.
+
+    Attributes:
+        folder: of the sweep that this process started, or None.
+    """
+
+    folder: ClassVar[Path | None] = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        SweepCallback.folder = Path(config.hydra.sweep.dir)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if config.hydra.mode is not RunMode.MULTIRUN:
+            return
+        error = None if job_return.status is JobStatus.COMPLETED else job_return._return_value
+        number = int(config.hydra.job.num)
+        entry = {
+            "number": number,
+            "words": [str(word) for word in job_return.overrides or ()],
+            "run_dir": str(_directory(config)),
+            "error": None if error is None else f"{type(error).__name__}: {error}",
+            # What the user caused is told by its message; a bug of ours needs its place.
+            "traceback": None
+            if error is None or isinstance(error, VzipError)
+            else "".join(traceback.format_exception(error)),
+        }
+        folder = Path(config.hydra.sweep.dir) / _JOBS
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:04d}.json").write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+
+
+def _directory(config: DictConfig) -> Path:
+    """The job's run directory."""
+    own = resolved(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    if config.hydra.job.config_name == "train":
+        return training_directory(own, config_dir())
+    return run_directory(full_is_vanilla(own, config_dir()), config_dir())
+
+
+def finish() -> int:
+    """Prints and writes the summary of the sweep that this process started; does nothing if it started none.
+
+    Returns:
+        how many jobs failed.
+    """
+    folder, SweepCallback.folder = SweepCallback.folder, None
+    entries = [] if folder is None else read_entries(folder)
+    if folder is None or not entries:
+        return 0
+    from vzip.report.layout import print_layout
+    from vzip.report.sweep import Job, lay_out_sweep, summarise, write_summary
+
+    words = distinct_words([entry["words"] for entry in entries])
+    jobs = [
+        Job(entry["number"], own, None if entry["error"] else _run(Path(entry["run_dir"])), entry["error"])
+        for entry, own in zip(entries, words, strict=True)
+    ]
+    lines = summarise(jobs)
+    print_layout(lay_out_sweep(jobs, lines), Console())
+    written = write_summary(jobs, lines, folder)
+    print(f"written to {folder}/: {', '.join(written)}")
+    failed = [job for job in jobs if job.error is not None]
+    if failed:
+        print(f"\n{len(failed)} of {len(jobs)} jobs failed:", file=sys.stderr)
+    for job in failed:
+        print(f"  job {job.number} ({' '.join(job.words)}): {job.error}", file=sys.stderr)
+    return len(failed)
+
+
+def read_entries(folder: Path) -> list[dict[str, Any]]:
+    """What became of each job, in their order."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / _JOBS).glob("*.json"))]
+
+
+def distinct_words(words: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """The words of each job that are not given to all; the only job's own words if there is one job."""
+    shared = set(words[0]).intersection(*words[1:]) if len(words) > 1 else set()
+    return [tuple(word for word in own if word not in shared) for own in words]
+
+
+def _run(run_dir: Path) -> Any:
+    """The record of a finished evaluation; None for a training."""
+    from vzip.report.record import Run, read_record, record_path
+
+    path = record_path(run_dir) if run_dir.is_dir() else run_dir / "run.json"
+    return Run(path, read_record(path)) if path.is_file() else None
+
+
+def check_objective(tasks: Sequence[str]) -> None:
+    """Refuses an optimising sweep whose objective, the average of the primary scores, would mix units.
+
+    Raises:
+        ConfigError: scores in points beside shares.
+    """
+    if not in_sweep() or "optuna" not in str(HydraConfig.get().sweeper.get("_target_")).lower():
+        return
+    from vzip.evaluation.protocol import protocol_of
+
+    known = [(task, protocol_of(task)) for task in tasks]
+    points = [task for task, protocol in known if protocol is not None and protocol.unit == "points"]
+    if points and len(points) < len(tasks):
+        raise ConfigError(
+            f"eval.tasks={','.join(tasks)}: {', '.join(points)} is scored in points, the others are shares, so their"
+            " average is no objective. Choose tasks of one unit with eval.tasks=[...]."
+        )
