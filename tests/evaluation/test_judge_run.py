@@ -71,7 +71,7 @@ def run(tmp_path, monkeypatch) -> Path:
     record = {
         "schema_version": 1,
         "model": {},
-        "compressor": {},
+        "compressor": {"name": "VisionZip"},
         "visual_tokens": {},
         "tasks": {MSVD: entry(4), TGIF: entry(2)},
         "provisional": True,
@@ -223,7 +223,7 @@ def test_an_endpoint_that_dies_changes_nothing_and_is_gone_on_with(run):
 
     with running(dies) as endpoint:
         with pytest.raises(
-            JudgeError, match=r"\d of 6 answers are judged and kept in .*Run the same command"
+            JudgeError, match=r"4 of 6 answers .* are judged and kept in .*Run the same command"
         ) as raised:
             judge(run, endpoint.url, "--yes", "--workers", "1")
         assert KEY not in str(raised.value)
@@ -231,9 +231,38 @@ def test_an_endpoint_that_dies_changes_nothing_and_is_gone_on_with(run):
         endpoint.behaviour = by_script
         asked = len(endpoint.requests)
         code, shown = judge(run, endpoint.url, "--yes")
-        assert code == 0 and "6 answers, 4 of them judged before" in shown
+        assert code == 0 and "4 of them judged before" in shown
         assert len(endpoint.requests) - asked == 2
     assert record_of(run)["judge"][MSVD]["num_judged"] == 4
+
+
+def test_benchmarks_of_two_kinds_are_paid_for_together_and_judged_one_after_the_other(run):
+    record, mmvet = record_of(run), [row("mmvet_direct", i, (f"q{i}?", "red", "Red.", f"p{i}", ())) for i in range(2)]
+    record["tasks"]["mmvet_direct"] = entry(2)
+    (run / "run.json").write_text(json.dumps(record))
+    with (run / "samples.jsonl").open("a") as file:
+        file.writelines(json.dumps(one) + "\n" for one in mmvet)
+
+    def dies(request, number):
+        return by_script(request, number) if len(request["messages"]) == 2 else Answer(status=403, body="no more")
+
+    with running(dies) as endpoint:
+        with pytest.raises(JudgeError, match=r"no more\)\. Check .* 0 of 2 answers \(mmvet_direct\) are judged"):
+            judge(run, endpoint.url, "--yes")
+        assert set(record_of(run)["judge"]) == {MSVD, TGIF}, "what was finished is in the record"
+        endpoint.behaviour, asked = lambda request, number: Answer("0.5"), len(endpoint.requests)
+        code, shown = judge(run, endpoint.url, "--yes")
+        assert code == 0 and shown.count("to be sent") == 1 and "2 answers (mmvet_direct), 0 of them" in shown
+        assert len(endpoint.requests) - asked == 2
+        assert record_of(run)["tasks"]["mmvet_direct"]["metrics"]["judge_score"]["value"] == 50
+        with pytest.raises(RunExistsError, match="already judged"):
+            judge(run, endpoint.url, "--yes")
+        # All of it again: about 1.9 and 1.2, and no more is allowed than for both together.
+        words = ("--yes", "--overwrite", "--price-in", "1000", "--price-out", "1000", "--temperature", "1")
+        endpoint.behaviour, asked = by_script, len(endpoint.requests)
+        with pytest.raises(JudgeError, match=r"about 3\.\d\d is more than --max-cost 2.5\. Nothing was sent"):
+            judge(run, endpoint.url, *words, "--max-cost", "2.5")
+        assert len(endpoint.requests) == asked
 
 
 class TestCost:

@@ -13,9 +13,11 @@ an interruption the same command goes on where it stopped. Scores of different j
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -24,11 +26,11 @@ from rich.table import Table
 
 from vzip.data.llava_index import cache_folder
 from vzip.errors import ConfigError, JudgeError
-from vzip.report.record import metrics_of, score_of
+from vzip.report.record import JUDGE_ACCURACY, JUDGE_SCORE, score_of
 
 from .judge import Judge, Message, Reply
 from .judge_cache import ReplyCache
-from .judge_record import JudgedRun, check_not_judged, cost, read_run, unusable, write_verdicts
+from .judge_record import JudgedRun, open_tasks, read_run, unusable, write_verdicts
 from .judge_settings import OFFICIAL_URL, JudgeSettings, read_key
 from .judge_tasks import JudgedTask, judged_task
 
@@ -55,6 +57,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, help="file of replies (judge.sqlite in $VZIP_CACHE or ~/.cache/vzip)")
 
 
+@dataclass
+class _Job:
+    """The tasks of a run that are judged alike; ``chats`` is what their judge is asked."""
+
+    kind: JudgedTask
+    judge: Judge
+    tasks: list[str]
+    chats: list[list[Message]]
+
+    def new(self) -> list[list[Message]]:
+        """The chats that no usable reply is kept of."""
+        return [chat for chat in self.chats if self.judge.known(chat, self.kind.usable) is None]
+
+
+@dataclass
+class _Meter:
+    """What was sent and received, and what it costs; ``prices`` None: not known."""
+
+    prices: Mapping[str, float] | None
+    max_cost: float | None
+    num_sent: int = 0
+    num_received: int = 0
+
+    def add(self, reply: Reply, chat: Sequence[Message], kind: JudgedTask) -> None:
+        """Counts a reply.
+
+        Raises:
+            JudgeError: more was spent than allowed.
+        """
+        if not reply.cached:  # an endpoint that does not count is taken at our own estimate
+            self.num_sent += reply.num_prompt_tokens or estimate_tokens(chat)
+            self.num_received += reply.num_reply_tokens or kind.num_reply_tokens
+        if self.max_cost is not None and self.cost is not None and self.cost > self.max_cost:
+            raise JudgeError(f"{self.cost:.2f} were spent, more than --max-cost {self.max_cost:g}")
+
+    @property
+    def cost(self) -> float | None:
+        """In the currency of the prices."""
+        if self.prices is None:
+            return None
+        return (self.num_sent * self.prices["in"] + self.num_received * self.prices["out"]) / 1e6
+
+
 def main(args: argparse.Namespace, console: Console | None = None) -> int:
     """Judges and prints. Returns 1 if a question got no usable verdict."""
     console = console or Console(markup=False, highlight=False)
@@ -62,43 +107,29 @@ def main(args: argparse.Namespace, console: Console | None = None) -> int:
     if args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: must be 1 or more.")
     key = read_key(JudgeSettings(args.model or "any", args.base_url))
-    kinds: dict[JudgedTask, list[str]] = {}
-    for name in read_run(args.run, args.tasks.split(",") if args.tasks else None).tasks:
-        kinds.setdefault(judged_task(name), []).append(name)
+    run = read_run(args.run, args.tasks.split(",") if args.tasks else None)
     settings = {
         kind: JudgeSettings(args.model or kind.model, args.base_url, args.temperature, kind.max_tokens)
-        for kind in kinds
+        for kind in map(judged_task, run.tasks)
     }
-    for kind, tasks in kinds.items():  # all are checked before any is asked
-        check_not_judged(read_run(args.run, tasks), settings[kind], kind.prompt, overwrite=args.overwrite)
-    codes = [
-        _judge(kind, read_run(args.run, tasks), settings[kind], key, prices, args, console)
-        for kind, tasks in kinds.items()
-    ]
-    return max(codes)
-
-
-def _judge(
-    kind: JudgedTask,
-    run: JudgedRun,
-    settings: JudgeSettings,
-    key: str | None,
-    prices: Mapping[str, float] | None,
-    args: argparse.Namespace,
-    console: Console,
-) -> int:
-    """Judges the tasks that are judged alike."""
-    chats = [kind.chat(row) for row in run.questions()]
-    cache_path = args.cache or cache_folder() / "judge.sqlite"
-    with (
-        closing(ReplyCache(cache_path)) as cache,
-        closing(Judge(settings, cache, key=key, num_workers=args.workers)) as judge,
-    ):
-        if not _agreed(judge, kind, chats, prices, args, console):
+    run.tasks = open_tasks(run, settings, overwrite=args.overwrite)
+    with contextlib.ExitStack() as stack:
+        cache = stack.enter_context(closing(ReplyCache(args.cache or cache_folder() / "judge.sqlite")))
+        jobs = []
+        for kind, of_kind in settings.items():
+            judge = stack.enter_context(closing(Judge(of_kind, cache, key=key, num_workers=args.workers)))
+            tasks = [task for task in run.tasks if judged_task(task) is kind]
+            jobs.append(_Job(kind, judge, tasks, [kind.chat(row) for row in run.questions(tasks)]))
+        jobs = [job for job in jobs if job.tasks]
+        if not _agreed(jobs, prices, args, console):
             console.print("not started; nothing was sent.")
             return 0
-        replies = _ask(judge, kind, chats, prices, args.max_cost, console)
-    write_verdicts(run, replies, settings, kind.prompt)
+        meter = _Meter(prices, args.max_cost)
+        for job in jobs:
+            replies = _ask(job, meter)
+            write_verdicts(run, job.tasks, replies, job.judge.settings, job.kind.prompt)
+        spent = "" if meter.cost is None else f", {meter.cost:.2f} spent"
+        console.print(f"{meter.num_sent:,} tokens sent, {meter.num_received:,} came back{spent}")
     return _report(run, console)
 
 
@@ -115,29 +146,28 @@ def _prices(args: argparse.Namespace) -> dict[str, float] | None:
 
 
 def _agreed(
-    judge: Judge,
-    kind: JudgedTask,
-    chats: Sequence[Sequence[Message]],
-    prices: Mapping[str, float] | None,
-    args: argparse.Namespace,
-    console: Console,
+    jobs: Sequence[_Job], prices: Mapping[str, float] | None, args: argparse.Namespace, console: Console
 ) -> bool:
-    """Says what it will cost, and asks."""
-    new = [chat for chat in chats if judge.known(chat, kind.usable) is None]
-    tokens_in, tokens_out = sum(map(estimate_tokens, new)), kind.num_reply_tokens * len(new)
-    settings, prompt = judge.settings, kind.prompt
-    console.print(f"judge: {settings.model} at {settings.base_url}, prompt {prompt.name}_v{prompt.version}")
-    console.print(f"{len(chats)} answers, {len(chats) - len(new)} of them judged before (in {judge.cache.path})")
-    if not new:
+    """Says what all of it will cost, and asks."""
+    estimate = _Meter(prices, None)
+    for job in jobs:
+        new, settings, prompt = job.new(), job.judge.settings, job.kind.prompt
+        estimate.num_sent += sum(map(estimate_tokens, new))
+        estimate.num_received += job.kind.num_reply_tokens * len(new)
+        console.print(f"judge: {settings.model} at {settings.base_url}, prompt {prompt.name}_v{prompt.version}")
+        console.print(
+            f"{len(job.chats)} answers ({', '.join(job.tasks)}), {len(job.chats) - len(new)} of them judged before (in"
+            f" {job.judge.cache.path})"
+        )
+    if not estimate.num_sent:
         return True
-    estimate = f"to be sent: about {tokens_in:,} tokens, to come back: about {tokens_out:,}"
-    if prices is None:
-        console.print(f"{estimate}; cost unknown (give --price-in and --price-out)")
+    text = f"to be sent: about {estimate.num_sent:,} tokens, to come back: about {estimate.num_received:,}"
+    if prices is None or estimate.cost is None:
+        console.print(f"{text}; cost unknown (give --price-in and --price-out)")
     else:
-        expected = cost(tokens_in, tokens_out, prices)
-        console.print(f"{estimate}; cost: about {expected:.2f} at {prices['in']:g} and {prices['out']:g} a million")
-        if args.max_cost is not None and expected > args.max_cost:
-            raise JudgeError(f"about {expected:.2f} is more than --max-cost {args.max_cost:g}. Nothing was sent.")
+        console.print(f"{text}; cost: about {estimate.cost:.2f} at {prices['in']:g} and {prices['out']:g} a million")
+        if args.max_cost is not None and estimate.cost > args.max_cost:
+            raise JudgeError(f"about {estimate.cost:.2f} is more than --max-cost {args.max_cost:g}. Nothing was sent.")
     if args.yes:
         return True
     if not sys.stdin.isatty():
@@ -150,44 +180,31 @@ def estimate_tokens(chat: Sequence[Message]) -> int:
     return sum(len(message["content"]) // _CHARACTERS_PER_TOKEN + _TOKENS_PER_MESSAGE for message in chat)
 
 
-def _ask(
-    judge: Judge,
-    kind: JudgedTask,
-    chats: Sequence[Sequence[Message]],
-    prices: Mapping[str, float] | None,
-    max_cost: float | None,
-    console: Console,
-) -> list[Reply]:
+def _ask(job: _Job, meter: _Meter) -> list[Reply]:
     """All replies, with a bar.
 
     Raises:
         JudgeError: the endpoint failed for good, or more was spent than allowed; what has come is kept.
     """
-    sent = received = num_done = 0
     columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-
-    def count(number: int, reply: Reply) -> None:
-        nonlocal sent, received, num_done
-        num_done += 1
-        # An endpoint that does not count is taken at our own estimate.
-        sent += reply.num_prompt_tokens or (0 if reply.cached else estimate_tokens(chats[number]))
-        received += reply.num_reply_tokens or (0 if reply.cached else kind.num_reply_tokens)
-        bar.advance(task)
-        if prices is not None and max_cost is not None and (spent := cost(sent, received, prices)) > max_cost:
-            raise JudgeError(f"{spent:.2f} were spent, more than --max-cost {max_cost:g}")
-
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=len(chats))
+        task = bar.add_task("", total=len(job.chats))
+        num_done = 0
+
+        def count(number: int, reply: Reply) -> None:
+            nonlocal num_done
+            num_done += 1
+            bar.advance(task)
+            meter.add(reply, job.chats[number], job.kind)
+
         try:
-            replies = judge.ask_all(chats, kind.usable, count)
+            return job.judge.ask_all(job.chats, job.kind.usable, count)
         except JudgeError as error:
+            reason, tasks = str(error).rstrip("."), ", ".join(job.tasks)
             raise JudgeError(
-                f"{error}. {num_done} of {len(chats)} answers are judged and kept in {judge.cache.path}; the record is"
-                " as it was. Run the same command again to go on."
+                f"{reason}. {num_done} of {len(job.chats)} answers ({tasks}) are judged and kept in"
+                f" {job.judge.cache.path}; of these nothing is in the record yet. Run the same command again to go on."
             ) from error
-    spent = "" if prices is None else f", {cost(sent, received, prices):.2f} spent"
-    console.print(f"{sent:,} tokens sent, {received:,} came back{spent}")
-    return replies
 
 
 def _report(run: JudgedRun, console: Console) -> int:
@@ -197,10 +214,11 @@ def _report(run: JudgedRun, console: Console) -> int:
     table.add_column("")
     for task in run.tasks:
         judging = run.record["judge"][task]
-        for metric in metrics_of(run.record, task):
+        metrics = run.record["tasks"][task]["metrics"]
+        for metric in sorted(metrics, key=lambda name: name not in (JUDGE_ACCURACY, JUDGE_SCORE)):
             score = score_of(run.record, task, metric)
             assert score is not None
-            judged = metric.startswith("judge_")
+            judged = metric in (JUDGE_ACCURACY, JUDGE_SCORE)
             error = "" if score.standard_error is None else f"{score.standard_error:.4g}"
             num = judging["num_judged"] if judged else score.num_samples
             table.add_row(

@@ -45,9 +45,9 @@ class JudgedRun:
     rows: dict[str, list[Row]]
     tasks: list[str]
 
-    def questions(self) -> list[Row]:
-        """The answers to be judged, one a question."""
-        return [row for task in self.tasks for row in self.rows[task] if row["filter_index"] == 0]
+    def questions(self, tasks: Sequence[str] | None = None) -> list[Row]:
+        """The answers to be judged, one a question; of some of the tasks, or of all."""
+        return [row for task in tasks or self.tasks for row in self.rows[task] if row["filter_index"] == 0]
 
 
 def read_run(run: str | Path, tasks: Sequence[str] | None = None) -> JudgedRun:
@@ -81,41 +81,54 @@ def read_run(run: str | Path, tasks: Sequence[str] | None = None) -> JudgedRun:
     return judged
 
 
-def check_not_judged(run: JudgedRun, settings: JudgeSettings, prompt: JudgePrompt, *, overwrite: bool) -> None:
-    """Refuses to replace verdicts, except to complete those of the same judge.
+def open_tasks(run: JudgedRun, settings: Mapping[JudgedTask, JudgeSettings], *, overwrite: bool) -> list[str]:
+    """The tasks of a run that are left to be judged: without verdicts, or with some missing by the same judge.
+
+    Args:
+        run: with the tasks asked for.
+        settings: of the judge of each kind of task.
+        overwrite: judge all of them again.
 
     Raises:
-        RunExistsError: the record has verdicts of another judge, or complete ones, and ``overwrite`` is False.
+        RunExistsError: verdicts of another judge would be replaced, or nothing is left to be judged.
     """
+    left = []
     for task in run.tasks:
-        old = run.record.get("judge", {}).get(task)
-        if old is None or overwrite:
-            continue
-        same = all(old[key] == value for key, value in _identity(settings, prompt).items())
-        if not same or not old["num_unusable"]:
-            raise RunExistsError(
-                f"{run.path}: {task} was already judged by {old['model']} with {old['prompt']} (temperature"
-                f" {old['temperature']}). Nothing was changed. To replace that, add --overwrite."
-            )
+        kind, old = judged_task(task), run.record.get("judge", {}).get(task)
+        same = old is not None and all(old[k] == v for k, v in _identity(settings[kind], kind.prompt).items())
+        if old is not None and not same and not overwrite:
+            raise RunExistsError(_judged_before(run, task, old))
+        if overwrite or old is None or old["num_unusable"]:
+            left.append(task)
+    if not left:
+        task = run.tasks[0]
+        raise RunExistsError(_judged_before(run, task, run.record["judge"][task]))
+    return left
+
+
+def _judged_before(run: JudgedRun, task: str, old: Mapping[str, Any]) -> str:
+    return (
+        f"{run.path}: {task} was already judged by {old['model']} with {old['prompt']} (temperature"
+        f" {old['temperature']}). Nothing was changed. To replace that, add --overwrite; to judge others, name them by"
+        " --tasks."
+    )
 
 
 def write_verdicts(
-    run: JudgedRun, replies: Sequence[Reply], settings: JudgeSettings, prompt: JudgePrompt
-) -> dict[str, Any]:
+    run: JudgedRun, tasks: Sequence[str], replies: Sequence[Reply], settings: JudgeSettings, prompt: JudgePrompt
+) -> None:
     """Writes verdicts into ``samples.jsonl`` and ``run.json``, each file whole or not at all.
 
     Args:
         run: changed in place.
-        replies: one for each of ``run.questions()``, in that order.
+        tasks: which were judged.
+        replies: one for each of ``run.questions(tasks)``, in that order.
         settings, prompt: whose.
-
-    Returns:
-        The record.
     """
-    for row, reply in zip(run.questions(), replies, strict=True):
+    for row, reply in zip(run.questions(tasks), replies, strict=True):
         _judge_row(row, reply, judged_task(row["task"]))
     reasons = [reason for reason in run.record["provisional_reasons"] if not reason.startswith(_REASON)]
-    for task in run.tasks:
+    for task in tasks:
         kind = judged_task(task)
         of_task = [row for row in run.rows[task] if row["filter_index"] == 0]
         entry = _summary(run.record["tasks"][task], of_task, kind.metrics)
@@ -132,7 +145,6 @@ def write_verdicts(
     run.record["provisional_reasons"], run.record["provisional"] = reasons, bool(reasons)
     write_jsonl(run.path.with_name(SAMPLES_NAME), (row for rows in run.rows.values() for row in rows))
     write_json(run.path, run.record)
-    return run.record
 
 
 def unusable(run: JudgedRun, task: str) -> list[str]:
@@ -184,8 +196,3 @@ def _standard_error(units: Units) -> float:
         return clustered_standard_error(units.values, units.clusters)
     values, aggregate = units.by_cluster()
     return bootstrap_standard_error(values, aggregate) if aggregate and len(values) > 1 else math.nan
-
-
-def cost(num_prompt_tokens: float, num_reply_tokens: float, prices: Mapping[str, float]) -> float:
-    """In the currency of ``prices`` (``in`` and ``out``, each for a million tokens)."""
-    return (num_prompt_tokens * prices["in"] + num_reply_tokens * prices["out"]) / 1e6
