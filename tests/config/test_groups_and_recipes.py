@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from vzip.config.build import resolved
 from vzip.config.options import RECIPE_GROUP, config_dir, groups, header, options
 from vzip.config.rundir import run_directory, training_directory
+from vzip.config.training import checked, launch_of, tuning_plan
 from vzip.config.validate import build_compressor, find_problems
 
 CONFIGS = config_dir()
@@ -159,6 +161,25 @@ def test_a_recipe_is_valid(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", ["tiny_64tok", "llava_next_13b_320tok_tuned"])
 def test_a_recipe_serves_both_primaries(recipe: str) -> None:
     assert composed(f"+exp={recipe}", primary="train") == composed(f"+exp={recipe}")
+
+
+def test_whatever_composes_for_one_primary_composes_for_the_other() -> None:
+    assert OmegaConf.load(CONFIGS / "train.yaml") == OmegaConf.load(CONFIGS / "eval.yaml")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_that_trains_is_a_training(recipe: str) -> None:
+    config = composed(f"+exp={recipe}")
+    if "kind" not in config["train"]:
+        assert config["train"]["name"] in ("none", "tiny_from_scratch")
+        return
+    plan = tuning_plan(checked(OmegaConf.create(config)))
+    assert plan.run_dir == training_directory(config, CONFIGS)
+    small = recipe.startswith("tiny_")  # its steps are too small for eight GPUs
+    for name in ("inline", "zero2_2cpu") if small else options(CONFIGS, "launcher"):
+        launch = launch_of(composed(f"launcher={name}"))
+        for num_machines in (launch.num_machines,) if launch.num_machines else (1, 2, 4):
+            assert launch.accumulation(plan.train.samples_per_step, launch.num_processes * num_machines) >= 1
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
