@@ -14,6 +14,7 @@ from tests.evaluation.benchmark_kit import task_file
 from vzip.errors import ConfigError
 from vzip.evaluation.catalog import OWN_TASKS, built_in_tasks, find_tasks, task_config
 from vzip.evaluation.image_protocols import IMAGE
+from vzip.evaluation.plugin import manifests
 from vzip.evaluation.protocol import PROTOCOLS, protocol_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -81,3 +82,12 @@ def test_quick_states_the_intervals_that_its_limit_gives():
             assert 1.96 * scores.std() == pytest.approx(width, abs=0.06)
         else:
             assert 1.96 * math.sqrt(percent * (100 - percent) / config["limit"]) == pytest.approx(width, abs=0.06)
+
+
+def test_lmms_evals_own_command_understands_our_task_files(monkeypatch):
+    plain = {tag: make for tag, make in yaml.FullLoader.yaml_constructors.items() if tag != "!installed"}
+    monkeypatch.setattr(yaml.FullLoader, "yaml_constructors", plain)
+    with pytest.raises(yaml.constructor.ConstructorError, match="!installed"):
+        yaml.full_load("include: !installed pope/pope.yaml")
+    manifests()  # what lmms-eval calls when it is imported
+    assert Path(yaml.full_load("include: !installed pope/pope.yaml")["include"]).is_file()

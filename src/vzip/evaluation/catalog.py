@@ -75,15 +75,20 @@ def built_in_tasks() -> TaskManager:
 
 
 def _manager(*folders: str, defaults: bool = False) -> TaskManager:
-    import yaml
     from lmms_eval.tasks import TaskManager
 
-    yaml.add_constructor("!installed", _installed)
+    allow_installed()
     return TaskManager(verbosity="ERROR", include_path=list(folders), include_defaults=defaults, model_name="vzip")
 
 
+def allow_installed() -> None:
+    """Makes lmms-eval understand ``include: !installed pope/pope.yaml`` in a task file: that file of its own."""
+    import yaml
+
+    yaml.add_constructor("!installed", _installed)
+
+
 def _installed(loader: Any, node: Any) -> str:
-    """``include: !installed pope/pope.yaml``: that file of the installed lmms-eval, wherever it is."""
     from lmms_eval import tasks
 
     return str(Path(tasks.__file__).parent / loader.construct_scalar(node))
