@@ -1,0 +1,142 @@
+"""``python -m vzip memory``: what the words come to, what is printed, what is refused; nothing is loaded for it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tests import tiny
+from transformers import PreTrainedModel
+
+from vzip import cli
+from vzip.config.memory_plan import estimate, measure, memory_plan
+from vzip.config.options import config_dir, options
+from vzip.memory.steps import CACHE, GRADIENTS, OPTIMIZER, WEIGHTS
+
+GIB = 2**30
+TRAINING = [
+    "model=llava_local",
+    "budget.num_dominant=6",
+    "budget.num_contextual=3",
+    "data=llava_json",
+    "data.json=nowhere.json",
+    "train=projector",
+    "train.precision=float32",
+    "launcher.device=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA's configuration, without weights."""
+    path = tmp_path_factory.mktemp("model")
+    tiny.llava().config.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def words(directory: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A training of it; reading weights fails."""
+
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", read)
+    monkeypatch.setenv("COLUMNS", "200")
+    return [*TRAINING, f"model.name_or_path={directory}"]
+
+
+def rows(shown: str) -> dict[str, float]:
+    """The table's rows."""
+    return {name.strip(): float(gib) for name, gib in re.findall(r"│ ([a-z -]+?) +│ +([\d.]+) │", shown)}
+
+
+def test_the_breakdown_of_a_training(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["memory", *words, "--device-gib", "24"]) == 0
+    shown = capsys.readouterr().out
+    assert "4 conversations of 2048 tokens (9 of them visual) on each of 1 devices" in shown
+    assert "gradient checkpointing off" in shown
+    table = rows(shown)
+    assert set(table) == {WEIGHTS, GRADIENTS, OPTIMIZER, "activations", CACHE, "total"}
+    assert table["total"] == pytest.approx(sum(table.values()) - table["total"], abs=0.003) and table[CACHE] == 0
+    assert f"24 GiB a device: fits, {24 - table['total']:.1f} GiB to spare" in shown
+    assert cli.main(["memory", *words, "--device-gib", "0.001", "--length", "64"]) == 1
+    assert "64 tokens" in (small := capsys.readouterr().out) and "does not fit" in small
+
+
+def test_the_breakdown_of_an_inference(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["memory", *words, "--inference", "eval.batch_size=3", "--new-tokens", "5"]) == 0
+    assert "3 prompts of 265 tokens (9 of them visual), 5 new tokens each" in capsys.readouterr().out
+    plan = memory_plan([*words, "model.dtype=bfloat16"], inference=True, length=500)
+    assert plan.dtype == torch.bfloat16 and plan.load.num_new_tokens == 128
+    peak = estimate(plan)
+    assert set(peak.num_bytes) <= {WEIGHTS, "activations", CACHE}
+
+
+def test_the_launcher_says_how_many_share(words: list[str]) -> None:
+    plan = memory_plan([*words, "launcher=zero2_8gpu", "launcher.batch_size=2", "launcher.device=cuda"])
+    assert (plan.num_processes, plan.on_cuda, plan.load.num_pictures) == (8, True, 2)
+    assert memory_plan([*words, "launcher.num_processes=8", "launcher.num_machines=4"]).num_processes == 32
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--length", "9999"], "conversations are cut at train.max_length=2048"),
+        (["--length", "10"], "has 9 visual tokens, and at least 3 of text are needed"),
+        (["--new-tokens", "5"], "a training generates none"),
+        (["--length", "0"], "--length=0: must be 1 or more"),
+        (
+            ["model=llava15_7b", "model.name_or_path=llava-hf/llava-1.5-7b-hf", "model.quantization=4bit", "--measure"],
+            "so it must be here",
+        ),
+        (["launcher.num_processes=2", "--measure"], "only a single process is measured"),
+        (["launcher.device=cuda", "--measure"], "this machine has no CUDA device"),
+        (["train.samples_per_step=3"], "is not a multiple of launcher.batch_size=4"),
+        (["model.adapter_path=lora"], "no such directory"),
+        (["budget.num_dominant=600"], "65"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one case needs a machine without CUDA")
+def test_what_cannot_be_told_is_refused(
+    words: list[str], more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["memory", *words, *more]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_the_built_in_models_own_training_has_no_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["memory", "+exp=tiny_from_scratch"]) == 2
+    assert "vzip.demo.train_tiny" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_built_in_model_measured() -> None:
+    plan = memory_plan(["+exp=tiny_64tok", "data.num_questions=2", "launcher.batch_size=1"], length=80)
+    assert plan.load.num_dialogues == 2
+    assert estimate(plan).total == pytest.approx(measure(plan), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in options(config_dir(), "model") if name != "llava_local"])
+def test_every_model_trains_and_answers_on_paper(name: str, words: list[str]) -> None:
+    model = [f"model={name}", *TRAINING[3:], "budget=17tok", "train.precision=bfloat16"]
+    trained = estimate(memory_plan([*model, "launcher=single_24gb"], length=400))
+    answered = estimate(memory_plan(model, inference=True))
+    assert 0.9 * trained.num_bytes[WEIGHTS] < answered.num_bytes[WEIGHTS] <= 1.1 * trained.num_bytes[WEIGHTS]
+    if name != "tiny":
+        assert trained.total > answered.total > 12 * GIB
+
+
+@pytest.mark.slow
+def test_single_24gb_fits(words: list[str]) -> None:
+    seven = estimate(memory_plan(["+exp=llava15_7b_64tok", "launcher=single_24gb"]))
+    thirteen = estimate(memory_plan(["+exp=llava15_13b_64tok", "launcher=single_24gb", "model.quantization=4bit"]))
+    # A GeForce 3090 has 24 GiB, of which CUDA takes half a one.
+    assert thirteen.total < seven.total < 23 * GIB
+    # 20 979 712 parameters: a gradient and two moments in float32.
+    assert seven.num_bytes[GRADIENTS] == 4 * 20_979_712
+    assert 0 <= seven.num_bytes[OPTIMIZER] - 8 * 20_979_712 < 64
