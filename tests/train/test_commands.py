@@ -115,19 +115,47 @@ def test_a_model_of_ones_own_parts_from_assembling_to_a_stock_checkpoint(
         assert torch.equal(parameter, stock.get_parameter(f"model.multi_modal_projector.{name}"))
 
 
+def broken(change: Any) -> Any:
+    """Rewrites the data: ``change`` gets the third record's conversation turns."""
+
+    def apply(folder: Path) -> None:
+        records = json.loads((folder / "data.json").read_text())
+        change(records[3]["conversations"])
+        (folder / "data.json").write_text(json.dumps(records))
+
+    return apply
+
+
+# What is done to the data, further words, and what must be said; nothing of a model may be read by then.
+WRONG: dict[str, tuple[Any, list[str], str]] = {
+    "a picture is missing": (lambda folder: (folder / "3.png").unlink(), [], "r3: no such file: "),
+    "a picture is empty": (lambda folder: (folder / "3.png").write_bytes(b""), [], "r3: 0 bytes: "),
+    "no JSON": (lambda folder: (folder / "data.json").write_text("[{"), [], "not readable as JSON at byte"),
+    "other JSON": (None, ["data.json=model/config.json"], "break LLaVA's format"),
+    "no assistant turn": (broken(lambda turns: turns.pop()), [], "no 'gpt' turn follows a 'human' turn"),
+    "two placeholders": (broken(lambda turns: turns[0].update(value="<image><image>?")), [], "2 <image>"),
+    "an empty part": (None, ["data.fraction=1e-9"], "chose none of 8 samples"),
+    "all held out": (None, ["train.num_validation_samples=8"], "0 training samples are fewer than one step"),
+    "uneven batches": (None, ["train.samples_per_step=6"], "is not a multiple of launcher.batch_size=4"),
+    "more processes than cores": (
+        None,
+        ["launcher=ddp", "launcher.device=cpu", "launcher.num_processes=4096", "train.samples_per_step=65536"],
+        "launcher.num_processes=4096: this machine has",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
 def test_what_is_wrong_is_said_before_the_model_is_loaded(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+    case: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(vzip, "load_vlm", lambda **_: pytest.fail("a model was loaded"), raising=False)
-    (tmp_path / "3.png").unlink()
-    for more, message in (
-        ([], "1 samples lack a picture below"),
-        (["data.json=model/config.json"], "break LLaVA's format"),
-        (["train.samples_per_step=6"], "is not a multiple of launcher.batch_size=4"),
-    ):
-        assert run("train", [*words, *more], monkeypatch) == 2
-        error = capfd.readouterr().err
-        assert message in error and "Traceback" not in error
+    spoil, more, message = WRONG[case]
+    if spoil is not None:
+        spoil(tmp_path)
+    assert run("train", [*words, *more], monkeypatch) == 2
+    error = capfd.readouterr().err
+    assert message in error and "Traceback" not in error
     assert not (tmp_path / "runs").exists()
 
 
