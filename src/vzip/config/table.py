@@ -104,6 +104,11 @@ def select(table: PaperTable, only: str | None) -> PaperTable:
         for row in table.rows
         if (str(row.tokens) in words or not words & tokens) and (row.method.casefold() in words or not words & methods)
     ]
+    if not rows:
+        raise ConfigError(
+            f"--only {only}: no row has both one of these numbers of tokens and one of these methods; rows of table"
+            f" {table.name}: {'; '.join(row.label for row in table.rows)}."
+        )
     kept = {row.label for row in rows} | {row.base for row in rows}
     return replace(
         table,

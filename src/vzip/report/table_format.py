@@ -16,11 +16,12 @@ from .paper_tables import Mismatch, PaperTable
 from .table_fill import FilledAverage, FilledCell, FilledRow
 
 FORMATS = ("markdown", "latex", "csv")
-LEGEND = (
-    "difference: ours - paper, bold where it exceeds 1.96 of our standard errors and the paper's rounding",
+DIFFERENCE = "difference: ours - paper, bold where it exceeds 1.96 of our standard errors and the paper's rounding"
+RETENTION = (
     "retention: against our own vanilla run, bold where its 95 % interval leaves out 100 and McNemar's test, where"
-    " answers are right or wrong, gives p < 0.05; each cell is judged for itself",
+    " answers are right or wrong, gives p < 0.05; each cell is judged for itself"
 )
+SAVED = "of a cost, retention is the factor saved against our own vanilla run on the same machine"
 AGREEMENT = "same answers: share of questions to which our vanilla run gave the same answer, right or wrong, in percent"
 UNPAIRED = "~: not from the same questions but from two standard errors, which is too wide"
 PARTIAL = "Avg of n/m: over the n columns that ours has; its difference is to the paper's numbers over the same columns"
@@ -177,8 +178,12 @@ def _remarks(table: PaperTable, rows: Sequence[FilledRow], marks: Sequence[Misma
         if column.none is not None:
             reasons.setdefault(column.none, []).append(column.title)
     remarks += [f"{', '.join(titles)}: {why}" for why, titles in reasons.items()]
-    if any(cell.ours is not None for cell in cells):
-        remarks += LEGEND
+    if any(cell.difference is not None for cell in cells):
+        remarks.append(DIFFERENCE)
+    if any(cell.ratio is not None and not cell.column.is_cost for cell in cells):
+        remarks.append(RETENTION)
+    if any(cell.ratio is not None and cell.column.is_cost for cell in cells):
+        remarks.append(SAVED)
     machines: dict[str, list[str]] = {}
     for cell in cells:
         if cell.machine is not None and cell.column.title not in machines.setdefault(cell.machine, []):
