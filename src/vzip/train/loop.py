@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vzip.data.collate import Collator, TrainingSet
 from vzip.data.conversations import find_template
-from vzip.evaluation.provenance import code_state, versions
+from vzip.evaluation.provenance import code_state, hardware, versions
 from vzip.models.compressed_vlm import CompressedVlm
 from vzip.models.tuned import describe, save_tuned
 
@@ -104,6 +104,8 @@ def train(plan: TrainPlan) -> Path:
         "lora": lora_arguments(vlm, settings),
         "commit": code_state()["commit"],
         "versions": versions(),
+        "hardware": hardware(),
+        "num_processes": accelerator.num_processes,
     }
     _say(accelerator, choose_trainable(vlm, settings, in_float32=not launch.uses_deepspeed))
     if launch.gradient_checkpointing:
