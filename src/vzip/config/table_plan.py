@@ -90,12 +90,11 @@ def plan(table: PaperTable, words: Sequence[str], runs_dir: Path) -> dict[str, P
     """
     directory = config_dir()
     planned = {}
+    rows = [(row, (*row.run, f"paths.runs_dir={runs_dir}")) for row in table.rows if row.run]
+    for _, own in rows:  # before Hydra is set up for the rows: it can be once at a time, and this does so itself
+        check_overrides([*own, *words], directory, "eval")
     with initialize_config_dir(config_dir=str(directory), version_base="1.3"):
-        for row in table.rows:
-            if not row.run:
-                continue
-            own = (*row.run, f"paths.runs_dir={runs_dir}")
-            check_overrides([*own, *words], directory, "eval")
+        for row, own in rows:
             config = resolved(compose("eval", [*own, *words]))
             validate(config)
             changes = recipe_changes(config, resolved(compose("eval", list(own)))) if words else []
@@ -243,6 +242,7 @@ def hours(todo: Todo, runs: Sequence[Run]) -> float | None:
     limit = todo.config["eval"]["limit"] if todo.program == "eval.py" else None
     here, total = machine_of({"hardware": hardware()}), 0.0
     known = [run.record for run in runs if _tells_time(run.record, todo, here)]
+    known.sort(key=lambda record: str(record.get("created")))  # the newest tells most of this machine's state
     for task in todo.tasks:
         rates = [
             record["wall_time_s"] / sum(entry["num_samples"] for entry in record["tasks"].values())
