@@ -22,6 +22,7 @@ import vzip.report.table
 from vzip.config.build import evaluation_plan, resolved, unchanged_recipe
 from vzip.config.options import config_dir
 from vzip.config.rundir import run_directory, training_directory
+from vzip.errors import ConfigError
 
 ROOT = config_dir().parent
 
@@ -95,6 +96,12 @@ def test_a_changed_recipe_is_not_the_recipe(hydra_folder: None, caplog: pytest.L
         caplog.clear()
         assert unchanged_recipe(config_of(recipe, change), "eval") is None
         assert named in caplog.text
+
+
+def test_a_limit_that_a_task_cannot_have_is_refused_before_the_model_is_loaded(hydra_folder: None) -> None:
+    plan = evaluation_plan(compose("eval", ["eval=paper_image", "eval.tasks=[gqa,mme]", "eval.limit=7"]))
+    with pytest.raises(ConfigError, match="limit=7: mme scores 2 questions about a picture together"):
+        plan.check_tasks(None)
 
 
 def test_plain_arguments(hydra_folder: None) -> None:

@@ -77,14 +77,16 @@ class EvaluationPlan:
         """Finds every task, so that an unknown one is an error before the model is loaded.
 
         Raises:
-            ConfigError: an unknown task, or a folder without tasks.
+            ConfigError: an unknown task, a folder without tasks, or a limit that a task cannot have.
             MissingPackageError: lmms-eval is not installed.
         """
         from loguru import logger as lmms_eval_logger  # comes with lmms-eval, which tells of each file it cannot use
 
         from vzip.evaluation import lmms  # noqa: F401  says what to install if lmms-eval is missing
         from vzip.evaluation.catalog import find_tasks
+        from vzip.evaluation.partners import check_limit
 
+        check_limit(self.evaluation["tasks"], self.evaluation["limit"])
         lmms_eval_logger.disable("lmms_eval")
         try:
             find_tasks(self.evaluation["tasks"], include_path)
