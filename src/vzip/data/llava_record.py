@@ -90,7 +90,7 @@ def parse_record(raw: Any) -> Record:
     if not isinstance(raw, dict):
         raise RecordError(f"is a {type(raw).__name__}, not an object")
     if raw.get("video"):
-        raise RecordError("has the key 'video': only pictures are read from LLaVA's format")
+        raise RecordError("has the key 'video': a projector is trained on pictures, and videos are not read")
     record = Record(_identity(raw.get("id")), _images(raw.get("image")), _turns(raw))
     _check_placeholders(record)
     return record
