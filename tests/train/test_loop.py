@@ -64,6 +64,7 @@ def test_only_the_projector_moves(plan: Any) -> None:
     header = json.loads((final / "tuned.json").read_text())
     assert (header["step"], header["parts"], header["num_parameters"]) == (6, ["projector"], 32 * 32 * 2 + 64)
     assert "num_dominant=6, num_contextual=3" in header["compressor"] and header["base"]["model_class"]
+    assert header["num_processes"] == 1 and header["hardware"]["cpu"] and isinstance(header["hardware"]["gpus"], list)
 
 
 def test_the_curve_is_that_of_a_plain_loop(plan: Any, tmp_path: Path) -> None:
