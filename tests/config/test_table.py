@@ -94,6 +94,19 @@ def test_answers_that_wait_for_a_judge_are_not_asked_for_again(
     assert "judge" not in [todo.program for todo in missing(table, planned, [], tmp_path, [answered], [])]
 
 
+def test_after_a_run_what_a_judge_has_to_score_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answered = Todo("136, VisionZip", "judge", ("runs/seed0",))
+    todos = iter([[Todo("136, VisionZip", "eval.py", ("+exp=x",))], [answered, Todo("136, VisionZip", "bench", ())]])
+    monkeypatch.setattr(of_table, "missing", lambda *_: next(todos))
+    monkeypatch.setattr(of_table, "hours", lambda *_: None)
+    monkeypatch.setattr(of_table, "run_one", lambda *_: True)
+    assert main(["table", "3", "--run", "--runs", str(tmp_path)]) == 0
+    after = capsys.readouterr().err.split("1/1 row")[1]
+    assert "python -m vzip judge runs/seed0" in after and "bench" not in after
+
+
 def test_words_that_change_a_row_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"would not be the paper's any more: model.dtype=float32 \(recipe: float16\)"

@@ -68,8 +68,9 @@ def main(args: argparse.Namespace) -> int:
         found = Found(find_runs(args.runs), find_benches(args.runs))
         todos = missing(table, planned, args.words, args.runs, found.runs, found.benches)
     print_table(table, planned, found, args.format)
-    if args.format is None and todos and not (args.run or args.dry_run):
-        print_todos(todos, found.runs)
+    left = [todo for todo in todos if todo.program == "judge"] if args.run else todos
+    if args.format is None and left and not args.dry_run:
+        print_todos(left, found.runs)
     for command in failed:
         print(f"failed: {command}", file=sys.stderr)
     return 1 if failed else 0
