@@ -232,7 +232,13 @@ def test_a_tiny_model_end_to_end(finished):
     assert [row["question"] for row in rows] == [question for _, _, question in QUESTIONS]
     assert [(row["cluster"], row["num_visual_tokens"]) for row in rows] == [("a", [36]), ("a", [36]), ("b", [36])]
     entry = record["tasks"][MSVD.task]
-    assert entry["metrics"]["exact_match"]["value"] == pytest.approx(1 / 3)
+    # Residuals 2/3 - 1/3 of one video and -1/3 of the other: sqrt(2 * (1/9 + 1/9)) / 3.
+    error = {
+        "value": pytest.approx(1 / 3),
+        "standard_error": pytest.approx(2 / 9),
+        "standard_error_source": "clustered",
+    }
+    assert entry["metrics"]["exact_match"] == error
     assert entry["num_samples"] == 3 and entry["unit"] == "fraction"
     assert entry["primary_metric"] is None, "the paper's metric is the judge's, who has not been asked"
 

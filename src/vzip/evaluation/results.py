@@ -178,7 +178,10 @@ def _task_entry(
         }
     protocol = protocol_of(name)
     if protocol is not None:
-        complete(metrics, protocol.primary, rows)
+        # Where the primary metric is a judge's, it comes later; the others stand in for it until then.
+        waits = protocol.judge is not None and protocol.primary not in metrics
+        for metric in list(metrics) if waits else [protocol.primary]:
+            complete(metrics, metric, rows)
     listed = [str(entry["metric"]) for entry in config.get("metric_list") or []]
     primary = protocol.primary if protocol else next((m for m in [*listed, *metrics] if m in metrics), None)
     return {
