@@ -27,8 +27,15 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> TaskMan
 
     Raises:
         ConfigError: ``include_path`` is no folder or holds no task, an unknown name, a name defined twice.
-        UnsupportedModelError: a task that is not answered by generated text.
+        UnsupportedModelError: a task that is not answered by generated text, or that lmms-eval judges by itself.
     """
+    for name in tasks:
+        if name in _JUDGED_BY_LMMS_EVAL:
+            raise UnsupportedModelError(
+                f"task {name}: lmms-eval asks a judge model while it scores, needs its key for that, and takes a call"
+                f" that failed for a wrong answer. Use eval.tasks=[{_JUDGED_BY_LMMS_EVAL[name]}] and, after the run,"
+                " python -m vzip judge RUN_DIR, which asks again, keeps what was said and names what is missing."
+            )
     ours = set(_manager(str(OWN_TASKS)).all_tasks)
     theirs: set[str] = set()
     folders = [str(OWN_TASKS)]
@@ -106,12 +113,6 @@ def task_config(manager: TaskManager, name: str) -> dict[str, Any]:
 
 def _check_generative(manager: TaskManager, tasks: Sequence[str]) -> None:
     for name in tasks:
-        if name in _JUDGED_BY_LMMS_EVAL:
-            raise UnsupportedModelError(
-                f"task {name}: lmms-eval asks a judge model while it scores, needs its key for that, and takes a call"
-                f" that failed for a wrong answer. Use eval.tasks=[{_JUDGED_BY_LMMS_EVAL[name]}] and, after the run,"
-                " python -m vzip judge RUN_DIR, which asks again, keeps what was said and names what is missing."
-            )
         output_type = task_config(manager, name).get("output_type", "generate_until")
         if output_type != "generate_until":
             raise UnsupportedModelError(

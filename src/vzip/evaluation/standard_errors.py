@@ -1,5 +1,5 @@
-"""Standard errors of a task's primary metric: those lmms-eval does not give, and those it gives as if all questions
-were independent although several are about one picture."""
+"""Standard errors: those lmms-eval does not give, and those it gives as if all questions were independent although
+several are about one picture."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from vzip.report.stats import bootstrap_standard_error, clustered_standard_error
 
 
 def complete(metrics: dict[str, dict[str, Any]], primary: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Adds to a record's metrics the standard errors of the primary one and, where it is ``a+b``, their sum.
+    """Adds standard errors to a record's metrics and, where the primary one is ``a+b``, that sum.
 
     ``standard_error_source`` becomes "binomial" or "mean" (independent questions, right or wrong or in between),
-    "clustered" (a mean, questions about one picture together) or "bootstrap" (anything else, by clusters).
+    "clustered" (a mean, questions about one picture together) or "bootstrap" (anything else, by clusters). Questions
+    that are all about one picture have none.
 
     Args:
         metrics: by name: ``value``, ``standard_error``, ``standard_error_source``; changed in place.
         primary: the metric that counts.
         rows: of ``samples.jsonl``, this task's.
     """
-    parts = primary.split("+")
-    for metric in parts:
-        entry = metrics.get(metric)
-        units = None if entry is None else units_of(metric, rows)
-        if entry is None or units is None or not units.gives(entry["value"]) or len(units.keys) < 2:
-            continue
-        if entry["standard_error"] is None or units.is_clustered:
+    for metric, entry in metrics.items():
+        units = units_of(metric, rows)
+        if (
+            units is not None
+            and units.gives(entry["value"])
+            and (entry["standard_error"] is None or units.is_clustered)
+        ):
             entry["standard_error"], entry["standard_error_source"] = _standard_error(units)
+    parts = primary.split("+")
     if len(parts) > 1 and all(part in metrics for part in parts):
         errors = [metrics[part]["standard_error"] for part in parts]
         sources = {metrics[part]["standard_error_source"] for part in parts}
@@ -43,7 +45,9 @@ def complete(metrics: dict[str, dict[str, Any]], primary: str, rows: Sequence[Ma
         }
 
 
-def _standard_error(units: Units) -> tuple[float, str]:
+def _standard_error(units: Units) -> tuple[float, str] | tuple[None, None]:
+    if len(set(units.clusters)) < 2:
+        return None, None
     if units.aggregate is not None:
         values, aggregate = units.by_cluster()
         assert aggregate is not None
