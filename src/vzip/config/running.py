@@ -30,18 +30,21 @@ def run_plan(plan: EvaluationPlan) -> dict[str, Any]:
         torch.set_num_threads(plan.num_threads)
     include_path = plan.include_path()
     plan.check_tasks(include_path)
-    vlm = KEEPER.load(plan.model, plan.compressor)
+    vlm = KEEPER.load(plan.model, plan.compressor, plan.tower_cache_gib)
     directory = plan.evaluation["run_dir"]
     logger.info("evaluating %s with %s into %s", ", ".join(plan.evaluation["tasks"]), plan.compressor, directory)
     return evaluate(vlm, **{**plan.evaluation, "include_path": include_path})
 
 
 def evaluate_words(words: Sequence[str]) -> dict[str, Any]:
-    """As ``python eval.py`` with these words, in this process.
+    """As ``python eval.py`` with these words of one process, in this one.
 
     Raises:
         VzipError: for what the user can mend.
     """
+    from vzip.train.distributed import check_devices
+
     with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
         plan = evaluation_plan(compose("eval", list(words)))
+    check_devices(plan.launch)
     return run_plan(plan)
