@@ -8,6 +8,7 @@ import pytest
 
 from vzip.errors import ConfigError, ManifestError
 from vzip.evaluation.run import evaluate
+from vzip.report.paired import compare_task
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 NO_OPTION = "nan"
@@ -61,6 +62,26 @@ def test_mmmu(benchmarks, make_picture):
     assert prompt.startswith("USER: <image>\n<image>\nq0") and "A. left\nB. right\nC. up\n" in prompt
     assert [picture.size for picture in done.pictures[prompt]] == [(60, 41), (60, 42)]
     assert "single word or phrase" in done.rows[2]["prompt"] and "letter" not in done.rows[2]["prompt"]
+
+
+def test_two_runs_are_compared_question_by_question(benchmarks, make_picture):
+    """MMBench and MMMU, whose samples lmms-eval leaves without a verdict."""
+    about = {"hint": NO_OPTION, "category": "c", "L2-category": "l", "source": "s", "split": "dev"}
+    about |= {"A": "dog", "B": "cat", "C": NO_OPTION, "D": NO_OPTION, "answer": "A", "image": make_picture(0)}
+    mmbench = [about | {"index": i, "question": f"q{i % 10**6}?"} for i in (0, 1, 2, 3, 1_000_000)]
+    mmmu = [
+        {"id": f"validation_Art_{i}", "question": f"q{i} <image 1>?", "answer": "A", "question_type": "multiple-choice"}
+        | {"options": "['left', 'right']", "image_1": make_picture(0)}
+        for i in range(4)
+    ]
+    for task, questions in (("mmbench_en_dev_static", mmbench), ("mmmu_val", mmmu)):
+        vanilla = benchmarks.run(task, questions, {"q0": "A", "q1": "A", "q2": "B", "q3": "A"})
+        ours = benchmarks.run(task, questions, {"q0": "B", "q1": "A", "q2": "A", "q3": "B"})
+        metric = ours.entry["primary_metric"]
+        paired = compare_task(ours.record, vanilla.record, f"own_{task}", metric, ours.rows, vanilla.rows)
+        assert paired is not None and paired.is_paired, task
+        assert (paired.num_lost, paired.num_gained) == (2, 1), "questions, not their rotations"
+        assert paired.retention == pytest.approx(2 / 3)
 
 
 def test_mmstar_is_the_mean_over_categories(benchmarks, make_picture):

@@ -27,11 +27,9 @@ def complete(metrics: dict[str, dict[str, Any]], primary: str, rows: Sequence[Ma
     """
     for metric, entry in metrics.items():
         units = units_of(metric, rows)
-        if (
-            units is not None
-            and units.gives(entry["value"])
-            and (entry["standard_error"] is None or units.is_clustered)
-        ):
+        if units is None or not units.gives(entry["value"]):
+            continue
+        if entry["standard_error"] is None or units.is_clustered:
             entry["standard_error"], entry["standard_error_source"] = _standard_error(units)
     parts = primary.split("+")
     if len(parts) > 1 and all(part in metrics for part in parts):
