@@ -146,6 +146,19 @@ class TestTrouble:
         assert sum(reply.text == "yes" for reply in replies) == 20
         assert len(endpoint.requests) - before == 10
 
+    def test_an_interruption_loses_nothing(self, judge_of):
+        def interrupt(number, reply):
+            raise KeyboardInterrupt
+
+        chats = [chat(f"q{i}") for i in range(20)]
+        with running(lambda request, number: Answer("yes", delay_s=0.01)) as endpoint:
+            with pytest.raises(KeyboardInterrupt):
+                judge_of(endpoint.url).ask_all(chats, on_reply=interrupt)
+            asked = len(endpoint.requests)
+            assert 1 <= asked < 20, "what had not begun is not asked"
+            assert sum(reply.cached for reply in judge_of(endpoint.url).ask_all(chats)) == asked
+            assert len(endpoint.requests) == 20
+
     def test_nonsense_is_asked_again_and_then_named(self, judge_of):
         def answer(request, number):
             return Answer("what?" if "odd" in request["messages"][0]["content"] else "yes")

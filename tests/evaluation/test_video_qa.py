@@ -18,8 +18,9 @@ from tests.evaluation.fake_endpoint import Answer, running
 
 import vzip
 from vzip.data.manifest import manifest_folder
-from vzip.errors import ConfigError, ManifestError
+from vzip.errors import ConfigError, ManifestError, UnsupportedModelError
 from vzip.evaluation import judge_cli, video_qa
+from vzip.evaluation.catalog import find_tasks
 from vzip.evaluation.protocol import PROTOCOLS
 from vzip.evaluation.run import evaluate
 from vzip.evaluation.video_qa import VIDEO_SETS, offline_scores, prepare, read_questions
@@ -150,6 +151,16 @@ class TestPrepare:
         write_set(tmp_path, MSVD)
         prepare(tmp_path, [MSVD.task], tmp_path / "cache")
         assert "MSVD-QA: 3 questions; as published it has 13157" in caplog.text
+
+
+def test_asked_for_without_their_files():
+    with pytest.raises(
+        ConfigError, match=r"msvd_qa_zero_shot: .* eval.include_path=video and paths.video_root=DIR"
+    ):
+        find_tasks([MSVD.task], None)
+    # lmms-eval's own asks its judge while it scores, and takes a failed call for a wrong answer.
+    with pytest.raises(UnsupportedModelError, match=r"activitynetqa: .* Use eval.tasks=\[activitynet_qa_zero_shot\]"):
+        find_tasks(["activitynetqa"], None)
 
 
 @pytest.mark.parametrize(

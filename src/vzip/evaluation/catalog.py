@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from vzip.errors import ConfigError, UnsupportedModelError, nearest
 
+from .video_qa import VIDEO_SETS
+
 if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
 
 # Scored by a judge in the middle of the run, with a failed call taken for a wrong answer -> what to run instead.
-_JUDGED_BY_LMMS_EVAL = {"mmvet": "mmvet_direct", "llava_in_the_wild": "llava_bench_wild"}
+_JUDGED_BY_LMMS_EVAL = {
+    "mmvet": "mmvet_direct",
+    "llava_in_the_wild": "llava_bench_wild",
+    "activitynetqa": "activitynet_qa_zero_shot",
+}
 # Tasks of vzip's: mostly an installed task of lmms-eval with a line or two changed.
 OWN_TASKS = Path(__file__).with_name("tasks")
 
@@ -30,6 +36,11 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> TaskMan
         UnsupportedModelError: a task that is not answered by generated text, or that lmms-eval judges by itself.
     """
     for name in tasks:
+        if name in VIDEO_SETS and include_path is None:
+            raise ConfigError(
+                f"task {name}: its questions and videos are files of yours. Set eval.include_path=video and"
+                " paths.video_root=DIR, as eval=paper_video does; data_manifests/video_qa.json says where to get them."
+            )
         if name in _JUDGED_BY_LMMS_EVAL:
             raise UnsupportedModelError(
                 f"task {name}: lmms-eval asks a judge model while it scores, needs its key for that, and takes a call"
