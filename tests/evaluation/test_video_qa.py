@@ -154,9 +154,7 @@ class TestPrepare:
 
 
 def test_asked_for_without_their_files():
-    with pytest.raises(
-        ConfigError, match=r"msvd_qa_zero_shot: .* eval.include_path=video and paths.video_root=DIR"
-    ):
+    with pytest.raises(ConfigError, match=r"msvd_qa_zero_shot: .* eval.include_path=video and paths.video_root=DIR"):
         find_tasks([MSVD.task], None)
     # lmms-eval's own asks its judge while it scores, and takes a failed call for a wrong answer.
     with pytest.raises(UnsupportedModelError, match=r"activitynetqa: .* Use eval.tasks=\[activitynet_qa_zero_shot\]"):
