@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from tests.config.test_bad_input import Run, run, script  # noqa: F401  run is a fixture
+from tests.config.test_bad_input import ROOT, Run, run, script  # noqa: F401  run is a fixture
 
 import vzip.train.launch
 from vzip.config.build import EvaluationPlan, evaluation_plan
@@ -82,3 +84,23 @@ def test_refusals(run: Run, monkeypatch, words, message):  # noqa: F811
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, shown = run(*words)
     assert code != 0 and message in shown
+
+
+@pytest.mark.slow
+def test_two_processes_of_the_built_in_model_equal_one(tmp_path):
+    """From the command line, on the benchmark."""
+    words = ["eval.limit=12", "eval.batch_size=4", "launcher.device=cpu"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    records = []
+    for name, more in (("one", []), ("two", ["launcher=ddp", "launcher.num_processes=2"])):
+        command = [sys.executable, str(ROOT / "eval.py"), *more, *words, f"paths.run_dir={tmp_path / name}"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("torch.distributed.run --nproc_per_node=2" in done.stderr) == (name == "two")
+        assert done.stdout.count("visual tokens a picture, measured: 64 (48 pictures)") == 1
+        records.append(json.loads((tmp_path / name / "run.json").read_text()))
+    one, two = records
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    for key in ("tasks", "visual_tokens", "batch_sizes", "data"):
+        assert one[key] == two[key], key
+    assert (tmp_path / "one" / "samples.jsonl").read_bytes() == (tmp_path / "two" / "samples.jsonl").read_bytes()
