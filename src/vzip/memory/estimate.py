@@ -20,7 +20,7 @@ from .pretend import fill, pretending
 from .quantized import quantize
 from .sharing import model_size, shared_out
 from .steps import prepare_training, watch_inference, watch_training
-from .workload import Workload
+from .workload import Workload, prompts, training_batch
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,10 @@ def estimate_training(
     ledger = Ledger()
     vlm = shape.on_paper(dtype)
     prepare_training(vlm, train, launch)
+    batch = training_batch(vlm, load)
     with pretending():
         fill(vlm.model)
-        watch_training(vlm, train, launch, load, accumulates, on_cuda, ledger)
+        watch_training(vlm, train, launch, batch, accumulates, on_cuda, ledger)
     return shared_out(ledger, model_size(vlm), launch.strategy, num_processes)
 
 
@@ -101,7 +102,8 @@ def estimate_inference(shape: ModelShape, dtype: torch.dtype, load: Workload) ->
     """The peak of generating answers on one device; raises as ``estimate_training``."""
     ledger = Ledger()
     vlm = shape.on_paper(dtype)
+    inputs = prompts(vlm, load)
     with pretending():
         fill(vlm.model)
-        watch_inference(vlm, load, ledger)
+        watch_inference(vlm, inputs, load.num_new_tokens, ledger)
     return ledger.peak()

@@ -23,7 +23,7 @@ from vzip.train.stepping import Stepper
 from vzip.train.trainable import parameter_groups
 
 from .steps import prepare_training
-from .workload import Workload, blank_pictures, num_visual_tokens, prompts, training_batch
+from .workload import Workload, prompts, tensors_of, training_batch
 
 
 def measure_training(vlm: CompressedVlm, train: TrainSettings, launch: LaunchSettings, load: Workload) -> int:
@@ -42,21 +42,22 @@ def measure_training(vlm: CompressedVlm, train: TrainSettings, launch: LaunchSet
     adamw = torch.optim.AdamW(parameter_groups(vlm, train), lr=train.learning_rate, weight_decay=train.weight_decay)
     model, optimizer = accelerator.prepare(AnswerLoss(vlm), adamw)
     stepper = Stepper(accelerator, model, optimizer, train, launch, seed=0)
-    batches = itertools.repeat(training_batch(vlm, load))
+    batch = training_batch(vlm, load)
+    batches = itertools.repeat(batch)
     stepper.step(0, 2, batches)
-    return _peak(lambda: stepper.step(1, 2, batches), accelerator.device, _kept(vlm, adamw))
+    before = [*_kept(vlm, adamw), *tensors_of(batch)]
+    return _peak(lambda: stepper.step(1, 2, batches), accelerator.device, before)
 
 
 def measure_inference(vlm: CompressedVlm, load: Workload) -> int:
     """Bytes at the worst moment of generating real answers, none of which ends early."""
-    pictures = {name: tensor.to(vlm.device) for name, tensor in blank_pictures(vlm.adapter, load).items()}
-    ids, mask = prompts(vlm, load, num_visual_tokens(vlm, pictures))
+    inputs = {name: tensor.to(vlm.device) for name, tensor in prompts(vlm, load).items()}
     count = load.num_new_tokens
 
     def answer() -> None:
-        vlm.generate(ids, mask, **pictures, do_sample=False, max_new_tokens=count, min_new_tokens=count)
+        vlm.generate(**inputs, do_sample=False, max_new_tokens=count, min_new_tokens=count)
 
-    return _peak(answer, vlm.device, _kept(vlm, None))
+    return _peak(answer, vlm.device, [*_kept(vlm, None), *inputs.values()])
 
 
 def _kept(vlm: CompressedVlm, optimizer: torch.optim.Optimizer | None) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
+from vzip.data.collate import Batch
 from vzip.models.compressed_vlm import CompressedVlm
 from vzip.train.objective import AnswerLoss
 from vzip.train.settings import LaunchSettings, TrainSettings
 from vzip.train.stepping import Stepper
 from vzip.train.trainable import choose_trainable, parameter_groups
 
-from .ledger import Ledger
-from .workload import Workload, blank_pictures, num_visual_tokens, prompts, training_batch
+from .ledger import ACTIVATIONS, Ledger
+from .workload import tensors_of
 
 WEIGHTS, GRADIENTS, OPTIMIZER, CACHE = "weights", "gradients", "optimizer states", "key-value cache"
 BACKWARD, UPDATE = "forward and backward", "update"
@@ -70,7 +71,7 @@ def watch_training(
     vlm: CompressedVlm,
     train: TrainSettings,
     launch: LaunchSettings,
-    load: Workload,
+    batch: Batch,
     accumulates: bool,
     on_cuda: bool,
     ledger: Ledger,
@@ -80,7 +81,7 @@ def watch_training(
     Args:
         vlm: from ``prepare_training``.
         train, launch: the run's settings.
-        load: what the batch holds.
+        batch: with contents.
         accumulates: whether there are gradients of earlier batches.
         on_cuda: update all weights at once, as torch does on CUDA (``foreach``).
         ledger: entered within; weights, gradients and states are named.
@@ -108,7 +109,7 @@ def watch_training(
     process: Any = OneProcess()
     one_batch = replace(train, samples_per_step=launch.batch_size)
     stepper = Stepper(process, model, optimizer, one_batch, launch, seed=0)
-    batch = training_batch(vlm, load)
+    ledger.name(ACTIVATIONS, tensors_of(batch))
     ledger.begin(BACKWARD)
     with ledger:
         stepper.step(1, 2, iter([batch]))
@@ -120,16 +121,15 @@ def _make_gradients(trained: list[nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def watch_inference(vlm: CompressedVlm, load: Workload, ledger: Ledger) -> None:
-    """The prompt, and the last of the new tokens, with all others in the cache; named as in ``watch_training``.
+def watch_inference(vlm: CompressedVlm, inputs: Mapping[str, Tensor], num_new_tokens: int, ledger: Ledger) -> None:
+    """The prompts, and the last of the new tokens, with all others in the cache; named as in ``watch_training``.
 
     Generation itself cannot be followed without content, since each step decides on the last one's result.
     """
     ledger.name(WEIGHTS, itertools.chain(vlm.model.parameters(), vlm.model.buffers()))
-    pictures = blank_pictures(vlm.adapter, load)
-    ids, mask = prompts(vlm, load, num_visual_tokens(vlm, pictures))
+    ledger.name(ACTIVATIONS, inputs.values())
     with ledger:
-        prepared = vlm.prepare(ids, mask, padding_side="left", **pictures)
+        prepared = vlm.prepare(**inputs, padding_side="left")
         output = vlm.model(
             inputs_embeds=prepared.inputs_embeds,
             attention_mask=prepared.attention_mask,
@@ -139,14 +139,20 @@ def watch_inference(vlm: CompressedVlm, load: Workload, ledger: Ledger) -> None:
         )
         keys_and_values = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
         ledger.name(CACHE, itertools.chain(*keys_and_values))
-        if load.num_new_tokens < 2:
+        if num_new_tokens < 2:
             return
         shapes = [pair[0].shape for pair in keys_and_values]
         del output, keys_and_values
         cache = DynamicCache(config=vlm.model.config.get_text_config())
         for index, (*most, length, width) in enumerate(shapes):
-            room = prepared.inputs_embeds.new_empty((*most, length + load.num_new_tokens - 2, width))
+            room = prepared.inputs_embeds.new_empty((*most, length + num_new_tokens - 2, width))
             ledger.name(CACHE, cache.update(room, room.clone(), index))
-        mask = functional.pad(prepared.attention_mask, (0, load.num_new_tokens - 1), value=1)
-        vlm.model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        mask = functional.pad(prepared.attention_mask, (0, num_new_tokens - 1), value=1)
+        vlm.model(
+            input_ids=inputs["input_ids"][:, :1],
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         ledger.name(CACHE, itertools.chain(*((layer.keys, layer.values) for layer in cache.layers)))

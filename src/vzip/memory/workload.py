@@ -83,30 +83,34 @@ def check_length(length: int, num_visual: int) -> None:
         )
 
 
-def prompts(vlm: CompressedVlm, load: Workload, num_visual: int) -> tuple[Tensor, Tensor]:
-    """``input_ids`` and ``attention_mask`` of every dialogue: its placeholder and the rest text.
+def prompts(vlm: CompressedVlm, load: Workload) -> dict[str, Tensor]:
+    """The arguments of ``prepare`` and ``generate``: each prompt is its placeholder and the rest text.
 
     Of several one is a token shorter: rows that are all as long need no attention mask, which real ones do.
     """
-    num_text = load.length - num_visual
-    count = load.num_pictures * load.num_dialogues
+    pictures = blank_pictures(vlm.adapter, load)
+    count, num_text = load.num_pictures * load.num_dialogues, load.length - num_visual_tokens(vlm, pictures)
     ids = torch.ones(count, num_text + 1, dtype=torch.int64)
     token_id = vlm.adapter.image_token_id if load.num_frames is None else vlm.adapter.video_token_id
     assert token_id is not None
     ids[:, 1] = token_id
     mask = torch.ones_like(ids)
     mask[1:2, -1] = 0
-    return ids, mask
+    return {"input_ids": ids, "attention_mask": mask, **pictures}
 
 
 def training_batch(vlm: CompressedVlm, load: Workload) -> Batch:
     """A batch in which every word of text but the first is a target: the most there can be."""
-    pictures = blank_pictures(vlm.adapter, load)
-    num_visual = num_visual_tokens(vlm, pictures)
-    ids, mask = prompts(vlm, load, num_visual)
+    pictures = prompts(vlm, load)
+    ids, mask = pictures.pop("input_ids"), pictures.pop("attention_mask")
     labels = ids.masked_fill(mask == 0, IGNORED_LABEL)
     labels[:, :2] = IGNORED_LABEL
     owners = [number for number in range(load.num_pictures) for _ in range(load.num_dialogues)]
     names = [f"picture {number}" for number in range(load.num_pictures)]
-    visual = [num_visual] * load.num_pictures
+    visual = [num_visual_tokens(vlm, pictures)] * load.num_pictures
     return Batch(names, owners, ids, mask, labels, pictures, owners, visual)
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """All tensors of a batch."""
+    return [batch.input_ids, batch.attention_mask, batch.labels, *batch.pictures.values()]
