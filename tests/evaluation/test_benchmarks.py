@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
 import pytest
+
+from vzip.evaluation.protocol import PROTOCOLS
 
 PROMPT = "USER: <image>\n{}\nAnswer the question using a single word or phrase. ASSISTANT:"
 
@@ -152,7 +156,7 @@ def test_docvqa_counts_letters(benchmarks, make_picture):
     assert [row["cluster"] for row in done.rows] == [5, 6]
 
 
-def test_ocrbench_twice_in_one_process(benchmarks, make_picture):
+def test_ocrbench_is_the_share_of_the_questions_asked(benchmarks, make_picture):
     truth = [
         ("HME100k", "Handwritten Mathematical Expression Recognition", ["x + y"]),
         ("SVT", "Regular Text Recognition", ["Stop"]),
@@ -162,7 +166,15 @@ def test_ocrbench_twice_in_one_process(benchmarks, make_picture):
         {"dataset": data, "question_type": kind, "question": f"q{i}?", "answer": answer, "image": make_picture(0)}
         for i, (data, kind, answer) in enumerate(truth)
     ]
-    said = {"q0": "it is x+y", "q1": "it says STOP.", "q2": "right"}
-    for _ in range(2):
-        done = benchmarks.run("ocrbench_mean", questions, said)
-        assert done.value("ocrbench_accuracy") == pytest.approx(2 / 3)
+    done = benchmarks.run("ocrbench_mean", questions, {"q0": "it is x+y", "q1": "it says STOP.", "q2": "right"})
+    assert done.value("ocrbench_accuracy") == pytest.approx(2 / 3)
+    assert done.error("ocrbench_accuracy")[0] == pytest.approx((2 / 9 / 2) ** 0.5)
+
+
+def test_vqav2s_test_questions_leave_a_file_for_the_server(benchmarks, make_picture, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "vqav2_test", replace(PROTOCOLS["vqav2_val"], split="test"))
+    question = {"question": "q0?", "question_id": 5, "image_id": 3, "image": make_picture(0), "answer": ""}
+    done = benchmarks.run("vqav2_test", [question], {"q0": "Two"})
+    assert done.entry["primary_metric"] is None and done.entry["metrics"] == {}
+    (file,) = (benchmarks.folder / "run" / "submissions").iterdir()
+    assert json.loads(file.read_text()) == [{"question_id": 5, "answer": "Two"}]

@@ -105,7 +105,8 @@ _VQAV2 = {
         "exact_match",
         "fraction",
         "VQAv2 test-dev, scored by the EvalAI server",
-        "lmms-eval scores the validation split locally",
+        "the validation split, scored locally; vqav2_test asks the 447 793 test questions and writes the file that the"
+        " server takes, into the run directory",
         split="validation",
         prompt=_SHORT,
         cluster="image_id",
@@ -171,8 +172,8 @@ _SEED = {
         "seed_all",
         "fraction",
         "SEED-Bench, pictures and videos (58.6 for 7B), one middle frame a video; SEED-I is the picture part",
-        "lmms-eval shows all frames of a video, which at 576 visual tokens a frame exceed LLaVA-1.5's context; for"
-        " SEED-I read seed_image",
+        "lmms-eval shows all frames that the data set keeps of a video (eight of 576 visual tokens would not fit"
+        " LLaVA-1.5's context of 4096); for SEED-I read seed_image",
         split="test",
         prompt=_LETTER,
         chance=0.25,
@@ -185,7 +186,7 @@ _VIZWIZ = {
         "exact_match",
         "fraction",
         "VizWiz-VQA test, scored by the EvalAI server",
-        "lmms-eval scores the validation split locally",
+        "the validation split, scored locally; vizwiz_vqa_test writes the file that the server takes",
         split="val",
         prompt="\nWhen the provided information is insufficient, respond with 'Unanswerable'." + _SHORT,
     ),
@@ -232,8 +233,7 @@ _OCR = {
         "ocrbench_accuracy",
         "fraction",
         None,
-        "lmms-eval's `ocrbench` divides by 1000 however many questions were asked, and in a second run of the same"
-        " process counts the first one's points again",
+        "lmms-eval's `ocrbench` divides by 1000 however many questions were asked",
         split="test",
     ),
     "mmstar": Protocol(

@@ -59,8 +59,7 @@ def seed_pictures_only(dataset: Any) -> Any:
 def ocrbench_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:
     """lmms-eval's reading of the answer as one number a question.
 
-    Its own sum is kept in a variable of the module that nobody sets back, so a second run in the same process would
-    count the first one's points again; and it divides by 1000 however few questions were asked.
+    Its own score is the sum over 1000, however few questions were asked, and has no standard error.
     """
     return {"ocrbench_accuracy": float(ocrbench_process_results(doc, results)["ocrbench_accuracy"]["score"])}
 
