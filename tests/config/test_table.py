@@ -30,6 +30,8 @@ def test_only() -> None:
     assert select(read_table("1"), None) == read_table("1")
     with pytest.raises(ConfigError, match=r"--only gqe: not in table 1 \(did you mean 'gqa'\?\); columns"):
         select(read_table("1"), "gqe")
+    with pytest.raises(ConfigError, match=r"no row has both .* rows of table 1: 576, vanilla; 192, FastV"):
+        select(read_table("1"), "vanilla,64")
 
 
 def test_rows_of_the_paper_compose_and_find_their_records(tmp_path: Path) -> None:
