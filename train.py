@@ -11,7 +11,6 @@ Then: python eval.py with the same words and model.projector=trained.
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -36,12 +35,13 @@ def main(cfg: DictConfig) -> None:
     plan = tuning_plan(config)
     from vzip.train.distributed import check_devices
     from vzip.train.launch import launch_command, run_command
-    from vzip.train.loop import train
+    from vzip.train.loop import prepare, train
 
     check_devices(plan.launch)
     command = launch_command(plan.launch, Path(__file__).resolve(), list(HydraConfig.get().overrides.task))
     if command is not None:
-        sys.exit(run_command(command))
+        prepare(plan)  # whatever is wrong is said once, by this process
+        return run_command(command)
     logger.info("training into %s", plan.run_dir)
     train(plan)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from vzip.config.training import checked, tuning_plan
 from vzip.demo.dialogues import SceneDialogues
 from vzip.errors import ConfigError
 from vzip.models.assemble import assemble
+from vzip.train import launch
 from vzip.train.merge import merge
 
 
@@ -126,6 +128,7 @@ def broken(change: Any) -> Any:
     return apply
 
 
+TWO = ["launcher=zero2_2cpu", "launcher.batch_size=2"]
 # What is done to the data, further words, and what must be said; nothing of a model may be read by then.
 WRONG: dict[str, tuple[Any, list[str], str]] = {
     "a picture is missing": (lambda folder: (folder / "3.png").unlink(), [], "r3: no such file: "),
@@ -137,6 +140,7 @@ WRONG: dict[str, tuple[Any, list[str], str]] = {
     "an empty part": (None, ["data.fraction=1e-9"], "chose none of 8 samples"),
     "all held out": (None, ["train.num_validation_samples=8"], "0 training samples are fewer than one step"),
     "uneven batches": (None, ["train.samples_per_step=6"], "is not a multiple of launcher.batch_size=4"),
+    "said before processes start": (lambda folder: (folder / "3.png").unlink(), TWO, "r3: no such file: "),
     "more processes than cores": (
         None,
         ["launcher=ddp", "launcher.device=cpu", "launcher.num_processes=4096", "train.samples_per_step=65536"],
@@ -150,6 +154,8 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(
     case: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(vzip, "load_vlm", lambda **_: pytest.fail("a model was loaded"), raising=False)
+    monkeypatch.setattr(launch, "run_command", lambda command: pytest.fail("processes were started"))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
     spoil, more, message = WRONG[case]
     if spoil is not None:
         spoil(tmp_path)
@@ -157,6 +163,20 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(
     error = capfd.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (tmp_path / "runs").exists()
+
+
+def test_several_processes(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def note(command: list[str]) -> None:
+        assert "HYDRA_FULL_ERROR" not in os.environ, "an error of a process would be a traceback"
+        started.append(command)
+
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(launch, "run_command", note)
+    assert run("train", ["-m", *words, *TWO, "seed=1,2"], monkeypatch) == 0
+    assert [command[-1] for command in started] == ["seed=1", "seed=2"], "a sweep goes on after its first job"
+    assert started[0][1:4] == ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
 def test_trained_needs_a_training(words: list[str], tmp_path: Path) -> None:

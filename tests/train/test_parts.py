@@ -28,7 +28,7 @@ from vzip.data.order import draw_steps, split_step
 from vzip.errors import CheckpointError, ConfigError, ManifestError, MissingPackageError, PromptError
 from vzip.models.tuned import apply_tuned, describe, save_tuned
 from vzip.train.distributed import check_devices, deepspeed_config
-from vzip.train.launch import launch_command
+from vzip.train.launch import LaunchError, launch_command, run_command
 from vzip.train.merge import merge
 from vzip.train.objective import ModelView
 from vzip.train.settings import learning_rate_factor
@@ -125,6 +125,9 @@ def test_launch_commands() -> None:
         launch_command(many, SCRIPT, [], {})
     with pytest.raises(ConfigError, match="SLURM gave 4 machines"):
         launch_command(dataclasses.replace(launch, num_machines=2), SCRIPT, [], slurm)
+    run_command([sys.executable, "-c", ""])
+    with pytest.raises(LaunchError, match="ended with code 3"):
+        run_command([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 def test_more_devices_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import hydra
@@ -47,7 +48,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
 
             def job(cfg: DictConfig) -> Any:
                 try:
-                    return function(cfg)
+                    with _as_the_user_set_it(wants_traceback):
+                        return function(cfg)
                 except VzipError as error:
                     # A sweep goes on with its other jobs, and Hydra names the overrides of the one that failed.
                     if wants_traceback or HydraConfig.get().mode is RunMode.MULTIRUN:
@@ -77,6 +79,19 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         return main
 
     return decorate
+
+
+@contextlib.contextmanager
+def _as_the_user_set_it(wants_traceback: bool) -> Iterator[None]:
+    """Takes Hydra's switch back while a job runs, so that the processes it starts do not inherit it."""
+    if wants_traceback:
+        yield
+        return
+    os.environ.pop(_FULL, None)
+    try:
+        yield
+    finally:
+        os.environ[_FULL] = "1"
 
 
 def fail(error: Exception) -> NoReturn:

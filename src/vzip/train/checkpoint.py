@@ -44,6 +44,7 @@ class CheckpointStore:
     def __init__(self, run_dir: Path, keep_last: int, identity: Mapping[str, Any]) -> None:
         self.run_dir, self.keep_last, self.identity = run_dir, keep_last, dict(identity)
         self.folder = run_dir / "checkpoints"
+        self._begun = run_dir / "train.json"
 
     @property
     def final(self) -> Path:
@@ -55,35 +56,42 @@ class CheckpointStore:
         """Where the tuned weights of lowest validation loss are."""
         return self.run_dir / "best"
 
-    def begin(self, overwrite: bool) -> None:
-        """Claims the directory for this run, or recognises it as this run's.
+    def check(self) -> None:
+        """Refuses a directory that this run may not go on in.
 
         Raises:
             RunExistsError: the run is finished, or the directory belongs to a run with other settings.
         """
-        path = self.run_dir / "train.json"
-        if overwrite:
-            for name in ("final", "best", "checkpoints", "wandb", "tensorboard"):
-                remove_tree(self.run_dir / name)
-            for name in ("train.json", "metrics.jsonl"):
-                (self.run_dir / name).unlink(missing_ok=True)
         if self.final.exists():
             raise RunExistsError(
                 f"{self.final} exists: this run is finished. Evaluate it with model.projector={self.final}, set"
                 " overwrite=true to train it again, or change the seed or paths.run_dir."
             )
-        if path.is_file():
-            begun = json.loads(path.read_text(encoding="utf-8"))
-            other = [key for key in {**begun, **self.identity} if begun.get(key) != _plain(self.identity).get(key)]
-            if other:
-                shown = "; ".join(f"{key}: {begun.get(key)} there, {self.identity.get(key)} here" for key in other[:4])
-                raise RunExistsError(
-                    f"{self.run_dir} holds an unfinished run with other settings ({shown}). Take those up again, set"
-                    " overwrite=true to begin anew, or change paths.run_dir."
-                )
+        if not self._begun.is_file():
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_plain(self.identity), indent=1) + "\n", encoding="utf-8")
+        begun = json.loads(self._begun.read_text(encoding="utf-8"))
+        other = [key for key in {**begun, **self.identity} if begun.get(key) != _plain(self.identity).get(key)]
+        if other:
+            shown = "; ".join(f"{key}: {begun.get(key)} there, {self.identity.get(key)} here" for key in other[:4])
+            raise RunExistsError(
+                f"{self.run_dir} holds an unfinished run with other settings ({shown}). Take those up again, set"
+                " overwrite=true to begin anew, or change paths.run_dir."
+            )
+
+    def begin(self, overwrite: bool) -> None:
+        """Claims the directory for this run, unless it is this run's already; ``check`` comes first.
+
+        Args:
+            overwrite: throw away what the directory holds of a run.
+        """
+        if overwrite:
+            for name in ("final", "best", "checkpoints", "wandb", "tensorboard"):
+                remove_tree(self.run_dir / name)
+            for path in (self._begun, self.run_dir / "metrics.jsonl"):
+                path.unlink(missing_ok=True)
+        if not self._begun.is_file():
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._begun.write_text(json.dumps(_plain(self.identity), indent=1) + "\n", encoding="utf-8")
 
     def latest(self) -> tuple[Path, int] | None:
         """The newest complete checkpoint and its step."""

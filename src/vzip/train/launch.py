@@ -9,11 +9,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vzip.errors import ConfigError
+from vzip.errors import ConfigError, VzipError
 
 from .settings import LaunchSettings
 
 _PORT = "29511"
+
+
+class LaunchError(VzipError, RuntimeError):
+    """Processes that were started have failed."""
 
 
 def launch_command(
@@ -40,10 +44,16 @@ def launch_command(
     return [*command, str(script), *words]
 
 
-def run_command(command: Sequence[str]) -> int:
-    """Prints the command, runs it and returns its exit code."""
+def run_command(command: Sequence[str]) -> None:
+    """Prints the command and runs it to its end.
+
+    Raises:
+        LaunchError: it ended with another code than 0.
+    """
     print(f"starting: {shlex.join(command)}", file=sys.stderr, flush=True)
-    return subprocess.run(list(command), check=False).returncode
+    code = subprocess.run(list(command), check=False).returncode
+    if code:
+        raise LaunchError(f"the processes ended with code {code}; the first of their messages above says why.")
 
 
 def _machines(launch: LaunchSettings, environment: Mapping[str, str]) -> list[str]:

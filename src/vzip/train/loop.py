@@ -69,6 +69,40 @@ class TrainPlan:
     identity: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Course:
+    """A run's data, opened, in the order in which it will be seen; nothing of the model.
+
+    Attributes:
+        data: all samples.
+        validation: numbers of those held out.
+        schedule: which of the others each step has.
+        store: where the run's checkpoints are.
+    """
+
+    data: TrainingSet
+    validation: np.ndarray
+    schedule: StepSchedule
+    store: CheckpointStore
+
+
+def prepare(plan: TrainPlan) -> Course:
+    """Opens the data and looks at the run's directory: what can be wrong with them is said before processes start.
+
+    Raises:
+        ManifestError, ConfigError: data that is missing or broken, or too little of it.
+        RunExistsError: the run is finished, or its directory another run's.
+    """
+    data = plan.load_data()
+    training, validation = hold_out(len(data), plan.train.num_validation_samples, plan.seed)
+    schedule = StepSchedule(data, training, plan.train, plan.seed)
+    identity = {**plan.identity, "train": asdict(plan.train), "seed": plan.seed, "num_samples": len(data)}
+    store = CheckpointStore(plan.run_dir, plan.train.keep_last, identity)
+    if not plan.overwrite:
+        store.check()
+    return Course(data, validation, schedule, store)
+
+
 def train(plan: TrainPlan) -> Path:
     """Runs a training, or takes it up again; returns the directory of the tuned weights.
 
@@ -77,24 +111,21 @@ def train(plan: TrainPlan) -> Path:
         CheckpointError: a checkpoint cannot be written or read.
         DivergedError: the loss or the gradient is no finite number; names the samples.
     """
-    # Configure.
+    # Data.
     settings, launch = plan.train, plan.launch
     check_devices(launch)
+    course = prepare(plan)
+    data, validation, schedule, store = course.data, course.validation, course.schedule, course.store
+
+    # Join the other processes.
     accelerator = build_accelerator(settings, launch, int(os.environ.get("WORLD_SIZE", "1")))
     if launch.num_threads is not None:
         torch.set_num_threads(launch.num_threads)
-
-    # Data.
-    data = plan.load_data()
-    training, validation = hold_out(len(data), settings.num_validation_samples, plan.seed)
-    schedule = StepSchedule(data, training, settings, plan.seed)
-    identity = {**plan.identity, "train": asdict(settings), "seed": plan.seed, "num_samples": len(data)}
-    store = CheckpointStore(plan.run_dir, settings.keep_last, identity)
     if accelerator.is_main_process:
         store.begin(plan.overwrite)
     accelerator.wait_for_everyone()
     _say(accelerator, data.describe())
-    _say(accelerator, f"{len(training):,} samples: {schedule.num_steps:,} steps of {settings.samples_per_step}")
+    _say(accelerator, f"{schedule.num_steps:,} steps of {settings.samples_per_step} samples")
 
     # Load; freeze and report.
     torch.manual_seed(plan.seed)  # for a projector that is initialised anew
@@ -136,7 +167,7 @@ def train(plan: TrainPlan) -> Path:
     tracker = None
     if accelerator.is_main_process:
         trim_metrics(plan.run_dir / "metrics.jsonl", step)
-        tracker = Tracker(plan.run_dir, settings.trackers, {**identity, "launcher": asdict(launch)}, step)
+        tracker = Tracker(plan.run_dir, settings.trackers, {**store.identity, "launcher": asdict(launch)}, step)
 
     batches = load_batches(data, collator, stepper.lists(schedule, step), launch.num_workers)
     with tracker or contextlib.nullcontext(), _progress(accelerator) as bar:
