@@ -125,3 +125,25 @@ def test_the_published_layout_of_mini_gemini_is_quantized_alike(name, tmp_path) 
     config = json.loads((directory / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
     (directory / "config.json").write_text(json.dumps(config))
     check_quantized(name, directory, tiny_mini_gemini.FAMILY, image_token=mgm_layout.VOCABULARY)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("name", quantization.QUANTIZATIONS)
+@torch.no_grad()
+def test_a_peft_checkpoint_goes_on_top_of_a_quantized_model(checkpoint, name, tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    whole = vzip.load_vlm(checkpoint)
+    ids, pixels = torch.tensor([[5, tiny.IMAGE_TOKEN, 6]]), tiny.pixels(1)
+    before = whole.forward(ids, pixel_values=pixels).logits
+    tuned = peft.get_peft_model(whole.model, peft.LoraConfig(r=4, target_modules=r".*language_model.*v_proj")).eval()
+    for parameter_name, parameter in tuned.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    tuned.save_pretrained(tmp_path / "lora")
+    wanted = whole.forward(ids, pixel_values=pixels).logits - before  # the layers are in its model now
+    after, without = (
+        vzip.load_vlm(checkpoint, quantization=name, adapter_path=path).forward(ids, pixel_values=pixels).logits.cpu()
+        for path in (tmp_path / "lora", None)
+    )
+    change = (after - without).flatten().float()
+    assert torch.nn.functional.cosine_similarity(change, wanted.flatten().float(), dim=0) > 0.9

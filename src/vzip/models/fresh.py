@@ -10,15 +10,12 @@ from typing import Any
 from transformers import (
     LlavaConfig,
     LlavaNextConfig,
-    LlavaNextImageProcessor,
     LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     VideoLlavaConfig,
-    VideoLlavaImageProcessor,
 )
-from transformers.models.clip import CLIPImageProcessor  # AutoImageProcessor of 5.17 insists on torchvision
 
 from .adapters import adapter_class_for_config
 from .mini_gemini import MiniGeminiConfig
@@ -82,6 +79,10 @@ def picture_side(config: Any) -> int:
 
 def new_image_processor(config: Any) -> Any:
     """The image processor for a configuration (a family's, or a vision tower's alone), with CLIP's constants."""
+    # Here, because they warn about torchvision when they are imported; and AutoImageProcessor of 5.17 insists on it.
+    from transformers import LlavaNextImageProcessor, VideoLlavaImageProcessor
+    from transformers.models.clip import CLIPImageProcessor
+
     side = picture_side(config)
     sides: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     if isinstance(config, LlavaNextConfig):
