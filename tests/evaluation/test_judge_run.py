@@ -255,6 +255,7 @@ def test_benchmarks_of_two_kinds_are_paid_for_together_and_judged_one_after_the_
         assert code == 0 and shown.count("to be sent") == 1 and "2 answers (mmvet_direct), 0 of them" in shown
         assert len(endpoint.requests) - asked == 2
         assert record_of(run)["tasks"]["mmvet_direct"]["metrics"]["judge_score"]["value"] == 50
+        assert "video_chatgpt" not in shown, "the other judge has nothing left to do"
         with pytest.raises(RunExistsError, match="already judged"):
             judge(run, endpoint.url, "--yes")
         # All of it again: about 1.9 and 1.2, and no more is allowed than for both together.
@@ -309,6 +310,7 @@ class TestCost:
             (["--max-cost", "3"], "--max-cost needs them"),
             (["--price-in", "3"], "give both"),
             (["--price-in", "-1", "--price-out", "1"], "--price-in -1.0: must be 0 or more"),
+            (["--temperature", "-1"], "--temperature -1.0: must be 0 or more"),
             (["--workers", "0"], "--workers 0: must be 1 or more"),
             (["--tasks", "msvd_qa"], r"--tasks msvd_qa: not in this run \(did you mean 'msvd_qa_zero_shot'\?\)"),
         ],

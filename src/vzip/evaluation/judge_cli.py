@@ -116,11 +116,10 @@ def main(args: argparse.Namespace, console: Console | None = None) -> int:
     with contextlib.ExitStack() as stack:
         cache = stack.enter_context(closing(ReplyCache(args.cache or cache_folder() / "judge.sqlite")))
         jobs = []
-        for kind, of_kind in settings.items():
-            judge = stack.enter_context(closing(Judge(of_kind, cache, key=key, num_workers=args.workers)))
+        for kind in dict.fromkeys(map(judged_task, run.tasks)):
+            judge = stack.enter_context(closing(Judge(settings[kind], cache, key=key, num_workers=args.workers)))
             tasks = [task for task in run.tasks if judged_task(task) is kind]
             jobs.append(_Job(kind, judge, tasks, [kind.chat(row) for row in run.questions(tasks)]))
-        jobs = [job for job in jobs if job.tasks]
         if not _agreed(jobs, prices, args, console):
             console.print("not started; nothing was sent.")
             return 0

@@ -45,9 +45,9 @@ class JudgedRun:
     rows: dict[str, list[Row]]
     tasks: list[str]
 
-    def questions(self, tasks: Sequence[str] | None = None) -> list[Row]:
-        """The answers to be judged, one a question; of some of the tasks, or of all."""
-        return [row for task in tasks or self.tasks for row in self.rows[task] if row["filter_index"] == 0]
+    def questions(self, tasks: Sequence[str]) -> list[Row]:
+        """The answers of some of the tasks, one a question."""
+        return [row for task in tasks for row in self.rows[task] if row["filter_index"] == 0]
 
 
 def read_run(run: str | Path, tasks: Sequence[str] | None = None) -> JudgedRun:
@@ -72,7 +72,7 @@ def read_run(run: str | Path, tasks: Sequence[str] | None = None) -> JudgedRun:
             " others with open questions by --tasks."
         )
     judged = JudgedRun(record_path(run), record, rows, chosen)
-    times = Counter((row["task"], row["doc_id"]) for row in judged.questions())
+    times = Counter((row["task"], row["doc_id"]) for row in judged.questions(chosen))
     repeated = [key for key, number in times.items() if number > 1]
     if repeated:
         raise ManifestError(

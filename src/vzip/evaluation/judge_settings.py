@@ -36,6 +36,8 @@ class JudgeSettings:
             )
         if not self.model:
             raise ConfigError("--model: must be the name of a model.")
+        if not self.temperature >= 0:
+            raise ConfigError(f"--temperature {self.temperature}: must be 0 or more.")
 
 
 def read_key(settings: JudgeSettings) -> str | None:
