@@ -118,8 +118,14 @@ def test_replies(task, reply, score):
 
 
 def test_what_lmms_eval_judges_itself_is_refused_before_a_model_is_loaded():
-    for task, ours in (("mmvet", "mmvet_direct"), ("llava_in_the_wild", "llava_bench_wild")):
-        with pytest.raises(UnsupportedModelError, match=rf"task {task}: .* failed for a wrong answer. Use .*{ours}"):
+    for task, ours in (
+        ("mmvet", "mmvet_direct"),
+        ("llava_in_the_wild", "llava_bench_wild"),
+        ("mmbench_en_dev", "mmbench_en_dev_static"),
+    ):
+        with pytest.raises(
+            UnsupportedModelError, match=rf"task {task}: .* the call failed. Use .*\[{ours}\]"
+        ):
             find_tasks([task], None)
 
 

@@ -14,11 +14,12 @@ from .video_qa import VIDEO_SETS
 if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
 
-# Scored by a judge in the middle of the run, with a failed call taken for a wrong answer -> what to run instead.
+# Scored by a judge in the middle of the run, with a score even where the call failed -> what to run instead.
 _JUDGED_BY_LMMS_EVAL = {
     "mmvet": "mmvet_direct",
     "llava_in_the_wild": "llava_bench_wild",
     "activitynetqa": "activitynet_qa_zero_shot",
+    "mmbench_en_dev": "mmbench_en_dev_static",
 }
 # Tasks of vzip's: mostly an installed task of lmms-eval with a line or two changed.
 OWN_TASKS = Path(__file__).with_name("tasks")
@@ -43,9 +44,9 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> TaskMan
             )
         if name in _JUDGED_BY_LMMS_EVAL:
             raise UnsupportedModelError(
-                f"task {name}: lmms-eval asks a judge model while it scores, needs its key for that, and takes a call"
-                f" that failed for a wrong answer. Use eval.tasks=[{_JUDGED_BY_LMMS_EVAL[name]}] and, after the run,"
-                " python -m vzip judge RUN_DIR, which asks again, keeps what was said and names what is missing."
+                f"task {name}: lmms-eval asks a judge model while it scores, needs its key for that, and gives a score"
+                f" even where the call failed. Use eval.tasks=[{_JUDGED_BY_LMMS_EVAL[name]}]; open answers are scored"
+                " after the run by python -m vzip judge RUN_DIR, which asks again and names what is missing."
             )
     ours = set(_manager(str(OWN_TASKS)).all_tasks)
     theirs: set[str] = set()
