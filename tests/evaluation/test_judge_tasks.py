@@ -123,9 +123,7 @@ def test_what_lmms_eval_judges_itself_is_refused_before_a_model_is_loaded():
         ("llava_in_the_wild", "llava_bench_wild"),
         ("mmbench_en_dev", "mmbench_en_dev_static"),
     ):
-        with pytest.raises(
-            UnsupportedModelError, match=rf"task {task}: .* the call failed. Use .*\[{ours}\]"
-        ):
+        with pytest.raises(UnsupportedModelError, match=rf"task {task}: .* the call failed. Use .*\[{ours}\]"):
             find_tasks([task], None)
 
 
