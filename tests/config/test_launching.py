@@ -65,7 +65,8 @@ def test_each_process_takes_its_own_device_and_the_record_names_none(monkeypatch
 
 
 def test_settings_reach_the_evaluation():
-    arguments: dict[str, Any] = plan("eval.num_workers=5", "eval.on_problem=skip").evaluation
+    arguments: dict[str, Any] = plan("eval.num_workers=5", "eval.on_problem=skip", "eval.trackers=[wandb]").evaluation
+    assert arguments["trackers"] == ("wandb",) and plan().evaluation["trackers"] == ()
     assert (arguments["num_workers"], arguments["on_problem"]) == (5, "skip")
     assert json.loads(json.dumps(arguments["resolved_config"]))["eval"]["num_workers"] == 5
 
@@ -74,6 +75,7 @@ def test_settings_reach_the_evaluation():
     ("words", "message"),
     [
         (["eval.num_workers=-1"], "eval.num_workers=-1: must be a whole number, 0 or more"),
+        (["eval.trackers=[tensorboard]"], "eval.trackers=['tensorboard']: must be a list of any of wandb, each once"),
         (["eval.on_problem=skp"], "eval.on_problem=skp: must be one of refuse, skip (did you mean 'skip'?)"),
         (["launcher.device=cuda"], "launcher.device=cuda: this machine has no CUDA device"),
         (["launcher.num_processes=4096"], "launcher.num_processes=4096: this machine has"),

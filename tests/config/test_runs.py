@@ -50,7 +50,7 @@ DIRECTORIES = {
     ("model=llava_local", "model.name_or_path=some/where/mine"): "runs/scenes/mine/visionzip-64tok/seed0",
     ("eval.tasks=[mine,other]",): "runs/mine+other/tiny/visionzip-64tok/seed0",
     ("eval.gen_kwargs.num_beams=3",): "runs/scenes_num_beams-3/tiny/visionzip-64tok/seed0",
-    ("eval.batch_size=2", "model.device_map=auto"): "runs/scenes/tiny/visionzip-64tok/seed0",
+    ("eval.batch_size=2", "model.device_map=auto", "eval.trackers=[wandb]"): "runs/scenes/tiny/visionzip-64tok/seed0",
     ("compressor=random", "seed=5"): "runs/scenes/tiny/random-64tok/seed5",
     ("paths.runs_dir=/elsewhere",): "/elsewhere/scenes/tiny/visionzip-64tok/seed0",
     ("paths.run_dir=here",): "here",

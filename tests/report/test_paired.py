@@ -81,6 +81,23 @@ def test_interval_and_counts_against_a_plain_loop() -> None:
     assert found.high == pytest.approx(values[3900], abs=0.08 * width)
 
 
+def test_interval_is_scipys_paired_bootstrap() -> None:
+    scipy = pytest.importorskip("scipy.stats")
+    found = compared(COMPRESSED, VANILLA, samples(COMPRESSED), samples(VANILLA), num_resamples=6000)
+
+    def retention(ours: np.ndarray, base: np.ndarray, axis: int) -> np.ndarray:
+        return ours.mean(axis=axis) / base.mean(axis=axis)
+
+    theirs = scipy.bootstrap(
+        (COMPRESSED, VANILLA), retention, n_resamples=6000, paired=True, vectorized=True, method="percentile", rng=5
+    )
+    low, high = theirs.confidence_interval
+    assert found.low == pytest.approx(low, abs=0.06 * (high - low))
+    assert found.high == pytest.approx(high, abs=0.06 * (high - low))
+    assert found.resampled is not None
+    assert np.std(found.resampled, ddof=1) == pytest.approx(theirs.standard_error, rel=0.05)
+
+
 def test_questions_are_matched_by_id_and_not_by_place() -> None:
     shuffled = samples(VANILLA)
     DRAW.shuffle(shuffled)
