@@ -124,8 +124,9 @@ def test_any_accumulation_gives_the_same_curve(plan: Any) -> None:
 
 def test_killed_and_started_again_it_is_the_same_run(plan: Any) -> None:
     final = train(plan("whole"))
-    with dying_at(5):
-        train(plan("cut"))
+    for step in (1, 2, 3, 5):  # before any checkpoint, just after one, between two
+        with dying_at(step):
+            train(plan("cut"))
     run_dir = plan("cut").run_dir
     assert len(metrics(run_dir)) == 5 and sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == [
         "step-00000002",

@@ -88,7 +88,7 @@ def assemble(tower: str | Path, language_model: str | Path, out: Path, seed: int
     adapter = adapter_class(model)
     _take_over(adapter, vision, text)
     _new_projector(adapter.projector, text.dtype, seed)
-    if len(tokenizer) > adapter.embed_tokens.weight.shape[0]:
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     text.generation_config.update(pad_token_id=tokenizer.pad_token_id)
     template = CHAT_TEMPLATE.replace("EOS", str(tokenizer.eos_token))
