@@ -168,6 +168,7 @@ def test_hours_from_records_of_this_machine(tmp_path: Path, monkeypatch: pytest.
     assert hours(vanilla, [Run(tmp_path, known)]) == pytest.approx(72 / 40 * 18_000 / 3600)
     assert hours(vanilla, [Run(tmp_path, known | {"hardware": {"cpu": "D"}})]) is None
     assert hours(vanilla, [Run(tmp_path, known | {"num_resumed_answers": 3})]) is None
+    assert hours(vanilla, [Run(tmp_path, known | {"tower_cache": {"num_hits": 3}})]) is None
     assert hours(vanilla, [Run(tmp_path, known | {"tasks": {"mme": {"num_samples": 5}}})]) is None
 
 

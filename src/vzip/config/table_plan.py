@@ -17,7 +17,7 @@ from vzip.config.rundir import TUNED, recipe_changes, training_directory
 from vzip.config.validate import TRAINED, validate
 from vzip.errors import ConfigError
 from vzip.evaluation.provenance import hardware
-from vzip.report.costs import Bench, cost_of_bench, machine_of
+from vzip.report.costs import Bench, cost_of_bench, machine_of, took_something_over
 from vzip.report.paper_tables import Column, PaperTable, Row
 from vzip.report.record import JUDGE_ACCURACY, JUDGE_SCORE, Run
 from vzip.report.table_fill import holds
@@ -257,7 +257,7 @@ def hours(todo: Todo, runs: Sequence[Run]) -> float | None:
 
 
 def _tells_time(record: Mapping[str, Any], todo: Todo, here: str) -> bool:
-    if todo.program != "eval.py" or record.get("num_resumed_answers"):
+    if todo.program != "eval.py" or took_something_over(record):
         return False
     model = (record.get("config") or {}).get("model") or {}
     same_machine = machine_of({"hardware": record.get("hardware")}) == here

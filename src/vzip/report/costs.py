@@ -71,8 +71,8 @@ def cost_of_run(run: Run, column: Column) -> Cost | None:
     if column.task is not None and list(record["tasks"]) != [column.task]:
         return None  # the time of several benchmarks is not the time of one
     is_time = column.cost == "wall_time_s"
-    if is_time and (record.get("num_resumed_answers") or (record.get("tower_cache") or {}).get("num_hits")):
-        return None  # what was taken over from an interrupted run, or from the sweep's other jobs, took no time here
+    if is_time and took_something_over(record):
+        return None
     value: Any = record
     for name in (column.cost or "").split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -82,6 +82,11 @@ def cost_of_run(run: Run, column: Column) -> Cost | None:
     num_questions = sum(task["num_samples"] for task in record["tasks"].values()) if is_time else 0
     reasons = tuple(record.get("provisional_reasons", ()))
     return Cost(value, run.path, machine_of(record), num_questions, reasons)
+
+
+def took_something_over(record: Mapping[str, Any]) -> bool:
+    """Whether answers of an interrupted run, or outputs of a sweep's other jobs, took no time in this run."""
+    return bool(record.get("num_resumed_answers") or (record.get("tower_cache") or {}).get("num_hits"))
 
 
 def find_benches(folder: Path) -> list[Bench]:
