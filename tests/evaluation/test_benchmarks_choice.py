@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
+from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
 
 from vzip.errors import ConfigError, ManifestError
 from vzip.evaluation.run import evaluate
+from vzip.evaluation.verdicts import mmbench_hits
 from vzip.report.paired import compare_task
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -39,6 +42,22 @@ def test_mmbench_wants_all_rotations(benchmarks, make_picture):
     assert done.error("gpt_eval_score") == (pytest.approx(100 * (2 / 9 / 3) ** 0.5), "binomial")
     options = "There are several options:\nA. red\nB. blue\n"
     assert done.rows[1]["prompt"] == f"USER: <image>\nlook up q1? {options}{LETTER} ASSISTANT:"
+
+
+def test_mmbench_hits_are_lmms_evals_score():
+    draw = random.Random(3)
+    texts = ["A", "B.", "(C)", "It is a dog", "red or cow", "The answer is (D).", "banana", "", "none of these"]
+    options = {"A": "dog", "B": "red", "C": "cow", "D": NO_OPTION, "category": "c"}
+    entries = [
+        options | {"index": i + k * 10**6, "answer": "ABC"[k], "prediction": draw.choice([*texts, *["ABC"[k]] * 20])}
+        for i in range(60)
+        for k in range(draw.choice([1, 2, 3]))
+    ]
+    draw.shuffle(entries)
+    hits = {verdict["group"]: verdict["hit"] for verdict in mmbench_hits(entries)}
+    score, *_ = mmbench_evaluator.eval_result([dict(entry) for entry in entries], "static")
+    assert len(hits) == 60 and 0.3 < score < 0.9
+    assert sum(hits.values()) / 60 == pytest.approx(score)
 
 
 def test_mmmu(benchmarks, make_picture):
