@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-from pathlib import Path
+from types import SimpleNamespace
 
-import lmms_eval
 import pytest
 from tests.evaluation.fake_endpoint import Answer, running
 
-from vzip.errors import ConfigError, JudgeError, ManifestError
+from vzip.errors import ConfigError, JudgeError, ManifestError, MissingPackageError
 from vzip.evaluation.judge import Judge
 from vzip.evaluation.judge_cache import ReplyCache
 from vzip.evaluation.judge_prompts import Verdict, read_prompt, read_verdict
@@ -246,21 +244,41 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 
 class TestPrompt:
     def test_it_is_the_published_one(self):
-        """lmms-eval has the same text in the source of its activitynetqa task; read from there it must be ours."""
-        source = Path(lmms_eval.__file__).parent / "tasks" / "activitynetqa" / "utils.py"
-        (function,) = [node for node in ast.parse(source.read_text()).body if getattr(node, "name", None) == "get_eval"]
-        (messages,) = [
-            node.value
-            for node in ast.walk(function)
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "messages"
-        ]
-        values = {"question": "what {answer}?", "answer": "a {pred}", "pred": "{'pred': 'no'}"}
-        theirs = eval(compile(ast.Expression(messages), "published", "eval"), values)
+        """Its digest was taken of the text in Video-LLaVA's script; the text itself is lmms-eval's."""
         prompt = read_prompt("video_chatgpt_v1")
-        assert prompt.fill(question="what {answer}?", answer="a {pred}", prediction="{'pred': 'no'}") == theirs
-        assert (prompt.name, prompt.version) == ("video_chatgpt", 1)
-        # A change of the text needs a new version, and this digest with it.
         assert prompt.sha256 == "291f0c4cbacfe9980f488f3ea6a940716c12019088110a1e78fec6fd717ae1e5"
+        assert (prompt.name, prompt.version) == ("video_chatgpt", 1)
+        (system, user) = prompt.fill(question="what {answer}?", answer="a {pred}", prediction="{'pred': 'no'}")
+        assert system["role"] == "system"
+        lines = user["content"].splitlines()
+        assert lines[2:5] == [
+            "Question: what {answer}?",
+            "Correct Answer: a {pred}",
+            "Predicted Answer: {'pred': 'no'}",
+        ]
+        assert "keys 'pred' and 'score'" in user["content"]
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "def get_eval():\n    messages = []\n",
+            "def get_eval(\n",
+            "messages = [{'role': 'user', 'content': 'x'}]\n",
+        ],
+    )
+    def test_another_text_is_no_judge_of_this_benchmark(self, text, tmp_path, monkeypatch):
+        (tmp_path / "tasks" / "activitynetqa").mkdir(parents=True)
+        (tmp_path / "tasks" / "activitynetqa" / "utils.py").write_text(text)
+        other = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: other)
+        with pytest.raises(JudgeError, match="not the text of video_chatgpt, version 1"):
+            read_prompt.__wrapped__("video_chatgpt_v1")
+
+    def test_without_lmms_eval(self, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(MissingPackageError, match="make install"):
+            read_prompt.__wrapped__("video_chatgpt_v1")
 
     @pytest.mark.parametrize(
         ("reply", "verdict"),

@@ -1,15 +1,25 @@
-"""What judge models are asked (``prompts/NAME.json``), and how their replies are read."""
+"""What judge models are asked, and how their replies are read.
+
+A benchmark's prompt is its measuring instrument: other words would be another benchmark. The words are their authors',
+so they are not kept here but taken from the installed lmms-eval, and held against the digest of the published text in
+``prompts/NAME.json``, which names the source and what our protocol does otherwise.
+"""
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
+
+from vzip.errors import JudgeError, MissingPackageError
 
 MAX_SCORE = 5
 VIDEO_PROMPT = "video_chatgpt_v1"
@@ -52,11 +62,80 @@ class Verdict:
 
 @cache
 def read_prompt(name: str) -> JudgePrompt:
-    """A prompt of this package, by the name of its file."""
-    content = json.loads((resources.files("vzip.evaluation") / "prompts" / f"{name}.json").read_text(encoding="utf-8"))
-    messages = tuple((message["role"], message["content"]) for message in content["messages"])
+    """A published prompt, by the name of its file in ``prompts``.
+
+    Raises:
+        MissingPackageError: lmms-eval is not installed.
+        JudgeError: the installed lmms-eval has another text.
+    """
+    about = json.loads((resources.files("vzip.evaluation") / "prompts" / f"{name}.json").read_text(encoding="utf-8"))
+    spec = importlib.util.find_spec("lmms_eval")
+    if spec is None or spec.origin is None:
+        raise MissingPackageError(
+            "the judges' prompts are taken from lmms-eval, which is not installed: run `make install`."
+        )
+    file = Path(spec.origin).parent / "tasks" / about["file"]
+    try:
+        messages = _TEXTS[name](file.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, StopIteration, LookupError, ValueError) as error:
+        raise JudgeError(_other_text(about, file)) from error
     digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()
-    return JudgePrompt(content["name"], content["version"], digest, messages)
+    if digest != about["sha256"]:
+        raise JudgeError(_other_text(about, file))
+    return JudgePrompt(about["name"], about["version"], digest, messages)
+
+
+Messages = tuple[tuple[str, str], ...]
+
+
+def _video_chatgpt(source: str) -> Messages:
+    """The list of messages that a function makes of the three texts."""
+    function = next(node for node in ast.parse(source).body if getattr(node, "name", None) == "get_eval")
+    places = {"question": "{question}", "answer": "{answer}", "pred": "{prediction}"}
+    messages = eval(compile(ast.Expression(_assigned(function, "messages")), "lmms-eval", "eval"), places)
+    return tuple((message["role"], message["content"]) for message in messages)
+
+
+def _mm_vet(source: str) -> Messages:
+    """A constant, the head of its table and the line before it as MM-Vet has them, and the row that is asked about."""
+    examples = ast.literal_eval(_assigned(ast.parse(source), "MM_VET_PROMPT"))
+    examples = examples.replace("gpt_query_prompt |", "\nQuestion |", 1).rstrip("\n")
+    return (("user", f"{examples}\n\n{{question}} | {{answer}} | {{prediction}} |"),)
+
+
+def _llava_bench(source: str) -> Messages:
+    """The rule for conversations, which is that of all three categories, behind what is to be compared."""
+    rule = json.loads(source)["llava_bench_conv"]
+    role, rated = rule["role"], (("{answer}", 1), ("{prediction}", 2))
+    answers = "".join(f"[{role} {n}]\n{text}\n\n[End of {role} {n}]\n\n" for text, n in rated)
+    asked = f"[Context]\n{{context}}\n\n[Question]\n{{question}}\n\n{answers}[System]\n{rule['prompt']}\n\n"
+    return (
+        ("system", "You are a helpful and precise assistant for checking the quality of the answer."),
+        ("user", asked),
+    )
+
+
+_TEXTS: dict[str, Callable[[str], Messages]] = {
+    "video_chatgpt_v1": _video_chatgpt,
+    "mm_vet_v1": _mm_vet,
+    "llava_bench_v1": _llava_bench,
+}
+
+
+def _assigned(scope: ast.AST, name: str) -> ast.expr:
+    """What the variable ``name`` is first set to."""
+    return next(
+        node.value
+        for node in ast.walk(scope)
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name
+    )
+
+
+def _other_text(about: dict[str, Any], file: Path) -> str:
+    return (
+        f"{file}: not the text of {about['name']}, version {about['version']} (SHA-256 {about['sha256']}), as lmms-eval"
+        " 0.7.3 has it. Install that version: scores by another text are no scores of this benchmark."
+    )
 
 
 def read_verdict(reply: str) -> Verdict | None:
