@@ -114,7 +114,8 @@ def select(table: PaperTable, only: str | None) -> PaperTable:
     return replace(
         table,
         columns=tuple(c for c in table.columns if c.key in keys),
-        average_over=tuple(key for key in table.average_over if key in keys),
+        # The paper's printed average stays one over all of its columns; ours says over how many of them it is.
+        average_over=table.average_over if keys & set(table.average_over) else (),
         rows=tuple(row for row in table.rows if row.label in kept),
     )
 
