@@ -170,7 +170,18 @@ def to_csv(jobs: Sequence[Job], lines: Sequence[Line]) -> str:
     """Everything known of each job, one line a job and task; one without a task for a failed job."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    head = ("job", "words", "error", "tokens_min", "tokens_max", "task", "metric", "unit", "score", "standard_error")
+    head: tuple[str, ...] = (
+        "job",
+        "words",
+        "error",
+        "tokens_min",
+        "tokens_max",
+        "task",
+        "metric",
+        "unit",
+        "score",
+        "standard_error",
+    )
     head += ("questions", "average", "retention_percent", "low", "high", "wall_time_s", "provisional", "run")
     writer.writerow(head)
     of_job = {line.job.number: line for line in lines}
