@@ -151,6 +151,12 @@ class TestFullDisk:
             write_json(tmp_path / "run.json", {"much": "x" * 100})
         assert not list(tmp_path.iterdir())
 
+    def test_met_by_lmms_evals_log(self, vlm, include_path, tmp_path):
+        (tmp_path / "lmms_eval.log").symlink_to("/dev/full")
+        with pytest.raises(RunWriteError, match=f"{tmp_path}: cannot be written .No space left on device"):
+            start(vlm, include_path, tmp_path)
+        assert not (tmp_path / "run.json").exists() and (tmp_path / PARTIAL).exists()
+
     def test_a_run_goes_on_when_there_is_room(self, vlm, include_path, tmp_path, whole, monkeypatch):
         from vzip.evaluation import run
 

@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,12 @@ def code_state() -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
 
 
+@cache
 def source_sha256() -> str:
-    """Digest of this package's Python files: tells two states of a checkout apart, whether committed or not."""
+    """Digest of this package's Python files: tells two states of a checkout apart, whether committed or not.
+
+    Read once: files that change afterwards are not what this process runs.
+    """
     package = Path(__file__).resolve().parents[1]
     files = sorted(package.rglob("*.py"))
     return hashlib.sha256(

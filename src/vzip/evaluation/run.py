@@ -17,7 +17,7 @@ from .harness import check_lmms_eval, quiet_logger, run_lmms_eval
 from .partners import check_limit
 from .results import build_record, sample_rows
 from .wandb_runs import check_wandb
-from .writing import naming_the_file, write_json, write_jsonl
+from .writing import naming_a_full_disk, naming_the_file, write_json, write_jsonl
 
 if TYPE_CHECKING:
     from vzip.models.compressed_vlm import CompressedVlm
@@ -130,7 +130,8 @@ def evaluate(
         stack.callback(lm.store.close)
         provenance.reset_peak_memory()
         started = time.perf_counter()
-        output = run_lmms_eval(lm, manager, tasks, run_dir=run_dir, limit=limit, seed=seed)
+        with naming_a_full_disk(run_dir):
+            output = run_lmms_eval(lm, manager, tasks, run_dir=run_dir, limit=limit, seed=seed)
         if output is None:  # not the first process
             return {}
         wall_time_s = time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from vzip.errors import RunWriteError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _plain(value: object) -> object:
@@ -46,7 +49,22 @@ def naming_the_file(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunWriteError(
-            f"{path}: cannot be written ({error.strerror or error}). Answers written before are kept: make room or give"
-            " the rights, then start the same command again, and it goes on from there."
-        ) from error
+        raise _write_error(path, error) from error
+
+
+@contextmanager
+def naming_a_full_disk(path: Path) -> Iterator[None]:
+    """Turns a full disk, met in the block by whoever writes, into a RunWriteError; ``path`` if no file is told."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise _write_error(Path(error.filename or path), error) from error
+
+
+def _write_error(path: Path, error: OSError) -> RunWriteError:
+    return RunWriteError(
+        f"{path}: cannot be written ({error.strerror or error}). Answers written before are kept: make room or give"
+        " the rights, then start the same command again, and it goes on from there."
+    )
