@@ -11,15 +11,15 @@ python eval.py +exp=llava15_7b_64tok                  a row of the paper's table
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from vzip.config.build import EvaluationPlan, evaluation_plan
 from vzip.config.entry import entry_point
+from vzip.config.finished import look_again
+from vzip.config.running import run_plan
 from vzip.config.sweep import alone_in, check_objective, in_sweep
 
 logger = logging.getLogger("vzip.eval")
@@ -31,8 +31,7 @@ def main(cfg: DictConfig) -> float | None:
     check_objective(plan.evaluation["tasks"])
     if in_sweep():
         with alone_in(plan.evaluation["run_dir"]):
-            # Judged again, since another job that runs at the same time may have been this very run.
-            return act(evaluation_plan(cfg, of_sweep=True))
+            return act(look_again(plan))
 
     from vzip.train.distributed import check_devices
     from vzip.train.launch import launch_command, run_command
@@ -40,7 +39,8 @@ def main(cfg: DictConfig) -> float | None:
     check_devices(plan.launch)
     command = launch_command(plan.launch, Path(__file__).resolve(), list(HydraConfig.get().overrides.task))
     if command is not None:
-        sys.exit(run_command(command))
+        run_command(command)
+        return None
     return act(plan)
 
 
@@ -51,29 +51,12 @@ def act(plan: EvaluationPlan) -> float | None:
     from vzip.report.table import print_record
 
     if plan.finished is None:
-        record = run(plan)
+        record = run_plan(plan)
     else:
         logger.info("%s holds this very run: taken from its record", plan.evaluation["run_dir"])
         record = plan.finished
     print_record(record)
     return average_score(record) if record else None  # of several processes only the first has one
-
-
-def run(plan: EvaluationPlan) -> dict[str, Any]:
-    """Loads the model, unless the last job of the sweep had the same, and evaluates it."""
-    import torch
-
-    from vzip.evaluation.run import evaluate
-    from vzip.models.reuse import KEEPER
-
-    if plan.num_threads is not None:
-        torch.set_num_threads(plan.num_threads)
-    include_path = plan.include_path()
-    plan.check_tasks(include_path)
-    vlm = KEEPER.load(plan.model, plan.compressor, plan.tower_cache_gib)
-    directory = plan.evaluation["run_dir"]
-    logger.info("evaluating %s with %s into %s", ", ".join(plan.evaluation["tasks"]), plan.compressor, directory)
-    return evaluate(vlm, **{**plan.evaluation, "include_path": include_path})
 
 
 if __name__ == "__main__":

@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hydra.utils
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from tests.config.test_bad_input import script
 from tests.config.test_end_to_end import command
 
@@ -21,7 +25,7 @@ from vzip.config.build import evaluation_plan, resolved
 from vzip.config.finished import same_run
 from vzip.config.options import config_dir
 from vzip.config.overrides import arrange, check_overrides
-from vzip.config.sweep import SweepCallback, distinct_words
+from vzip.config.sweep import SweepCallback, distinct_words, pin_gpu
 from vzip.config.vanilla import full_is_vanilla
 from vzip.errors import ConfigError, RunExistsError
 from vzip.models import reuse
@@ -78,14 +82,13 @@ def test_a_sweep_loads_once_encodes_once_and_sums_up(
     assert "none-full/seed0 holds this very run: taken from its record" in err  # full with the other compressor
 
     (folder,) = (tmp_path / "runs/sweeps").iterdir()
-    assert "6 jobs" in out and f"written to {folder}/: summary.md, summary.csv" in out
+    assert "5 jobs" in out and f"written to {folder}/: summary.md, summary.csv" in out
     rows = list(csv.DictReader((folder / "summary.csv").open()))
     assert [row["words"] for row in rows] == [
-        f"budget={budget} compressor={name}"
-        for budget in ("full", "32tok", "17tok")
-        for name in ("visionzip", "random")
+        "budget=full",
+        *(f"budget={budget} compressor={name}" for budget in ("32tok", "17tok") for name in ("visionzip", "random")),
     ]
-    assert [row["tokens_max"] for row in rows] == ["64", "64", "32", "32", "17", "17"]
+    assert [row["tokens_max"] for row in rows] == ["64", "32", "32", "17", "17"]
     for row in rows:
         score = json.loads(Path(row["run"]).read_text())["tasks"]["mine"]["metrics"]["exact_match"]["value"]
         assert float(row["score"]) == score and row["error"] == ""
@@ -158,6 +161,7 @@ def test_only_jobs_that_cannot_be_are_refused_beforehand() -> None:
         {"budget.num_dominant": 9},
         {"model.projector_sha256": "b"},
         {"eval.tasks": ["x"]},
+        {"compressor.seed": 1},
     ],
     ids=str,
 )
@@ -203,3 +207,71 @@ def test_words_that_tell_jobs_apart() -> None:
     assert distinct_words([["a=1", "b=2"], ["a=1", "b=3"]]) == [("b=2",), ("b=3",)]
     assert distinct_words([["a=1", "b=2"]]) == [("a=1", "b=2")]
     assert SweepCallback.folder is None
+
+
+def test_the_slurm_launcher_has_a_gpu_for_each_job(hydra_folder: None) -> None:
+    words = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "paths.runs_dir=x"]
+    launcher = compose("eval", words, return_hydra_config=True).hydra.launcher
+    target = hydra.utils.get_class(launcher._target_)
+    assert (target.__name__, launcher.gpus_per_node, launcher.partition) == ("SlurmLauncher", 1, "gpu")
+    assert launcher.submitit_folder.startswith("x/sweeps/")
+
+
+def test_processes_of_one_machine_get_a_gpu_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+    def process() -> str | None:
+        monkeypatch.setattr("vzip.config.sweep._claims", {})
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+        gpu = pin_gpu(tmp_path)
+        assert gpu == os.environ["CUDA_VISIBLE_DEVICES"] == pin_gpu(tmp_path), "the process's next job"
+        return gpu
+
+    assert [process(), process()] == ["5", "7"]
+    with pytest.raises(ConfigError, match=r"2 GPUs \(5, 7\).*hydra.launcher.n_jobs=2"):
+        process()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("vzip.config.sweep._claims", {})
+    assert pin_gpu(tmp_path) is None
+
+
+def in_a_process(command: list[str], folder: Path, *words: str) -> tuple[str, Path]:
+    """Runs eval.py as a user does, without the fixture's budget; returns its output and the sweep's folder."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    usual = [word for word in command[1:] if not word.startswith("budget.")]
+    line = [sys.executable, str(config_dir().parent / "eval.py"), "-m", *words, *usual]
+    ended = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    (made,) = (folder / "runs/sweeps").iterdir()
+    return ended.stdout, made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], ["hydra/launcher=submitit_local"]],
+    ids=["joblib", "submitit"],
+)
+def test_jobs_in_processes_of_their_own(command: list[str], tmp_path: Path, launcher: list[str]) -> None:
+    # The full jobs are one run, which one of two processes makes while the other waits.
+    shown, folder = in_a_process(command, tmp_path, *launcher, "budget=full,17tok", "compressor=visionzip,random")
+    found = records(tmp_path / "runs/mine/my-checkpoint")
+    assert sorted(found) == ["none-full/seed0", "random-17tok/seed0", "visionzip-17tok/seed0"]
+    rows = list(csv.DictReader((folder / "summary.csv").open()))
+    assert [row["words"] for row in rows] == [
+        "budget=full",
+        *(f"budget=17tok compressor={name}" for name in ("visionzip", "random")),
+    ]
+    assert "3 jobs" in shown
+
+
+@pytest.mark.slow
+def test_optuna_searches_the_split(command: list[str], tmp_path: Path) -> None:
+    words = ["+exp=tiny_64tok_split", "hydra.sweeper.n_trials=3", "eval.limit=2"]
+    folder = in_a_process(command, tmp_path, *words)[1]
+    best = OmegaConf.load(folder / "optimization_results.yaml")
+    budgets = [record["config"]["budget"] for record in records(tmp_path / "runs").values()]
+    assert budgets and all(budget["num_dominant"] + budget["num_contextual"] == 64 for budget in budgets)
+    assert best.best_params["budget.num_dominant"] in [budget["num_dominant"] for budget in budgets]
+    averages = [float(row["average"]) for row in csv.DictReader((folder / "summary.csv").open())]
+    assert best.best_value == max(averages)

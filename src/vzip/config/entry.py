@@ -47,7 +47,9 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             wants_traceback = os.environ.get(_FULL) == "1"
 
             def job(cfg: DictConfig) -> Any:
+                log.setup()  # a sweep's launcher may run it in another process
                 try:
+                    sweep.place_job()
                     with _as_the_user_set_it(wants_traceback):
                         return function(cfg)
                 except VzipError as error:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 import vzip
 from vzip.errors import ConfigError
 
 RECIPE_GROUP = "exp"
+
+# In configs: ${minus:64,${budget.num_dominant}}, so that a search over one count keeps the sum.
+OmegaConf.register_new_resolver("minus", lambda a, b: a - b, replace=True)
 
 
 def config_dir() -> Path:
@@ -27,8 +32,8 @@ def config_dir() -> Path:
 
 
 def groups(directory: Path) -> list[str]:
-    """Names of the option groups, recipes left out."""
-    return sorted(p.name for p in directory.iterdir() if p.is_dir() and p.name != RECIPE_GROUP)
+    """Names of the option groups, recipes and Hydra's own groups left out."""
+    return sorted(p.name for p in directory.iterdir() if p.is_dir() and p.name not in (RECIPE_GROUP, "hydra"))
 
 
 def options(directory: Path, group: str) -> list[str]:

@@ -63,7 +63,7 @@ def check_overrides(arguments: Sequence[str], directory: Path, config_name: str)
     problems += absent.values()
     good = [override for override in good if override.input_line not in absent]
     if problems or is_sweep(arguments):
-        problems += _check_values(good, directory, config_name)
+        problems += _check_values(good, directory, config_name, is_sweep(arguments))
     raise_all(problems)
 
 
@@ -83,7 +83,7 @@ def arrange(arguments: Sequence[str]) -> list[str]:
     return ["-m", *of_model, *(word for word in words if word not in of_model)]
 
 
-def _check_values(overrides: Sequence[Override], directory: Path, config_name: str) -> list[str]:
+def _check_values(overrides: Sequence[Override], directory: Path, config_name: str, of_sweep: bool) -> list[str]:
     """Problems of the configurations that the overrides compose: one, or each of a sweep, before any of it starts."""
     choices: list[list[str]] = []
     for override in overrides:
@@ -100,7 +100,7 @@ def _check_values(overrides: Sequence[Override], directory: Path, config_name: s
             composed = OmegaConf.to_container(compose(config_name, list(words)), resolve=True)
             if isinstance(composed, dict):
                 config = {str(key): value for key, value in composed.items()}
-                if config_name == "eval" and any(override.is_sweep_override() for override in overrides):
+                if config_name == "eval" and of_sweep:
                     config = full_is_vanilla(config, directory)
                 problems += find_problems(config)
     return list(dict.fromkeys(problems))

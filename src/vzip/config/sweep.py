@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from vzip.config.vanilla import full_is_vanilla
 from vzip.errors import ConfigError, VzipError
 
 _JOBS = "jobs"
+_claims: dict[Path, str] = {}  # this process's GPU, by the folder of its sweep
 
 
 def in_sweep() -> bool:
@@ -42,6 +44,50 @@ def alone_in(run_dir: Path) -> Iterator[None]:
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(run_dir.parent / f".{run_dir.name}.lock"):
         yield
+
+
+def place_job() -> None:
+    """Gives the job a GPU of its own where jobs of one machine run beside each other; Slurm does so itself.
+
+    Raises:
+        ConfigError: as ``pin_gpu``.
+    """
+    if in_sweep() and "joblib" in str(HydraConfig.get().launcher.get("_target_")):
+        pin_gpu(Path(HydraConfig.get().sweep.dir))
+
+
+def pin_gpu(folder: Path) -> str | None:
+    """Gives this process, one of several that a launcher runs on one machine, a GPU that no other one has.
+
+    The GPU stays the process's own for the whole sweep: CUDA keeps to the devices that it saw first. So this must be
+    called before CUDA is used, and by every job.
+
+    Args:
+        folder: of the sweep.
+
+    Returns:
+        the GPU, as in CUDA_VISIBLE_DEVICES; None where there is none.
+
+    Raises:
+        ConfigError: more jobs at a time than GPUs.
+    """
+    import torch
+
+    if folder in _claims:
+        return _claims[folder]
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(n) for n in range(torch.cuda.device_count())] if listed is None else [g for g in listed.split(",") if g]
+    if not gpus or torch.cuda.device_count() == 0:
+        return None
+    for gpu in gpus:
+        with contextlib.suppress(FileExistsError):
+            (folder / f".gpu-{gpu}").touch(exist_ok=False)  # atomic: one process makes it
+            _claims[folder] = os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+            return gpu
+    raise ConfigError(
+        f"this machine shows {len(gpus)} GPUs ({', '.join(gpus)}) and each has a job of the sweep already: set"
+        f" hydra.launcher.n_jobs={len(gpus)}."
+    )
 
 
 class SweepCallback(Callback):
@@ -91,7 +137,7 @@ def finish() -> int:
         how many jobs failed.
     """
     folder, SweepCallback.folder = SweepCallback.folder, None
-    entries = [] if folder is None else read_entries(folder)
+    entries = [] if folder is None else one_a_run(read_entries(folder))
     if folder is None or not entries:
         return 0
     from vzip.report.layout import print_layout
@@ -117,6 +163,16 @@ def finish() -> int:
 def read_entries(folder: Path) -> list[dict[str, Any]]:
     """What became of each job, in their order."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / _JOBS).glob("*.json"))]
+
+
+def one_a_run(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Jobs that are the same run, as the full ones of a grid, as one, with the words that they share."""
+    first: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        same = first.setdefault(entry["run_dir"], dict(entry))
+        same["words"] = [word for word in same["words"] if word in entry["words"]]
+        same["error"] = same["error"] and entry["error"]  # what failed in one may have come about in the other
+    return list(first.values())
 
 
 def distinct_words(words: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
