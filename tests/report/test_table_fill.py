@@ -94,6 +94,16 @@ def filled(table: PaperTable, tmp_path: Path) -> list[FilledRow]:
     return fill(table, {"576, vanilla": [vanilla], "64, VisionZip": [ours, other]}, benches)
 
 
+def test_the_protocols_differences_are_named(tmp_path: Path) -> None:
+    columns = {"columns": ["gqa", "pope", "seed_image", "memory"], "average_over": []}
+    rows = [{"tokens": 576, "method": "vanilla", "run": "v", "values": [80.0, 80, 70, 5]}]
+    (tmp_path / "other.json").write_text(json.dumps(OWN | columns | {"rows": rows, "mismatches": []}))
+    table = read_table(str(tmp_path / "other.json"))
+    remarks = lay_out(table, fill(table, {})).remarks
+    (named,) = [text for text in remarks if "; ours: " in text]  # GQA has no difference, SEED-I is no primary metric
+    assert named.startswith("POPE, mean of the F1 of the random, popular and adversarial splits; ours: an answer other")
+
+
 def test_cells(filled: list[FilledRow]) -> None:
     base, rival, row = filled
     gqa, mme, pope, memory, prefill, seconds = row.cells

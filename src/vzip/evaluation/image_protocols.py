@@ -31,11 +31,12 @@ _MMBENCH = {
         "gpt_eval_score",
         "percent",
         "MMBench en dev (20230712), letters submitted to the server",
-        'lmms-eval reads the letter from the answer by rules, no server and no judge model; it puts "There are several'
-        ' options:" before the options. A question counts where all rotations of its options are answered rightly',
+        'lmms-eval reads the letters by rules, without a server or a judge; "There are several options:" stands before'
+        " the options",
         split="en/dev",
         prompt=_LETTER,
-        # No chance level: two to four options a question, in shares that are not a constant of the benchmark.
+        # Both count a question where all rotations of its options are answered rightly. No chance level: two to four
+        # options a question, in shares that are not a constant of the benchmark.
         together=mmbench_groups,
         verdicts=mmbench_hits,
     ),
@@ -46,7 +47,6 @@ _MME = {
         "mme_perception_score+mme_cognition_score",
         "points",
         "MME, perception + cognition (2800 at most)",
-        "lmms-eval gives the two parts; their sum is the paper's number",
         split="test",
         prompt=_SHORT,
         # Two yes/no questions a picture: accuracy 50 + both right 25, in each of 14 categories.
@@ -62,8 +62,7 @@ _POPE = {
         "pope_f1_mean",
         "fraction",
         "POPE, mean of the F1 of the random, popular and adversarial splits",
-        'an answer other than exactly yes or no counts for neither; LLaVA\'s script takes whatever holds no "no" or'
-        ' "not" for yes',
+        "an answer other than yes or no counts for neither; in LLaVA's script all without a no or a not is a yes",
         split="test",
         prompt=_SHORT,
         chance=0.5,  # half of the answers are yes, a fair coin has precision and recall 0.5
@@ -85,7 +84,7 @@ _SCIENCEQA = {
     "scienceqa_overall": Protocol(
         "exact_match",
         "fraction",
-        "ScienceQA test, accuracy over all questions, text-only ones included; exact_match_image is the picture part",
+        "ScienceQA test, accuracy over all questions, text-only ones included",
         "at most 16 new tokens, where LLaVA's script allows 1024",
         split="ScienceQA-FULL/test",
         prompt=_LETTER,
@@ -118,8 +117,7 @@ _TEXTVQA = {
         "exact_match",
         "fraction",
         "TextVQA val with reference OCR tokens in the prompt (LLaVA's script)",
-        "the OCR tokens are those of the data set on the hub; lmms-eval writes the question with its first letter large"
-        " and all others small",
+        "OCR tokens of the data set on the hub; the question with its first letter large and all others small",
         split="validation",
         prompt="\nReference OCR token: ..." + _SHORT,
         cluster="image_id",
@@ -140,8 +138,8 @@ _MMMU = {
         "mmmu_acc",
         "fraction",
         "MMMU validation",
-        "interleaved pictures come in the order of the checkpoint's chat template (LLaVA's: all before the text); an"
-        " answer in which no option is found counts as an option drawn by chance, as in MMMU's own script",
+        "several pictures come in the order of the checkpoint's chat template (LLaVA's: all before the text); an answer"
+        " in which no option is found counts as one drawn by chance, as in MMMU's own script",
         split="validation",
         prompt=f"\n{_LETTER}, or for open questions \n{_SHORT}",
         verdicts=mmmu_hits,
@@ -152,8 +150,8 @@ _SEED = {
     "seedbench_frame": Protocol(
         "seed_all",
         "fraction",
-        "SEED-Bench, pictures and videos (58.6 for 7B), one middle frame a video; SEED-I is the picture part",
-        "the middle one of the frames that the data set on the hub keeps of a video; for SEED-I read seed_image",
+        "SEED-Bench, pictures and videos, one middle frame a video; SEED-I is the picture part (seed_image)",
+        "the middle one of the frames that the data set on the hub keeps of a video",
         split="test",
         prompt=_LETTER,
         chance=0.25,
@@ -171,9 +169,9 @@ _SEED = {
     "seedbench": Protocol(
         "seed_all",
         "fraction",
-        "SEED-Bench, pictures and videos (58.6 for 7B), one middle frame a video; SEED-I is the picture part",
+        "SEED-Bench, pictures and videos, one middle frame a video; SEED-I is the picture part (seed_image)",
         "lmms-eval shows all frames that the data set keeps of a video (eight of 576 visual tokens would not fit"
-        " LLaVA-1.5's context of 4096); for SEED-I read seed_image",
+        " LLaVA-1.5's context of 4096)",
         split="test",
         prompt=_LETTER,
         chance=0.25,
@@ -196,16 +194,16 @@ _JUDGED = {
     "mmvet_direct": Protocol(
         JUDGE_SCORE,
         "percent",
-        "MM-Vet, graded by its own service",
-        "graded once, by the prompt of MM-Vet's script; the paper does not say which version of GPT-4 graded how often",
+        "MM-Vet, graded by GPT-4 (which version, and how often, is not said)",
+        "graded once, with the prompt of MM-Vet's script, by the judge that the record names",
         split="test",
         judge="gpt-4-0613, or what --model names",
     ),
     "llava_bench_wild": Protocol(
         JUDGE_SCORE,
         "percent",
-        "LLaVA-Bench (in the wild), rated by GPT-4 against the answers of text-only GPT-4",
-        "LLaVA's script asked gpt-4-0314, which is no longer served, at temperature 0.2",
+        "LLaVA-Bench (in the wild), rated by GPT-4 (which version is not said) against the answers of text-only GPT-4",
+        "rated with the prompt of LLaVA's script, by the judge that the record names, at temperature 0 for its 0.2",
         split="train",
         judge="gpt-4, or what --model names",
         cluster="image_id",

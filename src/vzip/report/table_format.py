@@ -11,6 +11,8 @@ import csv
 import io
 from collections.abc import Sequence
 
+from vzip.evaluation.protocol import protocol_of
+
 from .layout import Layout, Piece
 from .paper_tables import Mismatch, PaperTable
 from .table_fill import FilledAverage, FilledCell, FilledRow
@@ -178,6 +180,7 @@ def _remarks(table: PaperTable, rows: Sequence[FilledRow], marks: Sequence[Misma
         if column.none is not None:
             reasons.setdefault(column.none, []).append(column.title)
     remarks += [f"{', '.join(titles)}: {why}" for why, titles in reasons.items()]
+    remarks += [text for cell in rows[0].cells if (text := _protocol(cell)) is not None]
     if any(cell.difference is not None for cell in cells):
         remarks.append(DIFFERENCE)
     if any(cell.ratio is not None and not cell.column.is_cost for cell in cells):
@@ -197,6 +200,15 @@ def _remarks(table: PaperTable, rows: Sequence[FilledRow], marks: Sequence[Misma
         remarks.append(PARTIAL)
     provisional = dict.fromkeys(reason for cell in cells for reason in cell.provisional)
     return remarks + [f"*: provisional: {reason}" for reason in provisional]
+
+
+def _protocol(cell: FilledCell) -> str | None:
+    """How ours is asked or scored in another way than the paper's; None where it is not."""
+    protocol = None if cell.column.task is None else protocol_of(cell.column.task)
+    # What is said of a protocol is said of its primary metric.
+    if protocol is None or protocol.primary != cell.column.metric or protocol.paper is None or not protocol.difference:
+        return None
+    return f"{protocol.paper}; ours: {protocol.difference}"
 
 
 def to_csv(table: PaperTable, rows: Sequence[FilledRow]) -> str:
