@@ -13,6 +13,7 @@ import pytest
 
 import vzip.data.llava_index as index_module
 from vzip.data.llava_json import LlavaJson, Turn
+from vzip.data.llava_record import Record
 from vzip.errors import ConfigError, ManifestError
 
 ALPHABET = 'ab {}[]",:\\\n\t é中😀\u2028'
@@ -157,7 +158,8 @@ BAD_RECORDS = {
     "image is a number": ({"image": 3, "conversations": talk("q", "a")}, "'image' is 3"),
     "image is empty": ({"image": "", "conversations": talk("q", "a")}, "'image' is ''"),
     "id is a list": ({"id": [1], "conversations": talk("q", "a")}, r"'id' is \[1\]"),
-    "video": ({"video": "a.mp4", "conversations": talk("q", "a")}, "'video'"),
+    "video without a placeholder": ({"video": "a.mp4", "conversations": talk("q", "a")}, r"0 <video> .* 1 video\(s\)"),
+    "video is a number": ({"video": 3, "conversations": talk("<video>\nq", "a")}, "'video' is 3"),
 }
 
 
@@ -170,6 +172,23 @@ def test_bad_records_are_named_or_skipped_and_counted(tmp_path, cache, name):
     data = LlavaJson(path, on_problem="skip")
     assert (len(data), data.num_skipped, len(data.problems)) == (2, 1, 1)
     assert data[1].id == "good"
+
+
+def test_videos_are_files_beside_the_pictures(tmp_path, cache):
+    both = {
+        "image": "coco/a.jpg",
+        "video": ["v/a.mp4", "v/b.mp4"],
+        "conversations": talk("<image> <video>\n<video>", "a"),
+    }
+    word = {"conversations": talk("what does <video> do in HTML?", "it plays")}
+    data = LlavaJson(write(tmp_path / "data.json", [both, word]))
+    sample = data[0]
+    assert sample.images == [tmp_path / "coco/a.jpg"]
+    assert sample.videos == [tmp_path / "v/a.mp4", tmp_path / "v/b.mp4"]
+    assert data.num_images.tolist() == [3, 0] and data.source_of(0) == "coco" and data[1].videos == []
+    # A record's key does not change by what others may have; with a video it is another record.
+    assert data.record(1).key == Record(None, (), data.record(1).turns).key
+    assert data.record(0).key != Record(None, ("coco/a.jpg",), data.record(0).turns).key
 
 
 BAD_FILES = {

@@ -10,12 +10,19 @@ import pytest
 import torch
 from PIL import Image
 from tests import tiny, tiny_mini_gemini
+from tests.data.test_video import write
 from tests.train.kit import BUDGET
 
 import vzip
+from vzip.data.collate import Collator
+from vzip.data.conversations import vicuna_v1
+from vzip.data.images import load_image
+from vzip.data.llava_set import LlavaSet
+from vzip.errors import ManifestError, UnsupportedModelError, VideoError
 from vzip.models.tuned import read_tensors
 from vzip.train.loop import train
 from vzip.train.merge import merge
+from vzip.train.objective import AnswerLoss, ModelView
 
 # Model and processor; crops of a picture of 60 x 40 pixels.
 FAMILIES = {
@@ -56,3 +63,91 @@ def test_a_projector_is_tuned_used_and_merged(family: str, plan: Any, tmp_path: 
     merge(final, tmp_path / "merged")
     merged = type(stock).from_pretrained(tmp_path / "merged").state_dict()
     assert all(torch.equal(merged[name], tensor) for name, tensor in after.items())
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    """A file in LLaVA's format with videos, pictures, both and neither."""
+    write(tmp_path / "clip.mp4")
+    Image.new("RGB", (60, 40), "green").save(tmp_path / "a.png")
+    kinds: list[dict[str, str]] = [{"video": "clip.mp4"}, {"image": "a.png"}, {}]
+    kinds.append({"image": "a.png", "video": "clip.mp4"})
+    records = []
+    for number in range(8):
+        files = kinds[number % 4]
+        words = "".join({"image": "<image>\n", "video": "<video>\n"}[key] for key in files) + f"what {number}"
+        turns = [{"from": "human", "value": words}, {"from": "gpt", "value": "xyz"[number % 3] * (1 + number)}]
+        records.append({"id": f"r{number}", "conversations": turns, **files})
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    return tmp_path / "data.json"
+
+
+def video_llava(precision: str = "float32") -> vzip.CompressedVlm:
+    processor = tiny.video_processor()
+    model = tiny.video_llava(vocab_size=len(processor.tokenizer), video_token=5)
+    return vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), processor, num_frames=2)
+
+
+def test_videos_are_learned_from(videos: Path, plan: Any, tmp_path: Path) -> None:
+    """The first step's loss is that of the public forward over the samples one by one."""
+    data = LlavaSet(videos, cache=tmp_path / "cache")
+    final = train(plan(load_data=lambda: data, load_model=video_llava, num_steps=1))
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert row["num_visual_tokens"] == 9 * (2 * 4 + 4)  # two frames of four videos, four pictures
+    assert set(read_tensors(final)) == {n for n in video_llava().model.state_dict() if "multi_modal_projector" in n}
+
+    vlm, nats, num_targets = video_llava(), 0.0, 0
+    for index in range(len(data)):
+        sample = data[index]
+        words = "".join(f"USER: {turn.text} ASSISTANT:" if turn.role == "user" else "" for turn in sample.dialogues[0])
+        answer = f" {sample.dialogues[0][1].text}</s>"
+        pictures = [load_image(path) for path in sample.images]
+        inputs = vlm.build_inputs([words + answer], [pictures], [sample.videos])
+        labels = inputs["input_ids"].clone()
+        labels[:, : len(vlm.processor.tokenizer(words)["input_ids"])] = -100  # type: ignore[misc]  # it has one
+        count = int((labels != -100).sum())
+        nats += vlm.forward(**inputs, labels=labels).loss.item() * count
+        num_targets += count
+    assert row["num_target_tokens"] == num_targets
+    assert row["loss"] == pytest.approx(nats / num_targets, rel=1e-4)
+
+
+def test_videos_that_cannot_be_learned_from(videos: Path, plan: Any, tmp_path: Path) -> None:
+    data = LlavaSet(videos, cache=tmp_path / "cache")
+    with pytest.raises(UnsupportedModelError, match=r"sample r\d: has a video, and the model has no video tower"):
+        train(plan("pictures only", load_data=lambda: data, num_steps=1))
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(clip.read_bytes()[:400])
+    with pytest.raises(VideoError, match=r"sample r\d: .*clip\.mp4"):
+        train(plan("damaged", load_data=lambda: data, load_model=video_llava, num_steps=1))
+    clip.unlink()
+    with pytest.raises(ManifestError, match=r"4 samples lack a picture .*(?s:.*)no such file: .*clip\.mp4"):
+        LlavaSet(videos, cache=tmp_path / "cache")
+
+
+def test_a_video_that_does_not_fit_is_cut_off_whole(videos: Path, tmp_path: Path) -> None:
+    vlm = video_llava()
+    collate = Collator(vlm.processor, ModelView(vlm), vicuna_v1, None, vlm.adapter.image_token_id, 24, video_token_id=5)
+    batch = collate([LlavaSet(videos, cache=tmp_path / "cache")[3]])  # 18 visual tokens of the video, and "USER: "
+    assert batch.video_of == [] and batch.picture_of == [0] and (batch.input_ids != 5).all()
+    assert AnswerLoss(vlm).prepare(batch).num_visual_tokens == [9]
+
+
+def test_every_part_runs_on_every_batch_where_processes_share_the_weights(videos: Path, tmp_path: Path) -> None:
+    vlm, data = video_llava(), LlavaSet(videos, cache=tmp_path / "cache")
+    adapter: Any = vlm.adapter
+    collate = Collator(vlm.processor, ModelView(vlm), vicuna_v1, None, adapter.image_token_id, 200, video_token_id=5)
+    ran: list[str] = []
+    for name, tower in (("image", adapter.tower), ("video", adapter.frame_tower)):
+        tower.layers[0].register_forward_hook(lambda *_, name=name: ran.append(name))
+    plain, whole = AnswerLoss(vlm), AnswerLoss(vlm, always_whole=True)
+    for samples, needed in (([0], ["video"]), ([1], ["image"]), ([2], []), ([3], ["image", "video"])):
+        batch = collate([data[number] for number in samples])
+        ran.clear()
+        loss = plain(batch)
+        assert ran == needed
+        ran.clear()
+        torch.testing.assert_close(whole(batch), loss)
+        assert ran == ["image", "video"]
+    ran.clear()
+    assert whole(collate([])).shape == (0,) and ran == ["image", "video"]

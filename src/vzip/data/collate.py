@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,16 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vzip.errors import ImageError, PromptError
+from vzip.errors import ImageError, PromptError, UnsupportedModelError, VideoError
 
 from .conversations import IGNORED_LABEL, Encoded, Template, encode, truncate
 from .images import load_image
 from .llava_record import Turn
+from .video import VideoSource, load_video
 
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """What is learned from together: pictures, and one or more conversations about all of them.
+    """What is learned from together: pictures and videos, and one or more conversations about all of them.
 
     Several conversations about the same pictures (questions asked independently) share one pass of the vision tower.
     """
@@ -29,6 +31,7 @@ class TrainingSample:
     id: str
     images: Sequence[Path | Image.Image]
     dialogues: Sequence[Sequence[Turn]]
+    videos: Sequence[VideoSource] = ()
 
 
 class TrainingSet(Protocol):
@@ -44,7 +47,7 @@ class TrainingSet(Protocol):
 
     @property
     def has_images(self) -> np.ndarray:
-        """Whether each sample has a picture: bool ``[samples]``."""
+        """Whether each sample has a picture or video: bool ``[samples]``."""
 
     def describe(self) -> str:
         """What is trained on, for people."""
@@ -53,10 +56,19 @@ class TrainingSet(Protocol):
 class PictureEncoder(Protocol):
     """What the collator must know of the model: preprocessing, and the visual tokens that it will make."""
 
+    @property
+    def num_frames(self) -> int:
+        """Frames taken of a video."""
+
     def preprocess_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]: ...
 
     def expected_num_tokens(self, inputs: dict[str, Tensor]) -> list[int]:
         """Visual tokens of each picture of ``preprocess_images``' result."""
+
+    def preprocess_videos(self, videos: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]: ...
+
+    def expected_num_video_tokens(self, inputs: dict[str, Tensor]) -> list[int]:
+        """Visual tokens of each video of ``preprocess_videos``' result."""
 
 
 @dataclass
@@ -66,11 +78,12 @@ class Batch:
     Attributes:
         ids: the samples' ids.
         sample_of: for each sequence the sample it belongs to.
-        input_ids, attention_mask, labels: int64 ``[S, T]``; one placeholder a picture.
+        input_ids, attention_mask, labels: int64 ``[S, T]``; one placeholder a picture or video.
         pictures: ``pixel_values`` and what else the family needs, each picture once; empty without pictures.
         picture_of: for each placeholder, in order, the picture it stands for.
         num_visual_tokens: of each picture, as the compressor must make them.
-        skipped: ids of samples left out because a picture could not be read.
+        videos, video_of, num_video_tokens: the same of videos.
+        skipped: ids of samples left out because a picture or video could not be read.
     """
 
     ids: list[str]
@@ -81,6 +94,9 @@ class Batch:
     pictures: dict[str, Tensor] = field(default_factory=dict)
     picture_of: list[int] = field(default_factory=list)
     num_visual_tokens: list[int] = field(default_factory=list)
+    videos: dict[str, Tensor] = field(default_factory=dict)
+    video_of: list[int] = field(default_factory=list)
+    num_video_tokens: list[int] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
     @property
@@ -96,6 +112,7 @@ class Batch:
             attention_mask=self.attention_mask.to(device),
             labels=self.labels.to(device),
             pictures={name: tensor.to(device) for name, tensor in self.pictures.items()},
+            videos={name: tensor.to(device) for name, tensor in self.videos.items()},
         )
 
 
@@ -110,7 +127,8 @@ class Collator:
         system_prompt: text before each conversation, or None.
         image_token_id: id of the placeholder.
         max_length: tokens a conversation may have, visual tokens counted.
-        skip_unreadable: leave a sample with an unreadable picture out instead of raising.
+        skip_unreadable: leave a sample with an unreadable picture or video out instead of raising.
+        video_token_id: id of a video's placeholder; None for a model without videos.
     """
 
     processor: Any
@@ -120,59 +138,87 @@ class Collator:
     image_token_id: int
     max_length: int
     skip_unreadable: bool = False
+    video_token_id: int | None = None
 
     def __call__(self, samples: Sequence[TrainingSample]) -> Batch:
-        """Raises ImageError or PromptError, naming the sample, for one that cannot be used."""
+        """Raises ImageError, VideoError or PromptError, naming the sample, for one that cannot be used.
+
+        UnsupportedModelError: it has a video, and the model no tower for it.
+        """
         empty = torch.zeros(0, 0, dtype=torch.int64)
         batch = Batch([], [], empty, empty, empty)
         sequences: list[Encoded] = []
         pictures: list[Image.Image] = []
+        videos: list[list[Image.Image]] = []
         for sample in samples:
+            self._check_videos(sample)
             try:
                 opened = [load_image(source) for source in sample.images]
-            except ImageError as error:
+                decoded = [load_video(source, self.encoder.num_frames) for source in sample.videos]
+            except (ImageError, VideoError) as error:
                 if not self.skip_unreadable:
-                    raise ImageError(f"sample {sample.id}: {error}") from error
+                    raise type(error)(f"sample {sample.id}: {error}") from error
                 batch.skipped.append(sample.id)
                 continue
             batch.ids.append(sample.id)
             for turns in sample.dialogues:
                 batch.sample_of.append(len(batch.ids) - 1)
                 batch.picture_of += range(len(pictures), len(pictures) + len(opened))
+                batch.video_of += range(len(videos), len(videos) + len(decoded))
                 sequences.append(self._encode(sample, turns))
             pictures += opened
+            videos += decoded
         if pictures:
             batch.pictures = self.encoder.preprocess_images(pictures)
             batch.num_visual_tokens = self.encoder.expected_num_tokens(batch.pictures)
+        if videos:
+            batch.videos = self.encoder.preprocess_videos(videos)
+            batch.num_video_tokens = self.encoder.expected_num_video_tokens(batch.videos)
         self._truncate(batch, sequences)
         self._pad(batch, sequences)
         return batch
 
+    def _check_videos(self, sample: TrainingSample) -> None:
+        if sample.videos and self.video_token_id is None:
+            raise UnsupportedModelError(
+                f"sample {sample.id}: has a video, and the model has no video tower. Train Video-LLaVA with it"
+                " (model=video_llava_7b), or take the sample out."
+            )
+
     def _encode(self, sample: TrainingSample, turns: Sequence[Turn]) -> Encoded:
         try:
-            encoded = encode(
-                self.template(turns, self.system_prompt, self.processor), self.processor.tokenizer, self.image_token_id
-            )
+            pieces = self.template(turns, self.system_prompt, self.processor)
+            encoded = encode(pieces, self.processor.tokenizer, self.image_token_id, self.video_token_id)
         except PromptError as error:
             raise PromptError(f"sample {sample.id}: {error}") from error
-        if encoded.num_images != len(sample.images):
-            raise PromptError(
-                f"sample {sample.id}: {encoded.num_images} <image> placeholders but {len(sample.images)} pictures; each"
-                " picture needs one."
-            )
+        for name, thing, num_placeholders, files in (
+            ("image", "picture", encoded.num_images, sample.images),
+            ("video", "video", encoded.num_videos, sample.videos),
+        ):
+            if num_placeholders != len(files):
+                raise PromptError(
+                    f"sample {sample.id}: {num_placeholders} <{name}> placeholders but {len(files)} {thing}s; each"
+                    f" {thing} needs one."
+                )
         return encoded
 
     def _truncate(self, batch: Batch, sequences: list[Encoded]) -> None:
-        """Cuts the sequences in place; the pictures that fell away are encoded for nothing, which is rare."""
-        kept: list[int] = []
-        start = 0
+        """Cuts the sequences in place; what fell away of pictures and videos is encoded for nothing, which is rare."""
+        pictures, videos = iter(batch.picture_of), iter(batch.video_of)
+        batch.picture_of, batch.video_of = [], []
         for number, whole in enumerate(sequences):
-            mine = batch.picture_of[start : start + whole.num_images]
-            lengths = [batch.num_visual_tokens[picture] for picture in mine]
-            sequences[number] = truncate(whole, lengths, self.image_token_id, self.max_length)
-            kept += mine[: sequences[number].num_images]
-            start += whole.num_images
-        batch.picture_of = kept
+            own, own_videos = list(islice(pictures, whole.num_images)), list(islice(videos, whole.num_videos))
+            cut = truncate(
+                whole,
+                [batch.num_visual_tokens[picture] for picture in own],
+                self.image_token_id,
+                self.max_length,
+                [batch.num_video_tokens[video] for video in own_videos],
+                self.video_token_id,
+            )
+            sequences[number] = cut
+            batch.picture_of += own[: cut.num_images]
+            batch.video_of += own_videos[: cut.num_videos]
 
     def _pad(self, batch: Batch, sequences: list[Encoded]) -> None:
         longest = max((len(sequence.ids) for sequence in sequences), default=0)

@@ -28,17 +28,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenized conversation: one placeholder token a picture, labels -100 where the loss does not count.
+    """A tokenized conversation: one placeholder token a picture or video, labels -100 where the loss does not count.
 
     Attributes:
         ids: tokens.
         labels: as long as ``ids``; the token itself, or -100.
-        num_images: placeholders among ``ids``.
+        num_images: placeholders of pictures among ``ids``.
+        num_videos: placeholders of videos.
     """
 
     ids: list[int]
     labels: list[int]
     num_images: int
+    num_videos: int = 0
 
     @property
     def num_targets(self) -> int:
@@ -131,8 +133,10 @@ def find_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def encode(pieces: Sequence[Piece], tokenizer: Any, image_token_id: int) -> Encoded:
-    """Tokenizes the pieces as one text and labels the tokens of the target pieces.
+def encode(pieces: Sequence[Piece], tokenizer: Any, image_token_id: int, video_token_id: int | None = None) -> Encoded:
+    """Tokenizes the pieces as one text and labels the tokens of the target pieces, placeholders left out.
+
+    A video's placeholder stays where the text has it.
 
     Raises:
         ConfigError: a tokenizer that cannot say which characters a token covers.
@@ -155,28 +159,39 @@ def encode(pieces: Sequence[Piece], tokenizer: Any, image_token_id: int) -> Enco
         while number < len(spans) and spans[number][1] <= start:
             number += 1
         within = number < len(spans) and spans[number][0] <= start < stop <= spans[number][1]
-        labels.append(token if within and token != image_token_id else IGNORED_LABEL)
-    return Encoded(ids, labels, ids.count(image_token_id))
+        labels.append(token if within and token not in (image_token_id, video_token_id) else IGNORED_LABEL)
+    num_videos = 0 if video_token_id is None else ids.count(video_token_id)
+    return Encoded(ids, labels, ids.count(image_token_id), num_videos)
 
 
-def truncate(encoded: Encoded, image_lengths: Sequence[int], image_token_id: int, max_length: int) -> Encoded:
-    """Cuts a conversation off at ``max_length`` tokens, visual tokens counted, and never within a picture.
+def truncate(
+    encoded: Encoded,
+    image_lengths: Sequence[int],
+    image_token_id: int,
+    max_length: int,
+    video_lengths: Sequence[int] = (),
+    video_token_id: int | None = None,
+) -> Encoded:
+    """Cuts a conversation off at ``max_length`` tokens, visual tokens counted, and never within a picture or video.
 
-    A picture that would not fit whole goes, with everything after it.
+    One that would not fit whole goes, with everything after it.
 
     Args:
         encoded: the conversation.
         image_lengths: visual tokens of each of its pictures, in order.
         image_token_id: id of the placeholder.
         max_length: tokens that may enter the language model.
+        video_lengths, video_token_id: the same for its videos.
     """
-    remaining = iter(image_lengths)
-    length = kept = num_images = 0
+    remaining = {image_token_id: iter(image_lengths)}
+    if video_token_id is not None:
+        remaining[video_token_id] = iter(video_lengths)
+    length = kept = 0
     for token in encoded.ids:
-        is_image = token == image_token_id
-        length += next(remaining) if is_image else 1
+        length += next(remaining[token]) if token in remaining else 1
         if length > max_length:
             break
         kept += 1
-        num_images += is_image
-    return Encoded(encoded.ids[:kept], encoded.labels[:kept], num_images)
+    ids = encoded.ids[:kept]
+    num_videos = 0 if video_token_id is None else ids.count(video_token_id)
+    return Encoded(ids, encoded.labels[:kept], ids.count(image_token_id), num_videos)

@@ -27,13 +27,13 @@ from .llava_record import NUM_KEY_BYTES, RecordError, parse_record
 logger = logging.getLogger(__name__)
 
 # A change to the table or to the rules of a record needs a new version, or old indexes would be read.
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 ROW = np.dtype(
     [
         ("start", "<i8"),  # the record's first byte in the file
         ("num_bytes", "<i4"),
         ("num_words", "<i4"),
-        ("num_images", "<i4"),
+        ("num_images", "<i4"),  # and videos
         ("source", "<i4"),  # number in the list of sources
         ("id_hash", "<u8"),  # to find repeated ids; 0 where there is none
         ("key", "u1", NUM_KEY_BYTES),
@@ -142,7 +142,7 @@ def _row(start: int, raw: bytes, sources: dict[str, int]) -> tuple[Any, ...]:
         start,
         len(raw),
         record.num_words,
-        len(record.images),
+        len(record.files),
         sources.setdefault(record.source, len(sources)),
         int.from_bytes(id_hash, "little") if record.id is not None else 0,
         np.frombuffer(record.key, dtype=np.uint8),

@@ -30,8 +30,8 @@ class LlavaJson:
 
     Args:
         path: a JSON array of records, or one record a line.
-        image_root: folder that the records' picture paths start from; by default the JSON file's own. Absolute paths
-            stay as they are. Whether the pictures exist is ``vzip data verify``'s business.
+        image_root: folder that the paths of pictures and videos start from; by default the JSON file's own. Absolute
+            paths stay as they are. Whether the files exist is ``vzip data verify``'s business.
         on_problem: what becomes of records that break the format: ``"refuse"`` raises, ``"skip"`` leaves them out and
             counts them in ``num_skipped``.
         cache: folder for the index; by default ``$VZIP_CACHE`` or ``~/.cache/vzip``.
@@ -67,7 +67,7 @@ class LlavaJson:
         """The ``i``-th sample; ``id`` is ``#i`` where the file gives none."""
         record = self.record(i)
         images = [self.image_root / image for image in record.images]
-        return Sample(record.label(i), images, list(record.turns))
+        return Sample(record.label(i), images, list(record.turns), [self.image_root / name for name in record.videos])
 
     def record(self, i: int) -> Record:
         """The ``i``-th record in the file's own words."""
@@ -85,11 +85,11 @@ class LlavaJson:
         return int(self._index.rows["num_words"][i])
 
     def has_images(self, i: int) -> bool:
-        """Whether sample ``i`` has a picture; read from the index."""
+        """Whether sample ``i`` has a picture or video; read from the index."""
         return bool(self._index.rows["num_images"][i])
 
     def source_of(self, i: int) -> str:
-        """First folder of the first picture (``coco``, ``gqa``, ...), or ``text-only``; read from the index."""
+        """First folder of the first picture or video (``coco``, ...), or ``text-only``; read from the index."""
         return self._index.sources[self._index.rows["source"][i]]
 
     @property
@@ -99,7 +99,7 @@ class LlavaJson:
 
     @property
     def num_images(self) -> np.ndarray:
-        """Pictures of each sample: int32 ``[samples]``."""
+        """Pictures and videos of each sample: int32 ``[samples]``."""
         return self._index.rows["num_images"]
 
     @property

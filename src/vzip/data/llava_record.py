@@ -1,7 +1,8 @@
 """One record of a LLaVA-format file: its rules, checked once, and the identity by which it is sampled.
 
 A record is an object with ``conversations`` (a list of ``{"from": "human" | "gpt", "value": text}``), and optionally
-``id`` and ``image`` (a path or a list of paths). One ``<image>`` placeholder in the text stands for one picture.
+``id``, ``image`` and ``video`` (a path or a list of paths). One ``<image>`` placeholder in the text stands for one
+picture, one ``<video>`` for one video; in a record without videos the latter is a word like any other.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from vzip.errors import nearest
 
 Role = Literal["user", "assistant"]
-IMAGE_PLACEHOLDER = "<image>"
+IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER = "<image>", "<video>"
 ROLES: Mapping[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 NUM_KEY_BYTES = 16
 
@@ -35,20 +36,27 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation. ``images`` are files, in the order of the placeholders."""
+    """One conversation. ``images`` and ``videos`` are files, in the order of their placeholders."""
 
     id: str
     images: list[Path]
     turns: list[Turn]
+    videos: list[Path] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Record:
-    """A checked record; ``id`` is None where the file gives none, ``images`` are the file's own words."""
+    """A checked record; ``id`` is None where the file gives none, paths are the file's own words."""
 
     id: str | None
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
+    videos: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Pictures, then videos."""
+        return (*self.images, *self.videos)
 
     @property
     def key(self) -> bytes:
@@ -58,6 +66,7 @@ class Record:
         it. Records that agree in all three are the same sample and share the key.
         """
         content = [self.id, self.images, [[turn.role, turn.text] for turn in self.turns]]
+        content += [self.videos] if self.videos else []  # so that records without videos keep the keys they had
         return hashlib.blake2b(json.dumps(content).encode("ascii"), digest_size=NUM_KEY_BYTES).digest()
 
     def label(self, i: int) -> str:
@@ -71,10 +80,10 @@ class Record:
 
     @property
     def source(self) -> str:
-        """The first folder of the first picture's path (``coco``, ``gqa``, ...), or ``text-only``."""
-        if not self.images:
+        """The first folder of the first picture's or video's path (``coco``, ``gqa``, ...), or ``text-only``."""
+        if not self.files:
             return "text-only"
-        parts = [part for part in Path(self.images[0]).parts if part not in ("/", ".")]
+        parts = [part for part in Path(self.files[0]).parts if part not in ("/", ".")]
         return parts[0] if len(parts) > 1 else "."
 
 
@@ -89,10 +98,10 @@ def parse_record(raw: Any) -> Record:
     """
     if not isinstance(raw, dict):
         raise RecordError(f"is a {type(raw).__name__}, not an object")
-    if raw.get("video"):
-        raise RecordError("has the key 'video': a projector is trained on pictures, and videos are not read")
-    record = Record(_identity(raw.get("id")), _images(raw.get("image")), _turns(raw))
-    _check_placeholders(record)
+    record = Record(_identity(raw.get("id")), _paths(raw, "image"), _turns(raw), _paths(raw, "video"))
+    _check_placeholders(record, IMAGE_PLACEHOLDER, record.images, "picture")
+    if record.videos:
+        _check_placeholders(record, VIDEO_PLACEHOLDER, record.videos, "video")
     return record
 
 
@@ -104,14 +113,15 @@ def _identity(value: Any) -> str | None:
     return _unicode("'id'", str(value))
 
 
-def _images(value: Any) -> tuple[str, ...]:
+def _paths(raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = raw.get(key)
     if value is None:
         return ()
     paths = value if isinstance(value, list) else [value]
     for path in paths:
         if not isinstance(path, str) or not path.strip() or "\0" in path:
-            raise RecordError(f"'image' is {_shown(value)}: must be a path or a list of paths")
-        _unicode("'image'", path)
+            raise RecordError(f"'{key}' is {_shown(value)}: must be a path or a list of paths")
+        _unicode(f"'{key}'", path)
     return tuple(paths)
 
 
@@ -153,12 +163,12 @@ def _unicode(where: str, text: str) -> str:
     return text
 
 
-def _check_placeholders(record: Record) -> None:
-    num_placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in record.turns)
-    if num_placeholders != len(record.images):
+def _check_placeholders(record: Record, placeholder: str, files: tuple[str, ...], thing: str) -> None:
+    num_placeholders = sum(turn.text.count(placeholder) for turn in record.turns)
+    if num_placeholders != len(files):
         raise RecordError(
-            f"has {num_placeholders} {IMAGE_PLACEHOLDER} placeholder(s) and {len(record.images)} picture(s): there must"
-            " be as many of one as of the other"
+            f"has {num_placeholders} {placeholder} placeholder(s) and {len(files)} {thing}(s): there must be as many of"
+            " one as of the other"
         )
 
 

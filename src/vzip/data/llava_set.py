@@ -63,7 +63,7 @@ class LlavaSet:
 
     def __getitem__(self, index: int) -> TrainingSample:
         sample = self.records[int(self._chosen[index])]
-        return TrainingSample(sample.id, sample.images, [sample.turns])
+        return TrainingSample(sample.id, sample.images, [sample.turns], sample.videos)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -88,13 +88,13 @@ class LlavaSet:
         """Which of the samples name one of the pictures: bool, as long as ``indices``."""
         if not pictures:  # the usual case; otherwise every record is read again
             return np.zeros(len(indices), dtype=bool)
-        return np.array([any(name in pictures for name in self.records.record(int(i)).images) for i in indices])
+        return np.array([any(name in pictures for name in self.records.record(int(i)).files) for i in indices])
 
     def _refusal(self, indices: np.ndarray, reasons: Mapping[str, str]) -> str:
         lines = [f"{self.records.path}: {len(indices)} samples lack a picture below {self.records.image_root}:"]
         for index in map(int, indices[:_NUM_SHOWN]):
             record = self.records.record(index)
-            reason = next(reasons[name] for name in record.images if name in reasons)
+            reason = next(reasons[name] for name in record.files if name in reasons)
             lines.append(f"  {record.label(index)}: {reason}")
         lines += [f"  ... and {len(indices) - _NUM_SHOWN} more"] if len(indices) > _NUM_SHOWN else []
         lines.append(

@@ -1,6 +1,6 @@
-"""Whether every picture that a data set names is there and can be decoded.
+"""Whether every picture and video that a data set names is there and can be decoded.
 
-Each picture is looked at once, however many samples name it. Memory grows by some 20 bytes a picture named.
+Each of them is looked at once, however many samples name it. Memory grows by some 20 bytes a picture named.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from vzip.errors import ImageError
+from vzip.errors import ImageError, VideoError
 
 from .images import load_image
 from .llava_json import LlavaJson
+from .video import load_video
 
 Kind = Literal["missing", "empty", "damaged"]
 # Endings under which a picture saved by another script may lie (OCR-VQA's come as .gif and .png too).
@@ -32,12 +33,13 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class NamedPicture:
-    """A picture as the data set first names it; ``name`` is the file's word, ``path`` where it must lie."""
+    """A picture (or video) as the data set first names it; ``name`` is the file's word, ``path`` where it must lie."""
 
     name: str
     path: Path
     sample_id: str
     source: str
+    is_video: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def distinct_pictures(
     wanted = np.arange(len(data)) if indices is None else np.asarray(indices, dtype=np.int64)
     wanted = wanted[data.num_images[wanted] > 0]
     hashes = np.fromiter(
-        (_hash(name) for i in wanted for name in data.record(int(i)).images),
+        (_hash(name) for i in wanted for name in data.record(int(i)).files),
         dtype=np.uint64,
         count=int(data.num_images[wanted].sum()),
     )
@@ -67,9 +69,10 @@ def distinct_pictures(
         number = itertools.count()
         for i in map(int, wanted):
             record = data.record(i)
-            for name in record.images:
+            for place, name in enumerate(record.files):
                 if is_first[next(number)]:
-                    yield NamedPicture(name, data.image_root / name, record.label(i), data.source_of(i))
+                    is_video = place >= len(record.images)
+                    yield NamedPicture(name, data.image_root / name, record.label(i), data.source_of(i), is_video)
 
     return int(is_first.sum()), pictures()
 
@@ -92,8 +95,11 @@ def check_picture(picture: NamedPicture, decode: bool = True) -> PictureProblem 
         return PictureProblem(picture, "empty", f"0 bytes: {picture.path}")
     if decode:
         try:
-            load_image(picture.path)
-        except ImageError as error:
+            if picture.is_video:
+                load_video(picture.path, num_frames=1)  # which counts all frames, and so sees a file that is cut off
+            else:
+                load_image(picture.path)
+        except (ImageError, VideoError) as error:
             return PictureProblem(picture, "damaged", str(error))
     return None
 

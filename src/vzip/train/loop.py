@@ -151,6 +151,7 @@ def train(plan: TrainPlan) -> Path:
         vlm.adapter.image_token_id,
         settings.max_length,
         plan.skip_unreadable,
+        vlm.adapter.video_token_id,
     )
     adamw = torch.optim.AdamW(
         parameter_groups(vlm, settings), lr=settings.learning_rate, weight_decay=settings.weight_decay

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from vzip.data.collate import Batch
 from vzip.data.conversations import IGNORED_LABEL
-from vzip.evaluation.token_count import TokenCountError, expected_token_counts
+from vzip.evaluation.token_count import TokenCountError, expected_token_counts, expected_video_counts
 from vzip.models.compressed_vlm import CompressedVlm
 from vzip.models.splice import PreparedInputs, plan_splice, splice
 
@@ -28,6 +28,16 @@ class ModelView:
     def expected_num_tokens(self, inputs: dict[str, Tensor]) -> list[int]:
         return expected_token_counts(self.vlm, **inputs)
 
+    @property
+    def num_frames(self) -> int:
+        return self.vlm.num_frames
+
+    def preprocess_videos(self, videos: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
+        return self.vlm.preprocess_videos(videos)
+
+    def expected_num_video_tokens(self, inputs: dict[str, Tensor]) -> list[int]:
+        return expected_video_counts(self.vlm, **inputs)
+
 
 class AnswerLoss(nn.Module):
     """The summed cross-entropy of each sample's target tokens.
@@ -37,17 +47,21 @@ class AnswerLoss(nn.Module):
 
     Args:
         vlm: the wrapped model.
-        always_whole: run every part of the model on every batch, on a blank picture that counts nothing where the
-            batch has none. Several processes need that where more than the projector trains (ZeRO sums gradients in
-            the order in which they come, which must be the same everywhere) or where they share the weights out.
+        always_whole: run every part of the model on every batch, on a blank picture (and video) that counts nothing
+            where the batch has none. Several processes need that where more than the projector trains (ZeRO sums
+            gradients in the order in which they come, which must be the same everywhere) or where they share the
+            weights out.
     """
 
     def __init__(self, vlm: CompressedVlm, always_whole: bool = False) -> None:
         super().__init__()
         self.vlm = vlm
-        self.blank: dict[str, Tensor] | None = None
+        self.blank: dict[str, dict[str, Tensor]] = {}
         if always_whole:
-            self.blank = vlm.preprocess_images([Image.new("RGB", (32, 32))])
+            picture = Image.new("RGB", (32, 32))
+            self.blank["picture"] = vlm.preprocess_images([picture])
+            if vlm.adapter.has_video:
+                self.blank["video"] = vlm.preprocess_videos([[picture]])
         # Kept from now: ZeRO-3 takes the parameters apart, and then they have no shape to be read.
         self.tower_width = next(p for p in vlm.adapter.projector.parameters() if p.ndim == 2).shape[1]
 
@@ -55,10 +69,11 @@ class AnswerLoss(nn.Module):
         """Returns ``[samples]``, in nats; float32, or float64 for a float64 model."""
         if not batch.sample_of:
             return self._without_samples(len(batch.ids))
-        # Before the text embedding, as with pictures: ZeRO-3 gathers weights in the order in which they are used.
-        blank = self._blank_tokens() if self.blank is not None and not batch.picture_of else None
-        prepared = self.prepare(batch)
-        embeds = prepared.inputs_embeds if blank is None else prepared.inputs_embeds + 0.0 * blank.mean()
+        images, videos, blank = self._encode(batch)
+        prepared = self._splice(batch, images, videos)
+        embeds = prepared.inputs_embeds
+        if blank:
+            embeds = embeds + 0.0 * torch.cat(blank).mean()
         assert prepared.labels is not None
         targets = prepared.labels[:, 1:]
         # The language model's head is run only where some sequence has a target: most positions have none.
@@ -76,7 +91,7 @@ class AnswerLoss(nn.Module):
         )
         owner = torch.tensor(batch.sample_of, device=nats.device)
         summed = torch.zeros(len(batch.ids), dtype=nats.dtype, device=nats.device).index_add(0, owner, nats.sum(dim=1))
-        whole = batch.picture_of or self.blank is not None
+        whole = batch.picture_of or batch.video_of or self.blank
         return summed if whole else summed + self._without_samples(len(batch.ids))
 
     def prepare(self, batch: Batch) -> PreparedInputs:
@@ -85,32 +100,57 @@ class AnswerLoss(nn.Module):
         Raises:
             TokenCountError: the compressor made another number of visual tokens than its budget.
         """
-        vlm = self.vlm
-        images = vlm.encode_images(**batch.pictures) if batch.picture_of else []
-        if batch.picture_of and [len(image) for image in images] != batch.num_visual_tokens:
+        images, videos, _ = self._encode(batch)
+        return self._splice(batch, images, videos)
+
+    def _encode(self, batch: Batch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The visual tokens of pictures, of videos, and of what is blank instead.
+
+        Pictures first, then videos, before the text embedding: ZeRO-3 gathers weights in the order of their use.
+        """
+        images: list[Tensor] = []
+        videos: list[Tensor] = []
+        blank: list[Tensor] = []
+        if batch.picture_of:
+            images = self.vlm.encode_images(**batch.pictures)
+            self._check_counts("picture", images, batch.num_visual_tokens)
+        elif "picture" in self.blank:
+            blank += self.vlm.encode_images(**self.blank["picture"])
+        if batch.video_of:
+            videos = self.vlm.encode_videos(**batch.videos)
+            self._check_counts("video", videos, batch.num_video_tokens)
+        elif "video" in self.blank:
+            blank += self.vlm.encode_videos(**self.blank["video"])
+        return images, videos, blank
+
+    def _check_counts(self, thing: str, made: list[Tensor], wanted: list[int]) -> None:
+        if [len(tokens) for tokens in made] != wanted:
             raise TokenCountError(
-                f"{vlm.compressor} should make {batch.num_visual_tokens} visual tokens of these pictures, but made"
-                f" {[len(image) for image in images]}: the training would not be at its budget."
+                f"{self.vlm.compressor} should make {wanted} visual tokens of these {thing}s, but made"
+                f" {[len(tokens) for tokens in made]}: the training would not be at its budget."
             )
-        per_placeholder = [images[picture] for picture in batch.picture_of]
-        token_id = vlm.adapter.image_token_id
-        plan = plan_splice(batch.input_ids, batch.attention_mask, token_id, [1] * len(per_placeholder), "right")
-        return splice(plan, batch.input_ids, vlm.adapter.embed_tokens, per_placeholder, token_id, batch.labels)
+
+    def _splice(self, batch: Batch, images: list[Tensor], videos: list[Tensor]) -> PreparedInputs:
+        adapter = self.vlm.adapter
+        token_id, video_token_id = adapter.image_token_id, adapter.video_token_id
+        shown = [images[number] for number in batch.picture_of]
+        shown_videos = [videos[number] for number in batch.video_of]
+        one_each, one_each_video = [1] * len(shown), [1] * len(shown_videos)
+        ids, mask = batch.input_ids, batch.attention_mask
+        plan = plan_splice(ids, mask, token_id, one_each, "right", video_token_id, one_each_video)
+        return splice(plan, ids, adapter.embed_tokens, shown, token_id, batch.labels, shown_videos, video_token_id)
 
     def _without_samples(self, num_samples: int) -> Tensor:
         """Zeros that depend on the projector: a step without pictures must still give it (zero) gradients.
 
         Otherwise backward has nothing to do in a text-only batch, and several processes wait for each other forever.
         """
-        if self.blank is not None:
-            logits = self.vlm.model(inputs_embeds=self._blank_tokens()[None], use_cache=False).logits
+        if self.blank:
+            none = torch.zeros(0, 0, dtype=torch.int64)
+            blank = torch.cat(self._encode(Batch([], [], none, none, none))[2])
+            logits = self.vlm.model(inputs_embeds=blank[None], use_cache=False).logits
             return torch.zeros(num_samples, device=logits.device) + 0.0 * logits.float().mean()
         projector = self.vlm.adapter.projector
         first = next(projector.parameters())
         tokens = torch.zeros(1, 1, self.tower_width, dtype=first.dtype, device=first.device)
         return torch.zeros(num_samples, device=first.device) + 0.0 * projector(tokens).sum().float()
-
-    def _blank_tokens(self) -> Tensor:
-        """The visual tokens of the blank picture."""
-        assert self.blank is not None
-        return self.vlm.encode_images(**self.blank)[0]

@@ -130,7 +130,7 @@ class Stepper:
         counts = self._summed(
             [
                 sum(batch.num_targets for batch in mine),
-                sum(sum(batch.num_visual_tokens) for batch in mine),
+                sum(sum(batch.num_visual_tokens) + sum(batch.num_video_tokens) for batch in mine),
                 sum(len(batch.skipped) for batch in mine),
             ]
         )
