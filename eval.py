@@ -39,6 +39,7 @@ def main(cfg: DictConfig) -> float | None:
     check_devices(plan.launch)
     command = launch_command(plan.launch, Path(__file__).resolve(), list(HydraConfig.get().overrides.task))
     if command is not None:
+        plan.check_tasks(plan.include_path())  # one message before they start, not one of each
         run_command(command)
         return None
     return act(plan)
