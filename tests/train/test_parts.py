@@ -145,17 +145,26 @@ def test_more_devices_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
         check_devices(dataclasses.replace(LAUNCH, device="cpu", strategy="zero2"))
 
 
-def test_what_deepspeed_compiles_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_deepspeed_compiles_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("deepspeed")
-    two = dataclasses.replace(LAUNCH, device="cpu", strategy="zero2", num_processes=2)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    logging.getLogger("vzip").propagate = True
+    launch = dataclasses.replace(LAUNCH, device="cpu", strategy="zero2")
+    lock = tmp_path / "py311_cpu/deepspeed_shm_comm/lock"
+    lock.parent.mkdir(parents=True)
     (tmp_path / "ninja").touch(mode=0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", "")
-    check_devices(two)  # an environment that is not activated: found beside its interpreter
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    check_devices(launch)  # an environment that is not activated: found beside its interpreter
+    assert not caplog.text
+    lock.touch()  # as a killed compiler leaves it
+    check_devices(launch)
+    assert f"{lock}: DeepSpeed is being compiled" in caplog.text
     (tmp_path / "ninja").unlink()
     with pytest.raises(MissingPackageError, match="ninja, which is not installed"):
-        check_devices(two)
+        check_devices(launch)
 
 
 def test_deepspeed_is_told_everything_that_matters() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -16,6 +17,8 @@ from transformers.integrations import unset_hf_deepspeed_config
 from vzip.errors import ConfigError, MissingPackageError
 
 from .settings import LaunchSettings, TrainSettings
+
+logger = logging.getLogger(__name__)
 
 
 def uses_cuda(device: str) -> bool:
@@ -51,12 +54,28 @@ def check_devices(launch: LaunchSettings) -> None:
                 f"launcher.strategy={launch.strategy} needs DeepSpeed ({error}): pip install 'vzip[train]', or choose"
                 " launcher.strategy=ddp."
             ) from error
-        find_beside_interpreter()
-        if not cuda and launch.num_processes > 1 and shutil.which("ninja") is None:
-            raise MissingPackageError(
-                f"launcher.strategy={launch.strategy} on CPU processes: DeepSpeed compiles what they talk through, with"
-                " ninja, which is not installed: pip install ninja, or choose launcher.strategy=ddp."
-            )
+        if not cuda:
+            _check_compiling(launch.strategy)
+
+
+def _check_compiling(strategy: str) -> None:
+    """On CPUs DeepSpeed compiles what its processes talk through, once for all runs.
+
+    Raises:
+        MissingPackageError: it has nothing to compile with.
+    """
+    find_beside_interpreter()
+    if shutil.which("ninja") is None:
+        raise MissingPackageError(
+            f"launcher.strategy={strategy} on CPUs: DeepSpeed compiles what its processes talk through, with ninja,"
+            " which is not installed: pip install ninja, or choose launcher.strategy=ddp."
+        )
+    from torch.utils.cpp_extension import get_default_build_root  # only here: it takes its time
+
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in folder.glob("**/deepspeed_shm_comm/lock"):
+        # torch waits for it without a word, and a compiler that was killed leaves it behind.
+        logger.warning("%s: DeepSpeed is being compiled by another run. If there is none, remove this file.", lock)
 
 
 def find_beside_interpreter() -> None:
