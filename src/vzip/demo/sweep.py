@@ -17,7 +17,7 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vzip.bench.settings import BUDGETS
-from vzip.compressors.base import Compressor, TokenBudget, VisionOutput
+from vzip.compressors.base import Compressor, TokenBudget
 from vzip.compressors.controls import Identity, RandomTokens, UniformTokens
 from vzip.compressors.visionzip import VisionZip
 from vzip.demo.benchmark import load_rows
@@ -25,9 +25,12 @@ from vzip.demo.questions import TASKS
 from vzip.demo.scoring import METRICS, Result, normalise
 from vzip.models.compressed_vlm import CompressedVlm
 from vzip.models.splice import plan_splice, splice
+from vzip.models.tower_cache import TowerCache
 from vzip.report.stats import retention_interval
 
 MAX_NEW_TOKENS = 8
+CACHE_GIB = 1.0
+PICTURE_BUDGETS = ("192tok", "128tok", "64tok", "32tok")  # the others are for the frames of a video
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,12 @@ class Setting:
 def settings(num_patches: int, seed: int = 0) -> list[Setting]:
     """Vanilla, then VisionZip and the controls at each budget."""
     rows = [Setting("vanilla", num_patches, Identity())]
-    for split in BUDGETS.values():
-        budget = TokenBudget(*split)
+    for name in PICTURE_BUDGETS:
+        budget = TokenBudget(*BUDGETS[name])
         rows.append(Setting("VisionZip", budget.num_tokens, VisionZip(budget)))
         rows.append(Setting("random", budget.num_tokens, RandomTokens(budget, seed)))
         rows.append(Setting("uniform", budget.num_tokens, UniformTokens(budget)))
     return rows
-
-
-def visual_tokens(vlm: CompressedVlm, vision: VisionOutput, compressor: Compressor) -> list[torch.Tensor]:
-    """The steps after the tower: compress, project, pack. One [num_visual_tokens, d_text] tensor a picture."""
-    projected = vlm.adapter.projector(compressor(vision).tokens)
-    return vlm.adapter.pack(projected.split([1] * len(projected)), None)
 
 
 def by_picture(folder: Path) -> dict[str, list[tuple[str, int, dict]]]:
@@ -77,7 +74,7 @@ def run_sweep(
     """Answers every question of the benchmark under every setting.
 
     Args:
-        vlm: the model; its own compressor is not used.
+        vlm: the model; its compressor is the last setting's afterwards, and its tower's outputs are not kept.
         folder: from `benchmark.prepare`.
         rows: the settings.
         batch_size: pictures at a time; each has about four questions.
@@ -89,13 +86,13 @@ def run_sweep(
     pictures = list(by_picture(folder).items())[:limit]
     template: Any = vlm.processor
     found: dict[Setting, dict[str, list[tuple[int, Result]]]] = {s: {task: [] for task in TASKS} for s in rows}
-    needs = frozenset().union(*(s.compressor.requires for s in rows))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task(f"{len(rows)} settings, pictures", total=len(pictures))
         for batch in batches(pictures, batch_size):
             opened = [Image.open(folder / name).convert("RGB") for name, _ in batch]
-            vision = vlm.adapter.run_tower(vlm.preprocess_images(opened)["pixel_values"], needs)
+            pixels = vlm.preprocess_images(opened)["pixel_values"]
+            vlm.adapter.tower_cache = TowerCache(CACHE_GIB)  # of this batch: the next one shows other pictures
             asked = [(index, item) for index, (_, items) in enumerate(batch) for item in items]
             texts = [
                 template.apply_chat_template(
@@ -111,13 +108,15 @@ def run_sweep(
             ]
             encoded = template.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
             for setting in rows:
-                images = visual_tokens(vlm, vision, setting.compressor)
+                vlm.compressor = setting.compressor
+                images = vlm.encode_images(pixels)
                 if any(len(image) != setting.num_tokens for image in images):
                     raise RuntimeError(f"{setting} produced {[len(image) for image in images]} visual tokens")
                 for (_, (task, position, row)), said in zip(asked, answers(vlm, encoded, images, asked), strict=True):
                     result = Result(answer=row["answer"], said=normalise(said), pair=row["pair"])
                     found[setting][task].append((position, result))
             progress.advance(bar, len(batch))
+    vlm.adapter.tower_cache = None
     return {s: {t: [r for _, r in sorted(v, key=lambda p: p[0])] for t, v in d.items()} for s, d in found.items()}
 
 
