@@ -228,7 +228,7 @@ def estimate_bytes(settings: BenchSettings, model: BenchModel, num_parameters: i
         settings: the measurement.
         model: its model.
         num_parameters: of the whole model.
-        num_visual_tokens: of each prompt without compression; 0 for a bare tower.
+        num_visual_tokens: the most of a prompt over the methods; 0 for a bare tower.
     """
     element_bytes = settings.torch_dtype.itemsize
     vision = model.vision_config

@@ -76,14 +76,16 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
     meta = shapes.build_meta(model, settings.torch_dtype)
     num_visual = 0
     if not model.tower_only:
-        num_visual = visuals_of(adapter_for_model(meta), settings.crops_per_prompt(model)).vanilla_tokens()
+        num_crops = settings.crops_per_prompt(model)
+        visuals = visuals_of(adapter_for_model(meta), num_crops)
+        num_visual = visuals.vanilla_tokens() if "vanilla" in settings.methods else num_crops * budget.num_tokens
         longest = num_visual + settings.prompt_tokens + settings.num_new_tokens
         allowed = model.config.text_config.max_position_embeddings
         if longest > allowed:
             raise ConfigError(
                 f"a prompt of up to {num_visual} visual, {settings.prompt_tokens} text and "
                 f"{settings.num_new_tokens} new tokens is {longest} long, and {model.name} has {allowed} positions; "
-                "lower num_crops, prompt_tokens or num_new_tokens"
+                "lower num_crops, prompt_tokens or num_new_tokens, or leave vanilla out of methods"
             )
     num_parameters = sum(p.numel() for p in meta.parameters())
     needed = estimate_bytes(settings, model, num_parameters, num_visual)
