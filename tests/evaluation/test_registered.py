@@ -58,10 +58,13 @@ def test_arguments_reach_the_loader(monkeypatch):
 
     monkeypatch.setattr(vzip, "load_vlm", load, raising=False)
     line = "pretrained=X,compressor=visionzip,num_dominant=54,num_contextual=10,merge_rule=mean"
+    line += ",score=key_norms,score_layer=-3,targets=random,keep_cls=False,seed=4"
     line += ",dtype=bfloat16,preprocess=hf"
     got = model_args.load_from_arg_string(line, {"batch_size": "4", "max_batch_size": None, "device": "cuda:1"})
     assert got == {"vlm": "vlm", "batch_size": 4, "system_prompt": None}
-    assert seen.pop("compressor") == vzip.VisionZip(vzip.TokenBudget(54, 10), merge_rule="mean")
+    assert seen.pop("compressor") == vzip.VisionZip(
+        vzip.TokenBudget(54, 10), "mean", "key_norms", score_layer=-3, targets="random", keep_cls=False, seed=4
+    )
     assert seen == {"name": "X", "dtype": "bfloat16", "preprocess": "hf", "device_map": "cuda:1"}
 
 

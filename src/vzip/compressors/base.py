@@ -159,7 +159,7 @@ class Compressor(ABC):
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        named = cls.requires
+        named = vars(cls).get("requires", frozenset())
         unknown = frozenset() if isinstance(named, property) else frozenset(named) - cls.REQUIRABLE
         if unknown:
             raise TypeError(f"{cls.__name__}.requires has {sorted(unknown)}; allowed are {sorted(cls.REQUIRABLE)}.")

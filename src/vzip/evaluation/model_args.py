@@ -18,11 +18,12 @@ _OF_LOADER = (
     *("drop_padding", "row_newline", "num_frames", "drop_cls", "adapter_path"),
 )
 _OF_ADAPTER = ("system_prompt", "batch_size")
-_OF_COMPRESSOR = ("compressor", "num_dominant", "num_contextual", "merge_rule", "seed")
+_OPTIONS = ("merge_rule", "score", "score_layer", "targets", "keep_cls", "seed")
+_OF_COMPRESSOR = ("compressor", "num_dominant", "num_contextual", *_OPTIONS)
 ALLOWED = ("pretrained", *_OF_COMPRESSOR, *_OF_LOADER, *_OF_ADAPTER)
 COMPRESSORS = ("visionzip", "random", "uniform", "dominant_only", "contextual_only", "none")
 # Which of the optional settings a compressor takes; any other one is refused.
-_OPTIONS_OF = {"visionzip": ("merge_rule",), "random": ("seed",)}
+_OPTIONS_OF = {"visionzip": _OPTIONS, "random": ("seed",)}
 
 
 def build_compressor(args: dict[str, Any]) -> Compressor:
@@ -37,7 +38,10 @@ def build_compressor(args: dict[str, Any]) -> Compressor:
     if name not in COMPRESSORS:
         given = "is missing" if name is None else f"={name!r} is not known{nearest(str(name), COMPRESSORS)}"
         raise ConfigError(f"model_args: compressor {given}; allowed are {', '.join(COMPRESSORS)}.")
-    options = {key: args[key] for key in ("merge_rule", "seed") if key in args}
+    options = {key: args[key] for key in _OPTIONS if key in args}
+    layer = options.get("score_layer")
+    if isinstance(layer, float) and layer.is_integer():
+        options["score_layer"] = int(layer)  # lmms-eval reads -3 as a fraction
     for key, value in options.items():
         if key not in _OPTIONS_OF.get(name, ()):
             raise ConfigError(f"model_args: {key}={value!r} has no meaning for compressor={name}; take it out.")

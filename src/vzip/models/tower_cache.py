@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ class TowerCache:
 
 
 def _digest(pixel_values: Tensor) -> bytes:
-    data = pixel_values.detach().cpu().contiguous().view(torch.uint8).numpy()
+    data = pixel_values.detach().cpu().contiguous().view(torch.uint8).numpy().data
     return hashlib.blake2b(data, digest_size=32).digest()
 
 
@@ -113,4 +114,5 @@ def _size(vision: VisionOutput) -> int:
 
 
 def _to(vision: VisionOutput, device: torch.device) -> VisionOutput:
-    return replace(vision, **{name: tensor.to(device) for name, tensor in _tensors(vision).items()})
+    moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in _tensors(vision).items()}
+    return replace(vision, **moved)
