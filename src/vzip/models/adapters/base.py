@@ -248,12 +248,7 @@ class Adapter(ABC):
         return self.run_through_cache(self.tower, pixel_values, requires, self.stock_offset, score_layer)
 
     def run_through_cache(
-        self,
-        tower: Tower,
-        pixel_values: Tensor,
-        requires: frozenset[str],
-        stock_offset: int,
-        score_layer: int | None,
+        self, tower: Tower, pixel_values: Tensor, requires: frozenset[str], stock_offset: int, score_layer: int | None
     ) -> VisionOutput:
         """Runs a tower of the model, or takes its output from ``tower_cache``, never where gradients are wanted."""
 
