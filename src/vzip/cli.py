@@ -33,7 +33,7 @@ COMMANDS: Mapping[str, Command] = {
     "table": Command(
         "vzip.config.table", "a table of the paper with our runs beside it; --run evaluates what is missing"
     ),
-    "judge": Command("vzip.evaluation.judge_cli", "a judge model's scores for a run: video benchmarks, MM-Vet, LLaVA-Bench"),
+    "judge": Command("vzip.evaluation.judge_cli", "a judge model's scores of answers: videos, MM-Vet, LLaVA-Bench"),
     "demo": Command("vzip.demo.run", "the built-in model on its benchmark: every method and budget in one table"),
     "ask": Command("vzip.demo.ask", "a question about a picture file"),
     "chat": Command("vzip.demo.chat", "a dialogue about pictures in the terminal"),

@@ -187,7 +187,8 @@ def test_hours_and_memory_of_a_training(tmp_path: Path) -> None:
         return fill(table, {}, trainings={"64, trained": run_dir})[0].cells
 
     assert cells()[0].ours is None and cells()[0].command == ("python", "train.py", "t")
-    steps = [{"step": i, "data_ms": 600_000, "compute_ms": 1_200_000, "peak_memory_gib": i / 2} for i in range(1, 5)]
+    times = {"data_ms": 600_000, "forward_ms": 300_000, "backward_ms": 800_000, "update_ms": 100_000}
+    steps = [{"step": i, **times, "peak_memory_gib": i / 2} for i in range(1, 5)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     assert cells()[0].ours is None, "not finished"
     header = {"num_processes": 2, "hardware": {"cpu": "C", "gpus": ["A800", "A800", "A800"]}}

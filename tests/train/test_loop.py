@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -65,6 +66,30 @@ def test_only_the_projector_moves(plan: Any) -> None:
     assert (header["step"], header["parts"], header["num_parameters"]) == (6, ["projector"], 32 * 32 * 2 + 64)
     assert "num_dominant=6, num_contextual=3" in header["compressor"] and header["base"]["model_class"]
     assert header["num_processes"] == 1 and header["hardware"]["cpu"] and isinstance(header["hardware"]["gpus"], list)
+
+
+def test_the_log_says_where_a_steps_time_goes(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that moves one second whenever something is done tells the parts apart."""
+    now = [0.0]
+    monkeypatch.setattr(stepping.time, "perf_counter", lambda: now[0])
+
+    def takes(seconds: float, function: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        return timed
+
+    monkeypatch.setattr(Samples, "__getitem__", takes(0.001, Samples.__getitem__))
+    monkeypatch.setattr(stepping.Stepper, "_refuse_infinite", takes(0.1, stepping.Stepper._refuse_infinite))
+    monkeypatch.setattr("accelerate.Accelerator.backward", takes(1.0, accelerate.Accelerator.backward))
+    clips = accelerate.Accelerator.clip_grad_norm_
+    monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", takes(10.0, clips))
+    final = train(plan(batch_size=4, samples_per_step=8, num_steps=2))  # two batches a step
+    for row in metrics(final.parent):
+        parts = tuple(row[f"{part}_ms"] for part in ("data", "forward", "backward", "update"))
+        assert parts == (8, 200, 2000, 10_000)
+        assert row["samples_per_s"] == round(8 / 12.208, 2)
 
 
 def test_the_curve_is_that_of_a_plain_loop(plan: Any, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from .record import Run
 
 MIB_PER_GIB = 1024
 MS_PER_HOUR = 3_600_000
+# What a training's log says of a step's time (``vzip.train.stepping``).
+STEP_PARTS = ("data", "forward", "backward", "update")
 # Vanilla's own count may be off the paper's: LLaVA-NeXT gives a square picture 2928 tokens, newlines included.
 VANILLA_COUNT_TOLERANCE = 0.05
 
@@ -150,7 +152,7 @@ def cost_of_training(directory: Path, column: Column) -> Cost | None:
     try:
         header = json.loads(header_path.read_text(encoding="utf-8"))
         steps = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        hours = sum(step["data_ms"] + step["compute_ms"] for step in steps) / MS_PER_HOUR
+        hours = sum(step[f"{part}_ms"] for step in steps for part in STEP_PARTS) / MS_PER_HOUR
         memory_gib = max(step["peak_memory_gib"] for step in steps)
     except (json.JSONDecodeError, KeyError, ValueError) as error:
         raise ManifestError(f"{log} is no log of a training ({type(error).__name__}: {error}).") from error

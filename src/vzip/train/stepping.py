@@ -25,6 +25,22 @@ class DivergedError(VzipError, ArithmeticError):
     """The loss or the gradient is no finite number."""
 
 
+class Laps:
+    """Where a step's time goes: each call of ``lap`` adds the time since the last one to a name, in milliseconds.
+
+    A lap ends where a number is read back from the device, so that work still under way there is not counted later.
+    """
+
+    def __init__(self) -> None:
+        self.ms: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.ms[name] = self.ms.get(name, 0.0) + 1000 * (now - self._last)
+        self._last = now
+
+
 class StepSchedule:
     """Which samples each step has, over all epochs.
 
@@ -116,12 +132,15 @@ class Stepper:
     def step(self, step: int, num_steps: int, batches: Iterator[Batch]) -> dict[str, Any]:
         """Takes one step; returns its metrics.
 
+        Its time is told as ``data_ms`` (waiting for batches), ``forward_ms``, ``backward_ms`` (with DeepSpeed also its
+        optimizer step) and ``update_ms`` (clipping, optimizer and what is left).
+
         Raises:
             DivergedError: naming the samples; the weights are those before the step.
         """
-        started = time.perf_counter()
+        laps = Laps()
         mine = list(islice(batches, self.accumulation))
-        loaded = time.perf_counter()
+        laps.lap("data_ms")
         # What is random in a model (dropout) depends on the step alone, so a resumed run draws the same.
         torch.manual_seed((self.seed * 1_000_003 + step) * 1_009 + self.accelerator.process_index)
         rate = learning_rate_factor(step, num_steps, self.settings.warmup_fraction)
@@ -134,10 +153,11 @@ class Stepper:
                 sum(len(batch.skipped) for batch in mine),
             ]
         )
-        loss, norm = self._backward(mine, counts[0])
+        loss, norm = self._backward(mine, counts[0], laps)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        seconds = time.perf_counter() - started
+        laps.lap("update_ms")
+        seconds = sum(laps.ms.values()) / 1000
         memory = peak_memory_gib()
         return {
             "loss": loss,
@@ -148,12 +168,11 @@ class Stepper:
             "num_skipped": int(counts[2]),
             "samples_per_s": round(self.settings.samples_per_step / seconds, 2),
             "target_tokens_per_s": round(counts[0] / seconds, 1),
-            "data_ms": round(1000 * (loaded - started), 1),
-            "compute_ms": round(1000 * (seconds - (loaded - started)), 1),
+            **{name: round(ms, 1) for name, ms in laps.ms.items()},
             "peak_memory_gib": memory["cuda"] or memory["process"],
         }
 
-    def _backward(self, mine: list[Batch], num_targets: float) -> tuple[float, float]:
+    def _backward(self, mine: list[Batch], num_targets: float, laps: Laps) -> tuple[float, float]:
         """Gradients of the step's loss; returns the loss and the gradient's norm before clipping."""
         # Processes' gradients are averaged and accumulate() divides by the batches: both are undone here, so that what
         # remains is the sum over the step's target tokens divided by their number.
@@ -165,7 +184,9 @@ class Stepper:
                 nats = self.model(batch.to(self.accelerator.device))
                 self._refuse_infinite(nats, batch)
                 summed += nats.detach().sum().item()
+                laps.lap("forward_ms")
                 self.accelerator.backward(nats.sum() * scale)
+                laps.lap("backward_ms")
                 if self.accelerator.sync_gradients:
                     limit = self.settings.max_grad_norm or float("inf")
                     trained = [p for group in self.optimizer.param_groups for p in group["params"]]
