@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import logging
+import sys
+from typing import Any
+
+
+class _StandardError(logging.StreamHandler[Any]):
+    """Writes to what standard error is at the time: a handler made while it is redirected would keep writing there."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        """Nothing to keep."""
 
 
 def setup(level: int = logging.INFO) -> None:
     """Shows vzip's own messages; other libraries keep to warnings. Calling it again changes only the level."""
     logger = logging.getLogger("vzip")
     logger.setLevel(level)
-    if not logger.handlers:
-        handler = logging.StreamHandler()
+    if not any(isinstance(handler, _StandardError) for handler in logger.handlers):
+        handler = _StandardError()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False

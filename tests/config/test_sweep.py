@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -46,7 +45,6 @@ def sweep(
 
     def run(*words: str, many: bool = True) -> tuple[int, str, str]:
         capfd.readouterr()
-        logging.getLogger("vzip").handlers.clear()  # an earlier test's points to that test's standard error
         monkeypatch.setattr(sys, "argv", [*usual, *(["-m"] if many else []), *words])
         code = 0
         try:

@@ -8,12 +8,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from safetensors import safe_open
 from transformers.models.clip import CLIPImageProcessor
 
 import vzip.data.images as images_module
-from vzip.data.images import load_image, pad_and_shrink, pad_to_square, prepare_pictures
+from vzip.data.images import load_image, pad_and_shrink, pad_to_square, prepare_pictures, strict_decoding
 from vzip.errors import ConfigError, ImageError
 
 SIZE = {"height": 336, "width": 336}
@@ -167,3 +167,15 @@ def test_unusable_files_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match=r"large.png: .*pixels"):
         load_image(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_pillows_switch_is_turned_back_however_blocks_of_several_threads_overlap(lenient, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
+    first, second = strict_decoding(), strict_decoding()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False  # the second still reads
+    second.__exit__(None, None, None)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient

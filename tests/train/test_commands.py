@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from pathlib import Path
@@ -42,7 +41,6 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         turns = [{"from": "human", "value": "<image>\nred?"}, {"from": "gpt", "value": f"{number}"}]
         records.append({"id": f"r{number}", "image": f"{number}.png", "conversations": turns})
     (tmp_path / "data.json").write_text(json.dumps(records))
-    logging.getLogger("vzip").handlers.clear()  # an earlier test's points to that test's standard error
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VZIP_CACHE", str(tmp_path / "cache"))
     return [

@@ -7,6 +7,7 @@ the checkpoint's image processor (CLIP's cuts the centre out of an oblong pictur
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,15 +77,32 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
 
 
+class _Strict:
+    """How many blocks of all threads want strict decoding, and what Pillow had been told before the first of them."""
+
+    lock = threading.Lock()
+    num_blocks = 0
+    lenient = False
+
+
 @contextmanager
 def strict_decoding() -> Iterator[None]:
-    """Lets a truncated file be an error even where another package (lmms-eval does) told Pillow to fill it up."""
-    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    """Lets a truncated file be an error even where another package (lmms-eval does) told Pillow to fill it up.
+
+    Pillow's switch is one for all threads: the first block in turns it off and the last one out turns it back.
+    """
+    with _Strict.lock:
+        if _Strict.num_blocks == 0:
+            _Strict.lenient = ImageFile.LOAD_TRUNCATED_IMAGES
+        _Strict.num_blocks += 1
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         yield
     finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+        with _Strict.lock:
+            _Strict.num_blocks -= 1
+            if _Strict.num_blocks == 0:
+                ImageFile.LOAD_TRUNCATED_IMAGES = _Strict.lenient
 
 
 @contextmanager
