@@ -27,8 +27,7 @@ def main() -> int:
     try:
         assemble(arguments.tower, arguments.language_model, arguments.out, arguments.seed)
     except VzipError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return log.tell_error(error)
     return 0
 
 

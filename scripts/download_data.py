@@ -42,8 +42,7 @@ def main(words: list[str] | None = None) -> int:
         downloader = Downloader(manifest, args.root.expanduser(), num_attempts=max(1, args.attempts))
         downloader.run(files, extract=not args.no_extract, delete_archives=args.delete_archives)
     except VzipError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return log.tell_error(error)
     by_hand = [file for file in files if file.url is None]
     for file in by_hand:
         print(f"{file.source}: to be fetched by hand. {file.note}")

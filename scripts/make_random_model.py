@@ -26,8 +26,7 @@ def main() -> int:
     try:
         random_model.save(arguments.family, arguments.directory, arguments.seed)
     except VzipError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return log.tell_error(error)
     return 0
 
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from vzip import log
 from vzip.errors import ConfigError, MissingPackageError, VzipError, nearest
-
-USER_ERROR = 2
+from vzip.log import USER_ERROR
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0 if words else USER_ERROR
         return run(words[0], words[1:])
     except VzipError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return USER_ERROR
+        return log.tell_error(error)
 
 
 def run(name: str, words: Sequence[str]) -> int:

@@ -1,10 +1,12 @@
-"""One line a step, to standard error; results go to standard output."""
+"""One line a step and users' errors, to standard error; results go to standard output."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from typing import Any
+
+USER_ERROR = 2  # the exit code
 
 
 class _StandardError(logging.StreamHandler[Any]):
@@ -28,3 +30,9 @@ def setup(level: int = logging.INFO) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
+
+
+def tell_error(error: Exception) -> int:
+    """Prints a user's error without a traceback; returns the exit code."""
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return USER_ERROR

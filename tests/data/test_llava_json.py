@@ -72,7 +72,7 @@ def test_every_record_is_what_json_load_gives(tmp_path, cache, monkeypatch, layo
         assert [(turn.role, turn.text) for turn in sample.turns] == [
             ({"human": "user", "gpt": "assistant"}[turn["from"]], turn["value"]) for turn in record["conversations"]
         ]
-        assert data.length_of(i) == sum(len(turn["value"].split()) for turn in record["conversations"])
+        assert data.lengths[i] == sum(len(turn["value"].split()) for turn in record["conversations"])
         assert data.has_images(i) == bool(images) and data.num_images[i] == len(images)
         assert data.source_of(i) == (images[0].split("/")[0] if images else "text-only")
     assert data.num_repeated_ids == 30 and data.num_identical == 0

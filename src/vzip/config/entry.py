@@ -21,8 +21,8 @@ from vzip.config import sweep
 from vzip.config.options import config_dir
 from vzip.config.overrides import arrange, check_overrides
 from vzip.errors import VzipError
+from vzip.log import USER_ERROR
 
-USER_ERROR = 2
 _FULL = "HYDRA_FULL_ERROR"
 
 

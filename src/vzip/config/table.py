@@ -25,6 +25,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from vzip import log
 from vzip.config.options import config_dir
 from vzip.config.running import evaluate_words
 from vzip.config.table_plan import Planned, Todo, hours, missing, plan, runs_of
@@ -181,7 +182,7 @@ def run_one(todo: Todo, launcher: str | None) -> bool:
     try:
         evaluate_words(todo.words)
     except VzipError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        log.tell_error(error)
         return False
     return True
 

@@ -80,10 +80,6 @@ class LlavaJson:
         start = int(row["start"])
         return parse_record(json.loads(self._file[start : start + int(row["num_bytes"])]))
 
-    def length_of(self, i: int) -> int:
-        """Words of all turns of sample ``i``; read from the index."""
-        return int(self._index.rows["num_words"][i])
-
     def has_images(self, i: int) -> bool:
         """Whether sample ``i`` has a picture or video; read from the index."""
         return bool(self._index.rows["num_images"][i])
@@ -94,7 +90,7 @@ class LlavaJson:
 
     @property
     def lengths(self) -> np.ndarray:
-        """``length_of`` for all samples: int32 ``[samples]``."""
+        """Words of all turns of each sample: int32 ``[samples]``; read from the index."""
         return self._index.rows["num_words"]
 
     @property

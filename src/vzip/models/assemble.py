@@ -24,6 +24,7 @@ from transformers.models.clip import CLIPImageProcessor  # AutoImageProcessor of
 from vzip.errors import CheckpointError, UnsupportedModelError
 
 from .adapters import Adapter, adapter_class_for_config
+from .freeze import initialise_anew
 from .fresh import family_config, new_processor
 from .load import check_complete, reach, resolve_checkpoint
 from .towers import geometry_from_config
@@ -87,7 +88,9 @@ def assemble(tower: str | Path, language_model: str | Path, out: Path, seed: int
         model: Any = adapter_class.model_class(config)
     adapter = adapter_class(model)
     _take_over(adapter, vision, text)
-    _new_projector(adapter.projector, text.dtype, seed)
+    adapter.projector.to_empty(device="cpu").to(text.dtype)
+    torch.manual_seed(seed)
+    initialise_anew(adapter.projector)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     text.generation_config.update(pad_token_id=tokenizer.pad_token_id)
@@ -142,16 +145,6 @@ def _take_over(adapter: Adapter, vision: nn.Module, text: Any) -> None:
             )
         own.load_state_dict(given.state_dict(), assign=True)
     adapter.model.tie_weights()
-
-
-def _new_projector(projector: nn.Module, dtype: torch.dtype, seed: int) -> None:
-    """torch's own initialisation, as ``train.reset_projector`` gives."""
-    projector.to_empty(device="cpu").to(dtype)
-    torch.manual_seed(seed)
-    for module in projector.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if reset is not None:
-            reset()
 
 
 def _image_processor(tower: Path | str, is_clip: bool) -> Any:

@@ -1,7 +1,8 @@
-"""Choosing what trains: the projector and nothing else (VisionZip's fine-tuning)."""
+"""Choosing what trains: the projector and nothing else (VisionZip's fine-tuning); and beginning it anew."""
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from vzip.errors import UnsupportedModelError
@@ -33,3 +34,11 @@ def train_projector_only(hf_model: PreTrainedModel) -> list[str]:
     for parameter in hf_model.parameters():
         parameter.requires_grad_(id(parameter) in projector)
     return trainable
+
+
+def initialise_anew(projector: nn.Module) -> None:
+    """Gives a projector torch's own initial weights, in place, drawn by torch's seed as it stands."""
+    for module in projector.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()

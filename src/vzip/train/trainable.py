@@ -9,7 +9,7 @@ from torch import nn
 
 from vzip.errors import ConfigError
 from vzip.models.compressed_vlm import CompressedVlm
-from vzip.models.freeze import train_projector_only
+from vzip.models.freeze import initialise_anew, train_projector_only
 from vzip.models.lora_training import add_lora, is_lora, peft_arguments
 
 from .settings import TrainSettings
@@ -46,10 +46,7 @@ def choose_trainable(vlm: CompressedVlm, settings: TrainSettings, in_float32: bo
         parameter.requires_grad_(True)
         parameter.data = parameter.data.to(getattr(torch, settings.precision))
     if settings.reset_projector:
-        for module in vlm.adapter.projector.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
+        initialise_anew(vlm.adapter.projector)
     for part in settings.parts:
         for module in module_of(vlm, part):
             for parameter in module.parameters():
