@@ -2,11 +2,13 @@
 
 import hashlib
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from vzip.demo import benchmark, scoring
+from vzip.demo.dialogues import scene_of
 from vzip.demo.questions import (
     NUMBER_WORDS,
     TASKS,
@@ -15,6 +17,7 @@ from vzip.demo.questions import (
     existence_questions,
     many_questions,
     training_questions,
+    tuning_questions,
 )
 from vzip.demo.render import CHARACTERS, SUPERSAMPLE, patch_labels, render, shape_mask, sign_label, thing_label
 from vzip.demo.scenes import (
@@ -224,3 +227,24 @@ def test_chance_is_what_the_best_blind_answerer_gets():
     assert scoring.chance("attributes", rows["attributes"]) == pytest.approx(by_hand)
     for task in TASKS:
         assert PROTOCOLS[f"scenes_{task}"].chance == pytest.approx(scoring.chance(task, rows[task]))
+
+
+def test_generated_pictures_show_what_the_benchmark_asks_about():
+    scenes = [scene_of(index) for index in range(60)]
+    seeds = [scene.seed for scene in scenes]
+    assert all(scene.sign and scene.things for scene in scenes)
+    assert len(set(seeds)) == len(seeds) and TRAIN_SEEDS[0] <= min(seeds) and max(seeds) < TRAIN_SEEDS[1]
+    assert any(sample_scene(seed - 1).sign is None for seed in seeds), "pictures without a sign were passed over"
+
+
+def test_tuning_asks_in_the_benchmarks_forms():
+    kinds = {row["kind"] for rows in benchmark.build_rows(benchmark.test_scenes()).values() for row in rows}
+    scenes = [scene_of(index) for index in range(60)]
+    for scene in scenes:
+        asked = tuning_questions(scene, np.random.RandomState(scene.seed), 7)
+        count = Counter(question.task for question in asked)
+        assert count["existence"] == count["reading"] == 1 and count["counting"] == 4, count
+        assert len(asked) == len({question.text for question in asked}) <= 7
+        assert {question.kind for question in asked} <= kinds
+    answers = Counter(q.answer for s in scenes for q in tuning_questions(s, np.random.RandomState(s.seed), 7))
+    assert abs(answers["yes"] - answers["no"]) < 30, "neither yes nor no may be the better guess"

@@ -200,13 +200,12 @@ def placing_questions(scene: Scene, rng: np.random.RandomState, count: int) -> l
 
 
 def tuning_questions(scene: Scene, rng: np.random.RandomState, count: int) -> list[Question]:
-    """Up to `count` different questions for a model that only has to get used to fewer visual tokens.
+    """Up to `count` questions in the benchmark's forms, for a model that has to get used to fewer visual tokens.
 
-    What the sign says, and one question of existence, which suffers least; the rest is about attributes, numbers and
-    places.
+    One of existence, which suffers least, what the sign says, two pairs of counting, which suffers most, and as many of
+    attributes as there is room for.
     """
+    pairs = counting_pairs(scene, rng)
     chosen = [choose(rng, existence_questions(scene, rng)), *reading_questions(scene)]
-    rest = [q for _ in range(2) for q in attribute_questions(scene, rng)]
-    rest += [q for _ in range(2) for pair in counting_pairs(scene, rng) for q in pair] + open_questions(scene, rng)
-    rest = list(dict.fromkeys(rest))
-    return (chosen + [rest[i] for i in rng.permutation(len(rest))])[:count]
+    chosen += [question for number in rng.permutation(len(pairs))[:2] for question in pairs[number]]
+    return (chosen + attribute_questions(scene, rng))[:count]
