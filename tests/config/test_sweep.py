@@ -126,6 +126,29 @@ def test_a_failed_job_loses_no_other_and_a_rerun_does_the_rest(
     assert "visionzip-17tok/seed0 holds this very run" in err and "random-17tok/seed0 holds" not in err
 
 
+def test_a_job_that_does_not_end_is_in_the_summary(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    evaluate = vzip.evaluation.run.evaluate
+
+    def stops_on_random(vlm: vzip.CompressedVlm, **rest: Any) -> dict[str, Any]:
+        if isinstance(vlm.compressor, vzip.RandomTokens):
+            raise KeyboardInterrupt
+        return evaluate(vlm, **rest)
+
+    monkeypatch.setattr(vzip.evaluation.run, "evaluate", stops_on_random)
+    with pytest.raises(KeyboardInterrupt):
+        sweep("budget=17tok", "compressor=visionzip,random")
+    shown = capfd.readouterr()
+    assert "1 of 2 jobs failed:\n  job 1 (compressor=random): it did not end" in shown.err
+    (folder,) = (tmp_path / "runs/sweeps").iterdir()
+    rows = list(csv.DictReader((folder / "summary.csv").open()))
+    assert [(row["words"], bool(row["error"])) for row in rows] == [
+        ("compressor=visionzip", False),
+        ("compressor=random", True),
+    ]
+
+
 @pytest.fixture
 def hydra_folder() -> Iterator[None]:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):

@@ -91,7 +91,7 @@ def pin_gpu(folder: Path) -> str | None:
 
 
 class SweepCallback(Callback):
-    """Hydra calls it where a sweep starts and, in the process that ran it, where each job ends.
+    """Hydra calls it where a sweep starts and, in the process that runs it, where each job starts and ends.
 
     Attributes:
         folder: of the sweep that this process started, or None.
@@ -102,24 +102,33 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         SweepCallback.folder = Path(config.hydra.sweep.dir)
 
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        # Stays where the job's process is killed, which then cannot say so.
+        _write_entry(config, "it did not end: interrupted, or its process was killed")
+
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if config.hydra.mode is not RunMode.MULTIRUN:
-            return
-        error = None if job_return.status is JobStatus.COMPLETED else job_return._return_value
-        number = int(config.hydra.job.num)
-        entry = {
-            "number": number,
-            "words": [str(word) for word in job_return.overrides or ()],
-            "run_dir": str(_directory(config)),
-            "error": None if error is None else f"{type(error).__name__}: {error}",
-            # What the user caused is told by its message; a bug of ours needs its place.
-            "traceback": None
-            if error is None or isinstance(error, VzipError)
-            else "".join(traceback.format_exception(error)),
-        }
-        folder = Path(config.hydra.sweep.dir) / _JOBS
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number:04d}.json").write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+        if job_return.status is JobStatus.COMPLETED:
+            return _write_entry(config)
+        error = job_return._return_value
+        # What the user caused is told by its message; a bug of ours needs its place.
+        place = None if isinstance(error, VzipError) else "".join(traceback.format_exception(error))
+        _write_entry(config, f"{type(error).__name__}: {error}", place)
+
+
+def _write_entry(config: DictConfig, error: str | None = None, place: str | None = None) -> None:
+    if config.hydra.mode is not RunMode.MULTIRUN:
+        return
+    number = int(config.hydra.job.num)
+    entry = {
+        "number": number,
+        "words": [str(word) for word in config.hydra.overrides.task],
+        "run_dir": str(_directory(config)),
+        "error": error,
+        "traceback": place,
+    }
+    folder = Path(config.hydra.sweep.dir) / _JOBS
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{number:04d}.json").write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
 
 
 def _directory(config: DictConfig) -> Path:
