@@ -120,5 +120,7 @@ def test_what_cannot_be_read_is_named(
     assert [run.path for run in find_runs(tmp_path)] == [pair[0].path]
     monkeypatch.chdir(tmp_path / "runs")
     assert main(["runs", "gqa"]) == 2 and "runs: no such folder" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="leave out --expected, --vanilla"):
+    with pytest.raises(ConfigError, match="leave out --expected"):
+        run_main(pair[0].path, pair[0].path, "--expected", "x")
+    with pytest.raises(ManifestError, match="x"):
         run_main(pair[0].path, pair[0].path, "--vanilla", "x")

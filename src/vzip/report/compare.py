@@ -1,7 +1,8 @@
 """A record beside what its recipe must produce, or beside another record.
 
   python -m vzip compare RUN            against its recipe's expected numbers and our own vanilla run
-  python -m vzip compare RUN OTHER      any two runs: scores, paired statistics on the same questions, settings
+  python -m vzip compare RUN OTHER      any two runs: scores, paired statistics on the same questions, settings; and how
+                                        much of what OTHER loses against vanilla RUN has won back
 
 RUN is a run directory or its run.json; `python -m vzip runs` lists them.
 """
@@ -62,16 +63,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints the comparison. Returns 0, or 1 if a number is out of its tolerance."""
+    if args.other is not None and args.expected is not None:
+        raise ConfigError("compare RUN OTHER holds two runs against each other; leave out --expected.")
     run = _run(args.run)
+    vanilla_path = args.vanilla or find_vanilla(run.record, args.run)
+    vanilla = None if vanilla_path is None else _run(vanilla_path)
     if args.other is not None:
-        if args.expected or args.vanilla:
-            raise ConfigError("compare RUN OTHER holds two runs against each other; leave out --expected, --vanilla.")
-        print_layout(lay_out_pair(run, _run(args.other)), Console())
+        print_layout(lay_out_pair(run, _run(args.other), vanilla), Console())
         return 0
     path = args.expected or find_expected(run.record, args.run)
     expectation = read_expected(path)
-    vanilla_path = args.vanilla or find_vanilla(run.record, args.run)
-    vanilla = None if vanilla_path is None else _run(vanilla_path)
     rows = compare(run, expectation, vanilla, _expectation_of_vanilla(expectation, path))
     _print(run.record, expectation, rows, vanilla_path)
     return 1 if any(row.verdict == "off" for row in rows) else 0

@@ -113,7 +113,9 @@ def compare_task(
 
 
 def match(rows: Rows, others: Rows, task: str) -> tuple[Rows, Rows]:
-    """The rows of two runs in one order, matched by question id.
+    """The rows of two runs in one order, that of their ids, matched by question id.
+
+    So the bootstrap draws the same questions for every pair of runs, in whatever order their files are.
 
     Raises:
         ManifestError: an id stands twice in one run or in one run only, or its question or target differs.
@@ -132,7 +134,8 @@ def match(rows: Rows, others: Rows, task: str) -> tuple[Rows, Rows]:
                     f"{task}, question {key[0]}: its {field} is {row.get(field)!r} in one run and"
                     f" {others_by_id[key].get(field)!r} in the other. Evaluate both on the same data."
                 )
-    return list(by_id.values()), [others_by_id[key] for key in by_id]
+    keys = sorted(by_id, key=lambda key: (isinstance(key[0], str), *key))  # ids are numbers or words
+    return [by_id[key] for key in keys], [others_by_id[key] for key in keys]
 
 
 def _by_id(rows: Rows, task: str) -> dict[tuple[Any, Any], Mapping[str, Any]]:

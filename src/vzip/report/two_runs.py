@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vzip.errors import ManifestError
 
+from .averages import Share, average_retention, recovered_share
 from .layout import Layout, Piece
 from .paired import Paired, compare_task
 from .record import Run, Score, answers_of, metrics_of, score_of
@@ -109,8 +110,18 @@ def _flat(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield from walk(name, record.get(name))
 
 
-def lay_out_pair(run: Run, other: Run) -> Layout:
+def primary(pairs: Sequence[TaskPair]) -> list[Paired]:
+    """Each task's primary metric, as far as it has a ratio."""
+    first = {pair.task: pair for pair in reversed(pairs)}
+    return [pair.paired for pair in reversed(first.values()) if pair.paired is not None]
+
+
+def lay_out_pair(run: Run, other: Run, vanilla: Run | None = None) -> Layout:
     """The comparison as a table, with what differs in the settings and what is provisional below it.
+
+    Args:
+        run, other: A and B.
+        vanilla: the uncompressed run of their model, to tell how much of B's loss A wins back.
 
     Raises:
         ManifestError: as ``compare_runs``.
@@ -119,6 +130,12 @@ def lay_out_pair(run: Run, other: Run) -> Layout:
     tasks = list(dict.fromkeys(pair.task for pair in pairs))
     blocks = tuple(tuple(_line(pair) for pair in pairs if pair.task == task) for task in tasks)
     remarks = [f"A: {run.path}", f"B: {other.path}", *_LEGEND]
+    average = average_retention(primary(pairs))
+    if average is not None and len(tasks) > 1:
+        blocks += ((_line_of_average(average),),)
+        remarks.append("average: over the tasks, of A / B of each one's first metric")
+    if vanilla is not None and (won := _won_back(run, other, vanilla)) is not None:
+        remarks.append(won)
     if any(pair.paired is not None and pair.paired.low is not None and not pair.paired.is_paired for pair in pairs):
         remarks.append(_UNPAIRED)
     remarks += dict.fromkeys(pair.unpaired_because for pair in pairs if pair.unpaired_because is not None)
@@ -155,6 +172,36 @@ def _line(pair: TaskPair) -> tuple[Piece, ...]:
         "" if paired.agreement is None else f"{100 * paired.agreement:.1f}",
     ]
     return (*(Piece(text) for text in texts), ratio, *(Piece(text) for text in rest))
+
+
+def _line_of_average(average: Share) -> tuple[Piece, ...]:
+    ratio = Piece(f"{100 * average.point:.1f}", not average.low <= 1 <= average.high)
+    cells = {"task": Piece("average"), "A / B %": ratio, "95 %": Piece(_percent(average))}
+    return tuple(cells.get(name, Piece()) for name in _HEAD)
+
+
+def _won_back(run: Run, other: Run, vanilla: Run) -> str | None:
+    """One line; None where the three runs have not answered the same questions, or B lost nothing."""
+    shared = [task for task in run.record["tasks"] if task in other.record["tasks"]]
+    both = [(_against(run, vanilla, task), _against(other, vanilla, task)) for task in shared]
+    known = [(ours, before) for ours, before in both if ours is not None and before is not None]
+    share = recovered_share([ours for ours, _ in known], [before for _, before in known])
+    if share is None or len(known) < len(shared):
+        return None
+    return (
+        f"of what B loses against vanilla ({vanilla.path}), averaged over the tasks, A has {100 * share.point:.0f} %"
+        f" [{_percent(share, 0)}] back"
+    )
+
+
+def _against(run: Run, vanilla: Run, task: str) -> Paired | None:
+    if task not in vanilla.record["tasks"]:
+        return None
+    return _pair(run, vanilla, task, metrics_of(run.record, task)[0]).paired
+
+
+def _percent(share: Share, digits: int = 1) -> str:
+    return f"{100 * share.low:.{digits}f} to {100 * share.high:.{digits}f}"
 
 
 def _number(value: float | None) -> str:
