@@ -60,6 +60,15 @@ def test_against_a_plain_loop() -> None:
         assert found.high == pytest.approx(values[-75], abs=0.1 * width)
 
 
+def test_a_task_without_a_ratio_leaves_no_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def two_tasks(name: str, second: float) -> Path:
+        content = record(scores=(0.4, second))
+        return put(tmp_path, name, content, [1.0] * 20 + [0.0] * 30).path.parent
+
+    assert run_main(two_tasks("a", 0.7), two_tasks("b", 0.0)) == 0
+    assert "average" not in capsys.readouterr().out
+
+
 def test_the_order_of_the_files_does_not_matter() -> None:
     def turned(which: int) -> list[Paired]:
         return [compared(task[which], task[0], samples(task[which])[::-1], samples(task[0])) for task in TASKS]
@@ -98,5 +107,8 @@ def test_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "average:" not in shown, "of one task there is no average"
     assert run_main(after, vanilla) == 0
     assert "A has" not in capsys.readouterr().out, "vanilla lost nothing"
+    better = one_task("better", "VisionZip", [1.0] * 50)
+    assert run_main(after, better) == 0
+    assert "cannot be told: B loses nothing outside the noise" in " ".join(capsys.readouterr().out.split())
     assert run_main(before, after, "--vanilla", vanilla) == 0
     assert "A has -100 %" in " ".join(capsys.readouterr().out.split())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,12 +110,6 @@ def _flat(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield from walk(name, record.get(name))
 
 
-def primary(pairs: Sequence[TaskPair]) -> list[Paired]:
-    """Each task's primary metric, as far as it has a ratio."""
-    first = {pair.task: pair for pair in reversed(pairs)}
-    return [pair.paired for pair in reversed(first.values()) if pair.paired is not None]
-
-
 def lay_out_pair(run: Run, other: Run, vanilla: Run | None = None) -> Layout:
     """The comparison as a table, with what differs in the settings and what is provisional below it.
 
@@ -130,12 +124,13 @@ def lay_out_pair(run: Run, other: Run, vanilla: Run | None = None) -> Layout:
     tasks = list(dict.fromkeys(pair.task for pair in pairs))
     blocks = tuple(tuple(_line(pair) for pair in pairs if pair.task == task) for task in tasks)
     remarks = [f"A: {run.path}", f"B: {other.path}", *_LEGEND]
-    average = average_retention(primary(pairs))
-    if average is not None and len(tasks) > 1:
+    first = [next(pair.paired for pair in pairs if pair.task == task) for task in tasks]
+    average = average_retention([paired for paired in first if paired is not None])
+    if average is not None and len(tasks) > 1 and None not in first:
         blocks += ((_line_of_average(average),),)
         remarks.append("average: over the tasks, of A / B of each one's first metric")
-    if vanilla is not None and (won := _won_back(run, other, vanilla)) is not None:
-        remarks.append(won)
+    if vanilla is not None and vanilla.path.resolve() not in (run.path.resolve(), other.path.resolve()):
+        remarks.append(_won_back(run, other, vanilla))
     if any(pair.paired is not None and pair.paired.low is not None and not pair.paired.is_paired for pair in pairs):
         remarks.append(_UNPAIRED)
     remarks += dict.fromkeys(pair.unpaired_because for pair in pairs if pair.unpaired_because is not None)
@@ -180,14 +175,16 @@ def _line_of_average(average: Share) -> tuple[Piece, ...]:
     return tuple(cells.get(name, Piece()) for name in _HEAD)
 
 
-def _won_back(run: Run, other: Run, vanilla: Run) -> str | None:
-    """One line; None where the three runs have not answered the same questions, or B lost nothing."""
+def _won_back(run: Run, other: Run, vanilla: Run) -> str:
     shared = [task for task in run.record["tasks"] if task in other.record["tasks"]]
     both = [(_against(run, vanilla, task), _against(other, vanilla, task)) for task in shared]
     known = [(ours, before) for ours, before in both if ours is not None and before is not None]
     share = recovered_share([ours for ours, _ in known], [before for _, before in known])
     if share is None or len(known) < len(shared):
-        return None
+        return (
+            f"how much of B's loss against vanilla ({vanilla.path}) A has won back cannot be told: B loses nothing"
+            " outside the noise, or the three did not answer the same questions"
+        )
     return (
         f"of what B loses against vanilla ({vanilla.path}), averaged over the tasks, A has {100 * share.point:.0f} %"
         f" [{_percent(share, 0)}] back"
