@@ -49,11 +49,12 @@ def test_against_a_plain_loop() -> None:
     before, after = against_vanilla(1), against_vanilla(2)
     retentions, shares = drawn_shares(3000)
     average, share = average_retention(after), recovered_share(after, before)
-    assert average is not None and share is not None
+    assert share is not None
     kept_before, kept_after = mean([mean(task[1]) for task in TASKS]), mean([mean(task[2]) for task in TASKS])
     assert average.point == pytest.approx(kept_after)
     assert share.point == pytest.approx((kept_after - kept_before) / (1 - kept_before))
     for found, values in ((average, retentions), (share, shares)):
+        assert found.low is not None and found.high is not None
         width = found.high - found.low
         assert found.low < found.point < found.high
         assert found.low == pytest.approx(values[75], abs=0.1 * width)
@@ -88,9 +89,17 @@ def test_what_has_no_share() -> None:
     before, after, nothing_lost = (against_vanilla(which) for which in (1, 2, 0))
     assert recovered_share(before, nothing_lost) is None, "nothing was lost"
     assert recovered_share(after, before[:1]) is None, "not the same tasks"
-    assert recovered_share([], []) is None and average_retention([]) is None
-    unpaired = [after[0], replace(after[1], is_paired=False)]
-    assert recovered_share(unpaired, before) is None and average_retention(unpaired) is None
+    assert recovered_share([], []) is None
+    assert recovered_share([after[0], replace(after[1], is_paired=False)], before) is None
+
+
+def test_an_average_without_draws_of_every_task_has_no_interval() -> None:
+    after = against_vanilla(2)
+    found = average_retention([after[0], replace(after[1], resampled=None)])
+    assert found.point == pytest.approx(mean([mean(task[2]) for task in TASKS])) and (found.low, found.high) == (
+        None,
+        None,
+    )
 
 
 def test_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,17 +14,17 @@ from .stats import percentile_interval
 
 @dataclass(frozen=True)
 class Share:
-    """A share with its 95 % interval; 1 is all."""
+    """A share, 1 is all, with its 95 % interval; None where a task gives nothing to take one from."""
 
     point: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
 
-def average_retention(tasks: Sequence[Paired]) -> Share | None:
-    """The mean over tasks of ours / other; None unless every task was compared on the same questions."""
-    if not _on_the_same_questions(tasks):
-        return None
+def average_retention(tasks: Sequence[Paired]) -> Share:
+    """The mean over one or more tasks of ours / other, with the interval of that mean."""
+    if any(task.resampled is None for task in tasks):
+        return Share(_point(tasks))
     return Share(_point(tasks), *percentile_interval(_resampled(tasks)))
 
 
@@ -41,7 +41,7 @@ def recovered_share(tasks: Sequence[Paired], before: Sequence[Paired]) -> Share 
     Returns:
         None where there is no loss outside the noise, or not every task was compared on the same questions.
     """
-    if len(tasks) != len(before) or not (_on_the_same_questions(tasks) and _on_the_same_questions(before)):
+    if not tasks or len(tasks) != len(before) or not all(task.is_paired for task in (*tasks, *before)):
         return None
     after_draws, before_draws = _resampled(tasks), _resampled(before)
     if percentile_interval(before_draws)[1] >= 1:
@@ -50,10 +50,6 @@ def recovered_share(tasks: Sequence[Paired], before: Sequence[Paired]) -> Share 
         draws = (after_draws - before_draws) / (1 - before_draws)
     point = (_point(tasks) - _point(before)) / (1 - _point(before))
     return Share(point, *percentile_interval(draws))
-
-
-def _on_the_same_questions(tasks: Sequence[Paired]) -> bool:
-    return bool(tasks) and all(task.is_paired and task.resampled is not None for task in tasks)
 
 
 def _point(tasks: Sequence[Paired]) -> float:

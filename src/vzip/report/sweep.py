@@ -14,10 +14,10 @@ import numpy as np
 from vzip.analysis.plots import Point, plot_retention
 from vzip.errors import ManifestError
 
+from .averages import average_retention
 from .layout import Layout, Piece, to_markdown
 from .paired import Paired, compare_task
 from .record import Run, Score, answers_of, is_vanilla_of, primary_scores, unit_factor
-from .stats import percentile_interval
 
 FILES = ("summary.md", "summary.csv", "retention.png")
 
@@ -114,12 +114,9 @@ def _line(job: Job, run: Run, runs: Sequence[Run]) -> Line:
     pairs = [pair for pair in found if pair is not None]
     if not pairs:
         return Line(job, scores, average, remark="the vanilla run scored 0 everywhere, so there is no ratio to it")
-    retention = 100 * float(np.mean([pair.retention for pair in pairs]))
-    draws = [pair.resampled for pair in pairs if pair.resampled is not None]
-    if len(draws) < len(pairs):
-        return Line(job, scores, average, retention)
-    low, high = (100 * bound for bound in percentile_interval(np.mean(draws, axis=0)))
-    return Line(job, scores, average, retention, low, high)
+    kept = average_retention(pairs)
+    low, high = (None if bound is None else 100 * bound for bound in (kept.low, kept.high))
+    return Line(job, scores, average, 100 * kept.point, low, high)
 
 
 def _paired(run: Run, vanilla: Run, task: str) -> Paired | None:

@@ -6,13 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
+from .averages import average_retention
 from .costs import Bench, Cost, cost_of_bench, cost_of_run, cost_of_training
 from .paired import Paired, compare_task
 from .paper_tables import AVERAGE, Column, Mismatch, PaperTable, Row
 from .record import Run, answers_of, is_vanilla_of, score_of, unit_factor
-from .stats import percentile_interval
 
 # 95 % of a normal distribution lie within this many standard errors.
 NORMAL_95 = 1.96
@@ -233,16 +231,13 @@ def _newest(runs: Iterable[Run]) -> Run | None:
 def _average(table: PaperTable, row: Row, cells: Sequence[FilledCell]) -> FilledAverage | None:
     if not table.average_over:
         return None
-    used = [c for c in cells if c.column.key in table.average_over and c.ratio is not None]
-    ours = low = high = None
-    if used:
-        ours = 100 * float(np.mean([c.ratio for c in used]))
-        draws = [c.paired.resampled for c in used if c.paired is not None and c.paired.resampled is not None]
-        if len(draws) == len(used):
-            low, high = (100 * bound for bound in percentile_interval(np.mean(draws, axis=0)))
+    used = [(c.column.key, c.paired) for c in cells if c.column.key in table.average_over and c.paired is not None]
+    kept = average_retention([paired for _, paired in used]) if used else None
+    bounds = (None, None, None) if kept is None else (kept.point, kept.low, kept.high)
+    ours, low, high = (None if bound is None else 100 * bound for bound in bounds)
     return FilledAverage(
         row.average,
-        table.average(row, [c.column.key for c in used]) if used else None,
+        table.average(row, [key for key, _ in used]) if used else None,
         ours,
         low,
         high,

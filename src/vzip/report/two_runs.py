@@ -125,9 +125,9 @@ def lay_out_pair(run: Run, other: Run, vanilla: Run | None = None) -> Layout:
     blocks = tuple(tuple(_line(pair) for pair in pairs if pair.task == task) for task in tasks)
     remarks = [f"A: {run.path}", f"B: {other.path}", *_LEGEND]
     first = [next(pair.paired for pair in pairs if pair.task == task) for task in tasks]
-    average = average_retention([paired for paired in first if paired is not None])
-    if average is not None and len(tasks) > 1 and None not in first:
-        blocks += ((_line_of_average(average),),)
+    paired = [pair for pair in first if pair is not None and pair.is_paired]
+    if len(tasks) > 1 and len(paired) == len(tasks):
+        blocks += ((_line_of_average(average_retention(paired)),),)
         remarks.append("average: over the tasks, of A / B of each one's first metric")
     if vanilla is not None and vanilla.path.resolve() not in (run.path.resolve(), other.path.resolve()):
         remarks.append(_won_back(run, other, vanilla))
@@ -170,7 +170,10 @@ def _line(pair: TaskPair) -> tuple[Piece, ...]:
 
 
 def _line_of_average(average: Share) -> tuple[Piece, ...]:
-    ratio = Piece(f"{100 * average.point:.1f}", not average.low <= 1 <= average.high)
+    ratio = Piece(
+        f"{100 * average.point:.1f}",
+        average.low is not None and average.high is not None and not average.low <= 1 <= average.high,
+    )
     cells = {"task": Piece("average"), "A / B %": ratio, "95 %": Piece(_percent(average))}
     return tuple(cells.get(name, Piece()) for name in _HEAD)
 
@@ -198,7 +201,11 @@ def _against(run: Run, vanilla: Run, task: str) -> Paired | None:
 
 
 def _percent(share: Share, digits: int = 1) -> str:
-    return f"{100 * share.low:.{digits}f} to {100 * share.high:.{digits}f}"
+    return (
+        ""
+        if share.low is None or share.high is None
+        else f"{100 * share.low:.{digits}f} to {100 * share.high:.{digits}f}"
+    )
 
 
 def _number(value: float | None) -> str:
