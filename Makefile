@@ -1,31 +1,30 @@
 # Everything starts here; each target does what it needs first, and does nothing twice.
 PYTHON ?= python3
 VENV   ?= .venv
-# Another set of extras: make install EXTRAS=train,sweep,eval,quant,dev (a stamp per set, so a change reinstalls).
-EXTRAS ?= train,sweep,eval,dev
+# Another set of extras: make install EXTRAS=train,sweep,eval,dev (a stamp per set, so a change reinstalls).
+EXTRAS ?= train,sweep,eval,quant,dev
 # lmms-eval without its own pins (see pyproject.toml). Empty it, with EXTRAS=...,eval-full, to take lmms-eval's dependencies too.
 LMMS_EVAL ?= lmms-eval==0.7.3
 FLOOR  ?= transformers==5.17.0
 
-PIP    = $(VENV)/bin/python -m pip --disable-pip-version-check
+pip    = $(1)/bin/python -m pip --disable-pip-version-check
 comma := ,
 STAMP  = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
-VENV_FLOOR = .venv-floor
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check test-floor tiny clean
+.PHONY: help install demo test test-all check test-floor test-latest lock tiny clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-install: $(STAMP)  ## create .venv with everything (about two minutes; nothing to do the second time)
+install: $(STAMP)  ## create .venv with everything, each version as in lock.txt (about three minutes; nothing to do the second time)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml lock.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "vzip needs Python >= 3.11 and '$(PYTHON)' is older: make install PYTHON=python3.11"; exit 1; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt -e '.[$(EXTRAS)]'
-	$(if $(LMMS_EVAL),$(PIP) install -q --no-deps -c constraints.txt '$(LMMS_EVAL)')
+	$(call pip,$(VENV)) install -q -c lock.txt -e '.[$(EXTRAS)]'
+	$(if $(LMMS_EVAL),$(call pip,$(VENV)) install -q --no-deps -c lock.txt '$(LMMS_EVAL)')
 	@touch $@
 
 demo: install  ## evaluate the built-in model on its benchmark and print the table (no network, no GPU)
@@ -34,26 +33,41 @@ demo: install  ## evaluate the built-in model on its benchmark and print the tab
 test: install  ## the fast tests
 	$(VENV)/bin/python -m pytest
 
-check: install  ## ruff, format and types
+check: install  ## ruff, format, types, and that what is installed is what lock.txt says
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/python scripts/check_lock.py lock.txt
 
-# huggingface-hub<2 and everything else that transformers' floor wants is left to pip: no constraints file here but torch's line.
-test-floor: $(VENV_FLOOR)/.installed  ## the fast tests with the oldest transformers supported, in a second environment
-	$(VENV_FLOOR)/bin/python -m pytest
+# Needs uv on its own, so that a broken .venv cannot hinder making the lock anew. No host and no path may enter the file.
+lock:  ## write lock.txt anew: the newest versions that pyproject.toml allows, for Python 3.11 to 3.13
+	test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && $(call pip,.venv-lock) install -q uv; }
+	UV_CUSTOM_COMPILE_COMMAND='make lock' .venv-lock/bin/uv pip compile -q --upgrade --universal --python-version 3.11 \
+	  --fork-strategy fewest --no-emit-index-url --no-emit-find-links --all-extras pyproject.toml -o lock.txt
 
-$(VENV_FLOOR)/.installed: pyproject.toml constraints.txt
-	test -x $(VENV_FLOOR)/bin/python || $(PYTHON) -m venv $(VENV_FLOOR)
-	grep -vE '^transformers==' constraints.txt > $(VENV_FLOOR)/constraints.txt
-	echo '$(FLOOR)' >> $(VENV_FLOOR)/constraints.txt
-	$(VENV_FLOOR)/bin/python -m pip --disable-pip-version-check install -q -c $(VENV_FLOOR)/constraints.txt -e '.[$(EXTRAS)]'
-	$(if $(LMMS_EVAL),$(VENV_FLOOR)/bin/python -m pip --disable-pip-version-check install -q --no-deps '$(LMMS_EVAL)')
+# Two environments beside .venv tell drift from breakage: the oldest transformers, and the newest of everything.
+# The locked versions do not hold in the first (that transformers needs an older hub client); only torch's does.
+test-floor: .venv-floor/.installed  ## the fast tests with the oldest transformers supported, in an environment of their own
+	.venv-floor/bin/python -m pytest
+
+.venv-floor/.installed: pyproject.toml lock.txt
+	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
+	grep -E '^torch==' lock.txt > .venv-floor/constraints.txt
+	echo '$(FLOOR)' >> .venv-floor/constraints.txt
+	$(call pip,.venv-floor) install -q -c .venv-floor/constraints.txt -e '.[$(EXTRAS)]'
+	$(if $(LMMS_EVAL),$(call pip,.venv-floor) install -q --no-deps '$(LMMS_EVAL)')
 	@touch $@
+
+test-latest:  ## the fast tests with the newest of everything that pyproject.toml allows, in an environment made anew
+	rm -rf .venv-latest
+	$(PYTHON) -m venv .venv-latest
+	$(call pip,.venv-latest) install -q --upgrade -e '.[$(EXTRAS)]'
+	$(if $(LMMS_EVAL),$(call pip,.venv-latest) install -q --no-deps '$(LMMS_EVAL)')
+	.venv-latest/bin/python -m pytest
 
 tiny: install  ## train the built-in model again, data and weights, from its seed (106 minutes on two shared cores)
 	$(VENV)/bin/python -m vzip.demo.train_tiny
 
 clean:  ## remove the environments and caches; runs/ stays
-	rm -rf .venv .venv-floor build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
+	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -86,6 +86,7 @@ BOOL = Rule("true or false", lambda v: isinstance(v, bool))
 TOP: Mapping[str, Rule] = {
     "recipe": optional(text("the name of a file in configs/exp")),
     "seed": whole_number(0),
+    "dry_run": BOOL,
     "overwrite": BOOL,
 }
 

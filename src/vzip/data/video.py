@@ -115,7 +115,7 @@ def _import_av() -> ModuleType:
         import av
     except ImportError as error:
         raise MissingPackageError(
-            f"Videos are read with PyAV, which cannot be imported ({error}): pip install -c constraints.txt"
+            f"Videos are read with PyAV, which cannot be imported ({error}): pip install -c lock.txt"
             " -e '.[video]', or pip install av."
         ) from error
     return av

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .resume import AnswerStore
 
 INSTALL_HINT = (
-    "run `make install`, or: pip install -c constraints.txt -e '.[eval]' && pip install --no-deps lmms-eval==0.7.3"
+    "run `make install`, or: pip install -c lock.txt -e '.[eval]' && pip install --no-deps lmms-eval==0.7.3"
 )
 
 try:

@@ -72,7 +72,7 @@ def check_peft_checkpoint(adapter_path: str | Path) -> None:
         raise UnsupportedModelError(
             f"model.adapter_path={adapter_path}: beside its layers it holds whole modules (modules_to_save: {modules}),"
             f" which transformers {transformers.__version__} does not put in their places; transformers"
-            f" {_PLACES_WHOLE_MODULES} does. Upgrade it: pip install -c constraints.txt transformers."
+            f" {_PLACES_WHOLE_MODULES} does. Upgrade it: pip install -c lock.txt transformers."
         )
 
 
