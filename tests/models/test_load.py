@@ -116,7 +116,7 @@ def test_a_hub_id_without_network_says_how_to_use_a_copy(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("vzip.errors.CheckpointError: model.name_or_path=llava-hf/llava-1.5-7b-hf")
-    assert "network" in last and "model.name_or_path=DIR" in last
+    assert "network" in last and "HF_HUB_OFFLINE=1" in last and "model.name_or_path=DIR" in last
 
 
 def test_missing_and_damaged_weights_are_named(copy):

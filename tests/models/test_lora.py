@@ -125,6 +125,6 @@ def test_what_is_no_peft_checkpoint_is_refused_before_weights_are_read(base, lor
     PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM").save_pretrained(lora)
     refused("adds tokens to the prompt", UnsupportedModelError)
     (lora / "adapter_config.json").write_text("{")
-    refused("neither a directory")
+    refused("not a readable PEFT checkpoint")
     (lora / "adapter_config.json").unlink()
     refused("no adapter_config.json")

@@ -20,7 +20,8 @@ from vzip.compressors import Compressor, VisionZip
 from vzip.errors import CheckpointError, ConfigError
 from vzip.models.adapters import Adapter, adapter_for_model
 from vzip.models.fresh import new_image_processor
-from vzip.models.load import load_vlm
+from vzip.models.hub import Checkpoint
+from vzip.models.load import load_vlm, resolve_checkpoint
 from vzip.models.towers import geometry_from_config
 
 TOWER_ONLY_SELECT_LAYER = -2
@@ -142,7 +143,8 @@ def _load_tower(model: BenchModel, device: torch.device, dtype: torch.dtype) -> 
 
     loader = SiglipVisionModel if model.config.model_type == "siglip_vision_model" else CLIPVisionModel
     try:
-        loaded = loader.from_pretrained(model.checkpoint, dtype=dtype, attn_implementation="sdpa")
+        directory = Checkpoint(resolve_checkpoint(model.checkpoint)).fetch_weights()
+        loaded = loader.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
     except OSError as error:
         raise CheckpointError(
             f"model={model.name} weights=pretrained: {model.checkpoint} could not be loaded ({error}); without a "

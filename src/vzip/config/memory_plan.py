@@ -14,7 +14,7 @@ from vzip.config.options import config_dir
 from vzip.config.overrides import check_overrides
 from vzip.config.training import FROM_SCRATCH, launch_of, settings_of, tuning_plan
 from vzip.config.validate import build_compressor, validate
-from vzip.errors import CheckpointError, ConfigError
+from vzip.errors import ConfigError
 
 if TYPE_CHECKING:
     from vzip.memory.estimate import ModelShape
@@ -155,7 +155,8 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
     from vzip.bench.shapes import SHAPES
     from vzip.memory.estimate import ModelShape
     from vzip.models.adapters import FamilyOptions, adapter_class_for_config
-    from vzip.models.load import read_config, resolve_checkpoint
+    from vzip.models.hub import Checkpoint
+    from vzip.models.load import reach, read_config, resolve_checkpoint
 
     if model["adapter_path"] is not None:
         raise ConfigError(
@@ -167,13 +168,8 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
         config = known[model["name_or_path"]]().config
     else:
         source = resolve_checkpoint(model["name_or_path"])
-        try:
-            config = read_config(source, model["revision"])
-        except OSError as error:
-            raise CheckpointError(
-                f"model.name_or_path={source}: its config.json can be had neither from the local cache nor from the hub"
-                f" ({str(error).splitlines()[0]})."
-            ) from error
+        checkpoint = Checkpoint(source, model["revision"], key="model.name_or_path")
+        config = reach(source, lambda: read_config(checkpoint.directory))
     options = FamilyOptions(**{key: model[key] for key in ("drop_padding", "row_newline", "drop_cls")})
     built = build_compressor(compressor)
     adapter_class_for_config(config).check_settings(config, built, options, model["num_frames"])

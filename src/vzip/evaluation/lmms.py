@@ -38,9 +38,7 @@ if TYPE_CHECKING:
 
     from .resume import AnswerStore
 
-INSTALL_HINT = (
-    "run `make install`, or: pip install -c lock.txt -e '.[eval]' && pip install --no-deps lmms-eval==0.7.3"
-)
+INSTALL_HINT = "run `make install`, or: pip install -c lock.txt -e '.[eval]' && pip install --no-deps lmms-eval==0.7.3"
 
 try:
     from lmms_eval.api.instance import Instance

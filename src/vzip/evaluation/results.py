@@ -147,9 +147,9 @@ def build_record(
 def _model_entry(vlm: CompressedVlm) -> dict[str, Any]:
     model = vlm.model
     return {
-        "name_or_path": model.name_or_path,
+        "name_or_path": vlm.name_or_path,
         "revision": vlm.revision,
-        "weights_sha256": provenance.weights_sha256(model.name_or_path),
+        "weights_sha256": provenance.weights_sha256(vlm.name_or_path),
         "class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),

@@ -47,8 +47,8 @@ def settings_of(vlm: CompressedVlm, config: Mapping[str, Any] | None, **settings
     if "eval" in asked:
         asked["eval"] = {key: value for key, value in asked["eval"].items() if key not in _NOT_ASKED_OF_EVAL}
     deciding = {
-        "model": [model.name_or_path, type(model).__name__, str(model.dtype), model.num_parameters()],
-        "weights": provenance.weights_sha256(model.name_or_path),
+        "model": [vlm.name_or_path, type(model).__name__, str(model.dtype), model.num_parameters()],
+        "weights": provenance.weights_sha256(vlm.name_or_path),
         "chat_template": getattr(vlm.processor, "chat_template", None),
         "config": asked,
         "compressor": repr(vlm.compressor),

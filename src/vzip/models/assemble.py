@@ -26,6 +26,7 @@ from vzip.errors import CheckpointError, UnsupportedModelError
 from .adapters import Adapter, adapter_class_for_config
 from .freeze import initialise_anew
 from .fresh import family_config, new_processor
+from .hub import Checkpoint
 from .load import check_complete, reach, resolve_checkpoint
 from .towers import geometry_from_config
 from .tuned import atomic_directory
@@ -62,16 +63,19 @@ def assemble(tower: str | Path, language_model: str | Path, out: Path, seed: int
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists already; name a new directory.")
-    tower, language_model = resolve_checkpoint(tower), resolve_checkpoint(language_model)
-    vision_config = _vision_config(tower)
+    given = [Checkpoint(resolve_checkpoint(name)) for name in (tower, language_model)]
+    tower_dir, text_dir = [checkpoint.directory for checkpoint in given]
+    vision_config = _vision_config(tower_dir)
     geometry = geometry_from_config(vision_config)
-    image_processor, tokenizer = _image_processor(tower, geometry.has_cls), _tokenizer(language_model)
-    text = reach(language_model, lambda: AutoModelForCausalLM.from_pretrained(language_model, dtype="auto"))
+    image_processor, tokenizer = _image_processor(tower_dir, geometry.has_cls), _tokenizer(text_dir)
+    for checkpoint in given:
+        checkpoint.fetch_weights()
+    text = reach(text_dir, lambda: AutoModelForCausalLM.from_pretrained(text_dir, dtype="auto"))
     vision, report = reach(
-        tower,
-        lambda: AutoModel.from_pretrained(tower, config=vision_config, dtype=text.dtype, output_loading_info=True),
+        tower_dir,
+        lambda: AutoModel.from_pretrained(tower_dir, config=vision_config, dtype=text.dtype, output_loading_info=True),
     )
-    check_complete(tower, report)
+    check_complete(tower_dir, report)
 
     config = family_config(
         "llava",
@@ -102,12 +106,12 @@ def assemble(tower: str | Path, language_model: str | Path, out: Path, seed: int
         processor.save_pretrained(work)
 
 
-def _vision_config(tower: Path | str) -> Any:
+def _vision_config(tower: Path) -> Any:
     config = reach(tower, lambda: AutoConfig.from_pretrained(tower))
     return getattr(config, "vision_config", config)
 
 
-def _tokenizer(language_model: Path | str) -> PreTrainedTokenizerBase:
+def _tokenizer(language_model: Path) -> PreTrainedTokenizerBase:
     """The language model's, with the placeholder and a padding token.
 
     Raises:
@@ -147,7 +151,7 @@ def _take_over(adapter: Adapter, vision: nn.Module, text: Any) -> None:
     adapter.model.tie_weights()
 
 
-def _image_processor(tower: Path | str, is_clip: bool) -> Any:
+def _image_processor(tower: Path, is_clip: bool) -> Any:
     """The tower's own; None where it has none and CLIP's usual one will do.
 
     Raises:

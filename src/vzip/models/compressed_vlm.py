@@ -77,6 +77,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         self.training = hf_model.training
         self.processor = processor
         self.preprocess = preprocess
+        self.name_or_path: str = hf_model.name_or_path
         self.revision: str | None = None
         self.last_num_visual_tokens: list[int] = []
         self.compressor = compressor

@@ -1,47 +1,107 @@
-"""Files of a hub's repository: from the network where there is one, else from the local cache."""
+"""Checkpoints on disk: a directory as it is, a hub's repository fetched, or taken from the local cache."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 
-import httpx
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 
 from vzip.errors import CheckpointError
 
+# Base of all that the hub's client raises for a request that fails: of httpx up to its version 1, of httpx2 from 2 on.
+HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Of the one request that finds out whether the hub can be reached.
+TIMEOUT_S = 5.0
+_SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
 
-def resolve_revision(source: Path | str, revision: str | None) -> str | None:
-    """The commit that a branch or tag of a hub id stands for (without network: in the cache); None for a directory.
 
-    All files are then read from that commit, and records name it. Raises what the hub's client raises.
+class Checkpoint:
+    """The files of a checkpoint, brought to this machine as they are needed.
+
+    The hub is asked once, with a short time limit. If it cannot be reached, everything comes from the local cache. All
+    files are of one commit.
+
+    Attributes:
+        source: a directory, or a hub id (owner and name).
+        revision: branch, tag or commit of a hub id; None: the main branch.
     """
-    if isinstance(source, Path):
-        return None
-    return Path(hf_hub_download(source, "config.json", revision=revision)).parent.name
 
+    def __init__(self, source: Path | str, revision: str | None = None, key: str | None = None) -> None:
+        """Reaches for nothing yet.
 
-def fetch(hub_id: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """The local folder of a repository's files.
+        Args:
+            source, revision: see the class.
+            key: the setting that named it, for messages.
+        """
+        self.source = source
+        self.revision = revision
+        self._key = key
 
-    Args:
-        hub_id: owner and name.
-        patterns: of the files that are needed.
-        revision: branch, tag or commit.
+    @cached_property
+    def directory(self) -> Path:
+        """Where its small files are: configuration, processor, tokenizer.
 
-    Raises:
-        CheckpointError: they cannot be fetched, and the cache has no folder of that revision.
-    """
-    download = partial(snapshot_download, hub_id, revision=revision, allow_patterns=list(patterns))
-    try:
-        return Path(download())
-    except (OSError, ValueError, httpx.TransportError) as error:
-        # The client looks into its cache by itself for branches, but not, in all versions, for commits.
+        Raises:
+            CheckpointError: neither the hub nor the local cache has them.
+        """
+        return self.source if isinstance(self.source, Path) else self.fetch(_SETTINGS)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that all files are of; None for a directory. Raises as ``directory``."""
+        return None if isinstance(self.source, Path) else self.directory.name
+
+    def fetch_weights(self) -> Path:
+        """Brings the weights, in one format if the repository has two; returns ``directory``. Raises as it does."""
+        if isinstance(self.source, Path):
+            return self.source
+        names, _ = self._reached
+        names = names or [path.name for path in self.directory.iterdir()]
+        has_safetensors = any(name.endswith(".safetensors") for name in names)
+        return self.fetch((*_SETTINGS, "*.safetensors" if has_safetensors else "*.bin"), self.commit)
+
+    def fetch(self, patterns: Sequence[str], commit: str | None = None) -> Path:
+        """The local folder with a repository's files of these patterns.
+
+        Args:
+            patterns: of the files that are needed.
+            commit: that they are of; None: what ``revision`` stands for, which the cache then remembers.
+
+        Raises:
+            CheckpointError: neither the hub nor the local cache has them.
+        """
+        hub_id = str(self.source)
+        _, problem = self._reached
         try:
-            return Path(download(local_files_only=True))
-        except (OSError, ValueError):
-            first_line = str(error).strip().splitlines()[0]
+            return Path(
+                snapshot_download(
+                    hub_id,
+                    revision=commit or self.revision,
+                    allow_patterns=list(patterns),
+                    local_files_only=problem is not None,
+                )
+            )
+        except (HttpError, OSError, ValueError) as error:
+            reason = str(problem or error).strip().splitlines() or [type(problem or error).__name__]
+            name = f"{self._key}={hub_id}" if self._key else hub_id
+            at = f" at revision {self.revision}" if self.revision else ""
             raise CheckpointError(
-                f"{hub_id} is neither in the local cache nor could it be fetched from the hub ({first_line})."
+                f"{name}: the checkpoint{at} is neither in the local cache ({constants.HF_HUB_CACHE}) nor could it be"
+                f" fetched from the hub ({reason[0]}). Check name, revision and network. On a machine without a"
+                " network: fetch it elsewhere and bring that cache here (HF_HOME=DIR HF_HUB_OFFLINE=1), or give a"
+                f" directory instead, as {self._key or 'model.name_or_path'}=DIR."
             ) from error
+
+    @cached_property
+    def _reached(self) -> tuple[list[str], Exception | None]:
+        """The hub's list of the files, asked for once; or no names, and what went wrong."""
+        try:
+            info = HfApi().model_info(str(self.source), revision=self.revision, timeout=TIMEOUT_S)
+        except (HttpError, OSError, ValueError) as error:
+            return [], error
+        return [sibling.rfilename for sibling in info.siblings or ()], None

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import httpx
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, ProcessorMixin
@@ -23,7 +21,7 @@ from vzip.errors import CheckpointError, ConfigError, VzipError, nearest
 from .adapters import Adapter, FamilyOptions, adapter_class_for_config
 from .compressed_vlm import CompressedVlm
 from .environment import refuse_broken_packages
-from .hub import resolve_revision
+from .hub import HUB_ID, Checkpoint
 from .lora import apply_peft_checkpoint, check_peft_checkpoint
 from .mini_gemini.published import find_published
 from .quantization import QUANTIZATIONS, compute_dtype, modules_outside, quantization_config
@@ -38,7 +36,6 @@ DTYPES: dict[str, str | torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -98,45 +95,44 @@ def load_vlm(
     source = resolve_checkpoint(name_or_path)
     compressor = Identity() if compressor is None else compressor
 
-    revision = reach(source, lambda: resolve_revision(source, revision))
-    config = reach(source, lambda: read_config(source, revision))
+    checkpoint = Checkpoint(source, revision, key="model.name_or_path")
+    directory = checkpoint.directory
+    config = reach(source, lambda: read_config(directory))
     adapter_class = adapter_class_for_config(config)
     options = FamilyOptions(drop_padding, row_newline, drop_cls)
     adapter_class.check_settings(config, compressor, options, num_frames)
-    if isinstance(source, Path):
-        _check_weight_files(source)
     if adapter_path is not None:
         check_peft_checkpoint(adapter_path)
     if projector is not None:
         read_header(projector)
+    _check_weight_files(checkpoint.fetch_weights())
 
     settings: dict[str, Any] = {
-        "revision": revision,
         "dtype": DTYPES[dtype],
         "device_map": device_map,
         "attn_implementation": attn_implementation,
     }
     if quantization is not None:
         settings |= _quantization_settings(adapter_class, config, quantization, dtype)
-    processor = _load_processor(adapter_class, source, revision)
+    processor = _load_processor(adapter_class, directory)
     # Sizes that differ are let through here only to be refused below together with what is missing.
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = reach(source, lambda: adapter_class.load_model(source, config, **settings))
+    model, report = reach(source, lambda: adapter_class.load_model(directory, config, **settings))
     check_complete(source, report)
     if adapter_path is not None:
         apply_peft_checkpoint(model, adapter_path)
     model.eval()
     vlm = CompressedVlm(model, compressor, processor, preprocess, drop_padding, row_newline, num_frames, drop_cls)
-    vlm.revision = revision
+    vlm.name_or_path, vlm.revision = str(source), checkpoint.commit
     if projector is not None:
         apply_tuned(vlm.adapter, compressor, projector)
     return vlm
 
 
-def read_config(source: Path | str, revision: str | None = None) -> Any:
+def read_config(directory: Path) -> Any:
     """The configuration of a checkpoint, in Hugging Face's layout or in Mini-Gemini's own; raises what they raise."""
-    published = find_published(source, revision)
-    return AutoConfig.from_pretrained(source, revision=revision) if published is None else published.config()
+    published = find_published(directory)
+    return AutoConfig.from_pretrained(directory) if published is None else published.config()
 
 
 def resolve_checkpoint(name_or_path: str | Path) -> Path | str:
@@ -160,7 +156,7 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path | str:
         return path
     if path.is_file():
         raise CheckpointError(f"model.name_or_path={name_or_path}: is a file; a checkpoint is a directory.")
-    if isinstance(name_or_path, Path) or not _HUB_ID.fullmatch(name_or_path) or path.parent.is_dir():
+    if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name_or_path) or path.parent.is_dir():
         raise CheckpointError(
             f"model.name_or_path={name_or_path}: no such directory. Give a checkpoint directory, a hub id such"
             f" as llava-hf/llava-1.5-7b-hf, or {BUILT_IN_NAME}."
@@ -184,20 +180,14 @@ def _check_choice(key: str, value: object, allowed: Any, *more: str) -> None:
 
 
 def reach(source: Path | str, load: Any) -> Any:
-    """Runs a Hugging Face loader and turns what it raises for absent or unreadable checkpoints into ours."""
+    """Runs a Hugging Face loader on files of this machine and turns what it raises for unreadable ones into ours."""
     try:
         return load()
     except VzipError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError, httpx.TransportError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(source, Path):
-            raise CheckpointError(f"{source}: the checkpoint cannot be loaded ({first_line}).") from error
-        raise CheckpointError(
-            f"model.name_or_path={source}: the checkpoint is neither in the local cache nor could it be fetched from"
-            f" the hub ({first_line}). Check the name and the network, or download it elsewhere and point to it with"
-            " model.name_or_path=DIR (model=llava_local on the command line)."
-        ) from error
+        raise CheckpointError(f"{source}: the checkpoint cannot be loaded ({first_line}).") from error
 
 
 def _check_weight_files(directory: Path) -> None:
@@ -235,10 +225,10 @@ def check_complete(source: Path | str, report: dict[str, Any]) -> None:
         )
 
 
-def _load_processor(adapter_class: type[Adapter], source: Path | str, revision: str | None) -> ProcessorMixin | None:
+def _load_processor(adapter_class: type[Adapter], directory: Path) -> ProcessorMixin | None:
     """The checkpoint's processor; None for a directory that holds none of its files."""
     files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
-    if isinstance(source, Path) and not any((source / name).is_file() for name in files):
-        _LOG.warning("%s holds no processor; the model takes tensors only.", source)
+    if not any((directory / name).is_file() for name in files):
+        _LOG.warning("%s holds no processor; the model takes tensors only.", directory)
         return None
-    return reach(source, lambda: adapter_class.load_processor(source, revision))
+    return reach(directory, lambda: adapter_class.load_processor(directory))

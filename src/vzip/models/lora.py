@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from vzip.errors import CheckpointError, MissingPackageError, UnsupportedModelError
 
-from .hub import fetch
+from .hub import HUB_ID, Checkpoint
 
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # LLaVA's own training code keeps its projector here, under names of its own.
@@ -55,12 +55,12 @@ def check_peft_checkpoint(adapter_path: str | Path) -> None:
                 f"model.adapter_path={path}: holds {_OTHER_WEIGHTS}, weights in the names of LLaVA's own code, which"
                 " would be left out. Convert the checkpoint: save those modules with PEFT's modules_to_save."
             )
+    folder = _folder(adapter_path)
     try:
-        config = PeftConfig.from_pretrained(str(path if path.is_dir() else adapter_path))
+        config = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"model.adapter_path={adapter_path}: neither a directory with a PEFT checkpoint nor one that could be"
-            f" fetched from the hub ({_first_line(error)})."
+            f"model.adapter_path={adapter_path}: not a readable PEFT checkpoint ({_first_line(error)})."
         ) from error
     if config.is_prompt_learning:
         raise UnsupportedModelError(
@@ -82,8 +82,7 @@ def peft_weights_sha256(adapter_path: str | Path) -> str:
     Raises:
         CheckpointError: there are none, or they cannot be fetched.
     """
-    path = Path(adapter_path).expanduser()
-    folder = path if path.is_dir() else fetch(str(adapter_path), _WEIGHT_FILES)
+    folder = _folder(adapter_path)
     files = [folder / name for name in _WEIGHT_FILES if (folder / name).is_file()]
     if not files:
         raise CheckpointError(f"model.adapter_path={adapter_path}: holds no weights ({', '.join(_WEIGHT_FILES)}).")
@@ -100,9 +99,8 @@ def apply_peft_checkpoint(model: PreTrainedModel, adapter_path: str | Path) -> N
     Raises:
         CheckpointError: tensors that are missing, unexpected or of another size, or layers the model does not have.
     """
-    path = Path(adapter_path).expanduser()
     try:
-        report = model.load_adapter(str(path if path.is_dir() else adapter_path))
+        report = model.load_adapter(str(_folder(adapter_path)))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"model.adapter_path={adapter_path}: does not fit {type(model).__name__} ({_first_line(error)}). It must"
@@ -116,6 +114,16 @@ def apply_peft_checkpoint(model: PreTrainedModel, adapter_path: str | Path) -> N
             f" in {type(model).__name__} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}). It must have been"
             " made for this base model."
         )
+
+
+def _folder(adapter_path: str | Path) -> Path:
+    """The directory of a PEFT checkpoint; a hub's is fetched, weights included. Raises CheckpointError."""
+    path = Path(adapter_path).expanduser()
+    if path.is_dir():
+        return path
+    if not HUB_ID.fullmatch(str(adapter_path)):
+        raise CheckpointError(f"model.adapter_path={adapter_path}: neither a directory nor a hub id (owner/name).")
+    return Checkpoint(str(adapter_path), key="model.adapter_path").fetch_weights()
 
 
 def _first_line(error: BaseException) -> str:

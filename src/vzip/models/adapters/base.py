@@ -108,14 +108,14 @@ class Adapter(ABC):
         check_fit(compressor, geometry, options)
 
     @classmethod
-    def load_model(cls, source: str | Path, config: Any, **settings: Any) -> Any:
+    def load_model(cls, directory: Path, config: Any, **settings: Any) -> Any:
         """What ``from_pretrained`` of the Hugging Face class returns for these settings; raises what it raises."""
-        return cls.model_class.from_pretrained(source, config=config, **settings)
+        return cls.model_class.from_pretrained(directory, config=config, **settings)
 
     @classmethod
-    def load_processor(cls, source: str | Path, revision: str | None) -> Any:
+    def load_processor(cls, directory: Path) -> Any:
         """The checkpoint's Hugging Face processor; raises what Hugging Face raises."""
-        return AutoProcessor.from_pretrained(source, revision=revision)
+        return AutoProcessor.from_pretrained(directory)
 
     @staticmethod
     @abstractmethod

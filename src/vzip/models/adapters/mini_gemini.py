@@ -49,17 +49,17 @@ class MiniGeminiAdapter(LlavaAdapter):
         return geometry
 
     @classmethod
-    def load_model(cls, source: str | Path, config: Any, **settings: Any) -> Any:
+    def load_model(cls, directory: Path, config: Any, **settings: Any) -> Any:
         """From Hugging Face's layout, or from the published one; raises CheckpointError for tensors that differ."""
-        published = find_published(source, settings.get("revision"))
+        published = find_published(directory)
         if published is None:
-            return super().load_model(source, config, **settings)
+            return super().load_model(directory, config, **settings)
         return published.load(config, **settings)
 
     @classmethod
-    def load_processor(cls, source: str | Path, revision: str | None) -> Any:
-        published = find_published(source, revision)
-        return super().load_processor(source, revision) if published is None else published.processor()
+    def load_processor(cls, directory: Path) -> Any:
+        published = find_published(directory)
+        return super().load_processor(directory) if published is None else published.processor()
 
     def crops(
         self, pixel_values: Tensor, image_sizes: Tensor | None, tile_grids: Tensor | None = None

@@ -48,13 +48,13 @@ class VideoLlavaAdapter(LlavaAdapter):
         return self.model.get_submodule("model.video_tower")
 
     @classmethod
-    def load_processor(cls, source: str | Path, revision: str | None) -> Any:
+    def load_processor(cls, directory: Path) -> Any:
         """Tokenizer, image processor and chat template.
 
         Hugging Face's ``VideoLlavaProcessor`` cannot be made without torchvision, for its video processor. Frames go
         through the image processor here, and ``LlavaProcessor`` reads the same files without that part.
         """
-        return LlavaProcessor.from_pretrained(source, revision=revision)
+        return LlavaProcessor.from_pretrained(directory)
 
     def prepare_pictures(
         self, images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess

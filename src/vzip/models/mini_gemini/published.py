@@ -20,7 +20,7 @@ from transformers import CLIPVisionConfig, ConvNextConfig, LlamaConfig, LlavaPro
 
 from vzip.errors import CheckpointError, UnsupportedModelError
 
-from ..hub import fetch
+from ..hub import Checkpoint
 from .config import MiniGeminiConfig
 from .modeling import MiniGeminiForConditionalGeneration
 from .names import HIGH_RES, LOW_RES, rename_checkpoint, rename_clip, rename_openclip
@@ -58,13 +58,11 @@ class PublishedCheckpoint:
     """A published checkpoint, its ``config.json`` read and checked, its weights untouched.
 
     Attributes:
-        source: directory or hub id.
-        revision: of the hub id.
+        source: its directory.
         fields: its ``config.json``.
     """
 
-    source: Path | str
-    revision: str | None
+    source: Path
     fields: Mapping[str, Any]
 
     def config(self) -> MiniGeminiConfig:
@@ -117,7 +115,7 @@ class PublishedCheckpoint:
     def processor(self) -> LlavaProcessor:
         """See ``processing.build_processor``."""
         return build_processor(
-            self._directory(_SMALL_FILES),
+            self.source,
             self._tower("mm_vision_tower", _SMALL_FILES),
             self.fields["image_size_aux"],
             self.fields["vocab_size"],
@@ -143,8 +141,7 @@ class PublishedCheckpoint:
 
     def _tensors(self) -> dict[str, Tensor]:
         """All weights by their new names; towers inside the checkpoint come before those beside it, as in MGM."""
-        own = self._directory([*_SMALL_FILES, "*.safetensors", "*.bin"])
-        tensors = renamed_tensors(weight_files(own, CHECKPOINT_FILES), rename_checkpoint)
+        tensors = renamed_tensors(weight_files(self.source, CHECKPOINT_FILES), rename_checkpoint)
         if not any(name.startswith(LOW_RES) for name in tensors):
             tower = self._tower("mm_vision_tower", [*_SMALL_FILES, "*.safetensors", "pytorch_model*.bin"])
             tensors |= renamed_tensors(weight_files(tower, CHECKPOINT_FILES), rename_clip)
@@ -153,12 +150,6 @@ class PublishedCheckpoint:
             tensors |= renamed_tensors(weight_files(tower, OPENCLIP_FILES), rename_openclip)
         return tensors
 
-    def _directory(self, patterns: list[str]) -> Path:
-        """The checkpoint's directory, fetched from the hub where it is not a local one."""
-        if isinstance(self.source, Path):
-            return self.source
-        return fetch(self.source, patterns, self.revision)
-
     def _tower(self, key: str, patterns: list[str]) -> Path:
         """The directory of the tower that ``config.json`` names under ``key``.
 
@@ -166,12 +157,10 @@ class PublishedCheckpoint:
             CheckpointError: it is nowhere.
         """
         name = Path(self.fields[key])
-        places = [name]
-        if isinstance(self.source, Path):
-            base = self.source.resolve()
-            hub_name = HUB_IDS.get(name.name, name.name).rpartition("/")[2]
-            places += [folder / name for folder in (base, *base.parents)]
-            places += [folder / own for folder in (base, base.parent) for own in (name.name, hub_name)]
+        base = self.source.resolve()
+        hub_name = HUB_IDS.get(name.name, name.name).rpartition("/")[2]
+        places = [name, *(folder / name for folder in (base, *base.parents))]
+        places += [folder / own for folder in (base, base.parent) for own in (name.name, hub_name)]
         for place in places:
             if place.is_dir():
                 return place
@@ -180,19 +169,19 @@ class PublishedCheckpoint:
         if hub_id is None:
             raise CheckpointError(f"{nowhere}. Put it beside the checkpoint, in a folder called {name.name}.")
         try:
-            return fetch(hub_id, patterns, HUB_REVISIONS[hub_id])
+            return Checkpoint(hub_id, HUB_REVISIONS[hub_id]).fetch(patterns)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{nowhere}, and {error} Put it beside the checkpoint, in a folder called {name.name}."
             ) from error
 
 
-def find_published(source: Path | str, revision: str | None = None) -> PublishedCheckpoint | None:
+def find_published(source: Path) -> PublishedCheckpoint | None:
     """The checkpoint if it is in MGM's layout, None for any other; raises what Hugging Face raises for bad files."""
-    fields, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    fields, _ = PreTrainedConfig.get_config_dict(source)
     if fields.get("model_type") not in MODEL_TYPES or "mm_vision_tower" not in fields:
         return None
-    return PublishedCheckpoint(source, revision, fields)
+    return PublishedCheckpoint(source, fields)
 
 
 def _depths(tensors: Mapping[str, Tensor]) -> list[int]:
