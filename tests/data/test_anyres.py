@@ -24,7 +24,7 @@ def crops_of(*pictures: Image.Image, rule: str = "llava") -> dict[str, torch.Ten
     return prepare_crops(pictures, PROCESSOR, rule, PINPOINTS, 336)
 
 
-def test_llava_preprocessing_equals_llavas_own(golden):
+def test_llava_preprocessing_equals_llavas_own(golden, names_pillow):
     with safe_open(golden / "image_preprocessing.safetensors", "pt") as numbers:
         sizes = json.loads(numbers.metadata()["sizes_wh"])
         assert json.loads(numbers.metadata()["pinpoints"]) == PINPOINTS
@@ -36,7 +36,7 @@ def test_llava_preprocessing_equals_llavas_own(golden):
     assert ours["image_sizes"].tolist() == [[height, width] for width, height in sizes]
     assert ours["tile_grids"].tolist() == [[rows, cols] for cols, rows in grids]
     for own, crops, mean in zip(ours["pixel_values"], expected, means, strict=True):
-        torch.testing.assert_close(own[: len(crops), :, ::6, ::6], crops, rtol=0, atol=2e-6)
+        torch.testing.assert_close(own[: len(crops), :, ::6, ::6], crops, rtol=0, atol=2e-6, msg=names_pillow)
         torch.testing.assert_close(own[: len(crops)].double().mean(dim=(2, 3)), mean.double(), rtol=0, atol=1e-5)
         assert not own[len(crops) :].any()  # zero padding to the most crops
 

@@ -30,13 +30,13 @@ def picture(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_llava_preprocessing_equals_llavas_own(golden, number):
+def test_llava_preprocessing_equals_llavas_own(golden, names_pillow, number):
     with safe_open(golden / "image_preprocessing.safetensors", "pt") as numbers:
         width, height = json.loads(numbers.metadata()["sizes_wh"])[number]
         expected, mean = numbers.get_tensor(f"pad_{number}"), numbers.get_tensor(f"pad_mean_{number}")
     ours = prepare_pictures([picture(width, height)], PROCESSOR, "llava")["pixel_values"]
     assert ours.shape == (1, 3, 336, 336) and ours.dtype == torch.float32
-    torch.testing.assert_close(ours[0, :, ::6, ::6], expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(ours[0, :, ::6, ::6], expected, rtol=0, atol=2e-6, msg=names_pillow)
     torch.testing.assert_close(ours[0].double().mean(dim=(1, 2)), mean.double(), rtol=0, atol=1e-5)
 
 

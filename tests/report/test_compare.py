@@ -129,6 +129,16 @@ def test_within_tolerance(tree, capsys):
     assert run_main(run / "run.json", "--expected", folder / "wide.expected.json") == 0
 
 
+def test_a_vanilla_run_of_another_pillow_is_said(tree, capsys):
+    run, folder = tree
+    for path, version in ((run, "13.0.0"), (folder / "runs/eval/mine_vanilla/none-full/seed0", "12.3.0")):
+        changed = json.loads((path / "run.json").read_text()) | {"versions": {"pillow": version}}
+        (path / "run.json").write_text(json.dumps(changed))
+    run_main(run, "--expected", folder / "mine.expected.json")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "this run and the vanilla run: images resized by Pillow 13.0.0 and 12.3.0" in told
+
+
 def test_no_vanilla_run_is_said(tree, capsys):
     run, folder = tree
     (folder / "runs/eval/mine_vanilla/none-full/seed0/run.json").unlink()

@@ -70,6 +70,19 @@ def test_settings_that_differ() -> None:
     assert differing_settings(ours, ours) == []
 
 
+def test_another_pillow_is_said(pair: tuple[Run, Run]) -> None:
+    def compared(ours: str | None, other: str | None) -> str:
+        runs = [
+            Run(run.path, {**run.record, "versions": {"pillow": version}})
+            for run, version in zip(pair, (ours, other), strict=True)
+        ]
+        return to_markdown(lay_out_pair(*runs))
+
+    assert "A and B: images resized by Pillow 13.0.0 and 12.3.0;" in compared("13.0.0", "12.3.0")
+    assert "Pillow 13.0.0 and an unrecorded version" in compared("13.0.0", None)
+    assert "resized by" not in compared("13.0.0", "13.0.0")
+
+
 def test_the_command(pair: tuple[Run, Run], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(pair[0].path.parent, pair[1].path) == 0
     out = capsys.readouterr().out

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL
 import torch
 import transformers
 
@@ -250,6 +251,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "pillow": PIL.__version__,
         "platform": platform.platform(),
         "processor": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
         "num_cores": os.cpu_count(),

@@ -12,6 +12,7 @@ import json
 import platform
 from pathlib import Path
 
+import PIL
 import torch
 import transformers
 from PIL import Image
@@ -154,7 +155,7 @@ def main(arguments: argparse.Namespace) -> int:
             }
             for row, got, cost in zip(rows, scores, costs, strict=True)
         ],
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "pillow": PIL.__version__},
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
     }
     (arguments.out / "results.json").write_text(json.dumps(record, indent=2) + "\n")

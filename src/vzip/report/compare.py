@@ -24,7 +24,7 @@ from .expected import Expectation, ExpectedRow, read_expected
 from .layout import print_layout
 from .paired import Paired, compare_task
 from .record import Run, answers_of, is_vanilla_of, read_record, record_path, runs_beside, score_of, unit_factor
-from .two_runs import lay_out_pair
+from .two_runs import lay_out_pair, pillow_remarks
 
 _SUFFIX = ".expected.json"
 
@@ -75,6 +75,9 @@ def main(args: argparse.Namespace) -> int:
     expectation = read_expected(path)
     rows = compare(run, expectation, vanilla, _expectation_of_vanilla(expectation, path))
     _print(run.record, expectation, rows, vanilla_path)
+    if vanilla is not None:
+        for remark in pillow_remarks(run.record, vanilla.record, "this run and the vanilla run"):
+            print(remark)
     return 1 if any(row.verdict == "off" for row in rows) else 0
 
 

@@ -98,6 +98,18 @@ def differing_settings(record: Mapping[str, Any], other: Mapping[str, Any]) -> l
     return [(name, ours.get(name), theirs.get(name)) for name in names if ours.get(name) != theirs.get(name)]
 
 
+def pillow_remarks(record: Mapping[str, Any], other: Mapping[str, Any], which: str) -> list[str]:
+    """What to say of two records whose images were resized by different Pillows; nothing if they were not.
+
+    Pillow 12.3 and 13.0 differ by up to 0.128 in normalised pixel values (bicubic, shrinking), so scores can move.
+    """
+    versions = [(one.get("versions") or {}).get("pillow") for one in (record, other)]
+    if versions[0] == versions[1]:
+        return []
+    told = " and ".join(version or "an unrecorded version" for version in versions)
+    return [f"{which}: images resized by Pillow {told}; versions can resize differently, so scores may differ by that"]
+
+
 def _flat(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     def walk(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Mapping) and value:
@@ -138,6 +150,7 @@ def lay_out_pair(run: Run, other: Run, vanilla: Run | None = None) -> Layout:
         only = [task for task in record["tasks"] if task not in reference["tasks"]]
         remarks += [f"in {name} only: {', '.join(only)}"] if only else []
         remarks += [f"{name} is provisional: {reason}" for reason in record.get("provisional_reasons", ())]
+    remarks += pillow_remarks(run.record, other.record, "A and B")
     differing = differing_settings(run.record, other.record)
     remarks += ["settings that differ (A | B):" if differing else "all settings are the same"]
     remarks += [f"  {name}: {_short(ours)} | {_short(theirs)}" for name, ours, theirs in differing]
