@@ -33,6 +33,9 @@ demo: install  ## evaluate the built-in model on its benchmark and print the tab
 test: install  ## the fast tests
 	$(VENV)/bin/python -m pytest
 
+test-all: install  ## what the fast tests leave out and a person types: the wheel, every command of README and docs
+	$(VENV)/bin/python -m pytest -n 0 -m whole
+
 check: install  ## ruff, format, types, and that what is installed is what lock.txt says
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

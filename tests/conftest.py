@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import PIL
@@ -13,6 +16,38 @@ torch.set_num_threads(1)
 
 # With it the golden images agree to 2e-6; 12.3 resizes up to 0.128 apart after normalisation.
 GOLDEN_PILLOW = "13.0.0"
+
+
+class SilentServer:
+    """Takes connections on this machine and never says anything.
+
+    Attributes:
+        num_connections: so far.
+    """
+
+    def __init__(self) -> None:
+        self.num_connections = 0
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._taken: list[socket.socket] = []
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._take, daemon=True).start()
+
+    def _take(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                self._taken.append(self._socket.accept()[0])
+                self.num_connections += 1
+
+    def close(self) -> None:
+        for taken in (*self._taken, self._socket):
+            taken.close()
+
+
+@pytest.fixture
+def silent_server() -> Iterator[SilentServer]:
+    server = SilentServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

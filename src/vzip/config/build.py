@@ -74,10 +74,11 @@ class EvaluationPlan:
         return str(benchmark.prepare(None if self.scenes_dir is None else Path(self.scenes_dir).expanduser()))
 
     def check_tasks(self, include_path: str | None) -> None:
-        """Finds every task, so that an unknown one is an error before the model is loaded.
+        """Finds every task and the hub with its data, so that what is missing is an error before the model is loaded.
 
         Raises:
             ConfigError: an unknown task, a folder without tasks, or a limit that a task cannot have.
+            ManifestError: data on a hub that cannot be reached.
             MissingPackageError: lmms-eval is not installed.
         """
         from loguru import logger as lmms_eval_logger  # comes with lmms-eval, which tells of each file it cannot use
@@ -85,11 +86,12 @@ class EvaluationPlan:
         from vzip.evaluation import lmms  # noqa: F401  says what to install if lmms-eval is missing
         from vzip.evaluation.catalog import find_tasks
         from vzip.evaluation.partners import check_limit
+        from vzip.evaluation.task_data import check_data
 
         check_limit(self.evaluation["tasks"], self.evaluation["limit"])
         lmms_eval_logger.disable("lmms_eval")
         try:
-            find_tasks(self.evaluation["tasks"], include_path)
+            check_data(find_tasks(self.evaluation["tasks"], include_path), self.evaluation["tasks"])
         finally:
             lmms_eval_logger.enable("lmms_eval")
 

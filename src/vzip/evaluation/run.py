@@ -80,7 +80,8 @@ def evaluate(
 
     Raises:
         ConfigError, RunExistsError, MissingPackageError, UnsupportedModelError: before anything is written.
-        ManifestError: pictures or videos that cannot be read; see ``on_problem``.
+        ManifestError: data that is neither here nor on a hub within reach; pictures or videos that cannot be read
+            (see ``on_problem``).
         TokenCountError: measured visual tokens are not the budget's.
         DeviceMemoryError: a question that does not fit the memory alone.
         RunWriteError: a full disk. In all these cases no record is written, and answers so far are kept.
@@ -97,9 +98,11 @@ def evaluate(
     from .lmms import VzipLmms
     from .processes import join_processes
     from .resume import AnswerStore, delete_answers, settings_of
+    from .task_data import check_data, naming_data_errors
 
     with quiet_logger(), contextlib.ExitStack() as stack:
         manager = find_tasks(tasks, include_path)
+        check_data(manager, tasks)
         lm = VzipLmms(
             vlm,
             batch_size=batch_size,
@@ -130,7 +133,7 @@ def evaluate(
         stack.callback(lm.store.close)
         provenance.reset_peak_memory()
         started = time.perf_counter()
-        with naming_a_full_disk(run_dir):
+        with naming_a_full_disk(run_dir), naming_data_errors(tasks):
             output = run_lmms_eval(lm, manager, tasks, run_dir=run_dir, limit=limit, seed=seed)
         if output is None:  # not the first process
             return {}
