@@ -11,9 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "vzip"
-# A part may import its own level and those below. `errors` and `log` are for everyone.
+# A part may import its own level and those below. `errors`, `installed` and `log` are for everyone.
 LEVELS = {
     "errors": 0,
+    "installed": 0,
     "log": 0,
     "ops": 1,
     "compressors": 2,

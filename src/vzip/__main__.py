@@ -4,4 +4,5 @@ import sys
 
 from vzip.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # a process that starts others may import this file
+    sys.exit(main())

@@ -70,7 +70,7 @@ def test_an_unknown_command_is_named_with_the_nearest(capsys: pytest.CaptureFixt
 def test_without_a_command_the_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2 and cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in cli.COMMANDS)
+    assert all(f"  {name} " in shown for name in [*cli.COMMANDS, *cli.PROGRAMS])
 
 
 def test_a_command_gets_its_arguments_and_gives_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,37 @@ def test_a_missing_package_is_named(
     monkeypatch.setattr(cli, "COMMANDS", {"ask": cli.Command("needs_something", "")})
     assert cli.main(["ask"]) == 2
     message = capsys.readouterr().err
-    assert "MissingPackageError" in message and "a_package_nobody_has" in message and "make install" in message
+    assert "MissingPackageError: `ask` needs the package a-package-nobody-has, which is not installed" in message
+
+
+def test_a_package_that_a_command_misses_at_work_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module_with(monkeypatch, ModuleNotFoundError("No module named 'av'", name="av"))
+    assert cli.main(["ask", "cat.png"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("MissingPackageError: `ask` needs the package av, which is not installed: ")
+    assert "[video]" in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize("name", list(cli.PROGRAMS))
+def test_a_program_is_the_script_itself_in_any_folder(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / f"{name}.yaml").write_text("not: ours\n")
+    monkeypatch.setattr(sys, "argv", ["vzip"])
+    words = ["budget=32tok", "--cfg", "job", "--resolve"]
+    assert cli.main([name, *words]) == 0
+    told = capsys.readouterr().out
+    assert "num_dominant: 27" in told and "not: ours" not in told
+    script = subprocess.run([sys.executable, ROOT / f"{name}.py", *words], capture_output=True, text=True, check=True)
+    assert script.stdout == told
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "budgt=32tok"])
+    assert end.value.code == 2 and "did you mean 'budget'?" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["configs"]
 
 
 def test_only_the_chosen_commands_module_is_imported() -> None:

@@ -206,7 +206,7 @@ def test_frames_may_be_given_as_pictures():
 
 def test_without_pyav_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(MissingPackageError, match=r"PyAV.*\[video\]"):
+    with pytest.raises(MissingPackageError, match=r"package av.*\[video\]"):
         load_video(tmp_path / "a.mp4")
 
 

@@ -119,7 +119,7 @@ def test_wandb_must_be_there_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch, vlm: Any, include_path: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(MissingPackageError, match=r"eval\.trackers=\[wandb\] needs wandb"):
+    with pytest.raises(MissingPackageError, match=r"eval\.trackers=\[wandb\] needs the package wandb"):
         run(vlm, include_path, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -141,7 +141,7 @@ def test_more_devices_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="this machine has 2 CUDA devices"):
         check_devices(dataclasses.replace(LAUNCH, device="auto", num_processes=8))
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(MissingPackageError, match=r"launcher\.strategy=zero2 needs DeepSpeed"):
+    with pytest.raises(MissingPackageError, match=r"launcher\.strategy=zero2 needs the package deepspeed"):
         check_devices(dataclasses.replace(LAUNCH, device="cpu", strategy="zero2"))
 
 
@@ -163,7 +163,7 @@ def test_what_deepspeed_compiles_with(
     check_devices(launch)
     assert f"{lock}: DeepSpeed is being compiled" in caplog.text
     (tmp_path / "ninja").unlink()
-    with pytest.raises(MissingPackageError, match="ninja, which is not installed"):
+    with pytest.raises(MissingPackageError, match="package ninja, which is not installed"):
         check_devices(launch)
 
 

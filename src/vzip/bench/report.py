@@ -11,7 +11,7 @@ from rich.table import Table
 from vzip.bench.memory import GIB
 from vzip.bench.run import BenchResult, MethodResult
 from vzip.bench.stages import STAGES
-from vzip.errors import MissingPackageError
+from vzip.installed import missing_package
 
 MIB = 1024**2
 PLOTTED = ("preprocess", "tower", "high_res_tower", "mining", "selection", "projector", "splice", "prefill")
@@ -141,9 +141,7 @@ def write_plot(result: BenchResult, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingPackageError(
-            f"the plot needs matplotlib, which cannot be imported ({error}); pip install matplotlib"
-        ) from error
+        raise missing_package("the plot", "matplotlib", error) from error
     figure = Figure(figsize=(8, 0.8 * len(result.methods) + 1.6), layout="constrained")
     axes = figure.subplots()
     names = list(result.methods)[::-1]

@@ -19,6 +19,7 @@ from vzip.config.rundir import budget_label, recipe_changes, run_directory, trai
 from vzip.config.validate import BUILT_IN, TRAINED, VIDEO, build_compressor, validate
 from vzip.config.vanilla import full_is_vanilla
 from vzip.errors import ConfigError, RunExistsError, nearest
+from vzip.installed import program
 
 if TYPE_CHECKING:
     from vzip.compressors import Compressor
@@ -61,7 +62,10 @@ class EvaluationPlan:
 
         Raises:
             ConfigError, ManifestError: the video benchmarks are asked for, and their files are not there or not whole.
+            MissingPackageError: lmms-eval is not installed; said before anything is prepared for it.
         """
+        from vzip.evaluation import lmms  # noqa: F401
+
         path = self.evaluation["include_path"]
         if path == VIDEO:
             from vzip.evaluation import video_qa
@@ -81,14 +85,14 @@ class EvaluationPlan:
             ManifestError: data on a hub that cannot be reached.
             MissingPackageError: lmms-eval is not installed.
         """
-        from loguru import logger as lmms_eval_logger  # comes with lmms-eval, which tells of each file it cannot use
-
         from vzip.evaluation import lmms  # noqa: F401  says what to install if lmms-eval is missing
         from vzip.evaluation.catalog import find_tasks
         from vzip.evaluation.partners import check_limit
         from vzip.evaluation.task_data import check_data
 
         check_limit(self.evaluation["tasks"], self.evaluation["limit"])
+        from loguru import logger as lmms_eval_logger  # comes with lmms-eval, which tells of each file it cannot use
+
         lmms_eval_logger.disable("lmms_eval")
         try:
             check_data(find_tasks(self.evaluation["tasks"], include_path), self.evaluation["tasks"])
@@ -122,7 +126,7 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
     train = config["train"]
     if train["name"] != "none" and "kind" not in train:
         raise ConfigError(
-            f"train={train['name']}: eval.py trains nothing. Train with `python train.py"
+            f"train={train['name']}: eval.py trains nothing. Train with `{program('train')}"
             f" {_recipe_word(config)}`, then evaluate with model=llava_local model.name_or_path=DIR."
         )
     from vzip.config.training import launch_of
@@ -226,8 +230,8 @@ def tuned_weights(config: Mapping[str, Any], directory: Path) -> str | None:
     final = training_directory(config, directory) / "final"
     if not final.is_dir():
         raise ConfigError(
-            f"model.projector={TRAINED}: {final} is not there. Run `python train.py {_recipe_word(config)}` first (with"
-            " the same further words), or name the directory that it wrote."
+            f"model.projector={TRAINED}: {final} is not there. Run `{program('train')} {_recipe_word(config)}` first"
+            " (with the same further words), or name the directory that it wrote."
         )
     return str(final)
 

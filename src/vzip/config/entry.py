@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ from vzip.config import sweep
 from vzip.config.options import config_dir
 from vzip.config.overrides import arrange, check_overrides
 from vzip.errors import VzipError
+from vzip.installed import is_missing, missing_package, optional_packages
 from vzip.log import USER_ERROR
 
 _FULL = "HYDRA_FULL_ERROR"
@@ -50,7 +52,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 log.setup()  # a sweep's launcher may run it in another process
                 try:
                     sweep.place_job()
-                    with _as_the_user_set_it(wants_traceback):
+                    with _as_the_user_set_it(wants_traceback), optional_packages(f"`{config_name}`", config_name):
                         return function(cfg)
                 except VzipError as error:
                     # A sweep goes on with its other jobs, and Hydra names the overrides of the one that failed.
@@ -73,7 +75,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             except (VzipError, HydraException, OmegaConfBaseException) as error:
                 if wants_traceback:
                     raise
-                fail(error)
+                fail(_missing_plugin(error) or error)
             finally:
                 if not wants_traceback:
                     os.environ.pop(_FULL, None)
@@ -94,6 +96,16 @@ def _as_the_user_set_it(wants_traceback: bool) -> Iterator[None]:
         yield
     finally:
         os.environ[_FULL] = "1"
+
+
+def _missing_plugin(error: Exception) -> VzipError | None:
+    """What to install, where Hydra does not know a launcher or sweeper because its plugin is missing."""
+    option = str(getattr(error, "missing_cfg_file", None))
+    found = re.fullmatch("hydra/(launcher|sweeper)/([a-z]+).*", option)
+    plugin = f"hydra_{found[2]}_{found[1]}" if found else ""
+    if not is_missing(plugin.replace("_", "-")):
+        return None
+    return missing_package("=".join(option.rsplit("/", 1)), f"hydra_plugins.{plugin}")
 
 
 def fail(error: Exception) -> NoReturn:

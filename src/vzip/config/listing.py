@@ -12,6 +12,7 @@ from rich.table import Table
 
 from vzip.config.options import RECIPE_GROUP, config_dir, groups, header, options
 from vzip.errors import ConfigError, nearest
+from vzip.installed import program
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"'{args.group}': no such group{nearest(args.group, known)}; groups: {', '.join(known)}.")
     console = Console()
     if args.group in (None, RECIPE_GROUP):
-        table = Table("recipe", "what it is", title="recipes: python eval.py +exp=NAME", title_justify="left")
+        table = Table("recipe", "what it is", title=f"recipes: {program('eval')} +exp=NAME", title_justify="left")
         for name in options(directory, RECIPE_GROUP):
             lines = header(directory / RECIPE_GROUP / f"{name}.yaml")
             table.add_row(name, "\n".join(lines if args.group else lines[:1]))

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-import vzip
-from vzip.errors import ConfigError
+from vzip.installed import checkout
 
 RECIPE_GROUP = "exp"
 
@@ -16,19 +15,12 @@ OmegaConf.register_new_resolver("minus", lambda a, b: a - b, replace=True)
 
 
 def config_dir() -> Path:
-    """Returns the checkout's ``configs`` folder.
+    """Returns ``configs`` of the checkout, or of the wheel.
 
     Raises:
-        ConfigError: vzip was installed without its checkout and is not run inside one.
+        ConfigError: vzip was installed without it.
     """
-    candidates = (Path(vzip.__file__).resolve().parents[2] / "configs", Path.cwd() / "configs")
-    for folder in candidates:
-        if (folder / "base.yaml").is_file():
-            return folder
-    raise ConfigError(
-        f"no configs/base.yaml beside the installed package ({candidates[0]}) nor in the working directory: the recipes"
-        " and groups are part of the checkout; run from there, or install with `make install`."
-    )
+    return checkout() / "configs"
 
 
 def groups(directory: Path) -> list[str]:

@@ -17,6 +17,7 @@ from vzip.config.rundir import TUNED, recipe_changes, training_directory
 from vzip.config.validate import TRAINED, validate
 from vzip.errors import ConfigError
 from vzip.evaluation.provenance import hardware
+from vzip.installed import program
 from vzip.report.costs import Bench, cost_of_bench, machine_of, took_something_over
 from vzip.report.paper_tables import Column, PaperTable, Row
 from vzip.report.record import JUDGE_ACCURACY, JUDGE_SCORE, Run
@@ -78,8 +79,7 @@ class Todo:
 
     @property
     def command(self) -> str:
-        program = ("-m", "vzip", self.program) if self.program in ("bench", "judge") else (self.program,)
-        return shlex.join(["python", *program, *self.words])
+        return shlex.join([*program(self.program.removesuffix(".py")).split(), *self.words])
 
 
 def plan(table: PaperTable, words: Sequence[str], runs_dir: Path) -> dict[str, Planned]:

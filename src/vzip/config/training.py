@@ -13,6 +13,7 @@ from vzip.config.options import RECIPE_GROUP, config_dir
 from vzip.config.rundir import RESULT_KEYS, training_directory
 from vzip.config.validate import TRAINED, build_compressor, validate
 from vzip.errors import ConfigError
+from vzip.installed import program
 
 if TYPE_CHECKING:
     from vzip.data.collate import TrainingSet
@@ -36,7 +37,7 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
         what = f"+{RECIPE_GROUP}={config['recipe']}" if config["recipe"] else f"model={config['model']['name']}"
         raise ConfigError(
             f"nothing to train: {what} goes with train=none. Add train=projector and data=..., or choose a recipe that"
-            " trains: python train.py +exp=tiny_64tok."
+            f" trains: {program('train')} +exp=tiny_64tok."
         )
     if train["name"] != FROM_SCRATCH and "kind" not in data:
         raise ConfigError(
@@ -61,7 +62,7 @@ def from_scratch_plan(config: Mapping[str, Any]) -> dict[str, Any]:
     if wrong:
         raise ConfigError(
             f"train={name} builds the built-in model on generated pictures with every visual token, so these have no"
-            f" effect: {', '.join(wrong)}. Use python train.py +exp={FROM_SCRATCH}."
+            f" effect: {', '.join(wrong)}. Use {program('train')} +exp={FROM_SCRATCH}."
         )
     paths = config["paths"]
     if paths["run_dir"] is not None:

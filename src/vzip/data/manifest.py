@@ -17,6 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from vzip.errors import ManifestError, nearest
+from vzip.installed import checkout
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,8 @@ class Manifest:
 
 
 def manifest_folder() -> Path:
-    """The checkout's ``data_manifests``."""
-    beside = Path(__file__).resolve().parents[3] / "data_manifests"
-    return beside if beside.is_dir() else Path.cwd() / "data_manifests"
+    """``data_manifests`` of the checkout, or of the wheel."""
+    return checkout() / "data_manifests"
 
 
 def load_manifest(name_or_path: str | Path) -> Manifest:

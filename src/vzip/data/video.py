@@ -17,7 +17,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from vzip.errors import ConfigError, MissingPackageError, VideoError
+from vzip.errors import ConfigError, VideoError
+from vzip.installed import missing_package
 
 from .images import MAX_HF_ASPECT_RATIO, load_image
 
@@ -114,10 +115,7 @@ def _import_av() -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise MissingPackageError(
-            f"Videos are read with PyAV, which cannot be imported ({error}): pip install -c lock.txt"
-            " -e '.[video]', or pip install av."
-        ) from error
+        raise missing_package("Reading videos", "av", error) from error
     return av
 
 

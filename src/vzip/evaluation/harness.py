@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vzip.errors import MissingPackageError
+from vzip.installed import missing_package
 
 from .processes import as_one_process
 
@@ -32,9 +32,7 @@ def check_lmms_eval() -> None:
     try:
         import lmms_eval.evaluator  # noqa: F401
     except ImportError as error:
-        from .lmms import INSTALL_HINT  # raises its own MissingPackageError where lmms-eval is absent altogether
-
-        raise MissingPackageError(f"lmms-eval is there but cannot be imported ({error}): {INSTALL_HINT}") from error
+        raise missing_package("Evaluating", "lmms_eval", error) from error
 
 
 def run_lmms_eval(

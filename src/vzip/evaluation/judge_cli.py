@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,11 +29,13 @@ from vzip.data.llava_index import cache_folder
 from vzip.errors import ConfigError, JudgeError
 from vzip.report.record import JUDGE_ACCURACY, JUDGE_SCORE, score_of
 
-from .judge import Judge, Message, Reply
 from .judge_cache import ReplyCache
 from .judge_record import JudgedRun, open_tasks, read_run, unusable, write_verdicts
 from .judge_settings import OFFICIAL_URL, JudgeSettings, read_key
 from .judge_tasks import JudgedTask, judged_task
+
+if TYPE_CHECKING:
+    from .judge import Judge, Message, Reply
 
 _CHARACTERS_PER_TOKEN = 4  # of English text, roughly
 _TOKENS_PER_MESSAGE = 4
@@ -113,6 +116,8 @@ def main(args: argparse.Namespace, console: Console | None = None) -> int:
         for kind in map(judged_task, run.tasks)
     }
     run.tasks = open_tasks(run, settings, overwrite=args.overwrite)
+    from .judge import Judge  # only here: it needs httpx, the options above do not
+
     with contextlib.ExitStack() as stack:
         cache = stack.enter_context(closing(ReplyCache(args.cache or cache_folder() / "judge.sqlite")))
         jobs = []

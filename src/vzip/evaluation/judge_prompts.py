@@ -19,7 +19,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vzip.errors import JudgeError, MissingPackageError
+from vzip.errors import JudgeError
+from vzip.installed import missing_package
 
 MAX_SCORE = 5
 VIDEO_PROMPT = "video_chatgpt_v1"
@@ -71,9 +72,7 @@ def read_prompt(name: str) -> JudgePrompt:
     about = json.loads((resources.files("vzip.evaluation") / "prompts" / f"{name}.json").read_text(encoding="utf-8"))
     spec = importlib.util.find_spec("lmms_eval")
     if spec is None or spec.origin is None:
-        raise MissingPackageError(
-            "the judges' prompts are taken from lmms-eval, which is not installed: run `make install`."
-        )
+        raise missing_package("A judge, whose prompts are taken from it,", "lmms_eval")
     file = Path(spec.origin).parent / "tasks" / about["file"]
     try:
         messages = _TEXTS[name](file.read_text(encoding="utf-8"))

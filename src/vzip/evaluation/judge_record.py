@@ -11,18 +11,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vzip.errors import ConfigError, ManifestError, RunExistsError, nearest
 from vzip.report.record import SAMPLES_NAME, read_record, read_samples, record_path
 from vzip.report.score_units import Units, units_of
 from vzip.report.stats import bootstrap_standard_error, clustered_standard_error
 
-from .judge import Reply
 from .judge_prompts import JudgePrompt
 from .judge_settings import JudgeSettings
 from .judge_tasks import JUDGED_TASKS, JudgedTask, judged_task
 from .writing import write_json, write_jsonl
+
+if TYPE_CHECKING:
+    from .judge import Reply
 
 _REASON = "judge: "  # how the judge's own reasons for a provisional record begin
 

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vzip.data.images import strict_decoding
-from vzip.errors import ConfigError, ManifestError, MissingPackageError, UnsupportedModelError
+from vzip.errors import ConfigError, ManifestError, UnsupportedModelError
+from vzip.installed import missing_package
 
 from .answering import Answerer, SampleLog
 from .batching import plan_batches
@@ -38,13 +39,11 @@ if TYPE_CHECKING:
 
     from .resume import AnswerStore
 
-INSTALL_HINT = "run `make install`, or: pip install -c lock.txt -e '.[eval]' && pip install --no-deps lmms-eval==0.7.3"
-
 try:
     from lmms_eval.api.instance import Instance
     from lmms_eval.api.model import lmms
 except ImportError as error:
-    raise MissingPackageError(f"lmms-eval cannot be imported ({error}). To evaluate, {INSTALL_HINT}") from error
+    raise missing_package("Evaluating", "lmms_eval", error) from error
 
 OnProblem = Literal["refuse", "skip"]
 _SHOWN_PROBLEMS = 20

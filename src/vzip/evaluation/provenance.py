@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from vzip.installed import COPY
+
 # What can change a number: the model's, the data's and the scores' packages; optional ones too.
 _PACKAGES = (
     "vzip",
@@ -55,10 +57,11 @@ def code_state() -> dict[str, Any]:
 def source_sha256() -> str:
     """Digest of this package's Python files: tells two states of a checkout apart, whether committed or not.
 
-    Read once: files that change afterwards are not what this process runs.
+    A wheel's copies of eval.py and train.py are left out, so that it is told as its checkout is. Read once: files that
+    change afterwards are not what this process runs.
     """
     package = Path(__file__).resolve().parents[1]
-    files = sorted(package.rglob("*.py"))
+    files = sorted(file for file in package.rglob("*.py") if not file.is_relative_to(COPY))
     return hashlib.sha256(
         "".join(f"{file.relative_to(package)} {_sha256(file)}\n" for file in files).encode()
     ).hexdigest()

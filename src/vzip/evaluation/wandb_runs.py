@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from vzip.errors import MissingPackageError
+from vzip.installed import missing_package
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,7 @@ def check_wandb(key: str) -> None:
     try:
         import wandb  # noqa: F401
     except ImportError as error:
-        raise MissingPackageError(
-            f"{key}=[wandb] needs wandb ({error}): pip install 'vzip[train]', or leave it out."
-        ) from error
+        raise missing_package(f"{key}=[wandb]", "wandb", error, otherwise="leave it out") from error
 
 
 def start_wandb(run_dir: Path, config: Mapping[str, Any]) -> Any:

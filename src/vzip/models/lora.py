@@ -14,7 +14,8 @@ from packaging.version import Version
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from vzip.errors import CheckpointError, MissingPackageError, UnsupportedModelError
+from vzip.errors import CheckpointError, UnsupportedModelError
+from vzip.installed import missing_package
 
 from .hub import HUB_ID, Checkpoint
 
@@ -40,10 +41,8 @@ def check_peft_checkpoint(adapter_path: str | Path) -> None:
     try:
         from peft import PeftConfig  # only here: whoever loads no PEFT checkpoint does without the package
     except ImportError as error:
-        raise MissingPackageError(
-            f"model.adapter_path={adapter_path} needs the package peft ({error}): pip install peft (the extra train),"
-            " or set model.adapter_path=null."
-        ) from error
+        what = f"model.adapter_path={adapter_path}"
+        raise missing_package(what, "peft", error, otherwise="set model.adapter_path=null") from error
     path = Path(adapter_path).expanduser()
     if path.is_dir():
         if not (path / "adapter_config.json").is_file():

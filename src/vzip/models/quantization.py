@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from vzip.errors import ConfigError, MissingPackageError
+from vzip.errors import ConfigError
+from vzip.installed import missing_package
 
 QUANTIZATIONS = ("8bit", "4bit")
 
@@ -30,10 +31,8 @@ def quantization_config(
         MissingPackageError: bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingPackageError(
-            f"model.quantization={quantization} needs the package bitsandbytes, which is not installed: pip install"
-            " bitsandbytes (make install EXTRAS=...,quant), or set model.quantization=null."
-        )
+        what = f"model.quantization={quantization}"
+        raise missing_package(what, "bitsandbytes", otherwise="set model.quantization=null")
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(unquantized))
     return BitsAndBytesConfig(

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vzip.errors import ConfigError, ManifestError
+from vzip.installed import checkout
 
 from .expected import Expectation, ExpectedRow, read_expected
 from .layout import print_layout
@@ -136,12 +137,9 @@ def find_expected(record: Mapping[str, Any], run: Path) -> Path:
     recipe = (record.get("config") or {}).get("recipe")
     if not recipe:
         raise ManifestError(f"{run} was not made by a recipe (+exp=NAME): say what to compare with, --expected FILE.")
-    # Where the command is run, then the checkout this package is in.
-    places = [Path.cwd(), *Path(__file__).resolve().parents]
-    for place in places:
-        candidate = place / "configs" / "exp" / f"{recipe}{_SUFFIX}"
-        if candidate.is_file():
-            return candidate
+    expected = checkout() / "configs" / "exp" / f"{recipe}{_SUFFIX}"
+    if expected.is_file():
+        return expected
     raise ManifestError(f"recipe {recipe} has no configs/exp/{recipe}{_SUFFIX}: name another with --expected FILE.")
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from vzip.installed import program
+
 AVERAGE = "average"  # stands for the average where a column is named
 # Units in which less is better; their ratio is a factor saved, not a retention.
 COST_UNITS = ("s", "ms", "h", "MB")
@@ -144,10 +146,10 @@ class PaperTable:
         if self.reason(row, column) is not None:
             return ()
         if column.bench is not None:
-            return ("python", "-m", "vzip", "bench", *row.bench)
+            return (*program("bench").split(), *row.bench)
         if column.training is not None:
-            return ("python", "train.py", *row.train[-1])
-        return ("python", "eval.py", *row.run)
+            return (*program("train").split(), *row.train[-1])
+        return (*program("eval").split(), *row.run)
 
     def mismatch(self, row: Row, column: str) -> Mismatch | None:
         """The mark of a cell, or of the average (``AVERAGE``)."""

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from transformers.integrations import unset_hf_deepspeed_config
 
-from vzip.errors import ConfigError, MissingPackageError
+from vzip.errors import ConfigError
+from vzip.installed import missing_package
 
 from .settings import LaunchSettings, TrainSettings
 
@@ -50,10 +51,8 @@ def check_devices(launch: LaunchSettings) -> None:
         try:
             import deepspeed  # noqa: F401
         except ImportError as error:
-            raise MissingPackageError(
-                f"launcher.strategy={launch.strategy} needs DeepSpeed ({error}): pip install 'vzip[train]', or choose"
-                " launcher.strategy=ddp."
-            ) from error
+            what = f"launcher.strategy={launch.strategy}"
+            raise missing_package(what, "deepspeed", error, otherwise="choose launcher.strategy=ddp") from error
         if not cuda:
             _check_compiling(launch.strategy)
 
@@ -66,10 +65,8 @@ def _check_compiling(strategy: str) -> None:
     """
     find_beside_interpreter()
     if shutil.which("ninja") is None:
-        raise MissingPackageError(
-            f"launcher.strategy={strategy} on CPUs: DeepSpeed compiles what its processes talk through, with ninja,"
-            " which is not installed: pip install ninja, or choose launcher.strategy=ddp."
-        )
+        what = f"launcher.strategy={strategy} on CPUs, where DeepSpeed compiles what its processes talk through,"
+        raise missing_package(what, "ninja", otherwise="choose launcher.strategy=ddp")
     from torch.utils.cpp_extension import get_default_build_root  # only here: it takes its time
 
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from vzip.errors import CheckpointError, MissingPackageError
+from vzip.errors import CheckpointError
 from vzip.evaluation.wandb_runs import CLOSE_SECONDS, check_wandb, start_wandb, trouble
+from vzip.installed import missing_package
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,4 @@ def _check_installed(name: str) -> None:
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
-        raise MissingPackageError(
-            f"train.trackers=[{name}] needs {name} ({error}): pip install 'vzip[train]', or leave it out."
-        ) from error
+        raise missing_package(f"train.trackers=[{name}]", name, error, otherwise="leave it out") from error
