@@ -73,8 +73,17 @@ class EvaluationPlan:
 
         return str(benchmark.prepare(None if self.scenes_dir is None else Path(self.scenes_dir).expanduser()))
 
-    def check_tasks(self, include_path: str | None) -> None:
+    @property
+    def dry_run(self) -> bool:
+        """Whether to stop before anything is loaded or written."""
+        return bool(self.evaluation["resolved_config"]["dry_run"])
+
+    def check_tasks(self, include_path: str | None, tasks: Sequence[str] | None = None) -> None:
         """Finds every task, so that an unknown one is an error before the model is loaded.
+
+        Args:
+            include_path: the folder of task files.
+            tasks: those to find; None: all.
 
         Raises:
             ConfigError: an unknown task, a folder without tasks, or a limit that a task cannot have.
@@ -89,7 +98,7 @@ class EvaluationPlan:
         check_limit(self.evaluation["tasks"], self.evaluation["limit"])
         lmms_eval_logger.disable("lmms_eval")
         try:
-            find_tasks(self.evaluation["tasks"], include_path)
+            find_tasks(self.evaluation["tasks"] if tasks is None else tasks, include_path)
         finally:
             lmms_eval_logger.enable("lmms_eval")
 

@@ -31,6 +31,7 @@ from .generation import check_overrides
 from .partners import partners_of
 from .prefetch import prepare_ahead
 from .processes import Processes
+from .question_counts import compare_counts
 from .questions import Key, PreparedBatch, Preparer, Question, list_questions
 
 if TYPE_CHECKING:
@@ -38,9 +39,7 @@ if TYPE_CHECKING:
 
     from .resume import AnswerStore
 
-INSTALL_HINT = (
-    "run `make install`, or: pip install -c lock.txt -e '.[eval]' && pip install --no-deps lmms-eval==0.7.3"
-)
+INSTALL_HINT = "run `make install`, or: pip install -c lock.txt -e '.[eval]' && pip install --no-deps lmms-eval==0.7.3"
 
 try:
     from lmms_eval.api.instance import Instance
@@ -167,6 +166,9 @@ class VzipLmms(lmms):
         questions = list_questions(requests, self.gen_kwargs)
         if not questions:
             return []
+        if self.processes.is_first:
+            splits = {question.key[0]: question.request.args[-1] for question in questions}
+            compare_counts((task, len(self.task_dict[task][split])) for task, split in splits.items())
         known = {} if self.store is None else {q.key: log for q in questions if (log := self.store.find(q)) is not None}
         self.samples = known
         batches = self._plan(questions, known)
