@@ -33,7 +33,8 @@ def main(cfg: DictConfig) -> float | None:
     if in_sweep() or plan.dry_run:
         tell(plan, briefly=in_sweep())
     if plan.dry_run:
-        return stop_dry(plan)
+        stop_dry(plan)
+        return None
     if in_sweep():
         with alone_in(plan.evaluation["run_dir"]):
             return act(look_again(plan))

@@ -18,7 +18,7 @@ from vzip.config.overrides import check_overrides
 from vzip.config.rundir import budget_label, recipe_changes, run_directory, training_directory
 from vzip.config.validate import BUILT_IN, TRAINED, VIDEO, build_compressor, validate
 from vzip.config.vanilla import full_is_vanilla
-from vzip.errors import ConfigError, RunExistsError, nearest
+from vzip.errors import CheckpointError, ConfigError, RunExistsError, nearest
 
 if TYPE_CHECKING:
     from vzip.compressors import Compressor
@@ -121,11 +121,13 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
 
     Raises:
         ConfigError: naming every problem of the configuration.
+        CheckpointError: as ``check_assembled``.
         RunExistsError: the run directory holds a record and ``overwrite`` is false.
     """
     directory = config_dir()
     config = full_is_vanilla(resolved(cfg), directory) if of_sweep else resolved(cfg)
     validate(config)
+    check_assembled(config["model"])
     train = config["train"]
     if train["name"] != "none" and "kind" not in train:
         raise ConfigError(
@@ -203,6 +205,21 @@ def _device_map(device_map: Any, device: str) -> Any:
     from vzip.evaluation.processes import own_device
 
     return own_device(device_map)
+
+
+def check_assembled(model: Mapping[str, Any]) -> None:
+    """Refuses a model that is to be put together first.
+
+    Raises:
+        CheckpointError: its directory is not there.
+    """
+    made_of, directory = model["assembled_from"], model["name_or_path"]
+    if made_of is not None and not Path(directory).expanduser().is_dir():
+        raise CheckpointError(
+            f"model.name_or_path={directory}: no such directory. model={model['name']} is put together here, once: python"
+            f" scripts/assemble_llava.py {' '.join(made_of)} {directory}. If you have it elsewhere, set"
+            " model.name_or_path=DIR."
+        )
 
 
 def load_arguments(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vzip.config.build import EvaluationPlan
+from vzip.config.options import config_dir
+from vzip.config.rundir import compressor_label
 from vzip.config.validate import BUILT_IN, VIDEO
 from vzip.errors import VzipError
 from vzip.evaluation.judge_tasks import JUDGED_TASKS
@@ -42,7 +44,7 @@ def preview(plan: EvaluationPlan) -> str:
     model = plan.evaluation["resolved_config"]["model"]
     rows = {
         "model": f"{model['name']} ({plan.model['name_or_path']})",
-        "method": repr(plan.compressor),
+        "method": _method(plan),
         "visual tokens": visual_tokens(plan),
         "benchmarks": f"{_total(plan)}: {', '.join(listed)}",
         "judge": f"scores {', '.join(judged)} afterwards, by the next line" if judged else "not needed",
@@ -67,7 +69,15 @@ def _row(heading: str, text: str) -> str:
 def brief(plan: EvaluationPlan) -> str:
     """The plan in one line."""
     model = plan.evaluation["resolved_config"]["model"]["name"]
-    return f"{model}, {plan.compressor!r}, {visual_tokens(plan)}; {_total(plan)}; {plan.evaluation['run_dir']}"
+    return f"{model}, {_method(plan)}, {visual_tokens(plan)}; {_total(plan)}; {plan.evaluation['run_dir']}"
+
+
+def _method(plan: EvaluationPlan) -> str:
+    config = plan.evaluation["resolved_config"]
+    label, budget = compressor_label(config["compressor"], config_dir()), config["budget"]
+    if budget["num_dominant"] is None:
+        return f"{label}, every visual token"
+    return f"{label}, {budget['num_dominant']} dominant + {budget['num_contextual']} contextual tokens a crop"
 
 
 def _count(task: str, limit: int | None) -> str:
@@ -95,9 +105,7 @@ def visual_tokens(plan: EvaluationPlan) -> str:
     kept = None if budget is None else budget.num_tokens
     shape = _shape(plan.model)
     if shape is None:
-        return (
-            f"{'all' if kept is None else kept} of each crop; the checkpoint's config.json will say how many there are"
-        )
+        return f"{'all' if kept is None else kept} of each crop; how many there are, its config.json will say"
     from vzip.models.adapters import adapter_class_for_config
 
     adapter = adapter_class_for_config(shape.config)
@@ -114,8 +122,10 @@ def visual_tokens(plan: EvaluationPlan) -> str:
         return f"{image} an image"
     frames = plan.model["num_frames"] or shape.num_crops
     rows = geometry.num_patches + int(geometry.has_cls)  # a frame keeps its CLS token, an image does not
-    full = f"{frames * rows:,} = {frames} frames x {rows}"
-    video = full if kept is None else f"{kept * frames:,} = {frames} frames x {kept}, of {frames * rows:,}"
+    all_rows = f"{frames * rows:,}"
+    if kept is None:
+        return f"{all_rows} = {frames} frames x {rows} a video; {image} an image"
+    video = f"{kept * frames:,} = {frames} frames x {kept}, of {all_rows}"
     return f"{video} a video; {image} an image"
 
 

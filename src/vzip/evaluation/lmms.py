@@ -124,15 +124,6 @@ class VzipLmms(lmms):
         # Opened now: lmms-eval's own output may be redirected while it runs.
         self._console = Console(file=sys.stderr)
 
-    @classmethod
-    def create_from_arg_string(
-        cls, arg_string: str, additional_config: dict[str, Any] | None = None
-    ) -> VzipLmms:  # lmms-eval's entry for `--model vzip --model_args ...`
-        """Loads the model that ``--model_args`` describes; see ``vzip.evaluation.model_args``."""
-        from .model_args import load_from_arg_string
-
-        return cls(**load_from_arg_string(arg_string, additional_config or {}))
-
     @property
     def device(self) -> torch.device:
         """Where lmms-eval may put its counters in a multi-process run."""

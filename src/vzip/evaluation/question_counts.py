@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @cache
 def known_counts() -> dict[str, dict[str, Any]]:
-    """By task: ``num_questions`` (None: not known), ``exact`` (whether the source gives this very number), ``source``."""
+    """By task: ``num_questions`` (None: not known), ``exact`` (whether the source says just so much), ``source``."""
     text = (resources.files("vzip.evaluation") / "question_counts.json").read_text(encoding="utf-8")
     return dict(json.loads(text)["tasks"])
 
