@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from vzip.config.build import EvaluationPlan, evaluation_plan
 from vzip.config.entry import entry_point
 from vzip.config.finished import look_again
+from vzip.config.preview import stop_dry, tell
 from vzip.config.running import run_plan
 from vzip.config.sweep import alone_in, check_objective, in_sweep
 
@@ -29,6 +30,11 @@ logger = logging.getLogger("vzip.eval")
 def main(cfg: DictConfig) -> float | None:
     plan = evaluation_plan(cfg, of_sweep=in_sweep())
     check_objective(plan.evaluation["tasks"])
+    if in_sweep() or plan.dry_run:
+        tell(plan, briefly=in_sweep())
+    if plan.dry_run:
+        stop_dry(plan)
+        return None
     if in_sweep():
         with alone_in(plan.evaluation["run_dir"]):
             return act(look_again(plan))
@@ -42,6 +48,7 @@ def main(cfg: DictConfig) -> float | None:
         plan.check_tasks(plan.include_path())  # one message before they start, not one of each
         run_command(command)
         return None
+    tell(plan)
     return act(plan)
 
 

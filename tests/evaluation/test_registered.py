@@ -1,7 +1,11 @@
-"""`lmms-eval --model vzip --model_args ...`: the registered name, in this process."""
+"""`lmms-eval --model vzip --model_args ...`: the registered name, in this process and as a command."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,8 +15,9 @@ from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.tasks import TaskManager
 
 import vzip
+from vzip.config import model_args
+from vzip.config.options import config_dir, options
 from vzip.errors import ConfigError, UnsupportedModelError
-from vzip.evaluation import model_args
 from vzip.evaluation.lmms import VzipLmms
 from vzip.evaluation.plugin import manifests
 from vzip.evaluation.run import evaluate
@@ -73,7 +78,8 @@ def test_arguments_reach_the_loader(monkeypatch):
     [
         ("pretrained=X,compresor=visionzip", {}, "did you mean 'compressor'"),
         ("compressor=none", {}, "pretrained is missing"),
-        ("pretrained=X", {}, "compressor is missing"),
+        ("pretrained=X", {}, "compressor is missing, and so are counts"),
+        ("compresor=none,num_dominant=5", {"max_batch_size": 8}, "3 problems"),
         ("pretrained=X,compressor=visionzap", {}, "did you mean 'visionzip'"),
         ("pretrained=X,compressor=none,num_dominant=5", {}, "keeps every token"),
         ("pretrained=X,compressor=visionzip,num_dominant=5", {}, "needs num_contextual"),
@@ -87,6 +93,51 @@ def test_arguments_reach_the_loader(monkeypatch):
 def test_bad_arguments(line, outside, message):
     with pytest.raises(ConfigError, match=message):
         model_args.load_from_arg_string(line, outside)
+
+
+def test_counts_alone_are_visionzip_and_the_files_are_the_list(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(vzip, "load_vlm", lambda name, projector, compressor: seen.update(vars()), raising=False)
+    model_args.load_from_arg_string("pretrained=X,num_dominant=54,num_contextual=10,projector=DIR", {})
+    assert seen == {"name": "X", "compressor": vzip.VisionZip(vzip.TokenBudget(54, 10)), "projector": "DIR"}
+    known = model_args.compressors()
+    assert list(known) == options(config_dir(), "compressor")
+    assert known["random"]["settings"].keys() == {"seed"} and not known["none"]["has_budget"]
+    for name in known:
+        counts = {"num_dominant": 5, "num_contextual": 2} if known[name]["has_budget"] else {}
+        assert model_args.build_compressor({"compressor": name, **counts}) is not None
+
+
+# What ends `lmms-eval` with which code, and a line that it prints.
+COMMANDS = {
+    "pretrained=vzip/tiny,num_dominant=54,num_contextual=10": (0, r"\|own_exact\s*\|.*\|exact_match\s*\|"),
+    "pretrained=vzip/tiny,num_dominent=54": (2, r"ConfigError: .*num_dominent=54.*did you mean 'num_dominant'"),
+    "pretrained=vzip/tiny,num_dominant=54": (2, r"ConfigError: .*compressor=visionzip needs num_contextual"),
+    "pretrained=vzip/tiny,num_dominant=570,num_contextual=10": (2, r"ConfigError: .*577 to choose from"),
+    "pretrained=./no-such-folder,num_dominant=54,num_contextual=10": (2, r"CheckpointError: .*no-such-folder"),
+}
+
+
+def test_the_command_scores_and_ends_with_an_error_where_there_is_one(include_path, tmp_path):
+    """As the README writes it; offline, all at once."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    started = {}
+    for line in COMMANDS:
+        command = [sys.executable, "-m", "lmms_eval", "--model", "vzip", "--model_args", line, "--tasks", "own_exact"]
+        started[line] = subprocess.Popen(
+            [*command, "--include_path", str(include_path), "--limit", "1"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+        )
+    for line, (code, pattern) in COMMANDS.items():
+        said, _ = started[line].communicate(timeout=600)
+        assert started[line].returncode == code, said
+        assert re.search(pattern, said), said
+        if code:
+            assert "Traceback" not in said and len(re.findall(r"^\w+Error: ", said, re.M)) == 1, said
 
 
 def test_needs_a_processor_with_a_chat_template(model, processor):

@@ -115,6 +115,12 @@ def _llava(size: str) -> BenchModel:
     return BenchModel(f"llava15_{size}", config, f"llava-hf/llava-1.5-{size}-hf")
 
 
+def _llava_untuned() -> BenchModel:
+    # Assembled: Vicuna's 32000 words and the placeholder.
+    config = family_config("llava", clip_l(336), _vicuna("7b", vocab_size=32001), 32000)
+    return BenchModel("llava15_7b_untuned", config, "checkpoints/llava15_7b_untuned")
+
+
 def _llava_next(size: str) -> BenchModel:
     config = family_config("llava_next", clip_l(336), _vicuna(size), 32000, image_grid_pinpoints=pinpoints(336))
     note = (
@@ -147,6 +153,7 @@ SHAPES: dict[str, Callable[[], BenchModel]] = {
     "clip_l_336": _clip_alone,
     "llava15_7b": lambda: _llava("7b"),
     "llava15_13b": lambda: _llava("13b"),
+    "llava15_7b_untuned": _llava_untuned,
     "llava_next_7b": lambda: _llava_next("7b"),
     "llava_next_13b": lambda: _llava_next("13b"),
     "llava_next_mistral_7b": _llava_next_mistral,

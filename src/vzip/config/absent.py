@@ -12,8 +12,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from vzip.config import schema
-from vzip.config.options import RECIPE_GROUP, groups, options
-from vzip.errors import ConfigError
+from vzip.config.options import RECIPE_GROUP, groups, option_values, options
 
 
 def absent_settings(overrides: Sequence[Override], directory: Path, config_name: str) -> dict[str, str]:
@@ -63,14 +62,6 @@ def _holds(config: Mapping[Any, Any], key: str) -> bool:
 
 def _problem(key: str, config: Mapping[Any, Any], directory: Path) -> str:
     group, _, rest = key.partition(".")
-    having = [name for name in options(directory, group) if _holds(_option(directory, group, name), rest)]
+    having = [name for name in options(directory, group) if _holds(option_values(directory, group, name), rest)]
     means = f"options of {group} that have it: {', '.join(having)}" if having else f"write +{key}=VALUE to add it"
     return f"{key}: {group}={config[group]['name']} has no such setting; {means}."
-
-
-def _option(directory: Path, group: str, name: str) -> Mapping[Any, Any]:
-    path = directory / group / f"{name}.yaml"
-    option = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    if not isinstance(option, Mapping):
-        raise ConfigError(f"{path}: must be a mapping.")
-    return option

@@ -18,7 +18,7 @@ from vzip.config.overrides import check_overrides
 from vzip.config.rundir import budget_label, recipe_changes, run_directory, training_directory
 from vzip.config.validate import BUILT_IN, TRAINED, VIDEO, build_compressor, validate
 from vzip.config.vanilla import full_is_vanilla
-from vzip.errors import ConfigError, RunExistsError, nearest
+from vzip.errors import CheckpointError, ConfigError, RunExistsError, nearest
 from vzip.installed import program
 
 if TYPE_CHECKING:
@@ -77,8 +77,17 @@ class EvaluationPlan:
 
         return str(benchmark.prepare(None if self.scenes_dir is None else Path(self.scenes_dir).expanduser()))
 
-    def check_tasks(self, include_path: str | None) -> None:
+    @property
+    def dry_run(self) -> bool:
+        """Whether to stop before anything is loaded or written."""
+        return bool(self.evaluation["resolved_config"]["dry_run"])
+
+    def check_tasks(self, include_path: str | None, tasks: Sequence[str] | None = None) -> None:
         """Finds every task and the hub with its data, so that what is missing is an error before the model is loaded.
+
+        Args:
+            include_path: the folder of task files.
+            tasks: those to find; None: all.
 
         Raises:
             ConfigError: an unknown task, a folder without tasks, or a limit that a task cannot have.
@@ -95,7 +104,10 @@ class EvaluationPlan:
 
         lmms_eval_logger.disable("lmms_eval")
         try:
-            check_data(find_tasks(self.evaluation["tasks"], include_path), self.evaluation["tasks"])
+            names = self.evaluation["tasks"] if tasks is None else tasks
+            manager = find_tasks(names, include_path)
+            if not self.dry_run:
+                check_data(manager, names)
         finally:
             lmms_eval_logger.enable("lmms_eval")
 
@@ -118,11 +130,13 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
 
     Raises:
         ConfigError: naming every problem of the configuration.
+        CheckpointError: as ``check_assembled``.
         RunExistsError: the run directory holds a record and ``overwrite`` is false.
     """
     directory = config_dir()
     config = full_is_vanilla(resolved(cfg), directory) if of_sweep else resolved(cfg)
     validate(config)
+    check_assembled(config["model"])
     train = config["train"]
     if train["name"] != "none" and "kind" not in train:
         raise ConfigError(
@@ -200,6 +214,21 @@ def _device_map(device_map: Any, device: str) -> Any:
     from vzip.evaluation.processes import own_device
 
     return own_device(device_map)
+
+
+def check_assembled(model: Mapping[str, Any]) -> None:
+    """Refuses a model that is to be put together first.
+
+    Raises:
+        CheckpointError: its directory is not there.
+    """
+    made_of, directory = model["assembled_from"], model["name_or_path"]
+    if made_of is not None and not Path(directory).expanduser().is_dir():
+        raise CheckpointError(
+            f"model.name_or_path={directory}: no such directory. model={model['name']} is put together here, once: python"
+            f" scripts/assemble_llava.py {' '.join(made_of)} {directory}. If you have it elsewhere, set"
+            " model.name_or_path=DIR."
+        )
 
 
 def load_arguments(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,10 +66,11 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 # Hydra must hand its exceptions on instead of printing them: this is its own switch for that.
                 os.environ[_FULL] = "1"
                 num_failed = 0
-                try:
-                    hydra.main(version_base="1.3", config_path=str(directory), config_name=config_name)(job)()
-                finally:
-                    num_failed = sweep.finish()
+                with sweep.leaving_nothing_if_dry(sys.argv):
+                    try:
+                        hydra.main(version_base="1.3", config_path=str(directory), config_name=config_name)(job)()
+                    finally:
+                        num_failed = sweep.finish()
                 if num_failed:  # a sweeper that lives with failures
                     sys.exit(USER_ERROR)
             except (VzipError, HydraException, OmegaConfBaseException) as error:

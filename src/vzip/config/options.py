@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -31,6 +32,27 @@ def groups(directory: Path) -> list[str]:
 def options(directory: Path, group: str) -> list[str]:
     """Names a group can be set to."""
     return sorted(p.stem for p in (directory / group).glob("*.yaml"))
+
+
+def option_values(directory: Path, group: str, name: str) -> dict[str, Any]:
+    """What an option's file sets, on top of the options that its defaults list builds on; nothing if there is no file.
+
+    Interpolations stay as they are written. What a file overrides in other groups is not its own.
+
+    Raises:
+        ConfigError: a file that is no mapping.
+    """
+    path = directory / group / f"{name}.yaml"
+    if not path.is_file():
+        return {}
+    loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: must be a mapping of settings; it starts: {header(path)[:1]}.")
+    values: dict[str, Any] = {}
+    for entry in loaded.pop("defaults", []):
+        if isinstance(entry, str) and entry != "_self_":
+            values |= option_values(directory, group, entry)
+    return values | {str(key): value for key, value in loaded.items()}
 
 
 def header(path: Path) -> list[str]:

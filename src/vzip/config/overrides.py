@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 
 from vzip.config import schema
 from vzip.config.absent import absent_settings
-from vzip.config.options import RECIPE_GROUP, groups, header, options
+from vzip.config.options import RECIPE_GROUP, groups, option_values, options
 from vzip.config.validate import find_problems, raise_all
 from vzip.config.vanilla import full_is_vanilla
-from vzip.errors import ConfigError, nearest
+from vzip.errors import nearest
 
 # Words of Hydra's own command line that take a value of their own.
 _FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
@@ -160,10 +160,5 @@ def _names(keys: list[str]) -> list[str]:
 
 
 def _compressor_keys(directory: Path) -> list[str]:
-    keys: set[str] = set()
-    for path in (directory / "compressor").glob("*.yaml"):
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        if not isinstance(loaded, dict):
-            raise ConfigError(f"{path}: must be a mapping with name and _target_; it starts: {header(path)[:1]}.")
-        keys |= {"compressor." + str(key) for key in loaded}
-    return sorted(keys)
+    names = options(directory, "compressor")
+    return sorted({f"compressor.{key}" for name in names for key in option_values(directory, "compressor", name)})

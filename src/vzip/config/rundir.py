@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from vzip.config.options import option_values
 from vzip.config.validate import TRAINED, show
 
 TUNED = "_tuned"  # ends the name of a recipe that evaluates what its namesake trains
@@ -72,7 +71,7 @@ def training_directory(config: Mapping[str, Any], directory: Path) -> Path:
 
 def train_label(train: Mapping[str, Any], directory: Path) -> str:
     """The option's name, and what it changes of its file; how often it saves or whom it tells does not count."""
-    usual = _file(directory, "train", train["name"])
+    usual = option_values(directory, "train", train["name"])
     bookkeeping = ("save_every", "keep_last", "trackers")
     changed = [key for key in train if key not in bookkeeping and train[key] != usual.get(key)]
     return train["name"] + "".join(f"_{key}-{show(train[key])}" for key in changed)
@@ -92,7 +91,7 @@ def _recipe_label(config: Mapping[str, Any]) -> str | None:
 
 
 def task_label(evaluation: Mapping[str, Any], directory: Path) -> str:
-    usual = _file(directory, "eval", evaluation["name"])
+    usual = option_values(directory, "eval", evaluation["name"])
     label = evaluation["name"] if evaluation["tasks"] == usual.get("tasks") else "+".join(evaluation["tasks"])
     asked = {k: v for k, v in evaluation["gen_kwargs"].items() if v != usual.get("gen_kwargs", {}).get(k)}
     label += "".join(f"_{key}-{show(value)}" for key, value in asked.items())
@@ -100,7 +99,7 @@ def task_label(evaluation: Mapping[str, Any], directory: Path) -> str:
 
 
 def model_label(model: Mapping[str, Any], directory: Path) -> str:
-    usual = _file(directory, "model", model["name"])
+    usual = option_values(directory, "model", model["name"])
     same = model["name_or_path"] == usual.get("name_or_path")
     label = model["name"] if same else Path(model["name_or_path"]).expanduser().resolve().name
     changed = [k for k in RESULT_KEYS["model"] if k != "name_or_path" and model[k] != usual.get(k)]
@@ -108,7 +107,7 @@ def model_label(model: Mapping[str, Any], directory: Path) -> str:
 
 
 def compressor_label(compressor: Mapping[str, Any], directory: Path) -> str:
-    usual = _file(directory, "compressor", compressor["name"])
+    usual = option_values(directory, "compressor", compressor["name"])
     skipped = ("name", "_target_", "budget")
     changed = {
         key: value
@@ -119,7 +118,7 @@ def compressor_label(compressor: Mapping[str, Any], directory: Path) -> str:
 
 
 def budget_label(budget: Mapping[str, Any], directory: Path) -> str:
-    usual = _file(directory, "budget", budget["name"])
+    usual = option_values(directory, "budget", budget["name"])
     if all(budget[key] == usual.get(key) for key in RESULT_KEYS["budget"]):
         return budget["name"]
     return f"{budget['num_dominant']}+{budget['num_contextual']}"
@@ -139,12 +138,6 @@ def recipe_changes(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list
         if ours != theirs:
             changes.append(f"compressor.{key}={show(ours)} (recipe: {show(theirs)})")
     return changes
-
-
-def _file(directory: Path, group: str, name: str) -> dict[str, Any]:
-    path = directory / group / f"{name}.yaml"
-    loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path.is_file() else {}
-    return {str(key): value for key, value in loaded.items()} if isinstance(loaded, dict) else {}
 
 
 def _safe(part: str) -> str:

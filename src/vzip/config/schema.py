@@ -95,6 +95,9 @@ GROUPS: Mapping[str, Mapping[str, Rule]] = {
         "name": text("the option's name"),
         "name_or_path": text("a hub id, a checkpoint directory or vzip/tiny"),
         "revision": optional(text("a commit, tag or branch of the hub's repository")),
+        "assembled_from": optional(
+            Rule("a list of vision tower and language model", lambda v: texts("").allows(v) and len(v) == 2)
+        ),
         "dtype": one_of("auto", "float32", "bfloat16", "float16"),
         "device_map": optional(
             Rule("auto, cpu, cuda, cuda:0 ..., or a mapping of modules to devices", lambda v: isinstance(v, str | dict))

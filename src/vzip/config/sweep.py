@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from rich.console import Console
 
 from vzip.config.build import resolved
 from vzip.config.options import config_dir
+from vzip.config.overrides import is_sweep
 from vzip.config.rundir import run_directory, training_directory
 from vzip.config.vanilla import full_is_vanilla
 from vzip.errors import ConfigError, VzipError
@@ -95,9 +97,11 @@ class SweepCallback(Callback):
 
     Attributes:
         folder: of the sweep that this process started, or None.
+        is_dry: whether its jobs are only checked, so that there is nothing to summarise but failures.
     """
 
     folder: ClassVar[Path | None] = None
+    is_dry: ClassVar[bool] = False
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         SweepCallback.folder = Path(config.hydra.sweep.dir)
@@ -113,6 +117,25 @@ class SweepCallback(Callback):
         # What the user caused is told by its message; a bug of ours needs its place.
         place = None if isinstance(error, VzipError) else "".join(traceback.format_exception(error))
         _write_entry(config, f"{type(error).__name__}: {error}", place)
+
+
+@contextlib.contextmanager
+def leaving_nothing_if_dry(argv: list[str]) -> Iterator[None]:
+    """Keeps what Hydra and the jobs write of a sweep with ``dry_run=true`` in a folder that goes when it ends.
+
+    Args:
+        argv: the command line, which gets a word for that.
+    """
+    if not is_sweep(argv) or not any(word.lower() == "dry_run=true" for word in argv):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="vzip-dry-run-") as folder:
+        argv.append(f"hydra.sweep.dir={folder}")
+        SweepCallback.is_dry = True
+        try:
+            yield
+        finally:
+            SweepCallback.is_dry = False
 
 
 def _write_entry(config: DictConfig, error: str | None = None, place: str | None = None) -> None:
@@ -157,10 +180,11 @@ def finish() -> int:
         Job(entry["number"], own, None if entry["error"] else _run(Path(entry["run_dir"])), entry["error"])
         for entry, own in zip(entries, words, strict=True)
     ]
-    lines = summarise(jobs)
-    print_layout(lay_out_sweep(jobs, lines), Console())
-    written = write_summary(jobs, lines, folder)
-    print(f"written to {folder}/: {', '.join(written)}")
+    if not SweepCallback.is_dry:
+        lines = summarise(jobs)
+        print_layout(lay_out_sweep(jobs, lines), Console())
+        written = write_summary(jobs, lines, folder)
+        print(f"written to {folder}/: {', '.join(written)}")
     failed = [job for job in jobs if job.error is not None]
     if failed:
         print(f"\n{len(failed)} of {len(jobs)} jobs failed:", file=sys.stderr)

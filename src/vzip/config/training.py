@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from vzip.config.build import load_arguments, resolved
+from vzip.config.build import check_assembled, load_arguments, resolved
 from vzip.config.options import RECIPE_GROUP, config_dir
 from vzip.config.rundir import RESULT_KEYS, training_directory
 from vzip.config.validate import TRAINED, build_compressor, validate
@@ -29,6 +29,7 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: naming every problem, or that nothing is to be trained.
+        CheckpointError: a model that is to be put together first.
     """
     config = resolved(cfg)
     validate(config)
@@ -44,6 +45,7 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
             f"train={train['name']} needs data to train on, but data={data['name']}: choose data=llava_json"
             " data.json=FILE, data=llava_mix665k_tenth or data=scenes_dialogues."
         )
+    check_assembled(config["model"])
     return config
 
 

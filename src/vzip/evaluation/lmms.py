@@ -32,6 +32,7 @@ from .generation import check_overrides
 from .partners import partners_of
 from .prefetch import prepare_ahead
 from .processes import Processes
+from .question_counts import compare_counts
 from .questions import Key, PreparedBatch, Preparer, Question, list_questions
 
 if TYPE_CHECKING:
@@ -122,15 +123,6 @@ class VzipLmms(lmms):
         # Opened now: lmms-eval's own output may be redirected while it runs.
         self._console = Console(file=sys.stderr)
 
-    @classmethod
-    def create_from_arg_string(
-        cls, arg_string: str, additional_config: dict[str, Any] | None = None
-    ) -> VzipLmms:  # lmms-eval's entry for `--model vzip --model_args ...`
-        """Loads the model that ``--model_args`` describes; see ``vzip.evaluation.model_args``."""
-        from .model_args import load_from_arg_string
-
-        return cls(**load_from_arg_string(arg_string, additional_config or {}))
-
     @property
     def device(self) -> torch.device:
         """Where lmms-eval may put its counters in a multi-process run."""
@@ -164,6 +156,9 @@ class VzipLmms(lmms):
         questions = list_questions(requests, self.gen_kwargs)
         if not questions:
             return []
+        if self.processes.is_first:
+            splits = {question.key[0]: question.request.args[-1] for question in questions}
+            compare_counts((task, len(self.task_dict[task][split])) for task, split in splits.items())
         known = {} if self.store is None else {q.key: log for q in questions if (log := self.store.find(q)) is not None}
         self.samples = known
         batches = self._plan(questions, known)

@@ -20,4 +20,4 @@ def manifests() -> list[ModelManifest]:
     from .catalog import allow_installed
 
     allow_installed()
-    return [ModelManifest(model_id=MODEL_ID, chat_class_path="vzip.evaluation.lmms.VzipLmms")]
+    return [ModelManifest(model_id=MODEL_ID, chat_class_path="vzip.config.model_args.VzipByArguments")]

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 PARTIAL_NAME = "answers.partial.jsonl"
 _PARTIAL_FILES = "answers.partial*.jsonl"
 # Parts of a configuration that say where and how a run is carried out, not what is asked.
-_NOT_ASKED = ("launcher", "paths", "overwrite")
+_NOT_ASKED = ("launcher", "paths", "overwrite", "dry_run")
 _NOT_ASKED_OF_EVAL = ("batch_size", "num_workers", "on_problem", "tower_cache_gib", "trackers")
 
 

@@ -69,12 +69,27 @@ def prepare(root: str | Path | None, tasks: Sequence[str], cache: Path | None = 
     """Checks the files of the video benchmarks among ``tasks`` and writes them as lmms-eval tasks.
 
     Args:
-        root: the folder that holds the benchmarks' folders (Video-LLaVA's ``eval/GPT_Zero_Shot_QA``).
-        tasks: task names; others than ``VIDEO_SETS`` are left alone.
+        root, tasks: as ``check``.
         cache: where to write; by default ``$VZIP_CACHE`` or ``~/.cache/vzip``.
 
     Returns:
         An lmms-eval include path, named by its content; written once.
+
+    Raises:
+        ConfigError, ManifestError: as ``check``.
+    """
+    return _write(check(root, tasks), cache or cache_folder())
+
+
+def check(root: str | Path | None, tasks: Sequence[str]) -> dict[str, str]:
+    """Checks the files of the video benchmarks among ``tasks`` and reads their questions; writes nothing.
+
+    Args:
+        root: the folder that holds the benchmarks' folders (Video-LLaVA's ``eval/GPT_Zero_Shot_QA``).
+        tasks: task names; others than ``VIDEO_SETS`` are left alone.
+
+    Returns:
+        By task its questions, a line of JSON each.
 
     Raises:
         ConfigError: no root, or no video benchmark among the tasks.
@@ -105,7 +120,7 @@ def prepare(root: str | Path | None, tasks: Sequence[str], cache: Path | None = 
         texts[entry.task] = "".join(json.dumps(row) + "\n" for row in rows)
     if problems:
         raise ManifestError("\n".join(problems))
-    return _write(texts, cache or cache_folder())
+    return texts
 
 
 def read_questions(root: Path, entry: VideoSet) -> list[dict[str, str]]:

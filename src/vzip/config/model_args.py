@@ -1,0 +1,141 @@
+"""`--model_args` of `lmms-eval --model vzip`: every setting of model and compressor, none of them silent.
+
+    lmms-eval --model vzip --tasks pope --model_args \\
+        pretrained=llava-hf/llava-1.5-7b-hf,num_dominant=54,num_contextual=10,dtype=float16
+
+Compressors are those of ``configs/compressor``, their settings the arguments of their classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import get_class
+
+import vzip
+from vzip import log
+from vzip.config.options import config_dir, option_values, options
+from vzip.config.validate import COUNTS, raise_all
+from vzip.errors import ConfigError, VzipError, nearest
+from vzip.evaluation.lmms import VzipLmms
+
+if TYPE_CHECKING:
+    from vzip.compressors import Compressor
+
+DEFAULT_COMPRESSOR = "visionzip"  # where counts are given
+_OF_ADAPTER = ("system_prompt", "batch_size")
+
+
+class VzipByArguments(VzipLmms):
+    """What lmms-eval makes of ``--model vzip``; the way from Python is ``vzip.evaluation.run.evaluate``."""
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> VzipLmms:
+        """Loads the model that ``--model_args`` describes.
+
+        Raises:
+            SystemExit: with code 2, a user's error being printed. lmms-eval's command line catches every exception, and
+                would end with code 0.
+        """
+        try:
+            return VzipLmms(**load_from_arg_string(arg_string, additional_config or {}))
+        except VzipError as error:
+            raise SystemExit(log.tell_error(error)) from error
+
+
+def compressors() -> dict[str, dict[str, Any]]:
+    """By name: the class, as ``_target_``, and every setting it takes but the budget, with the file's value."""
+    directory = config_dir()
+    found = {}
+    for name in options(directory, "compressor"):
+        values = option_values(directory, "compressor", name)
+        parameters = inspect.signature(get_class(values["_target_"])).parameters
+        settings = {key: values.get(key, parameters[key].default) for key in parameters if key != "budget"}
+        found[name] = {"_target_": values["_target_"], "has_budget": "budget" in parameters, "settings": settings}
+    return found
+
+
+def build_compressor(args: Mapping[str, Any]) -> Compressor:
+    """The compressor that ``args`` describe: VisionZip where they name none but give counts.
+
+    Raises:
+        ConfigError: naming every problem: an unknown or missing name, a missing count, a setting that this compressor
+            does not have; or what its class refuses.
+    """
+    known = compressors()
+    counts = {key: args[key] for key in COUNTS if key in args}
+    name = args.get("compressor", DEFAULT_COMPRESSOR if counts else None)
+    if name not in known:
+        unknown = f"={name!r} is not known{nearest(str(name), known)}"
+        given = " is missing, and so are counts" if name is None else unknown
+        raise ConfigError(
+            f"model_args: compressor{given}; allowed are {', '.join(known)}. num_dominant=54,num_contextual=10 alone"
+            f" are {DEFAULT_COMPRESSOR} with 64 visual tokens a crop, compressor=none is the model without compression."
+        )
+    entry, problems = known[name], []
+    elsewhere = {key for other in known.values() for key in other["settings"]} - entry["settings"].keys()
+    for key in sorted(elsewhere & args.keys()):
+        problems.append(f"model_args: {key}={args[key]!r} has no meaning for compressor={name}; take it out.")
+    missing = [key for key in COUNTS if key not in counts]
+    if not entry["has_budget"] and counts:
+        problems.append(f"model_args: compressor={name} keeps every token, so {', '.join(counts)} cannot be given.")
+    elif entry["has_budget"] and missing:
+        problems.append(
+            f"model_args: compressor={name} needs {' and '.join(missing)}, e.g. num_dominant=54,num_contextual=10 for"
+            " 64 visual tokens a crop."
+        )
+    raise_all(problems)
+    # The file's own values, but what it takes from elsewhere in a configuration, which there is none of here.
+    settings = {key: value for key, value in entry["settings"].items() if "${" not in str(value)}
+    settings |= {key: args[key] for key in entry["settings"] if key in args}
+    layer = settings.get("score_layer")
+    if isinstance(layer, float) and layer.is_integer():
+        settings["score_layer"] = int(layer)  # lmms-eval reads -3 as a fraction
+    budget = (vzip.TokenBudget(**counts),) if entry["has_budget"] else ()
+    built: Compressor = get_class(entry["_target_"])(*budget, **settings)
+    return built
+
+
+def load_from_arg_string(arg_string: str, from_command_line: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for ``VzipLmms`` from lmms-eval's two sources of settings.
+
+    Args:
+        arg_string: `--model_args`.
+        from_command_line: lmms-eval's own options (batch_size, max_batch_size, device), None where not given.
+
+    Raises:
+        ConfigError: naming every setting that is unknown, missing or cannot be used here.
+        VzipError: as ``vzip.load_vlm``.
+    """
+    from lmms_eval.utils import simple_parse_args_string
+
+    args: dict[str, Any] = simple_parse_args_string(arg_string)
+    outside = {key: value for key, value in from_command_line.items() if value is not None}
+    of_loader = [
+        key for key in inspect.signature(vzip.load_vlm).parameters if key not in ("name_or_path", "compressor")
+    ]
+    of_compressors = dict.fromkeys(key for entry in compressors().values() for key in entry["settings"])
+    allowed = ("pretrained", "compressor", *COUNTS, *of_compressors, *of_loader, *_OF_ADAPTER)
+    problems = [
+        f"model_args: {key}={value!r} is not known{nearest(key, allowed)}; allowed are {', '.join(allowed)}."
+        for key, value in args.items()
+        if key not in allowed
+    ]
+    if "pretrained" not in args:
+        problems.append("model_args: pretrained is missing: a hub name or the directory of a checkpoint.")
+    if "max_batch_size" in outside:
+        problems.append(f"max_batch_size={outside['max_batch_size']}: batches are not sized here; give batch_size=N.")
+    loader = {key: args[key] for key in of_loader if key in args}
+    if "device" in outside and "device_map" in loader:
+        problems.append(f"device={outside['device']} and device_map={loader['device_map']}: give one of them.")
+    elif "device" in outside:
+        loader["device_map"] = str(outside["device"])
+    batch_size = args.get("batch_size", outside.get("batch_size", 1))
+    if isinstance(batch_size, str) and not batch_size.isdecimal():
+        problems.append(f"batch_size={batch_size!r}: must be a whole number, 1 or more; 'auto' is not supported.")
+    raise_all(problems)
+    compressor = build_compressor(args)
+    vlm = vzip.load_vlm(str(args["pretrained"]), compressor=compressor, **loader)
+    return {"vlm": vlm, "batch_size": int(batch_size), "system_prompt": args.get("system_prompt")}

@@ -1,0 +1,188 @@
+"""What an evaluation will do, told before anything is loaded, and all that can be checked without loading."""
+
+from __future__ import annotations
+
+import logging
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vzip.config.build import EvaluationPlan
+from vzip.config.options import config_dir
+from vzip.config.rundir import compressor_label
+from vzip.config.validate import BUILT_IN, VIDEO
+from vzip.errors import VzipError
+from vzip.evaluation.judge_tasks import JUDGED_TASKS
+from vzip.evaluation.question_counts import known_counts, num_questions
+
+if TYPE_CHECKING:
+    from vzip.bench.shapes import BenchModel
+
+logger = logging.getLogger("vzip.eval")
+
+_WIDTH = 118
+
+
+def tell(plan: EvaluationPlan, briefly: bool = False) -> None:
+    """Prints the plan to standard error, in the first of several processes only.
+
+    Args:
+        plan: the evaluation.
+        briefly: in one line, for a job of a sweep.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        logger.info("%s", brief(plan) if briefly else preview(plan))
+
+
+def preview(plan: EvaluationPlan) -> str:
+    """The plan in about ten lines: model, method, benchmarks, visual tokens, judge, place of the record."""
+    tasks, limit, run_dir = (plan.evaluation[key] for key in ("tasks", "limit", "run_dir"))
+    listed = [f"{task} {_count(task, limit)}" for task in tasks]
+    judged = [task for task in tasks if task in JUDGED_TASKS]
+    model = plan.evaluation["resolved_config"]["model"]
+    rows = {
+        "model": f"{model['name']} ({plan.model['name_or_path']})",
+        "method": _method(plan),
+        "visual tokens": visual_tokens(plan),
+        "benchmarks": f"{_total(plan)}: {', '.join(listed)}",
+        "judge": f"scores {', '.join(judged)} afterwards, by the next line" if judged else "not needed",
+        **({"": f"python -m vzip judge {run_dir}"} if judged else {}),
+        "record": str(run_dir / "run.json"),
+    }
+    return "\n".join(["the plan:", *(_row(heading, text) for heading, text in rows.items())])
+
+
+def _row(heading: str, text: str) -> str:
+    start = f"  {heading:<15}"
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def brief(plan: EvaluationPlan) -> str:
+    """The plan in one line."""
+    model = plan.evaluation["resolved_config"]["model"]["name"]
+    return f"{model}, {_method(plan)}, {visual_tokens(plan)}; {_total(plan)}; {plan.evaluation['run_dir']}"
+
+
+def _method(plan: EvaluationPlan) -> str:
+    config = plan.evaluation["resolved_config"]
+    label, budget = compressor_label(config["compressor"], config_dir()), config["budget"]
+    if budget["num_dominant"] is None:
+        return f"{label}, every visual token"
+    return f"{label}, {budget['num_dominant']} dominant + {budget['num_contextual']} contextual tokens a crop"
+
+
+def _count(task: str, limit: int | None) -> str:
+    count = num_questions(task, limit)
+    return "unknown" if count is None else f"{count:,}"
+
+
+def _total(plan: EvaluationPlan) -> str:
+    tasks, limit = plan.evaluation["tasks"], plan.evaluation["limit"]
+    counts = [num_questions(task, limit) for task in tasks]
+    known = [count for count in counts if count is not None]
+    if not known:
+        return f"{len(tasks)} with an unknown number of questions"
+    limited = limit is not None and all(count == limit for count in known)
+    exact = limited or all(known_counts().get(task, {}).get("exact") for task in tasks)
+    word = "at least " if len(known) < len(counts) else "" if exact else "about "
+    return f"{len(tasks)} with {word}{sum(known):,} questions"
+
+
+def visual_tokens(plan: EvaluationPlan) -> str:
+    """Visual tokens of an image (and a video) beside what the unmodified model has, as far as they are known now."""
+    from vzip.evaluation.token_count import budget_of
+
+    budget = budget_of(plan.compressor)
+    kept = None if budget is None else budget.num_tokens
+    shape = _shape(plan.model)
+    if shape is None:
+        return f"{'all' if kept is None else kept} of each crop; how many there are, its config.json will say"
+    from vzip.models.adapters import adapter_class_for_config
+
+    adapter = adapter_class_for_config(shape.config)
+    geometry = adapter.check_config(shape.config)
+    if adapter.has_tiles:
+        crops, patches = shape.num_crops, geometry.num_patches
+        full = crops * patches
+        if kept is None:
+            return f"up to {full:,} = {crops} crops x {patches} an image (newline tokens besides, padding cut off)"
+        newlines = " and newline tokens" if plan.model["row_newline"] else ""
+        return f"{kept * crops:,} = {crops} crops x {kept} an image{newlines}, of up to {full:,}"
+    image = _of(kept, geometry.num_patches)
+    if not adapter.has_video:
+        return f"{image} an image"
+    frames = plan.model["num_frames"] or shape.num_crops
+    rows = geometry.num_patches + int(geometry.has_cls)  # a frame keeps its CLS token, an image does not
+    all_rows = f"{frames * rows:,}"
+    if kept is None:
+        return f"{all_rows} = {frames} frames x {rows} a video; {image} an image"
+    video = f"{kept * frames:,} = {frames} frames x {kept}, of {all_rows}"
+    return f"{video} a video; {image} an image"
+
+
+def _of(kept: int | None, full: int) -> str:
+    return f"all {full:,}" if kept is None else f"{kept} of {full:,}"
+
+
+def _shape(model: Mapping[str, Any]) -> BenchModel | None:
+    """The model's configuration if it is known here: a published model's, or that of a directory."""
+    from vzip.bench.shapes import SHAPES, resolve
+    from vzip.models.load import resolve_checkpoint
+
+    published = [name for name, make in SHAPES.items() if make().checkpoint == model["name_or_path"]]
+    source = published[0] if published else resolve_checkpoint(model["name_or_path"])
+    return resolve(str(source)) if published or isinstance(source, Path) else None
+
+
+def check_without_loading(plan: EvaluationPlan) -> None:
+    """What ``dry_run=true`` checks beyond the configuration: tasks, packages, the video benchmarks' files.
+
+    That this machine lacks the devices is told and no error: the run may be meant for another one.
+
+    Raises:
+        VzipError: for what the run itself would refuse.
+    """
+    from vzip.demo.benchmark import TASK_NAMES
+    from vzip.evaluation import video_qa
+    from vzip.evaluation.harness import check_lmms_eval
+    from vzip.evaluation.partners import check_limit
+    from vzip.evaluation.run import check_run_dir
+    from vzip.evaluation.wandb_runs import check_wandb
+    from vzip.train.distributed import check_devices
+
+    evaluation = plan.evaluation
+    check_run_dir(evaluation["run_dir"], overwrite=evaluation["overwrite"] or plan.finished is not None)
+    check_lmms_eval()
+    if evaluation["trackers"]:
+        check_wandb("eval.trackers")
+    folder = evaluation["include_path"]
+    if folder == VIDEO:
+        video_qa.check(plan.video_root, evaluation["tasks"])
+    # The generated and the video benchmarks become task files only when they are run. With them, and without files of
+    # the user's, a task that has a committed count is known; looking for others reads all of lmms-eval's task files.
+    made: dict[str, Sequence[str]] = {BUILT_IN: TASK_NAMES, VIDEO: tuple(video_qa.VIDEO_SETS)}
+    known = set(known_counts()) - {name for names in made.values() for name in names} | set(made.get(folder, ()))
+    own_files = folder is not None and folder not in made
+    sought = [task for task in evaluation["tasks"] if own_files or task not in known]
+    if sought:
+        plan.check_tasks(folder if own_files else None, sought)
+    check_limit(evaluation["tasks"], evaluation["limit"])
+    try:
+        check_devices(plan.launch)
+    except VzipError as error:
+        logger.warning("not on this machine: %s", error)
+
+
+def stop_dry(plan: EvaluationPlan) -> None:
+    """Ends ``dry_run=true``: checks and says so."""
+    check_without_loading(plan)
+    logger.info("dry_run=true: checked; nothing was loaded or written")
