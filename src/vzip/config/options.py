@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from vzip.errors import ConfigError
 from vzip.installed import checkout
 
 RECIPE_GROUP = "exp"
