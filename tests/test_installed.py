@@ -86,9 +86,9 @@ def test_only_what_is_required_can_be_missing(of_a_wheel: Path) -> None:
 
 
 def test_an_import_at_the_time_of_use_is_named(of_a_wheel: Path) -> None:
-    with pytest.raises(MissingPackageError, match=r"^`ask` needs the package a-package, which is not installed"):
-        with installed.optional_packages("`ask`"):
-            import a_package.part  # type: ignore[import-not-found] # noqa: F401
+    message = r"^`ask` needs the package a-package, which is not installed"
+    with pytest.raises(MissingPackageError, match=message), installed.optional_packages("`ask`"):
+        import a_package.part  # type: ignore[import-not-found] # noqa: F401
 
 
 @pytest.mark.parametrize("name", ["vzip.nothing", "_tkinter", None])
