@@ -43,7 +43,7 @@ def test_the_working_directory_is_never_taken_for_them(of_a_wheel: Path, monkeyp
     monkeypatch.chdir(of_a_wheel)
     monkeypatch.setattr(installed, "COPY", of_a_wheel / "nothing")
     monkeypatch.setattr(installed, "_PACKAGE", of_a_wheel / "lib" / "site-packages" / "vzip")
-    with pytest.raises(ConfigError, match=r"lib/configs: no base\.yaml"):
+    with pytest.raises(ConfigError, match="lib/configs: no base.yaml"):
         installed.checkout()
 
 
@@ -86,8 +86,8 @@ def test_only_what_is_required_can_be_missing(of_a_wheel: Path) -> None:
 
 
 def test_an_import_at_the_time_of_use_is_named(of_a_wheel: Path) -> None:
-    told = pytest.raises(MissingPackageError, match=r"^`ask` needs the package a-package, which is not installed")
-    with told, installed.optional_packages("`ask`"):
+    message = r"^`ask` needs the package a-package, which is not installed"
+    with pytest.raises(MissingPackageError, match=message), installed.optional_packages("`ask`"):
         import a_package.part  # type: ignore[import-not-found] # noqa: F401
 
 

@@ -183,7 +183,7 @@ def test_a_manifests_annotations_counts_and_pictures_are_checked(folder, manifes
     assert code == 2 and "ManifestError" in text and "SHA-256" in text
     (folder / "data.json").unlink()
     code, text = by_manifest(manifest, capsys)
-    assert code == 2 and "scripts/download_data.py" in text
+    assert code == 2 and "python -m vzip data download" in text
 
 
 def test_the_subset_command_counts_and_lists(folder, capsys):

@@ -1,10 +1,13 @@
-"""Checks training data and shows what a part of it consists of.
+"""Fetches training data, checks it and shows what a part of it consists of.
 
+python -m vzip data download llava_v1_5_mix665k --root DIR          about 150 GB with what is unpacked; --list shows it
+python -m vzip data download llava_v1_5_mix665k --root DIR --only annotations coco
 python -m vzip data verify llava_v1_5_mix665k --root DIR            every file that a manifest's annotations name
 python -m vzip data verify --json FILE --root DIR                   one's own data in LLaVA's format
 python -m vzip data subset llava_v1_5_mix665k --root DIR --fraction 1/10
 
-verify ends with 0 if all is well, 1 if something is missing, cut off or cannot be decoded, 2 if it could not be told.
+A download that was interrupted or failed goes on when the same command is given again. It ends with 1 if files are left
+that must be fetched by hand. verify ends with 0 if all is well, 1 if something is missing, cut off or cannot be decoded, 2 if it could not be told.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from vzip.errors import ConfigError, ManifestError
 
 from .llava_json import LlavaJson
 from .lock import Lock
-from .manifest import Manifest, load_manifest
+from .manifest import Manifest, file_table, load_manifest
 from .subset import choose, source_table
 from .verify import PictureProblem, find_problems
 
@@ -42,7 +45,15 @@ class _Source:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(dest="action", required=True, metavar="verify | subset")
+    commands = parser.add_subparsers(dest="action", required=True, metavar="download | verify | subset")
+    download = commands.add_parser("download", help="fetch what a manifest names")
+    download.add_argument("manifest", nargs="?", default="llava_v1_5_mix665k", help="name in data_manifests, or a file")
+    download.add_argument("--root", type=Path, help="folder to fetch into")
+    download.add_argument("--only", nargs="+", metavar="SOURCE", help="these sources alone (see --list)")
+    download.add_argument("--list", action="store_true", help="print what there is and fetch nothing")
+    download.add_argument("--no-extract", action="store_true", help="leave the archives packed")
+    download.add_argument("--delete-archives", action="store_true", help="remove each archive once it is unpacked")
+    download.add_argument("--attempts", type=int, default=8, help="for each file in one run (default: 8)")
     verify = commands.add_parser("verify", help="check every file that the annotations name")
     subset = commands.add_parser("subset", help="what a part consists of, by source")
     for command in (verify, subset):
@@ -60,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    if args.action == "download":
+        return _download(args)
     _check_arguments(args)
     if args.action == "subset":
         source = _open(args)
@@ -69,6 +82,25 @@ def main(args: argparse.Namespace) -> int:
             _write_ids(source.data, indices, args.ids)
         return 0
     return _verify(args)
+
+
+def _download(args: argparse.Namespace) -> int:
+    manifest = load_manifest(args.manifest)
+    files = manifest.choose(args.only)
+    if args.list:
+        Console().print(file_table(manifest, files))
+        return 0
+    if args.root is None:
+        raise ConfigError("--root DIR is missing: the folder to fetch into.")
+    from .download import Downloader  # only here: it needs httpx, checking does not
+
+    downloader = Downloader(manifest, args.root.expanduser(), num_attempts=max(1, args.attempts))
+    downloader.run(files, extract=not args.no_extract, delete_archives=args.delete_archives)
+    by_hand = [file for file in files if file.url is None]
+    for file in by_hand:
+        print(f"{file.source}: to be fetched by hand. {file.note}")
+    print(f"now check what came: python -m vzip data verify {args.manifest} --root {args.root}")
+    return 1 if by_hand else 0
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -119,7 +151,7 @@ def _open(args: argparse.Namespace) -> _Source:
     annotations = args.root / manifest.annotations
     if not annotations.is_file():
         raise ManifestError(
-            f"{annotations}: no such file. Fetch it with: python scripts/download_data.py {args.manifest} --root"
+            f"{annotations}: no such file. Fetch it with: python -m vzip data download {args.manifest} --root"
             f" {args.root}"
         )
     Lock(manifest, args.root).check(manifest.file(manifest.annotations), annotations)
