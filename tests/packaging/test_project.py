@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
 from scripts import check_lock
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from vzip.errors import ConfigError, nearest
 
+from .batching import check_batch_size
+
 if TYPE_CHECKING:
     from vzip.compressors import Compressor
 
@@ -90,7 +92,7 @@ def load_from_arg_string(arg_string: str, from_command_line: dict[str, Any]) -> 
         raise ConfigError("model_args: pretrained is missing: a hub name or the directory of a checkpoint.")
     outside = {key: value for key, value in from_command_line.items() if value is not None}
     if "max_batch_size" in outside:
-        raise ConfigError(f"max_batch_size={outside['max_batch_size']}: batches are not sized here; give batch_size=N.")
+        raise ConfigError(f"max_batch_size={outside['max_batch_size']}: give batch_size=N, or auto.")
     compressor = build_compressor(args)
 
     loader = {key: args[key] for key in _OF_LOADER if key in args}
@@ -100,8 +102,6 @@ def load_from_arg_string(arg_string: str, from_command_line: dict[str, Any]) -> 
         loader["device_map"] = str(outside["device"])
     batch_size = args.get("batch_size", outside.get("batch_size", 1))
     if isinstance(batch_size, str):
-        if not batch_size.isdecimal():
-            raise ConfigError(f"batch_size={batch_size!r}: must be a whole number, 1 or more; 'auto' is not supported.")
-        batch_size = int(batch_size)
+        batch_size = check_batch_size(int(batch_size) if batch_size.isdecimal() else batch_size)
     vlm = vzip.load_vlm(str(args["pretrained"]), compressor=compressor, **loader)
     return {"vlm": vlm, "batch_size": batch_size, "system_prompt": args.get("system_prompt")}
