@@ -161,3 +161,25 @@ def test_one_format_of_the_weights_is_fetched() -> None:
     assert set(_needed({"config.json": 1, "pytorch_model-1.bin": 2}) or ()) == {"config.json", "pytorch_model-1.bin"}
     clip = {"open_clip_pytorch_model.bin": 1, "model.safetensors": 1, "open_clip_config.json": 1}
     assert set(_needed(clip) or ()) == {"open_clip_pytorch_model.bin", "open_clip_config.json"}
+
+
+def test_the_sizes_on_the_cluster_page_are_the_committed_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    from importlib import resources
+
+    from vzip.config.offline import published_size
+    from vzip.data.manifest import load_manifest
+
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    committed = json.loads((resources.files("vzip.evaluation") / "data_sizes.json").read_text(encoding="utf-8"))
+    known = {name: entry["num_bytes"] for name, entry in committed["data_sets"].items() if entry["num_bytes"]}
+    assert all(entry["source"] for entry in committed["data_sets"].values())
+    for name, size in known.items():
+        assert published_size(*(name.split(", ") if ", " in name else (name, None))) == size
+        title = name.partition("/")[2].partition(",")[0]
+        assert re.search(rf"^\| {title}\b.*\| {size / 1e9:.{1 if size > 1e10 else 2}f} \|$", page, re.MULTILINE), name
+    for name in ("llava_v1_5_mix665k", "llava_pretrain_558k", "open_llava_next_mix1m"):
+        files = load_manifest(name).files
+        notes = [re.match(r"About ([\d.]+) (GB|MB)", file.note) for file in files if file.num_bytes is None]
+        noted = sum(float(note[1]) * {"GB": 1e9, "MB": 1e6}[note[2]] for note in notes if note)
+        total = sum(file.num_bytes or 0 for file in files) + noted
+        assert f"| `{name}` | {total / 1e9:.1f} |" in page, (name, total)

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -371,9 +372,17 @@ def tasks(configs: Sequence[Mapping[str, Any]], hub: Hub) -> list[TaskData]:
                 path, part = str(fields.get("dataset_path")), fields.get("dataset_name")
                 if "data_files" in kwargs or kwargs.get("load_from_disk"):
                     continue
-                size = None if hub.is_off else _dataset_size(path, part, hub)
+                size = published_size(path, part) if hub.is_off else _dataset_size(path, part, hub)
                 found.append(TaskData(name, include_path, path, part, size, kwargs.get("token") is True))
     return found
+
+
+def published_size(path: str, config: str | None) -> int | None:
+    """Bytes of a data set by public pages; None where none was found."""
+    text = (resources.files("vzip.evaluation") / "data_sizes.json").read_text(encoding="utf-8")
+    entry = json.loads(text)["data_sets"].get(f"{path}, {config}" if config else path, {})
+    size: int | None = entry.get("num_bytes")
+    return size
 
 
 def _dataset_size(path: str, config: str | None, hub: Hub) -> int | None:
@@ -412,7 +421,7 @@ def describe(items: Sequence[Checkpoint | TaskData], hub: Hub) -> None:
         _tell(f"  {item.title}: {_gigabytes(item.size)}{again}")
     known = [size for size in shared.values() if size is not None]
     if hub.is_off:
-        _tell(f"{len(shared)} repositories; sizes unknown: {hub.is_off}, so the hub was not asked")
+        _tell(f"{len(shared)} repositories; {hub.is_off}: the hub was not asked; sizes are those that its pages give")
         return
     unknown = f", and {len(shared) - len(known)} of unknown size" if len(known) < len(shared) else ""
     place = Path(hub.cache)
