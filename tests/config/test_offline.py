@@ -109,10 +109,15 @@ def test_what_was_fetched_is_enough_without_a_network(hub: FakeHub, tasks: Path,
 @pytest.mark.slow
 def test_a_failure_loses_nothing_else_and_is_named(hub: FakeHub, tasks: Path, tmp_path: Path) -> None:
     online = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
-    done = call(["-m", "vzip", "prefetch", *words_of(tasks, "absent", "colors")], online, tmp_path)
+    done = call(
+        ["-m", "vzip", "prefetch", *words_of(tasks, "absent", "colors"), "model.adapter_path=own/absent"],
+        online,
+        tmp_path,
+    )
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     end = done.stderr[done.stderr.index("could not be fetched") :]
-    assert "1 of 3 could not be fetched" in done.stderr and "task absent: own/absent" in end and "colors" not in end
+    assert "2 of 4 could not be fetched" in done.stderr and "checkpoint own/absent: own/absent: 404" in end
+    assert "task absent: own/absent" in end and "colors" not in end
     assert list((tmp_path / "home" / "datasets").glob("own___colors/**/*.arrow"))
 
 

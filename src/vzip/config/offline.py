@@ -69,18 +69,19 @@ def main(args: argparse.Namespace) -> int:
     trainings = list(training_sets(configs, args.train_data))
     _tell(f"hub: {hub.endpoint}; cache: {hub.cache}")
     describe(items, hub)
-    failed = {}
+    failed, num_asked = {}, len(items)
     if not args.dry_run:
         check_token(items, hub)
         failed = fetch_all(items)
         if args.train_data is not None:
             failed |= fetch_all(trainings)
+            num_asked += len(trainings)
     if trainings and args.train_data is None:
         _tell("training data, for train.py (or --train-data DIR):")
         for training in trainings:
             _tell(f"  {training.command}")
     if failed:
-        _tell(f"{len(failed)} of {len(items)} could not be fetched; the same command again tries these:")
+        _tell(f"{len(failed)} of {num_asked} could not be fetched; the same command again tries these:")
         for name, reason in failed.items():
             _tell(f"  {name}: {reason}")
         return USER_ERROR
@@ -175,8 +176,9 @@ class Hub:
         """The lines for a compute node's shell."""
         yield f"export HF_HOME={shlex.quote(str(Path(self.cache).resolve()))}"
         yield f"export LMMS_EVAL_DATASETS_CACHE={shlex.quote(str(Path(self.datasets_cache).expanduser().resolve()))}"
-        if "HF_HUB_CACHE" in os.environ:
-            yield f"export HF_HUB_CACHE={shlex.quote(os.environ['HF_HUB_CACHE'])}"
+        for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+            if name in os.environ:
+                yield f"export {name}={shlex.quote(os.environ[name])}"
         if self.endpoint != "https://huggingface.co":
             yield f"export HF_ENDPOINT={shlex.quote(self.endpoint)}"
         for switch in _SWITCHES:
@@ -208,8 +210,9 @@ class Checkpoint:
     def fetch(self) -> None:
         from huggingface_hub import snapshot_download
 
-        assert self.files is not None
-        snapshot_download(self.name, revision=self.revision, allow_patterns=list(self.files))
+        # Where the hub refused to list them before, it is asked once more, and says why.
+        files = self.files or _needed(Hub().files("model", self.name, self.revision)) or {}
+        snapshot_download(self.name, revision=self.revision, allow_patterns=list(files))
 
 
 @dataclass(frozen=True)
@@ -294,7 +297,7 @@ def checkpoints(configs: Sequence[Mapping[str, Any]], hub: Hub) -> list[Checkpoi
 
     Raises:
         Unreachable: see ``Hub.files``.
-        CheckpointError: a checkpoint that is nowhere.
+        CheckpointError: a name that is neither a directory nor a hub id.
     """
     from vzip.models.load import BUILT_IN_NAME, resolve_checkpoint
 
@@ -308,8 +311,11 @@ def checkpoints(configs: Sequence[Mapping[str, Any]], hub: Hub) -> list[Checkpoi
             wanted[adapter, None] = None
     found = []
     for name, revision in wanted:
-        found.append(Checkpoint(name, revision, _needed(hub.files("model", name, revision))))
-        found += _towers(name, revision, found[-1].files, hub)
+        try:
+            found.append(Checkpoint(name, revision, _needed(hub.files("model", name, revision))))
+            found += _towers(name, revision, found[-1].files, hub)
+        except CheckpointError:  # no such repository, or not for everybody: it fails when its turn comes
+            found.append(Checkpoint(name, revision, None))
     return list({(item.name, item.revision): item for item in found}.values())
 
 
@@ -393,7 +399,9 @@ def _dataset_size(path: str, config: str | None, hub: Hub) -> int | None:
         sizes = hub.files("dataset", path) or {}
         # Whether one must be logged in the hub says when the data is fetched.
         files = datasets.load_dataset_builder(path, config).config.data_files or {}
-    except (OSError, ValueError):  # Unreachable is none of the data set's: the checkpoint was asked for before
+    except Unreachable:
+        raise
+    except (OSError, ValueError):
         return None
     names = {url.partition("@")[2].partition("/")[2] for urls in files.values() for url in urls}
     return sum(sizes.get(name) or 0 for name in names)
