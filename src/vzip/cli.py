@@ -49,6 +49,7 @@ COMMANDS: Mapping[str, Command] = {
     "chat": Command("vzip.demo.chat", "a dialogue about pictures in the terminal"),
     "bench": Command("vzip.bench.cli", "what compression costs and saves: time by stage, memory, FLOPs"),
     "memory": Command("vzip.config.memory", "what a training or an inference needs on each device, and for what"),
+    "prefetch": Command("vzip.config.offline", "what runs need from the hub, fetched for machines without a network"),
     "merge": Command("vzip.train.merge", "a plain Hugging Face checkpoint with the tuned projector in it"),
     "data": Command("vzip.data.cli", "fetch and check training data; what a part of it consists of", "train"),
     "scenes": Command("vzip.demo.benchmark", "write or check the built-in benchmark's data"),

@@ -75,6 +75,19 @@ def test_the_breakdown_of_an_inference(words: list[str], capsys: pytest.CaptureF
     assert set(peak.num_bytes) <= {WEIGHTS, "activations", CACHE}
 
 
+def test_the_batch_that_fits_a_device(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [*words, "--inference", "eval.batch_size=auto"]
+    whole, one = (estimate(memory_plan([*words, f"eval.batch_size={size}"], inference=True)).total for size in (64, 1))
+    assert cli.main(["memory", *asked, "--device-gib", str(1.01 * whole / 2**30)]) == 0
+    assert "64 prompts of 265 tokens" in capsys.readouterr().out
+    assert cli.main(["memory", *asked, "--device-gib", str(0.6 * whole / 2**30)]) == 0
+    assert "32 prompts of 265 tokens" in capsys.readouterr().out
+    assert cli.main(["memory", *asked, "--device-gib", str(0.9 * one / 2**30)]) == 1
+    assert "1 prompts of 265 tokens" in capsys.readouterr().out
+    assert cli.main(["memory", *asked]) == 2
+    assert "Add --device-gib" in capsys.readouterr().err
+
+
 def test_the_launcher_says_how_many_share(words: list[str]) -> None:
     plan = memory_plan([*words, "launcher=zero2_8gpu", "launcher.batch_size=2", "launcher.device=cuda"])
     assert (plan.num_processes, plan.on_cuda, plan.load.num_pictures) == (8, True, 2)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from vzip.errors import DeviceMemoryError, ManifestError
+from vzip.evaluation import batching
 from vzip.evaluation.run import evaluate
 from vzip.report.record import read_samples
 
@@ -78,6 +79,45 @@ class TestMemory:
         monkeypatch.setattr(vlm, "build_inputs", short)
         record = run(vlm, include_path, tmp_path / "run", batch_size=4)
         assert record["batch_sizes"] == {"2": 2}  # once ahead, once when its turn came
+
+
+class TestAuto:
+    """eval.batch_size=auto."""
+
+    def test_finds_what_fits_and_stays_with_it(self, vlm, include_path, tmp_path, monkeypatch):
+        both = {"tasks": ["own_exact", "own_text"]}
+        run(vlm, include_path, tmp_path / "one", batch_size=1, **both)
+        monkeypatch.setattr(batching, "AUTO_ON_CPU", 3)
+        asked = limit_memory(monkeypatch, vlm, 2)
+        record = run(vlm, include_path, tmp_path / "auto", batch_size="auto", **both)
+        assert asked == [3, 2, 1, 2, 1, 2]  # 8 questions planned as 3, 3 and 2
+        assert (record["batch_size"], record["batch_sizes"]) == ("auto", {"2": 3, "1": 2})
+        assert read_samples(tmp_path / "auto") == read_samples(tmp_path / "one")
+
+    def test_an_interrupted_run_does_not_try_again(self, vlm, include_path, tmp_path, monkeypatch):
+        both = {"tasks": ["own_exact", "own_text"], "batch_size": "auto"}
+        monkeypatch.setattr(batching, "AUTO_ON_CPU", 4)
+        with monkeypatch.context() as patch:
+            asked = limit_memory(patch, vlm, 2)
+            limited = vlm.generate
+
+            def interrupted(*args: Any, **kwargs: Any) -> Any:
+                if len(asked) == 3:  # 4 of memory; 2 and 2 answered
+                    raise KeyboardInterrupt
+                return limited(*args, **kwargs)
+
+            patch.setattr(vlm, "generate", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run(vlm, include_path, tmp_path, **both)
+        asked = limit_memory(monkeypatch, vlm, 2)
+        record = run(vlm, include_path, tmp_path, **both)
+        assert asked == [2, 2]
+        assert (record["num_resumed_answers"], record["batch_sizes"]) == (4, {"2": 4})
+
+    def test_tries_much_on_a_gpu_only(self):
+        sizes = [batching.planned_size("auto", torch.device(kind)) for kind in ("cuda", "cpu")]
+        assert sizes == [batching.AUTO_ON_GPU, batching.AUTO_ON_CPU] and sizes[0] > sizes[1]
+        assert batching.planned_size(5, torch.device("cuda")) == 5
 
 
 def test_sizes_of_an_ordinary_run(vlm, include_path, tmp_path):

@@ -67,6 +67,7 @@ def test_arguments_reach_the_loader(monkeypatch):
     line += ",dtype=bfloat16,preprocess=hf"
     got = model_args.load_from_arg_string(line, {"batch_size": "4", "max_batch_size": None, "device": "cuda:1"})
     assert got == {"vlm": "vlm", "batch_size": 4, "system_prompt": None}
+    assert model_args.load_from_arg_string(line, {"batch_size": "auto"})["batch_size"] == "auto"
     assert seen.pop("compressor") == vzip.VisionZip(
         vzip.TokenBudget(54, 10), "mean", "key_norms", score_layer=-3, targets="random", keep_cls=False, seed=4
     )
@@ -85,7 +86,7 @@ def test_arguments_reach_the_loader(monkeypatch):
         ("pretrained=X,compressor=visionzip,num_dominant=5", {}, "needs num_contextual"),
         ("pretrained=X,compressor=uniform,num_dominant=5,num_contextual=1,merge_rule=sum", {}, "no meaning"),
         ("pretrained=X,compressor=visionzip,num_dominant=0.5,num_contextual=1", {}, "whole number"),
-        ("pretrained=X,compressor=none", {"batch_size": "auto"}, "'auto' is not supported"),
+        ("pretrained=X,compressor=none", {"batch_size": "most"}, "whole number, 1 or more, or auto"),
         ("pretrained=X,compressor=none", {"max_batch_size": 8}, "max_batch_size=8"),
         ("pretrained=X,compressor=none,device_map=auto", {"device": "cpu"}, "give one of them"),
     ],

@@ -94,12 +94,3 @@ def test_make_targets() -> None:
 def test_continuous_integration_runs_what_a_person_types() -> None:
     assert "make check test test-all" in (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
-
-
-def test_shell_scripts_name_existing_recipes() -> None:
-    text = (ROOT / "scripts/reproduce_llava15.sh").read_text(encoding="utf-8")
-    assert subprocess.run(["sh", "-n", "scripts/reproduce_llava15.sh"], cwd=ROOT).returncode == 0
-    for budget in ("vanilla", "192tok", "128tok", "64tok"):
-        assert budget in text
-        for size in ("7b", "13b"):
-            assert (ROOT / f"configs/exp/llava15_{size}_{budget}.yaml").is_file()

@@ -2,6 +2,7 @@
 
   python -m vzip memory +exp=llava15_7b_64tok launcher=single_24gb    a training
   python -m vzip memory +exp=llava15_7b_64tok --inference             answering, eval.batch_size prompts at once
+  python -m vzip memory +exp=llava15_7b_64tok --inference eval.batch_size=auto --device-gib 24     the batch that fits
   python -m vzip memory +exp=tiny_64tok --measure                     and a real step beside it
 
 The words are train.py's. The step runs as it would, on tensors that have a shape and no content, so any model takes
@@ -17,7 +18,16 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from vzip.config.memory_plan import NEW_TOKENS, MemoryPlan, check_measurable, estimate, measure, memory_plan
+from vzip.config.memory_plan import (
+    NEW_TOKENS,
+    MemoryPlan,
+    check_measurable,
+    estimate,
+    estimate_halving,
+    measure,
+    memory_plan,
+)
+from vzip.errors import ConfigError
 
 if TYPE_CHECKING:
     from vzip.memory.ledger import Peak
@@ -37,9 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     plan = memory_plan(args.words, args.inference, args.length, args.new_tokens)
+    if plan.halves and (args.device_gib is None or args.measure):
+        raise ConfigError(
+            "eval.batch_size=auto: what fits depends on the device. Add --device-gib, without --measure, or name a"
+            " number."
+        )
     if args.measure:
         check_measurable(plan)
-    peak = estimate(plan)
+    if plan.halves:
+        plan, peak = estimate_halving(plan, args.device_gib * GIB)
+    else:
+        peak = estimate(plan)
     console = Console()
     console.print(_title(plan), highlight=False)
     console.print(breakdown(plan, peak))

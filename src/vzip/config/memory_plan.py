@@ -15,6 +15,7 @@ from vzip.config.overrides import check_overrides
 from vzip.config.training import FROM_SCRATCH, launch_of, settings_of, tuning_plan
 from vzip.config.validate import build_compressor, validate
 from vzip.errors import ConfigError
+from vzip.evaluation.batching import AUTO, AUTO_ON_GPU
 
 if TYPE_CHECKING:
     from vzip.memory.estimate import ModelShape
@@ -58,6 +59,11 @@ class MemoryPlan:
         """Over all machines."""
         launcher = self.config["launcher"]
         return int(launcher["num_processes"] * (launcher["num_machines"] or 1))
+
+    @property
+    def halves(self) -> bool:
+        """Whether the batch is to be as large as fits."""
+        return not self.trains and self.config["eval"]["batch_size"] == AUTO
 
     @property
     def on_cuda(self) -> bool:
@@ -143,7 +149,8 @@ def _load(config: Mapping[str, Any], trains: bool, length: int | None, num_new_t
         return Workload(launch_of(config).batch_size, per_picture, length or config["train"]["max_length"])
     evaluation = config["eval"]
     wanted = num_new_tokens or evaluation["gen_kwargs"]["max_new_tokens"] or NEW_TOKENS
-    return Workload(evaluation["batch_size"], 1, length or 0, wanted, config["model"]["num_frames"])
+    count = AUTO_ON_GPU if evaluation["batch_size"] == AUTO else evaluation["batch_size"]
+    return Workload(count, 1, length or 0, wanted, config["model"]["num_frames"])
 
 
 def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> ModelShape:
@@ -184,6 +191,13 @@ def estimate(plan: MemoryPlan) -> Peak:
         return estimate_inference(plan.shape, plan.dtype, plan.load)
     train, launch = settings_of(plan.config)
     return estimate_training(plan.shape, train, launch, plan.load, plan.num_processes, plan.on_cuda)
+
+
+def estimate_halving(plan: MemoryPlan, device_bytes: float) -> tuple[MemoryPlan, Peak]:
+    """The peak of an inference, its batch halved until it fits, as ``eval.batch_size=auto`` does on such a device."""
+    while (peak := estimate(plan)).total > device_bytes and plan.load.num_pictures > 1:
+        plan = replace(plan, load=replace(plan.load, num_pictures=(plan.load.num_pictures + 1) // 2))
+    return plan, peak
 
 
 def measure(plan: MemoryPlan) -> int:

@@ -19,6 +19,7 @@ from vzip import log
 from vzip.config.options import config_dir, option_values, options
 from vzip.config.validate import COUNTS, raise_all
 from vzip.errors import ConfigError, VzipError, nearest
+from vzip.evaluation.batching import check_batch_size
 from vzip.evaluation.lmms import VzipLmms
 
 if TYPE_CHECKING:
@@ -126,16 +127,18 @@ def load_from_arg_string(arg_string: str, from_command_line: Mapping[str, Any]) 
     if "pretrained" not in args:
         problems.append("model_args: pretrained is missing: a hub name or the directory of a checkpoint.")
     if "max_batch_size" in outside:
-        problems.append(f"max_batch_size={outside['max_batch_size']}: batches are not sized here; give batch_size=N.")
+        problems.append(f"max_batch_size={outside['max_batch_size']}: give batch_size=N, or auto.")
     loader = {key: args[key] for key in of_loader if key in args}
     if "device" in outside and "device_map" in loader:
         problems.append(f"device={outside['device']} and device_map={loader['device_map']}: give one of them.")
     elif "device" in outside:
         loader["device_map"] = str(outside["device"])
     batch_size = args.get("batch_size", outside.get("batch_size", 1))
-    if isinstance(batch_size, str) and not batch_size.isdecimal():
-        problems.append(f"batch_size={batch_size!r}: must be a whole number, 1 or more; 'auto' is not supported.")
+    try:
+        batch_size = check_batch_size(int(batch_size) if str(batch_size).isdecimal() else batch_size)
+    except ConfigError as error:
+        problems.append(str(error))
     raise_all(problems)
     compressor = build_compressor(args)
     vlm = vzip.load_vlm(str(args["pretrained"]), compressor=compressor, **loader)
-    return {"vlm": vlm, "batch_size": int(batch_size), "system_prompt": args.get("system_prompt")}
+    return {"vlm": vlm, "batch_size": batch_size, "system_prompt": args.get("system_prompt")}

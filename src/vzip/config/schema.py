@@ -58,6 +58,10 @@ def optional(rule: Rule) -> Rule:
     return Rule(f"{rule.text}, or null", lambda v: v is None or rule.allows(v), rule.choices)
 
 
+def or_auto(rule: Rule) -> Rule:
+    return Rule(f"{rule.text}, or auto", lambda v: v == "auto" or rule.allows(v), rule.choices)
+
+
 def count(minimum: int) -> Rule:
     """A number of tokens; null stands for "no budget" in budget=full."""
     rule = optional(whole_number(minimum))
@@ -125,7 +129,7 @@ GROUPS: Mapping[str, Mapping[str, Rule]] = {
         "name": text("the option's name"),
         "tasks": texts("a list of at least one task name, as eval.tasks=[pope,gqa]"),
         "limit": optional(whole_number(1)),
-        "batch_size": whole_number(1),
+        "batch_size": or_auto(whole_number(1)),
         "num_workers": whole_number(0),
         "on_problem": one_of("refuse", "skip"),
         "trackers": subset_of("wandb", empty=True),

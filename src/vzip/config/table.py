@@ -7,6 +7,7 @@
   python -m vzip table 1 --run eval.batch_size=8        further words for every eval.py
   python -m vzip table scenes --run eval.limit=20       the built-in model; a limited run is marked provisional
   python -m vzip table 1 --run --train zero2_8gpu       also trains what tuned rows (‡) lack
+  python -m vzip table 1 --hours --gpu 3090             how long each row takes: measured, else estimated
   python -m vzip table 1 --format csv > table1.csv      everything known of each cell, with its record
 
 Prefill times come from `python -m vzip bench`, its bench.json below the runs folder, hours and memory of trainings from
@@ -47,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMATS, help="to standard output; without it a table for the terminal")
     parser.add_argument("--run", action="store_true", help="run what is missing")
     parser.add_argument("--dry-run", action="store_true", help="only say what --run would run, with hours")
+    parser.add_argument("--hours", action="store_true", help="how long each row takes on --gpu, and nothing else")
+    parser.add_argument("--gpu", help="with --hours: 3090, a100_80, ... (src/vzip/bench/gpus.json)")
+    parser.add_argument("--num-gpus", type=int, default=1, help="with --hours: of them that share the work (1)")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="with --hours: share of the GPU's peak (0.4)")
     parser.add_argument("--train", metavar="LAUNCHER", help="with --run: trainings too, with launcher=LAUNCHER")
     parser.add_argument("--only", help="columns, numbers of tokens or methods, by commas: gqa,mme,64,visionzip")
 
@@ -54,10 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs what is asked for and prints. Returns 1 if a run failed."""
     table = select(read_table(args.table), args.only)
-    if args.words and not (args.run or args.dry_run):
+    if args.words and not (args.run or args.dry_run or args.hours):
         raise ConfigError(f"{' '.join(args.words)}: words for eval.py need --run.")
     if args.train is not None and not (args.run or args.dry_run):
         raise ConfigError(f"--train {args.train} needs --run.")
+    if args.hours:
+        return tell_hours(table, args)
+    if args.gpu is not None:
+        raise ConfigError(f"--gpu {args.gpu} needs --hours.")
     planned = plan(table, args.words, args.runs)
     found = Found(find_runs(args.runs), find_benches(args.runs))
     todos = missing(table, planned, args.words, args.runs, found.runs, found.benches)
@@ -75,6 +84,23 @@ def main(args: argparse.Namespace) -> int:
     for command in failed:
         print(f"failed: {command}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def tell_hours(table: PaperTable, args: argparse.Namespace) -> int:
+    """Prints how long the rows take."""
+    from vzip.bench.forecast import Assumptions
+    from vzip.config.table_hours import find_gpu, forecast, print_hours
+
+    gpu = find_gpu(args.gpu)
+    if args.num_gpus < 1 or not 0 < args.utilisation <= 1:
+        raise ConfigError(
+            f"--num-gpus {args.num_gpus}, --utilisation {args.utilisation:g}: at least 1, and above 0 and at most 1."
+        )
+    assumed = Assumptions(utilisation=args.utilisation)
+    planned = plan(table, args.words, args.runs)
+    lines = list(forecast(table, planned, find_runs(args.runs), gpu, args.num_gpus, assumed))
+    print_hours(lines, args.gpu, gpu, args.num_gpus, assumed)
+    return 0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ BEFORE = "{before}"  # in a training's words: the tuned weights of the training 
 
 @dataclass(frozen=True)
 class Training:
-    """A call of train.py that a row builds on, and where its tuned weights go."""
+    """A call of train.py that a row builds on, where its tuned weights go, and what its words compose to."""
 
     words: tuple[str, ...]
     final: Path
+    config: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _trainings(row: Row, is_trained: bool, runs_dir: Path) -> Iterator[Training]
         plain = [word for word in filled if not word.startswith("model.projector=")]  # it may not be there yet
         config = resolved(compose("train", [*plain, f"paths.runs_dir={runs_dir}"]))
         final = training_directory(config, config_dir()) / "final"
-        yield Training((*filled, *_into(runs_dir)), final)
+        yield Training((*filled, *_into(runs_dir)), final, config)
         before = str(final)
 
 
@@ -234,14 +235,23 @@ def _bench_words(row: Row, runs_dir: Path) -> tuple[str, ...]:
     return (*row.bench, f"out={runs_dir / 'bench' / named}")
 
 
-def hours(todo: Todo, runs: Sequence[Run]) -> float | None:
-    """How long an evaluation will take here, from records of the same model on this machine; None where none tells.
+def hours(todo: Todo, runs: Sequence[Run], gpu: str | None = None) -> float | None:
+    """How long an evaluation will take, from records of the same model; None where none tells.
 
     A record's seconds for a question, times the number of questions of each benchmark; compression makes it less.
+
+    Args:
+        todo: the evaluation.
+        runs: with their records.
+        gpu: records of one GPU count that has this in its name; None: those of this machine.
     """
     limit = todo.config["eval"]["limit"] if todo.program == "eval.py" else None
     here, total = machine_of({"hardware": hardware()}), 0.0
-    known = [run.record for run in runs if _tells_time(run.record, todo, here)]
+
+    def is_meant(machine: str) -> bool:
+        return machine == here if gpu is None else gpu in machine and " x " not in machine and "," not in machine
+
+    known = [run.record for run in runs if _tells_time(run.record, todo, is_meant)]
     known.sort(key=lambda record: str(record.get("created")))  # the newest tells most of this machine's state
     for task in todo.tasks:
         rates = [
@@ -256,9 +266,9 @@ def hours(todo: Todo, runs: Sequence[Run]) -> float | None:
     return total / 3600 if todo.tasks else None
 
 
-def _tells_time(record: Mapping[str, Any], todo: Todo, here: str) -> bool:
+def _tells_time(record: Mapping[str, Any], todo: Todo, is_meant: Callable[[str], bool]) -> bool:
     if todo.program != "eval.py" or took_something_over(record):
         return False
     model = (record.get("config") or {}).get("model") or {}
-    same_machine = machine_of({"hardware": record.get("hardware")}) == here
+    same_machine = is_meant(machine_of({"hardware": record.get("hardware")}))
     return same_machine and model.get("name_or_path") == todo.config["model"]["name_or_path"]

@@ -3,6 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from vzip.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+AUTO: Literal["auto"] = "auto"
+BatchSize = int | Literal["auto"]
+# What ``auto`` tries first. On a GPU memory that does not suffice is an error that halves the batch; on a CPU the
+# system ends the process instead, so nothing large is tried there.
+AUTO_ON_GPU, AUTO_ON_CPU = 64, 8
+
+
+def check_batch_size(value: object) -> BatchSize:
+    """Returns the value.
+
+    Raises:
+        ConfigError: it is neither a whole number of at least 1 nor ``auto``.
+    """
+    if value == AUTO:
+        return AUTO
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"batch_size={value!r}: must be a whole number, 1 or more, or auto.")
+    return value
+
+
+def planned_size(batch_size: BatchSize, device: torch.device) -> int:
+    """Questions in a planned batch: what was asked for, or what ``auto`` tries first on this kind of device.
+
+    The longest questions come first, so ``auto`` halves at the beginning if at all, and stays with what fits.
+    """
+    if batch_size != AUTO:
+        return batch_size
+    return AUTO_ON_CPU if device.type == "cpu" else AUTO_ON_GPU
 
 
 def plan_batches(lengths: Sequence[int], groups: Sequence[Hashable], batch_size: int) -> list[list[int]]:

@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vzip.data.images import strict_decoding
-from vzip.errors import ConfigError, ManifestError, UnsupportedModelError
+from vzip.errors import ManifestError, UnsupportedModelError
 from vzip.installed import missing_package
 
 from .answering import Answerer, SampleLog
-from .batching import plan_batches
+from .batching import BatchSize, check_batch_size, plan_batches, planned_size
 from .generation import check_overrides
 from .partners import partners_of
 from .prefetch import prepare_ahead
@@ -61,7 +61,7 @@ class VzipLmms(lmms):
 
     Args:
         vlm: the wrapper to evaluate; used as it is, and still whole after the run.
-        batch_size: questions generated together; fewer once memory does not suffice.
+        batch_size: questions generated together, or ``auto``; fewer once memory does not suffice.
         gen_kwargs: generation settings that override those of every task.
         system_prompt: text of a system turn before each question; None for none.
         progress: show a progress bar on standard error (first process only).
@@ -74,6 +74,7 @@ class VzipLmms(lmms):
         num_pictures: how many questions of a task have their picture kept in ``pictures``.
 
     Attributes:
+        batch_size: a number also where ``auto`` was asked for: what is tried first.
         samples: what happened to each question.
         batch_sizes: how often how many questions were generated at once.
         problems: why a question could not be asked.
@@ -90,7 +91,7 @@ class VzipLmms(lmms):
         self,
         vlm: CompressedVlm,
         *,
-        batch_size: int = 1,
+        batch_size: BatchSize = 1,
         gen_kwargs: Mapping[str, Any] | None = None,
         system_prompt: str | None = None,
         progress: bool = True,
@@ -102,11 +103,10 @@ class VzipLmms(lmms):
         num_pictures: int = 0,
     ) -> None:
         super().__init__()
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size!r}: must be a whole number, 1 or more.")
+        check_batch_size(batch_size)
         _check_processor(vlm.processor)
         self.vlm = vlm
-        self.batch_size = batch_size
+        self.batch_size = planned_size(batch_size, vlm.device)
         self.gen_kwargs = check_overrides(gen_kwargs)
         self.system_prompt = system_prompt
         self.progress = progress

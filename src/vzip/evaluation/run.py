@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vzip.errors import ConfigError, RunExistsError, nearest
 
 from . import provenance
+from .batching import BatchSize, check_batch_size
 from .generation import check_overrides
 from .harness import check_lmms_eval, quiet_logger, run_lmms_eval
 from .partners import check_limit
@@ -35,7 +36,7 @@ def evaluate(
     tasks: Sequence[str],
     run_dir: str | Path,
     limit: int | None = None,
-    batch_size: int = 1,
+    batch_size: BatchSize = 1,
     include_path: str | Path | None = None,
     gen_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -53,15 +54,16 @@ def evaluate(
     ``batch_size`` alone: an interrupted run, which goes on where it stopped when called again with the same settings,
     and a run of several processes (torchrun, ``accelerate launch``) generate the batches of one process in one go, and
     so give its answers. Between batch sizes greedy answers can differ where two tokens are equally likely but for the
-    rounding of float arithmetic; ``batch_size=1`` is free of that. Of several processes the first scores and writes;
-    the others return an empty dict.
+    rounding of float arithmetic, in float16 and bfloat16 more often; ``batch_size=1`` is free of that. Of several
+    processes the first scores and writes; the others return an empty dict.
 
     Args:
         vlm: the wrapper; its compressor decides the budget.
         tasks: lmms-eval task, group or tag names, built in or from ``include_path``.
         run_dir: made if absent; its record is never overwritten unless ``overwrite``.
         limit: questions a task; None for all. A limited run's record is provisional.
-        batch_size: questions generated together; halved, with a warning, when memory does not suffice.
+        batch_size: questions generated together; halved, with a warning, when memory does not suffice. ``auto`` begins
+            with 64 on a GPU, 8 on a CPU, and so finds what fits; the record's ``batch_sizes`` says what that was.
         include_path: a folder of lmms-eval task files of one's own.
         gen_kwargs: generation settings that override the tasks' own; null entries mean "what the task says".
         seed: of Python, NumPy, torch and sampled answers.
@@ -182,14 +184,15 @@ def check_run_dir(run_dir: str | Path, *, overwrite: bool) -> None:
 
 
 def _check_arguments(
-    tasks: Sequence[str], limit: int | None, batch_size: int, seed: int, num_workers: int, on_problem: str
+    tasks: Sequence[str], limit: int | None, batch_size: object, seed: int, num_workers: int, on_problem: str
 ) -> list[str]:
     if isinstance(tasks, str) or not tasks or not all(isinstance(name, str) and name for name in tasks):
         raise ConfigError(f"tasks={tasks!r}: must be a list of at least one task name. Change eval.tasks.")
     repeated = sorted({name for name in tasks if list(tasks).count(name) > 1})
     if repeated:
         raise ConfigError(f"tasks: {', '.join(repeated)} named more than once. Change eval.tasks.")
-    numbers = (("limit", limit, 1), ("batch_size", batch_size, 1), ("seed", seed, 0), ("num_workers", num_workers, 0))
+    check_batch_size(batch_size)
+    numbers = (("limit", limit, 1), ("seed", seed, 0), ("num_workers", num_workers, 0))
     for key, value, least in numbers:
         if key == "limit" and value is None:
             continue
