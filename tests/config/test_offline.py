@@ -154,7 +154,7 @@ def test_recipes_and_tables_say_what_they_need(capsys: pytest.CaptureFixture[str
     assert len(composed(["table", "scenes"])) > 3
     (training,) = training_sets(configs, tmp_path)
     assert training.manifest.name == "llava_v1_5_mix665k" and training.root == tmp_path / "llava_v1_5_mix665k"
-    assert training.command.startswith("python scripts/download_data.py llava_v1_5_mix665k --root")
+    assert training.command.startswith("python -m vzip data download llava_v1_5_mix665k --root")
     assert list(training_sets(composed(["+exp=tiny_64tok"]), None)) == []
 
 

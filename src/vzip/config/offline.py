@@ -36,12 +36,10 @@ from vzip.config.table_plan import plan
 from vzip.config.validate import BUILT_IN, VIDEO, validate
 from vzip.data.manifest import Manifest, load_manifest, manifest_folder
 from vzip.errors import CheckpointError, ConfigError, ManifestError, VzipError
+from vzip.installed import program
 from vzip.log import USER_ERROR
 from vzip.report.table_files import read_table
 
-TIMEOUT_S = 5.0  # of the hub's answer to what is in a repository
-_SETTINGS = (".json", ".jinja", ".txt", ".model")
-_OPEN_CLIP = "open_clip_pytorch_model.bin"
 _SWITCHES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -155,15 +153,16 @@ class Hub:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError
 
+        from vzip.models.hub import TIMEOUT_S, HttpError
+
         if self.is_off:
             return None
-        no_answer: type[Exception] = HfHubHTTPError.__bases__[0]  # base of all that the client's requests raise
         try:
             ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
             info: Any = ask(name, revision=revision, timeout=TIMEOUT_S, files_metadata=True)
         except HfHubHTTPError as error:
             raise CheckpointError(f"{name}: {_first_line(error)}") from error
-        except (no_answer, OSError) as error:
+        except (HttpError, OSError) as error:
             raise Unreachable(
                 f"{self.endpoint}: the hub does not answer ({_first_line(error)}). Run this where there is a network (a"
                 " login node), or name a mirror by HF_ENDPOINT. Where all is in the cache already"
@@ -208,11 +207,9 @@ class Checkpoint:
         return None if self.files is None else sum(size or 0 for size in self.files.values())
 
     def fetch(self) -> None:
-        from huggingface_hub import snapshot_download
+        from vzip.models import hub
 
-        # Where the hub refused to list them before, it is asked once more, and says why.
-        files = self.files or _needed(Hub().files("model", self.name, self.revision)) or {}
-        snapshot_download(self.name, revision=self.revision, allow_patterns=list(files))
+        hub.Checkpoint(self.name, self.revision).fetch_weights()
 
 
 @dataclass(frozen=True)
@@ -278,7 +275,7 @@ class TrainingSet:
 
     @property
     def command(self) -> str:
-        return f"python scripts/download_data.py {self.manifest.name} --root data/{self.manifest.name}"
+        return f"{program('data')} download {self.manifest.name} --root data/{self.manifest.name}"
 
     def fetch(self) -> None:
         from vzip.data.download import Downloader
@@ -320,16 +317,10 @@ def checkpoints(configs: Sequence[Mapping[str, Any]], hub: Hub) -> list[Checkpoi
 
 
 def _needed(files: Mapping[str, int | None] | None) -> dict[str, int | None] | None:
-    """Settings, processor, tokenizer, and the weights in one format where a repository has two."""
-    if files is None:
-        return None
-    top = {name: size for name, size in files.items() if "/" not in name}
-    if _OPEN_CLIP in top:
-        weights = [_OPEN_CLIP]
-    else:
-        ending = ".safetensors" if any(name.endswith(".safetensors") for name in top) else ".bin"
-        weights = [name for name in top if name.endswith(ending)]
-    return {name: size for name, size in top.items() if name.endswith(_SETTINGS) or name in weights}
+    """Those of the files that a run reads."""
+    from vzip.models.hub import needed_files
+
+    return None if files is None else {name: files[name] for name in needed_files(files)}
 
 
 def _towers(name: str, revision: str | None, files: Mapping[str, Any] | None, hub: Hub) -> Iterator[Checkpoint]:
@@ -458,15 +449,14 @@ def fetch_all(items: Sequence[Item]) -> dict[str, str]:
     Returns:
         what failed, and why.
     """
-    from huggingface_hub.errors import HfHubHTTPError
+    from vzip.models.hub import HttpError
 
-    no_answer: type[Exception] = HfHubHTTPError.__bases__[0]
     failed: dict[str, str] = {}
     for number, item in enumerate(items, 1):
         _tell(f"{number}/{len(items)} {item.title}, {_gigabytes(item.size)}")
         try:
             item.fetch()
-        except (VzipError, no_answer, OSError, ValueError) as error:
+        except (VzipError, HttpError, OSError, ValueError) as error:
             failed[item.title] = _first_line(error)
             _tell(f"  failed: {failed[item.title]}")
     return failed

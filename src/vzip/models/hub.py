@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +17,27 @@ HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Of the one request that finds out whether the hub can be reached.
 TIMEOUT_S = 5.0
-_SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
+_SETTINGS = (".json", ".jinja", ".txt", ".model")
+_OPEN_CLIP = "open_clip_pytorch_model.bin"
+# By which a folder of the local cache is known; the hub's list of files is not there to tell what else it must have.
+_CONFIGS = ["config.json", "adapter_config.json", "open_clip_config.json"]
+
+
+def needed_files(names: Iterable[str], weights: bool = True) -> list[str]:
+    """Of a repository's files those that are read here: settings, processor, tokenizer, and the weights.
+
+    Args:
+        names: all its files, with their folders.
+        weights: in one format, where the repository has several; False: none.
+    """
+    top = [name for name in names if "/" not in name]
+    settings = [name for name in top if name.endswith(_SETTINGS)]
+    if not weights:
+        return settings
+    if _OPEN_CLIP in top:
+        return [*settings, _OPEN_CLIP]
+    ending = ".safetensors" if any(name.endswith(".safetensors") for name in top) else ".bin"
+    return [*settings, *(name for name in top if name.endswith(ending))]
 
 
 class Checkpoint:
@@ -49,7 +69,7 @@ class Checkpoint:
         Raises:
             CheckpointError: neither the hub nor the local cache has them.
         """
-        return self.source if isinstance(self.source, Path) else self.fetch(_SETTINGS)
+        return self.source if isinstance(self.source, Path) else self._fetch(weights=False)
 
     @property
     def commit(self) -> str | None:
@@ -58,31 +78,18 @@ class Checkpoint:
 
     def fetch_weights(self) -> Path:
         """Brings the weights, in one format if the repository has two; returns ``directory``. Raises as it does."""
-        if isinstance(self.source, Path):
-            return self.source
-        names, _ = self._reached
-        names = names or [path.name for path in self.directory.iterdir()]
-        has_safetensors = any(name.endswith(".safetensors") for name in names)
-        return self.fetch((*_SETTINGS, "*.safetensors" if has_safetensors else "*.bin"), self.commit)
+        return self.source if isinstance(self.source, Path) else self._fetch(weights=True, commit=self.commit)
 
-    def fetch(self, patterns: Sequence[str], commit: str | None = None) -> Path:
-        """The local folder with a repository's files of these patterns.
-
-        Args:
-            patterns: of the files that are needed.
-            commit: that they are of; None: what ``revision`` stands for, which the cache then remembers.
-
-        Raises:
-            CheckpointError: neither the hub nor the local cache has them.
-        """
+    def _fetch(self, weights: bool, commit: str | None = None) -> Path:
+        """The local folder; without ``commit`` of what ``revision`` stands for, which the cache then remembers."""
         hub_id = str(self.source)
-        _, problem = self._reached
+        names, problem = self._reached
         try:
             return Path(
                 snapshot_download(
                     hub_id,
                     revision=commit or self.revision,
-                    allow_patterns=list(patterns),
+                    allow_patterns=needed_files(names, weights) if problem is None else _CONFIGS,
                     local_files_only=problem is not None,
                 )
             )

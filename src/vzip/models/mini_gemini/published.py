@@ -50,7 +50,6 @@ _REQUIRED = {
     "mm_use_im_patch_token": (False, True),
 }
 _NOT_OF_LLAMA = {"model_type", "architectures", "dtype", "transformers_version", "_name_or_path"}
-_SMALL_FILES = ["*.json", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class PublishedCheckpoint:
         text = LlamaConfig(**{key: value for key, value in self.fields.items() if key in known})
         narrowest = self.fields["mm_hidden_size_aux"] // 15
         return MiniGeminiConfig(
-            vision_config=CLIPVisionConfig.from_pretrained(self._tower("mm_vision_tower", _SMALL_FILES)),
+            vision_config=CLIPVisionConfig.from_pretrained(self._tower("mm_vision_tower")),
             text_config=text,
             high_res_config=ConvNextConfig(
                 depths=[3, 3, 27, 3], hidden_sizes=[narrowest * factor for factor in (1, 2, 4, 8)]
@@ -116,7 +115,7 @@ class PublishedCheckpoint:
         """See ``processing.build_processor``."""
         return build_processor(
             self.source,
-            self._tower("mm_vision_tower", _SMALL_FILES),
+            self._tower("mm_vision_tower"),
             self.fields["image_size_aux"],
             self.fields["vocab_size"],
         )
@@ -143,15 +142,15 @@ class PublishedCheckpoint:
         """All weights by their new names; towers inside the checkpoint come before those beside it, as in MGM."""
         tensors = renamed_tensors(weight_files(self.source, CHECKPOINT_FILES), rename_checkpoint)
         if not any(name.startswith(LOW_RES) for name in tensors):
-            tower = self._tower("mm_vision_tower", [*_SMALL_FILES, "*.safetensors", "pytorch_model*.bin"])
+            tower = self._tower("mm_vision_tower", weights=True)
             tensors |= renamed_tensors(weight_files(tower, CHECKPOINT_FILES), rename_clip)
         if not any(name.startswith(HIGH_RES) for name in tensors):
-            tower = self._tower("mm_vision_tower_aux", [*_SMALL_FILES, "open_clip_pytorch_model.bin"])
+            tower = self._tower("mm_vision_tower_aux", weights=True)
             tensors |= renamed_tensors(weight_files(tower, OPENCLIP_FILES), rename_openclip)
         return tensors
 
-    def _tower(self, key: str, patterns: list[str]) -> Path:
-        """The directory of the tower that ``config.json`` names under ``key``.
+    def _tower(self, key: str, weights: bool = False) -> Path:
+        """The directory of the tower that ``config.json`` names under ``key``; a hub's has weights if they are wanted.
 
         Raises:
             CheckpointError: it is nowhere.
@@ -169,7 +168,8 @@ class PublishedCheckpoint:
         if hub_id is None:
             raise CheckpointError(f"{nowhere}. Put it beside the checkpoint, in a folder called {name.name}.")
         try:
-            return Checkpoint(hub_id, HUB_REVISIONS[hub_id]).fetch(patterns)
+            checkpoint = Checkpoint(hub_id, HUB_REVISIONS[hub_id])
+            return checkpoint.fetch_weights() if weights else checkpoint.directory
         except CheckpointError as error:
             raise CheckpointError(
                 f"{nowhere}, and {error} Put it beside the checkpoint, in a folder called {name.name}."
