@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def choose_launch(
     place: Place,
     train: TrainSettings,
     estimate: Estimate | None,
-    strategies: Sequence[Strategy] | None = None,
+    shared: Sequence[Strategy] | None = None,
 ) -> Choice:
     """Fills in what the ``launcher`` group leaves open.
 
@@ -94,7 +95,7 @@ def choose_launch(
         place: what there is.
         train: what is learned.
         estimate: None: take the largest batch without looking whether it fits.
-        strategies: for several processes, in the order in which they are tried; None: on GPUs ``zero2``, then
+        shared: strategies for several processes, in the order in which they are tried; None: on GPUs ``zero2``, then
             ``zero3``, on the CPU ``ddp``.
 
     Raises:
@@ -106,10 +107,8 @@ def choose_launch(
     count = _num_processes(asked, place, train)
     in_all = count * place.num_machines
     on_gpu = bool(place.gpus)
-    if in_all == 1:
-        strategies = ("single",)
-    elif strategies is None:
-        strategies = ("zero2", "zero3") if on_gpu else ("ddp",)
+    usual: Sequence[Strategy] = ("zero2", "zero3") if on_gpu else ("ddp",)
+    strategies: Sequence[Strategy] = ("single",) if in_all == 1 else shared or usual
     if asked["strategy"] is not None:
         strategies = (asked["strategy"],)
     settings: dict[str, Any] = {
@@ -133,14 +132,16 @@ def choose_launch(
     limit = int(room * (1 - MARGIN)) - CONTEXT_BYTES
     least: list[tuple[int, LaunchSettings]] = []
     for strategy in strategies:
-        found = _largest(sizes, lambda size, at=strategy: estimate(launch(at, size, options[-1]), in_all), limit)
+        found = _largest([launch(strategy, size, options[-1]) for size in sizes], in_all, estimate, limit)
         if isinstance(found, int):
             least.append((found, launch(strategy, sizes[-1], options[-1])))
             continue
-        size, num_bytes = found
-        if len(options) == 2 and (without := estimate(launch(strategy, size, False), in_all)) <= limit:
-            return _choice(launch(strategy, size, False), without, place, train)
-        return _choice(launch(strategy, size, options[-1]), num_bytes, place, train)
+        chosen, num_bytes = found
+        if len(options) == 2:
+            plain = replace(chosen, gradient_checkpointing=False)
+            if (without := estimate(plain, in_all)) <= limit:
+                chosen, num_bytes = plain, without
+        return _choice(chosen, num_bytes, place, train)
     raise _fits_nowhere(*min(least, key=lambda pair: pair[0]), room, limit, place, train)
 
 
@@ -152,9 +153,9 @@ def _num_processes(asked: Mapping[str, Any], place: Place, train: TrainSettings)
     fitting = [count for count in range(most, 0, -1) if train.samples_per_step % (count * at_once) == 0]
     if not fitting or (given is not None and fitting[0] != given):
         raise ConfigError(
-            f"train.samples_per_step={train.samples_per_step} cannot be shared evenly by {place.num_machines} machines"
-            f" of {most} processes with launcher.batch_size={asked['batch_size'] or 1}: change any of them, so that every"
-            " process does the same work."
+            f"train.samples_per_step={train.samples_per_step} is not a multiple of"
+            f" launcher.batch_size={asked['batch_size'] or 1} x {most * place.num_machines} processes: change any of"
+            " them, so that every process does the same work."
         )
     return fitting[0]
 
@@ -167,22 +168,22 @@ def _batch_sizes(given: int | None, samples_per_step: int, in_all: int, on_gpu: 
     return [size for size in range(most, 0, -1) if share % size == 0]
 
 
-def _largest(sizes: Sequence[int], needs: Callable[[int], int], limit: int) -> tuple[int, int] | int:
-    """The largest size that fits and what it needs; where none does, what the smallest needs.
+def _largest(
+    launches: Sequence[LaunchSettings], in_all: int, estimate: Estimate, limit: int
+) -> tuple[LaunchSettings, int] | int:
+    """The first that fits, from large batches to small, and what it needs; where none does, what the last needs.
 
-    An estimate takes seconds, so few are made: memory grows evenly with the batch, which tells where to look.
+    An estimate takes seconds, so two are made; between them memory grows with the batch by the same for each sample.
     """
-    most = needs(sizes[0])
+    most = estimate(launches[0], in_all)
     if most <= limit:
-        return sizes[0], most
-    least = needs(sizes[-1]) if len(sizes) > 1 else most
+        return launches[0], most
+    least = estimate(launches[-1], in_all) if len(launches) > 1 else most
     if least > limit:
         return least
-    each = (most - least) / (sizes[0] - sizes[-1])
-    for size in sizes[1:-1]:
-        if least + each * (size - sizes[-1]) <= limit and (num_bytes := needs(size)) <= limit:
-            return size, num_bytes
-    return sizes[-1], least
+    each = (most - least) / (launches[0].batch_size - launches[-1].batch_size)
+    needs = {launch: math.ceil(least + each * (launch.batch_size - launches[-1].batch_size)) for launch in launches}
+    return next((launch, num_bytes) for launch, num_bytes in needs.items() if num_bytes <= limit)
 
 
 def _choice(launch: LaunchSettings, num_bytes: int | None, place: Place, train: TrainSettings) -> Choice:
@@ -212,11 +213,11 @@ def _fits_nowhere(
     ways.append(f"train.max_length below {train.max_length}")
     ways.append("more or larger GPUs" if place.gpus else "a machine with a GPU")
     return DoesNotFitError(
-        f"this training does not fit: {_devices(launch, place)} have {room / GIB:.1f} GiB each, of which {limit / GIB:.1f}"
-        f" may be planned with; it needs an estimated {num_bytes / GIB:.1f} GiB with launcher.batch_size="
-        f"{launch.batch_size}, launcher.strategy={launch.strategy} and gradient checkpointing"
-        f" {'on' if launch.gradient_checkpointing else 'off'}{', the least of all strategies' if several else ''}."
-        f" Change one of: {'; '.join(ways)}. A launcher that is named (python -m vzip list launcher) is tried all the same."
+        f"this training fits nowhere here: a device needs an estimated {num_bytes / GIB:.1f} GiB with batch"
+        f" {launch.batch_size}, {launch.strategy}{', the least of all strategies' if several else ''}, gradient"
+        f" checkpointing {'on' if launch.gradient_checkpointing else 'off'}; {_devices(launch, place)} with"
+        f" {room / GIB:.1f} GiB each may be planned with up to {max(0, limit) / GIB:.1f}. Change one of:"
+        f" {'; '.join(ways)}. A launcher that is named is tried all the same (python -m vzip list launcher)."
     )
 
 
@@ -282,7 +283,7 @@ def visible_gpus(in_process: bool) -> tuple[Device, ...]:
     )
     if done.returncode:
         raise ConfigError(
-            f"launcher=auto: the GPUs cannot be asked for their memory ({done.stderr.strip().splitlines()[-1:]}). Name a"
+            f"launcher=auto: the GPUs do not tell their memory ({done.stderr.strip().splitlines()[-1:]}). Name a"
             " launcher (python -m vzip list launcher)."
         )
     return tuple(Device(name, num_bytes) for name, num_bytes in json.loads(done.stdout.splitlines()[-1]))

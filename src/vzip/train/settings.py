@@ -61,9 +61,8 @@ class TrainSettings:
             once, and averages these, so its loss depends on how many samples a device takes. ``samples`` is exactly
             that with one sample at a time, ``tokens`` with the whole step at once; LLaVA's 16 lie between them.
         precision: of the frozen parts and of the arithmetic; the trained weights and the optimizer are float32.
-        tf32: whether CUDA multiplies float32 matrices (and convolves) in TF32, with 10 bits of mantissa. LLaVA's scripts
-            say so. Here what is float32 in a bfloat16 training is mostly the choice of tokens, which should be that of
-            the evaluation, where TF32 is off.
+        tf32: whether CUDA multiplies float32 matrices in TF32, with 10 bits of mantissa. LLaVA's scripts say so; here
+            the only ones of a bfloat16 training choose the tokens that stay, which are to be those of the evaluation.
         save_every: steps between checkpoints.
         keep_last: checkpoints kept.
         num_validation_samples: kept out of training and asked at every checkpoint; 0: none, and no best checkpoint.
