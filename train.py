@@ -1,7 +1,8 @@
 """Trains: a projector for compressed visual tokens, or more of a model.
 
 python train.py +exp=tiny_64tok                            the built-in model's projector at 64 tokens, here, in minutes
-python train.py +exp=llava15_7b_64tok launcher=zero2_8gpu  a fine-tuned row of the paper's tables
+python train.py +exp=llava15_7b_64tok                      a fine-tuned row of the paper's tables, on the GPUs there are
+python train.py +exp=llava15_7b_64tok dry_run=true         what that would do: data, steps, launcher, memory
 python train.py train=projector data=llava_json data.json=FILE data.image_root=DIR model=...   one's own data
 python train.py +exp=tiny_from_scratch                     the built-in model itself
 
@@ -10,16 +11,15 @@ Then: python eval.py with the same words and model.projector=trained.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from vzip.config.entry import entry_point
+from vzip.config.launching import launching
+from vzip.config.outlook import from_scratch_outlook, outlook
 from vzip.config.training import FROM_SCRATCH, checked, from_scratch_plan, tuning_plan
-
-logger = logging.getLogger("vzip.train")
 
 
 @entry_point("train")
@@ -27,22 +27,29 @@ def main(cfg: DictConfig) -> None:
     config = checked(cfg)
     if config["train"]["name"] == FROM_SCRATCH:
         arguments = from_scratch_plan(config)
+        print(from_scratch_outlook(arguments), flush=True)
+        if config["dry_run"]:
+            return None
         from vzip.demo import train_tiny
 
-        logger.info("training the built-in model into %s", arguments["out"])
         return train_tiny.train(**arguments)
 
-    plan = tuning_plan(config)
+    found = launching(config)
+    plan = tuning_plan(found.config)
+    if not found.is_told:
+        print(outlook(plan, found), flush=True)
+    if config["dry_run"]:
+        return None
     from vzip.train.distributed import check_devices
     from vzip.train.launch import launch_command, run_command
     from vzip.train.loop import prepare, train
 
     check_devices(plan.launch)
-    command = launch_command(plan.launch, Path(__file__).resolve(), list(HydraConfig.get().overrides.task))
+    words = [*HydraConfig.get().overrides.task, *found.words]
+    command = launch_command(plan.launch, Path(__file__).resolve(), words)
     if command is not None:
         prepare(plan)  # whatever is wrong is said once, by this process
         return run_command(command)
-    logger.info("training into %s", plan.run_dir)
     train(plan)
 
 

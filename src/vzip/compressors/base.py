@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -187,7 +188,10 @@ class Compressor(ABC):
             ValueError: ``compress`` returned something else than it promised (a mistake in the method).
         """
         self.check_fits(vision.num_patches, vision.has_cls)
-        result = self.compress(vision)
+        device = vision.hidden.device.type
+        # Under autocast, as in a training, float32 scores would be bfloat16 ones, and other tokens be kept.
+        with torch.autocast(device, enabled=False) if device != "meta" else nullcontext():
+            result = self.compress(vision)
         num_crops, num_rows, width = vision.hidden.shape
         expected = (num_crops, self.num_tokens(vision), width)
         tokens = result.tokens

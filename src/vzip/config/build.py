@@ -143,8 +143,9 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
             f"train={train['name']}: eval.py trains nothing. Train with `{program('train')}"
             f" {_recipe_word(config)}`, then evaluate with model=llava_local model.name_or_path=DIR."
         )
-    from vzip.config.training import launch_of
+    from vzip.config.training import launch_of, one_process
 
+    config["launcher"] = one_process(config["launcher"])
     launch = replace(launch_of(config), strategy="ddp")  # sharing weights out is for training
     if of_sweep:
         _one_process_a_job(launch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from vzip.config.build import load_arguments, resolved
 from vzip.config.options import config_dir
 from vzip.config.overrides import check_overrides
-from vzip.config.training import FROM_SCRATCH, launch_of, settings_of, tuning_plan
+from vzip.config.training import FROM_SCRATCH, launch_of, one_process, settings_of, tuning_plan
 from vzip.config.validate import build_compressor, validate
 from vzip.errors import ConfigError
 from vzip.evaluation.batching import AUTO, AUTO_ON_GPU
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vzip.memory.ledger import Peak
     from vzip.memory.workload import Workload
     from vzip.models.compressed_vlm import CompressedVlm
+    from vzip.train.settings import LaunchSettings
 
 TEXT_TOKENS = 256  # of a prompt where nothing else is said
 NEW_TOKENS = 128
@@ -116,6 +117,7 @@ def _composed(words: list[str]) -> dict[str, Any]:
     with initialize_config_dir(config_dir=str(directory), version_base="1.3"):
         config = resolved(compose("train", words))
     validate(config)
+    config["launcher"] = one_process(config["launcher"])
     return config
 
 
@@ -181,6 +183,33 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
     built = build_compressor(compressor)
     adapter_class_for_config(config).check_settings(config, built, options, model["num_frames"])
     return ModelShape(config, built, options, model["quantization"], model["attn_implementation"])
+
+
+def training_estimate(config: Mapping[str, Any]) -> Callable[[LaunchSettings, int], int]:
+    """What a training needs, for any launcher: the one door through which ``launcher=auto`` asks.
+
+    Args:
+        config: composed, valid, with a training; its ``launcher`` group is not looked at.
+
+    Returns:
+        Bytes at the peak on each device by launch settings, all of them given, and number of processes over all
+        machines. Conversations as long as they may be; LoRA layers of ``model.adapter_path`` are not counted.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedModelError: as ``memory_plan``.
+    """
+    from vzip.memory.estimate import estimate_training
+    from vzip.memory.workload import Workload
+
+    shape = model_shape({**config["model"], "adapter_path": None}, config["compressor"])
+    train, data = settings_of(config)[0], config["data"]
+    per_picture = data["num_questions"] if data["kind"] == "scenes" else 1
+
+    def needs(launch: LaunchSettings, num_processes: int) -> int:
+        load = Workload(launch.batch_size, per_picture, train.max_length)
+        return estimate_training(shape, train, launch, load, num_processes, launch.device == "cuda").total
+
+    return needs
 
 
 def estimate(plan: MemoryPlan) -> Peak:

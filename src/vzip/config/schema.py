@@ -85,6 +85,8 @@ def subset_of(*names: str, empty: bool = False) -> Rule:
     )
 
 
+AUTO = "auto"  # of launcher
+
 BOOL = Rule("true or false", lambda v: isinstance(v, bool))
 
 TOP: Mapping[str, Rule] = {
@@ -195,7 +197,9 @@ KINDS: Mapping[str, Mapping[str, Mapping[str, Rule]]] = {
             "num_steps": optional(whole_number(1)),
             "samples_per_step": whole_number(1),
             "max_grad_norm": optional(positive()),
+            "loss_norm": one_of("tokens", "samples"),
             "precision": one_of("float32", "bfloat16"),
+            "tf32": BOOL,
             "save_every": whole_number(1),
             "keep_last": whole_number(1),
             "num_validation_samples": whole_number(0),
@@ -229,7 +233,12 @@ COMPRESSOR_OPEN_GROUP = "compressor"
 
 
 def rules_of(group: str, values: Mapping[str, Any]) -> Mapping[str, Rule]:
-    """The rules for a group's values: those of their kind, where the group's options are of several."""
+    """The rules for a group's values: those of their kind, where the group's options are of several.
+
+    In ``launcher=auto`` a null stands for what train.py chooses.
+    """
+    if group == "launcher" and values.get("name") == AUTO:
+        return {key: optional(rule) for key, rule in GROUPS[group].items()}
     return KINDS.get(group, {}).get(str(values.get("kind")), GROUPS[group])
 
 

@@ -203,7 +203,7 @@ def run_one(todo: Todo, launcher: str | None) -> bool:
         return _process([str(root / "train.py"), *todo.words, f"launcher={launcher}"])
     if todo.program == "bench":
         return _process(["-m", "vzip", "bench", *todo.words])
-    if todo.config["launcher"]["num_processes"] != 1:
+    if todo.config["launcher"]["num_processes"] not in (None, 1):
         return _process([str(root / "eval.py"), *todo.words])
     try:
         evaluate_words(todo.words)

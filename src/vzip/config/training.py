@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vzip.config.build import check_assembled, load_arguments, resolved
 from vzip.config.options import RECIPE_GROUP, config_dir
 from vzip.config.rundir import RESULT_KEYS, training_directory
+from vzip.config.schema import AUTO
 from vzip.config.validate import TRAINED, build_compressor, validate
 from vzip.errors import ConfigError
 from vzip.installed import program
@@ -96,7 +97,7 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
     # What a training's model is; the precision is training's own, and the start is named apart.
     identity_keys = [key for key in RESULT_KEYS["model"] if key not in ("dtype", "projector")]
     return TrainPlan(
-        load_data=_data_loader(config["data"]),
+        load_data=data_loader(config["data"]),
         load_model=_model_loader(model, compressor, start, launch.device),
         train=settings,
         launch=launch,
@@ -132,13 +133,25 @@ def settings_of(config: Mapping[str, Any]) -> tuple[TrainSettings, LaunchSetting
 
 
 def launch_of(config: Mapping[str, Any]) -> LaunchSettings:
-    """The ``launcher`` group as an object."""
+    """The ``launcher`` group as an object; what ``launcher=auto`` leaves open as for one process."""
     from vzip.train.settings import LaunchSettings
 
-    return LaunchSettings(**{key: value for key, value in config["launcher"].items() if key != "name"})
+    launcher = one_process(config["launcher"])
+    return LaunchSettings(**{key: value for key, value in launcher.items() if key != "name"})
 
 
-def _data_loader(data: Mapping[str, Any]) -> Callable[[], TrainingSet]:
+def one_process(launcher: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``launcher`` group; what ``launcher=auto`` leaves open as in configs/launcher/inline.yaml."""
+    if launcher["name"] != AUTO:
+        return dict(launcher)
+    inline = OmegaConf.to_container(OmegaConf.load(config_dir() / "launcher" / "inline.yaml"))
+    assert isinstance(inline, dict)
+    return {key: inline[key] if value is None else value for key, value in launcher.items()}
+
+
+def data_loader(data: Mapping[str, Any], cache: str | None = None) -> Callable[[], TrainingSet]:
+    """What opens the ``data`` group's samples; ``cache`` is the folder of a file's index, by default the user's."""
+
     def load() -> TrainingSet:
         if data["kind"] == "scenes":
             from vzip.demo.dialogues import SceneDialogues
@@ -153,6 +166,7 @@ def _data_loader(data: Mapping[str, Any]) -> Callable[[], TrainingSet]:
             seed=data["subset_seed"],
             keep_text_only=data["keep_text_only"],
             on_problem=data["on_problem"],
+            cache=cache,
         )
 
     return load

@@ -104,6 +104,16 @@ class Batch:
         """Tokens the loss counts: the first position has nothing before it that could predict it."""
         return int((self.labels[:, 1:] != IGNORED_LABEL).sum())
 
+    @property
+    def num_targets_by_sample(self) -> list[int]:
+        """The same of each sample, over all of its conversations."""
+        counts = [0] * len(self.ids)
+        for sample, count in zip(
+            self.sample_of, (self.labels[:, 1:] != IGNORED_LABEL).sum(dim=1).tolist(), strict=True
+        ):
+            counts[sample] += count
+        return counts
+
     def to(self, device: torch.device) -> Batch:
         """The same on another device; this one stays, so that a step's waiting batches take no room there."""
         return replace(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vzip.errors import CheckpointError, RunExistsError
-from vzip.models.tuned import atomic_directory, load_tensors, read_tensors, remove_tree, write_tuned
+from vzip.models.tuned import atomic_directory, load_tensors, read_header, read_tensors, remove_tree, write_tuned
+
+from .settings import LaunchSettings
 
 _STEP = re.compile(r"step-(\d+)")
 _STATE_NAME, _DEEPSPEED_NAME = "state.pt", "deepspeed"
@@ -30,6 +33,47 @@ def trained_tensors(accelerator: Accelerator, model: nn.Module) -> dict[str, Ten
 
         return {name: safe_get_full_fp32_param(parameter) for name, parameter in trained.items()}
     return {name: parameter.detach() for name, parameter in trained.items()}
+
+
+@dataclass(frozen=True)
+class Begun:
+    """On what a run was carried out until its newest checkpoint.
+
+    Attributes:
+        launch: its settings.
+        num_processes: over all machines.
+        checkpoint: which.
+    """
+
+    launch: LaunchSettings
+    num_processes: int
+    checkpoint: Path
+
+    def differences(self, launch: LaunchSettings) -> str:
+        """What is other now, as ``batch_size=4 (was 2)``; "" where nothing is."""
+        now, then = asdict(launch), asdict(self.launch)
+        return ", ".join(f"{key}={now[key]} (was {then[key]})" for key in now if now[key] != then[key])
+
+    def check(self, launch: LaunchSettings, num_processes: int) -> None:
+        """Refuses a launcher under which the checkpoint cannot be read.
+
+        DeepSpeed's holds the optimizer in as many shares as there were processes; all others hold it whole.
+
+        Args:
+            launch, num_processes: now.
+
+        Raises:
+            RunExistsError: saying what would go.
+        """
+        shared = self.launch.uses_deepspeed or launch.uses_deepspeed
+        then, now = (self.launch.strategy, self.num_processes), (launch.strategy, num_processes)
+        if shared and then != now:
+            raise RunExistsError(
+                f"{self.checkpoint} was written with launcher.strategy={then[0]} on {then[1]} processes, and cannot be"
+                f" read with launcher.strategy={now[0]} on {now[1]}: DeepSpeed's checkpoints keep their strategy and"
+                " number of processes. Go on with launcher=auto where there are as many devices, or set overwrite=true"
+                " to begin anew."
+            )
 
 
 class CheckpointStore:
@@ -97,6 +141,19 @@ class CheckpointStore:
         """The newest complete checkpoint and its step."""
         found = [(int(match.group(1)), path) for path in self._all() if (match := _STEP.fullmatch(path.name))]
         return (max(found)[1], max(found)[0]) if found else None
+
+    def begun(self) -> Begun | None:
+        """On what the run was carried out so far; None: it has no checkpoint yet, or one that does not say."""
+        found = self.latest()
+        if found is None:
+            return None
+        try:
+            header = read_header(found[0])[1]
+        except CheckpointError:
+            return None  # load says what is wrong with it
+        if "launcher" not in header:
+            return None
+        return Begun(LaunchSettings(**header["launcher"]), header["num_processes"], found[0])
 
     def save(
         self,

@@ -28,9 +28,14 @@ def uses_cuda(device: str) -> bool:
     Raises:
         ConfigError: CUDA is asked for and there is none.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not has_cuda():
         raise ConfigError("launcher.device=cuda: this machine has no CUDA device. Set launcher.device=cpu, or auto.")
-    return device != "cpu" and torch.cuda.is_available()
+    return device != "cpu" and has_cuda()
+
+
+def has_cuda() -> bool:
+    """Whether this process sees a GPU."""
+    return torch.cuda.is_available()
 
 
 def check_devices(launch: LaunchSettings) -> None:

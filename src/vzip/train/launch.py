@@ -44,6 +44,14 @@ def launch_command(
     return [*command, str(script), *words]
 
 
+def num_processes_in_all(launch: LaunchSettings, environment: Mapping[str, str] | None = None) -> int:
+    """Over all machines, as torchrun or SLURM say it in the environment."""
+    environment = os.environ if environment is None else environment
+    if "WORLD_SIZE" in environment:
+        return int(environment["WORLD_SIZE"])
+    return launch.num_processes * (launch.num_machines or int(environment.get("SLURM_NNODES", "1")))
+
+
 def run_command(command: Sequence[str]) -> None:
     """Prints the command and runs it to its end.
 

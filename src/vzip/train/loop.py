@@ -1,8 +1,8 @@
 """The training loop, as named acts: configure, data, load, freeze and report, step, log, save.
 
-Every step's samples follow from the seed and the step's number, and the loss of a step is the sum over its target
-tokens divided by their number over all processes and accumulated batches. So a run may be split in any way, and killed
-at any time, and remains the same run.
+Every step's samples follow from the seed and the step's number, and the loss of a step is a mean over its target tokens
+(or its samples: ``train.loss_norm``) of all processes and accumulated batches together. So a run may be split in any
+way, and killed at any time, and remains the same run.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from vzip.models.tuned import describe, save_tuned
 
 from .checkpoint import CheckpointStore, trained_tensors, trim_metrics
 from .distributed import build_accelerator, check_devices
+from .launch import num_processes_in_all
 from .objective import AnswerLoss, ModelView
 from .settings import LaunchSettings, TrainSettings
 from .stepping import Stepper, StepSchedule, load_batches
@@ -91,7 +92,7 @@ def prepare(plan: TrainPlan) -> Course:
 
     Raises:
         ManifestError, ConfigError: data that is missing or broken, or too little of it.
-        RunExistsError: the run is finished, or its directory another run's.
+        RunExistsError: the run is finished, its directory another run's, or its checkpoint one of another launcher.
     """
     data = plan.load_data()
     training, validation = hold_out(len(data), plan.train.num_validation_samples, plan.seed)
@@ -100,6 +101,8 @@ def prepare(plan: TrainPlan) -> Course:
     store = CheckpointStore(plan.run_dir, plan.train.keep_last, identity)
     if not plan.overwrite:
         store.check()
+        if (begun := store.begun()) is not None:
+            begun.check(plan.launch, num_processes_in_all(plan.launch))
     return Course(data, validation, schedule, store)
 
 
@@ -121,6 +124,8 @@ def train(plan: TrainPlan) -> Path:
     accelerator = build_accelerator(settings, launch, int(os.environ.get("WORLD_SIZE", "1")))
     if launch.num_threads is not None:
         torch.set_num_threads(launch.num_threads)
+    # Said outright, since torch's own default is on for convolutions and off for matrices.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
     if accelerator.is_main_process:
         store.begin(plan.overwrite)
     accelerator.wait_for_everyone()
@@ -137,6 +142,7 @@ def train(plan: TrainPlan) -> Path:
         "versions": versions(),
         "hardware": hardware(),
         "num_processes": accelerator.num_processes,
+        "launcher": asdict(launch),
     }
     _say(accelerator, choose_trainable(vlm, settings, in_float32=not launch.uses_deepspeed))
     if launch.gradient_checkpointing:
@@ -164,7 +170,10 @@ def train(plan: TrainPlan) -> Path:
     step, best = 0, math.inf
     if (found := store.latest()) is not None:
         step, best = found[1], store.load(found[0], accelerator, model, optimizer)["best"]
-        _say(accelerator, f"taking up again at step {step}")
+        begun = store.begun()
+        other = "" if begun is None else begun.differences(launch)
+        note = f"; launcher: {other}, which does not change what is learned" if other else ""
+        _say(accelerator, f"taking up again at step {step}{note}")
     tracker = None
     if accelerator.is_main_process:
         trim_metrics(plan.run_dir / "metrics.jsonl", step)

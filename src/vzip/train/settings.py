@@ -12,6 +12,7 @@ from vzip.errors import ConfigError
 Part = Literal["projector", "language_model", "vision_tower"]
 Strategy = Literal["single", "ddp", "zero2", "zero3"]
 Precision = Literal["float32", "bfloat16"]
+LossNorm = Literal["tokens", "samples"]
 PARTS: tuple[str, ...] = get_args(Part)
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -54,7 +55,14 @@ class TrainSettings:
         num_steps: optimizer steps; None: as ``num_epochs`` says.
         samples_per_step: over all processes and accumulated batches.
         max_grad_norm: gradients are scaled down to this norm; None: never.
+        loss_norm: what the loss of a step is. ``tokens``: the mean over all of its target tokens. ``samples``: the mean
+            over its samples of the mean over each one's own target tokens; a sample without any does not count.
+            LLaVA's own trainer (Hugging Face's) takes the mean over the tokens of each batch that a device handles at
+            once, and averages these, so its loss depends on how many samples a device takes. ``samples`` is exactly
+            that with one sample at a time, ``tokens`` with the whole step at once; LLaVA's 16 lie between them.
         precision: of the frozen parts and of the arithmetic; the trained weights and the optimizer are float32.
+        tf32: whether CUDA multiplies float32 matrices in TF32, with 10 bits of mantissa. LLaVA's scripts say so; here
+            the only ones of a bfloat16 training choose the tokens that stay, which are to be those of the evaluation.
         save_every: steps between checkpoints.
         keep_last: checkpoints kept.
         num_validation_samples: kept out of training and asked at every checkpoint; 0: none, and no best checkpoint.
@@ -74,7 +82,9 @@ class TrainSettings:
     num_steps: int | None
     samples_per_step: int
     max_grad_norm: float | None
+    loss_norm: LossNorm
     precision: Precision
+    tf32: bool
     save_every: int
     keep_last: int
     num_validation_samples: int

@@ -151,9 +151,10 @@ class Stepper:
                 sum(batch.num_targets for batch in mine),
                 sum(sum(batch.num_visual_tokens) + sum(batch.num_video_tokens) for batch in mine),
                 sum(len(batch.skipped) for batch in mine),
+                sum(self._count(batch) for batch in mine),
             ]
         )
-        loss, norm = self._backward(mine, counts[0], laps)
+        loss, norm = self._backward(mine, counts[3], laps)
         self.optimizer.step()
         self.optimizer.zero_grad()
         laps.lap("update_ms")
@@ -172,20 +173,44 @@ class Stepper:
             "peak_memory_gib": memory["cuda"] or memory["process"],
         }
 
-    def _backward(self, mine: list[Batch], num_targets: float, laps: Laps) -> tuple[float, float]:
-        """Gradients of the step's loss; returns the loss and the gradient's norm before clipping."""
+    def _count(self, batch: Batch) -> int:
+        """What a batch adds to the number that the step's loss is divided by."""
+        if self.settings.loss_norm == "tokens":
+            return batch.num_targets
+        return sum(count > 0 for count in batch.num_targets_by_sample)
+
+    def _added(self, nats: Tensor, batch: Batch) -> Tensor:
+        """What a batch adds to the step's loss before that division.
+
+        Args:
+            nats: ``[samples]``, summed over each one's target tokens.
+            batch: whose they are.
+        """
+        if self.settings.loss_norm == "tokens":
+            return nats.sum()
+        return (nats / nats.new_tensor(batch.num_targets_by_sample).clamp(min=1)).sum()
+
+    def _backward(self, mine: list[Batch], divisor: float, laps: Laps) -> tuple[float, float]:
+        """Gradients of the step's loss; returns the loss and the gradient's norm before clipping.
+
+        Args:
+            mine: this process's batches.
+            divisor: the sum of ``_count`` over the whole step.
+            laps: times.
+        """
         # Processes' gradients are averaged and accumulate() divides by the batches: both are undone here, so that what
-        # remains is the sum over the step's target tokens divided by their number.
-        scale = self.accelerator.num_processes * self.accumulation / max(1.0, num_targets)
+        # remains is the sum over the whole step divided by the step's divisor.
+        scale = self.accelerator.num_processes * self.accumulation / max(1.0, divisor)
         summed = 0.0
         norm = 0.0
         for batch in mine:
             with self.accelerator.accumulate(self.model):
                 nats = self.model(batch.to(self.accelerator.device))
                 self._refuse_infinite(nats, batch)
-                summed += nats.detach().sum().item()
+                added = self._added(nats, batch)
+                summed += added.item()
                 laps.lap("forward_ms")
-                self.accelerator.backward(nats.sum() * scale)
+                self.accelerator.backward(added * scale)
                 laps.lap("backward_ms")
                 if self.accelerator.sync_gradients:
                     limit = self.settings.max_grad_norm or float("inf")
@@ -197,7 +222,7 @@ class Stepper:
                 f"the gradient's norm is {norm}, though every loss is finite; the step's samples: {_listed(ids)}. Lower"
                 " train.learning_rate, or train in float32; the last checkpoint is from before this step."
             )
-        return self._summed([summed])[0] / max(1.0, num_targets), norm
+        return self._summed([summed])[0] / max(1.0, divisor), norm
 
     def _refuse_infinite(self, nats: Tensor, batch: Batch) -> None:
         finite = torch.isfinite(nats.detach())
@@ -210,17 +235,18 @@ class Stepper:
 
     @torch.no_grad()
     def validate(self, data: TrainingSet, numbers: np.ndarray, collator: Collator) -> float:
-        """Mean cross-entropy per target token over the samples given, shared out over the processes."""
+        """The loss over the samples given as over a step's, shared out over the processes."""
         mine = numbers[self.accelerator.process_index :: self.accelerator.num_processes].tolist()
         size = self.launch.batch_size
         lists = [mine[start : start + size] for start in range(0, len(mine), size)]
-        nats = targets = 0.0
+        added = counted = 0.0
         objective = self.accelerator.unwrap_model(self.model)
         for batch in load_batches(data, collator, lists, self.launch.num_workers):
             with self.accelerator.autocast():
-                nats += objective(batch.to(self.accelerator.device)).sum().item()
-            targets += batch.num_targets
-        totals = self._summed([nats, targets])
+                nats = objective(batch.to(self.accelerator.device))
+            added += self._added(nats, batch).item()
+            counted += self._count(batch)
+        totals = self._summed([added, counted])
         return totals[0] / max(1.0, totals[1])
 
     def _summed(self, values: list[float]) -> list[float]:
