@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
 import shlex
 import sys
 from collections.abc import Callable
@@ -144,7 +145,8 @@ def measure(
         log("checking that vzip and eager_maps compute the same visual tokens")
         with torch.inference_mode():
             pixel_values = w.visuals.tower_inputs(w.visuals.crops(preprocess(w)))
-        agreement = check_agreement(w.visuals.tower_module, w.select_layer, w.compressor, pixel_values)
+        views = torch.cat([pixel_values, pixel_values.flip(-1), pixel_values.flip(-2)])  # one may hold a near tie
+        agreement = check_agreement(w.visuals.tower_module, w.select_layer, w.compressor, views)
         overlap = selection_overlap(w, pixel_values[:1])
     methods = {name: METHOD_CLASSES[name](w) for name in settings.methods}
 
@@ -252,10 +254,12 @@ def environment(device: torch.device) -> dict[str, Any]:
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "vzip", *sys.argv[1:]]),
         "code": {**code_state(), "source_sha256": source_sha256()},
+        **{name: packages[name] for name in ("python", "transformers", "pillow")},
         "torch": torch.__version__,
-        "transformers": packages["transformers"],
         "versions": packages,
+        "platform": platform.platform(),
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else machine["cpu"],
+        "num_cores": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "load_average_1min": os.getloadavg()[0],
         "hardware": machine,
