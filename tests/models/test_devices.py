@@ -3,7 +3,7 @@
 Without GPUs there are two ways to force a split. Weights are parked (offloaded) and fetched module by module, which
 computes real numbers; and the projector and language model are put on torch's ``meta`` device, which refuses to mix
 with the CPU as a second GPU would, but holds no numbers. What neither shows: copies between two GPUs, and the split
-that ``device_map="auto"`` chooses; the test marked gpu is for those.
+that ``device_map="auto"`` chooses; ``tests/gpu/test_placement.py`` is for those.
 """
 
 from __future__ import annotations
@@ -135,26 +135,3 @@ def test_the_published_layout_of_mini_gemini_is_loaded_onto_a_map_of_devices(tmp
 def test_the_device_of_a_module_without_hooks_is_its_weights() -> None:
     assert execution_device(torch.nn.Linear(1, 1, device="meta")) == torch.device("meta")
     assert execution_device(torch.nn.Linear(1, 1)) == torch.device("cpu")
-
-
-@pytest.mark.gpu
-@torch.no_grad()
-@each_family
-@each_compressor
-def test_auto_over_the_gpus_gives_the_numbers_of_the_cpu(family, compressor, tmp_path) -> None:
-    """One GPU: all of it there. Several: limits of memory force the language model's layers apart."""
-    model, inputs, ids = family.build(), family.inputs(2), prompt(family)
-    model.save_pretrained(tmp_path)
-    expected = vzip.CompressedVlm(model, compressor).forward(ids, **inputs).logits
-    torch.backends.cuda.matmul.allow_tf32 = False
-    vlm = vzip.load_vlm(tmp_path, device_map="auto", dtype="float32", compressor=compressor)
-    logits = vlm.forward(ids, **inputs).logits
-    assert logits.device.type == "cuda" and "cpu" not in devices_of(vlm.model)
-    torch.testing.assert_close(logits.cpu(), expected, atol=1e-3, rtol=1e-3)
-    if torch.cuda.device_count() > 1:
-        names = [name for name, _ in vlm.adapter.language_model.named_modules() if name.count(".") == 1]
-        assert names
-        spread = {"model": 0, "lm_head": 1, **{f"model.language_model.{name}": 1 for name in names[1:]}}
-        vlm = vzip.load_vlm(tmp_path, device_map=spread, dtype="float32", compressor=compressor)
-        assert {p.device.index for p in vlm.model.parameters()} == {0, 1}
-        torch.testing.assert_close(vlm.forward(ids, **inputs).logits.cpu(), expected, atol=1e-3, rtol=1e-3)

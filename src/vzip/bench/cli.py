@@ -6,6 +6,8 @@
   python -m vzip bench model=video_llava_7b num_crops=80      a video of 80 frames (methods=vzip: vanilla has no room)
   python -m vzip bench model=mini_gemini_7b                   with its second vision tower and mining
   python -m vzip bench model=DIR weights=pretrained           a checkpoint directory
+  python -m vzip bench --train model=llava15_7b               training steps at 576 and 64 tokens, with projected hours
+  python -m vzip bench --memory model=llava15_7b              peaks of training and answering beside their estimates
 
 Needs torch and transformers alone; the plot needs matplotlib.
 """
@@ -13,45 +15,66 @@ Needs torch and transformers alone; the plot needs matplotlib.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
 
 from vzip.bench import report, settings, shapes
-from vzip.bench.run import measure
+from vzip.bench.run import BenchResult, measure
+from vzip.bench.settings import MEMORY, PASSES, TRAIN
 from vzip.errors import MissingPackageError, RunExistsError
+
+if TYPE_CHECKING:
+    from vzip.bench.training import SideResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the ``key=value`` words."""
+    """Adds the ``key=value`` words and the two other ways of measuring."""
+    other = parser.add_mutually_exclusive_group()
+    words: dict[str, Any] = {"action": "store_const", "dest": "mode", "default": PASSES}
+    other.add_argument("--train", const=TRAIN, help="training steps of the projector, methods in turn", **words)
+    other.add_argument(
+        "--memory", const=MEMORY, help="peaks of training and answering, estimated and measured", **words
+    )
     keys = "\n".join(f"  {key:<15} {text} [{settings.default_word(key)}]" for key, text in settings.HELP.items())
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
-    parser.epilog = f"keys [default]:\n{keys}"
+    parser.epilog = f"keys [default]:\n{keys}\n\n" + "\n".join(_mode_words(mode) for mode in (TRAIN, MEMORY))
+
+
+def _mode_words(mode: settings.Mode) -> str:
+    own = ", ".join(f"{key}={settings.default_word(key, mode)}" for key in mode.defaults)
+    return f"with {mode.flag}: {own}; without {', '.join(mode.unused)}"
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measures, prints the table and writes ``bench.json`` and ``bench.png``.
+    """Measures, prints the table and writes ``bench.json`` and ``bench.png`` (or ``train.json``, ``memory.json``).
 
     Raises:
         VzipError: for anything the user can mend, before anything is built or written.
     """
-    chosen = settings.parse(args.overrides)
-    directory = chosen.out_directory(shapes.resolve(chosen.model))
-    if (directory / "bench.json").exists() and not chosen.overwrite:
+    mode: settings.Mode = args.mode
+    chosen = settings.parse(args.overrides, mode)
+    directory = chosen.out_directory(shapes.resolve(chosen.model), mode)
+    path = directory / f"{mode.name}.json"
+    if path.exists() and not chosen.overwrite:
         raise RunExistsError(
-            f"{directory} already holds a bench.json; give another one as out=DIR, or overwrite=true to replace it"
+            f"{directory} already holds a {path.name}; give another one as out=DIR, or overwrite=true to replace it"
         )
     console = Console()
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("passes", total=None)
-        result = measure(
+        task = progress.add_task("passes" if mode is PASSES else "steps", total=None)
+        result = _measure_of(mode)(
             chosen,
             log=lambda line: console.print(line, highlight=False),
             on_step=lambda done, total: progress.update(task, completed=done, total=total),
         )
     report.print_result(result, console)
-    report.write_json(result, directory / "bench.json")
-    console.print(f"wrote {directory / 'bench.json'}", highlight=False)
+    report.write_json(result, path)
+    console.print(f"wrote {path}", highlight=False)
+    if not isinstance(result, BenchResult):
+        return 0
     try:
         report.write_plot(result, directory / "bench.png")
     except MissingPackageError as error:
@@ -59,3 +82,15 @@ def main(args: argparse.Namespace) -> int:
     else:
         console.print(f"wrote {directory / 'bench.png'}", highlight=False)
     return 0
+
+
+def _measure_of(mode: settings.Mode) -> Callable[..., BenchResult | SideResult]:
+    if mode is TRAIN:
+        from vzip.bench.training import measure_training_steps  # only here: they load the training
+
+        return measure_training_steps
+    if mode is MEMORY:
+        from vzip.bench.peaks import measure_peaks
+
+        return measure_peaks
+    return measure

@@ -18,6 +18,7 @@ from transformers import AutoModel, PreTrainedModel
 from vzip.bench.hooks import recorded_outputs
 from vzip.compressors import CompressedTokens, Compressor, VisionOutput
 from vzip.errors import UnsupportedModelError, VzipError
+from vzip.models.devices import full_float32
 from vzip.models.tap import run_tower
 from vzip.models.towers import Tower, find_tower
 from vzip.ops.attention import mean_keys
@@ -151,7 +152,7 @@ def check_agreement(
     attention_difference = hidden_difference = 0.0
     pictures = pixel_values[:NUM_CHECK_PICTURES].float().split(1)
     for num_tried, picture in enumerate(pictures, start=1):
-        with torch.inference_mode():
+        with torch.inference_mode(), full_float32():
             ours = run_tower(tower, picture, select_layer, compressor.requires)
             theirs = eager.encode(picture)
             our_tokens, their_tokens = compressor(ours), compressor(theirs)

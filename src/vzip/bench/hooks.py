@@ -1,4 +1,4 @@
-"""Reading what modules return during one call, without leaving anything on them."""
+"""Reading what modules return, and what torch calls, during one call, without leaving anything behind."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextmanager
@@ -21,3 +22,21 @@ def recorded_outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Ten
 
             stack.callback(module.register_forward_hook(keep).remove)
         yield outputs
+
+
+class FusedAttention(TorchDispatchMode):
+    """While it is entered, notes in ``names`` which of torch's fused attention operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name == "scaled_dot_product_attention":  # in inference mode it comes whole
+            with self:
+                return func.decompose(*args, **kwargs)
+        if name.startswith("_scaled_dot_product") and not name.endswith("_math"):
+            self.names.add(name)
+        return func(*args, **kwargs)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from vzip.bench.memory import GIB
-from vzip.bench.run import BenchResult, MethodResult
+from vzip.bench.run import BenchResult
 from vzip.bench.stages import STAGES
+from vzip.bench.timing import Timing
 from vzip.installed import missing_package
+
+if TYPE_CHECKING:
+    from vzip.bench.peaks import WorkPeak
+    from vzip.bench.training import SideResult
 
 MIB = 1024**2
 PLOTTED = ("preprocess", "tower", "high_res_tower", "mining", "selection", "projector", "splice", "prefill")
@@ -39,8 +45,11 @@ RATIO_WORDS = {
 }
 
 
-def print_result(result: BenchResult, console: Console) -> None:
+def print_result(result: BenchResult | SideResult, console: Console) -> None:
     """Prints the table, the ratios and what was checked."""
+    if not isinstance(result, BenchResult):
+        _print_side(result, console)
+        return
     r, e = result.resolved, result.environment
     facts = (
         f"{r['num_parameters'] / 1e6:.1f} M parameters, {r['weights']} weights",
@@ -63,10 +72,62 @@ def print_result(result: BenchResult, console: Console) -> None:
             highlight=False,
         )
     console.print("  " + _flops_words(result), highlight=False)
+    for name, method in result.methods.items():
+        kernels = ", ".join(method.attention_kernels) or "none fused"
+        console.print(f"  attention of {name}: {kernels}", highlight=False)
     kind = next(iter(result.methods.values())).memory_kind
     console.print(f"  peak memory is {_MEMORY_WORDS[kind]}", highlight=False)
     for note in result.notes:
         console.print(f"  note: {note}", highlight=False)
+
+
+def _print_side(result: SideResult, console: Console) -> None:
+    """The same for a measurement of training or of memory."""
+    r, e = result.resolved, result.environment
+    facts = (
+        f"{r['num_parameters'] / 1e6:.1f} M parameters, {r['weights']} weights",
+        f"{r['dtype']} on {r['device']} ({e['processor']}, {e['num_threads']} threads)",
+        f"{r['samples_per_step']} conversations at once, {r['text_tokens']} text tokens and one image each",
+        "training the projector with gradient checkpointing",
+        f"torch {e['torch']}, transformers {e['transformers']}",
+    )
+    console.print(f"[bold]{result.model}[/bold]: " + "; ".join(facts), highlight=False)
+    console.print(_training_table(result) if result.kind == "train" else _memory_table(result))
+    for note in result.notes:
+        console.print(f"  note: {note}", highlight=False)
+
+
+def _training_table(result: SideResult) -> Table:
+    table = Table("", *result.methods)
+    methods = list(result.methods.values())
+    table.add_row("visual tokens", *(str(m.num_visual_tokens) for m in methods))
+    table.add_row("tokens in all", *(str(m.num_tokens) for m in methods))
+    table.add_row("step, ms", *(_time(m.stages["step"]) for m in methods))
+    table.add_row("  forward in it", *(_time(m.stages["forward"]) for m in methods))
+    table.add_row("samples a second", *(f"{m.samples_per_s:.2f}" for m in methods))
+    table.add_row("projected hours", *(f"{m.projected_hours:.2f}" for m in methods))
+    table.add_row("peak memory, GiB", *(f"{m.peak_memory_bytes / GIB:.2f}" for m in methods))
+    table.add_row("  tensors, estimated", *(f"{m.estimated_memory_bytes / GIB:.2f}" for m in methods))
+    table.add_row("loss", *(f"{m.loss:.3f}" for m in methods))
+    table.caption = f"peak memory is {_MEMORY_WORDS[methods[0].memory_kind]}"
+    return table
+
+
+def _memory_table(result: SideResult) -> Table:
+    table = Table("", "visual tokens", "tokens in all", "measured, GiB", "estimated, GiB", "off by")
+    for name, method in result.methods.items():
+        works: dict[str, WorkPeak] = {"training": method.training, "inference": method.inference}
+        for work, peak in works.items():
+            estimated = sum(peak.estimated_bytes.values())
+            table.add_row(
+                f"{name}, {work}",
+                str(method.num_visual_tokens),
+                str(peak.num_tokens),
+                f"{peak.measured_bytes / GIB:.3f}",
+                f"{estimated / GIB:.3f}",
+                f"{peak.error:+.1%}",
+            )
+    return table
 
 
 def _flops_words(result: BenchResult) -> str:
@@ -104,7 +165,9 @@ def build_table(result: BenchResult) -> Table:
     methods = list(result.methods.values())
     for stage in STAGES:
         if any(stage in m.stages for m in methods):
-            table.add_row(ROW_WORDS.get(stage, stage), *(_time(m, stage) for m in methods))
+            table.add_row(
+                ROW_WORDS.get(stage, stage), *(_time(m.stages[stage]) if stage in m.stages else "-" for m in methods)
+            )
     table.add_section()
     table.add_row("visual tokens", *(str(m.num_visual_tokens) for m in methods))
     if not result.resolved["tower_only"]:
@@ -118,15 +181,12 @@ def build_table(result: BenchResult) -> Table:
     return table
 
 
-def _time(method: MethodResult, stage: str) -> str:
-    if stage not in method.stages:
-        return "-"
-    t = method.stages[stage]
+def _time(t: Timing) -> str:
     digits = 0 if t.median_ms >= 100 else 1 if t.median_ms >= 10 else 2
     return f"{t.median_ms:.{digits}f} [{t.q1_ms:.{digits}f}-{t.q3_ms:.{digits}f}]"
 
 
-def write_json(result: BenchResult, path: Path) -> None:
+def write_json(result: BenchResult | SideResult, path: Path) -> None:
     """Writes the whole measurement, samples included."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result.to_json(), indent=1) + "\n")

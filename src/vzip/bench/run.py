@@ -5,24 +5,23 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import PIL
 import torch
-import transformers
 
 from vzip.bench import flops, operations, shapes, workload
 from vzip.bench.eager_maps import Agreement, check_agreement
+from vzip.bench.hooks import FusedAttention
 from vzip.bench.memory import PeakMemory, kv_cache_formula_bytes
 from vzip.bench.settings import BenchSettings
 from vzip.bench.stages import METHOD_CLASSES, STAGES, EagerMapsMethod, Method, PassResult, Vzip, preprocess, run_pass
 from vzip.bench.timing import StageTimes, Timing, run_interleaved
 from vzip.bench.workload import Workload
-from vzip.evaluation.provenance import code_state
+from vzip.evaluation.provenance import code_state, hardware, source_sha256, versions
 
 SCHEMA_VERSION = 1
 
@@ -41,6 +40,8 @@ class MethodResult:
         peak_memory_added_bytes: of that, what came on top of what was in use before the pass.
         memory_kind: how it was measured.
         flops: stage -> operations.
+        attention_kernels: torch's fused attention that ran (the tower's and the language model's), by its names; empty
+            where none was fused.
     """
 
     stages: dict[str, Timing]
@@ -52,6 +53,7 @@ class MethodResult:
     peak_memory_added_bytes: int
     memory_kind: str
     flops: dict[str, operations.StageFlops]
+    attention_kernels: list[str]
 
     def median_ms(self, *stages: str) -> float:
         """Sum of the medians of stages; those this method does not have count nothing."""
@@ -66,7 +68,7 @@ class BenchResult:
         model: its name.
         settings: as given, with what ``auto`` came to under ``resolved``.
         resolved: device, dtype, budget, weights and crops in effect.
-        environment: versions and hardware.
+        environment: command, code, versions and hardware.
         agreement: vzip against eager_maps before the measurement, or None where one of them is left out.
         selection_overlap: share of dominant tokens that both kept in the measured dtype, or None likewise.
         methods: results by name.
@@ -143,7 +145,8 @@ def measure(
         log("checking that vzip and eager_maps compute the same visual tokens")
         with torch.inference_mode():
             pixel_values = w.visuals.tower_inputs(w.visuals.crops(preprocess(w)))
-        agreement = check_agreement(w.visuals.tower_module, w.select_layer, w.compressor, pixel_values)
+        views = torch.cat([pixel_values, pixel_values.flip(-1), pixel_values.flip(-2)])  # one may hold a near tie
+        agreement = check_agreement(w.visuals.tower_module, w.select_layer, w.compressor, views)
         overlap = selection_overlap(w, pixel_values[:1])
     methods = {name: METHOD_CLASSES[name](w) for name in settings.methods}
 
@@ -183,12 +186,13 @@ def measure(
             peak_memory_added_bytes=peak.peak_bytes - peak.start_bytes,
             memory_kind=peak.kind,
             flops=operations.count_method(w, model, name, passed.num_visual_tokens),
+            attention_kernels=fused_attention(method),
         )
     return BenchResult(
         model=model.name,
         settings=asdict(settings),
         resolved=_resolved(settings, model, w),
-        environment=_environment(w.device),
+        environment=environment(w.device),
         agreement=agreement,
         selection_overlap=overlap,
         methods=results,
@@ -204,6 +208,13 @@ def selection_overlap(w: Workload, pixel_values: torch.Tensor) -> float:
         for method in (Vzip, EagerMapsMethod)
     ]
     return len(kept[0] & kept[1]) / len(kept[0])
+
+
+def fused_attention(method: Method) -> list[str]:
+    """The names of torch's fused attention operators that a pass calls (``_scaled_dot_product_flash_attention``)."""
+    with FusedAttention() as seen:
+        run_pass(method)
+    return sorted(seen.names)
 
 
 def _expected_cache_bytes(w: Workload, num_prompt_tokens: int) -> int:
@@ -230,32 +241,26 @@ def _resolved(settings: BenchSettings, model: shapes.BenchModel, w: Workload) ->
         "num_contextual": budget.num_contextual,
         "num_crops": w.visuals.num_crops,
         "prompt": w.visuals.describe(),
-        "weights": model.default_weights if settings.weights == "auto" else settings.weights,
+        "weights": settings.weights_of(model),
         "tower_only": model.tower_only,
         "num_parameters": sum(p.numel() for p in w.model.parameters()),
     }
 
 
-def _cpu_name() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    cuda = device.type == "cuda"
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a reader must know to make a number again: command, code, versions, hardware."""
+    machine, packages = hardware(), versions()
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "python": sys.version.split()[0],
+        "command": shlex.join(["python", "-m", "vzip", *sys.argv[1:]]),
+        "code": {**code_state(), "source_sha256": source_sha256()},
+        **{name: packages[name] for name in ("python", "transformers", "pillow")},
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "pillow": PIL.__version__,
+        "versions": packages,
         "platform": platform.platform(),
-        "processor": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else machine["cpu"],
         "num_cores": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "load_average_1min": os.getloadavg()[0],
-        "code": code_state(),
+        "hardware": machine,
     }

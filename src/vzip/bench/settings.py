@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -30,6 +31,45 @@ METHODS = ("vanilla", "vzip", "eager_maps")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS = ("auto", "random", "pretrained")
 
+
+@dataclass(frozen=True)
+class Mode:
+    """One way of measuring: what it takes of the settings.
+
+    Attributes:
+        flag: the option that asks for it; empty for the usual one.
+        name: of its results' file and directory.
+        defaults: its own, where they differ from ``BenchSettings``.
+        unused: keys that have no meaning in it.
+        methods, dtypes: that it can measure.
+    """
+
+    flag: str
+    name: str
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    methods: tuple[str, ...] = METHODS
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+
+
+PASSES = Mode("", "bench")
+_TRAINABLE: dict[str, tuple[str, ...]] = {"methods": ("vanilla", "vzip"), "dtypes": ("float32", "bfloat16")}
+TRAIN = Mode(
+    "--train",
+    "train",
+    {"methods": ("vanilla", "vzip"), "batch_size": 16, "prompt_tokens": 256},
+    ("num_crops", "num_new_tokens"),
+    **_TRAINABLE,
+)
+MEMORY = Mode(
+    "--memory",
+    "memory",
+    {"methods": ("vzip",), "batch_size": 16, "prompt_tokens": 256, "num_new_tokens": 128},
+    ("num_crops", "repeats", "warmup", "weights"),
+    **_TRAINABLE,
+)
+MODES = (PASSES, TRAIN, MEMORY)
+
 HELP = {
     "model": f"tiny, {', '.join(shapes.SHAPES)} (clip_l_336: the tower alone), or a directory",
     "weights": "auto | random | pretrained (auto: random for bare shapes, pretrained for tiny and directories)",
@@ -42,7 +82,7 @@ HELP = {
     "num_crops": "tower inputs in each prompt: pictures, crops of one picture (LLaVA-NeXT) or frames of one video "
     "(Video-LLaVA); 0: the model's own (1, 5, 8)",
     "num_new_tokens": "tokens decoded after the first one",
-    "prompt_tokens": "text tokens in each prompt, placeholders not counted",
+    "prompt_tokens": "text tokens in each prompt or conversation, placeholders not counted",
     "repeats": "measured rounds",
     "warmup": "rounds before them that are thrown away",
     "threads": "CPU threads; 0: torch's default",
@@ -93,17 +133,22 @@ class BenchSettings:
         dominant, contextual = BUDGETS[name] if name in BUDGETS else map(int, name.split("+"))
         return name, TokenBudget(num_dominant=dominant, num_contextual=contextual)
 
+    def weights_of(self, model: BenchModel) -> str:
+        """Returns ``random`` or ``pretrained``."""
+        return model.default_weights if self.weights == "auto" else self.weights
+
     def crops_per_prompt(self, model: BenchModel) -> int:
         """Returns the number of tower inputs in each prompt."""
         return self.num_crops or model.num_crops
 
-    def out_directory(self, model: BenchModel) -> Path:
+    def out_directory(self, model: BenchModel, mode: Mode = PASSES) -> Path:
         """Returns where the results go."""
         if self.out != "auto":
             return Path(self.out).expanduser()
         name = Path(self.model).name
         dtype = str(self.torch_dtype).removeprefix("torch.")
-        return Path("runs", "bench", name, f"vzip-{self.token_budget(model)[0]}-{dtype}-{self.torch_device.type}")
+        part = "vzip" if mode is PASSES else mode.name
+        return Path("runs", "bench", name, f"{part}-{self.token_budget(model)[0]}-{dtype}-{self.torch_device.type}")
 
 
 _MINIMUM = {
@@ -118,16 +163,16 @@ _MINIMUM = {
 }
 
 
-def default_word(key: str) -> str:
+def default_word(key: str, mode: Mode = PASSES) -> str:
     """Returns a key's default the way a user writes it."""
-    value = getattr(BenchSettings(), key)
+    value = mode.defaults.get(key, getattr(BenchSettings(), key))
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
-def parse(words: Sequence[str]) -> BenchSettings:
-    """Reads ``key=value`` words.
+def parse(words: Sequence[str], mode: Mode = PASSES) -> BenchSettings:
+    """Reads ``key=value`` words, for one way of measuring.
 
     Raises:
         ConfigError: with every mistake of the line, one a row.
@@ -144,11 +189,29 @@ def parse(words: Sequence[str]) -> BenchSettings:
             problems.append(f"unknown key {key!r}{nearest(key, known)}; keys: {keys}")
         elif key in values:
             problems.append(f"{key} is given twice")
+        elif key in mode.unused:
+            problems.append(f"{key}={text}: has no meaning with {mode.flag}; leave it out")
         else:
             values[key] = _value(key, text, problems)
+            _check_mode(key, text, mode, problems)
     if problems:
         raise ConfigError("\n".join(problems))
-    return BenchSettings(**values)  # type: ignore[arg-type]  # _value gave each key the type of its field
+    given: dict[str, Any] = {**mode.defaults, **values}  # _value gave each key the type of its field
+    return BenchSettings(**given)
+
+
+def _check_mode(key: str, text: str, mode: Mode, problems: list[str]) -> None:
+    """Names what the other ways of measuring know and this one does not."""
+    if key == "methods":
+        other = [method for method in text.split(",") if method in METHODS and method not in mode.methods]
+        problems += [f"methods={text}: {mode.flag} has no {m}; methods: {', '.join(mode.methods)}" for m in other]
+    elif key == "dtype" and text in DTYPES and text not in mode.dtypes:
+        problems.append(f"dtype={text}: nothing trains in it; {mode.flag} takes auto, {', '.join(mode.dtypes)}")
+    elif key == "device" and mode is not PASSES and re.fullmatch(r"cuda:[1-9]\d*", text):
+        problems.append(
+            f"device={text}: {mode.flag} trains, and a training takes the first device it sees; hide the others with"
+            f" CUDA_VISIBLE_DEVICES={text.partition(':')[2]}, and set device=cuda"
+        )
 
 
 def _value(key: str, text: str, problems: list[str]) -> object:

@@ -101,18 +101,7 @@ def build(settings: BenchSettings, model: BenchModel) -> Workload:
         ConfigError, UnsupportedModelError: as ``check``, for what only the weights can tell.
     """
     device, dtype = settings.torch_device, settings.torch_dtype
-    weights = model.default_weights if settings.weights == "auto" else settings.weights
-    image_processor: Any = None  # taken from the checkpoint, or else CLIP's
-    if weights == "random":
-        hf_model = shapes.build_random(model, device, dtype, settings.seed)
-    elif model.tower_only:
-        hf_model = _load_tower(model, device, dtype)
-    else:
-        name = "vzip/tiny" if model.name == shapes.TINY else model.checkpoint
-        vlm = load_vlm(name, dtype=str(dtype).removeprefix("torch."), device_map=None)
-        hf_model = vlm.model.to(device).eval()
-        if vlm.processor is not None:
-            image_processor = vlm.processor.image_processor
+    hf_model, image_processor = build_model(settings, model)
     adapter, visuals = parts_of(hf_model, model, settings.crops_per_prompt(model))
     pictures = make_pictures(settings.batch_size * visuals.num_files, settings.seed, visuals.picture_size)
     return Workload(
@@ -128,6 +117,23 @@ def build(settings: BenchSettings, model: BenchModel) -> Workload:
         pictures=pictures,
         input_ids=make_prompts(settings, visuals) if isinstance(visuals, Pictures) else None,
     )
+
+
+def build_model(settings: BenchSettings, model: BenchModel) -> tuple[PreTrainedModel, Any]:
+    """The Hugging Face model on its device, and the checkpoint's image processor, or None where there is none.
+
+    Raises:
+        CheckpointError: weights that cannot be found or loaded.
+    """
+    device, dtype = settings.torch_device, settings.torch_dtype
+    if settings.weights_of(model) == "random":
+        return shapes.build_random(model, device, dtype, settings.seed), None
+    if model.tower_only:
+        return _load_tower(model, device, dtype), None
+    name = "vzip/tiny" if model.name == shapes.TINY else model.checkpoint
+    vlm = load_vlm(name, dtype=str(dtype).removeprefix("torch."), device_map=None)
+    image_processor = None if vlm.processor is None else vlm.processor.image_processor
+    return vlm.model.to(device).eval(), image_processor
 
 
 def parts_of(hf_model: PreTrainedModel, model: BenchModel, num_crops: int) -> tuple[Adapter | None, Visuals]:

@@ -37,16 +37,23 @@ def measure_training(vlm: CompressedVlm, train: TrainSettings, launch: LaunchSet
     Raises:
         ConfigError: as the training itself.
     """
-    accelerator = build_accelerator(train, launch, 1)
-    prepare_training(vlm, train, launch)
-    adamw = torch.optim.AdamW(parameter_groups(vlm, train), lr=train.learning_rate, weight_decay=train.weight_decay)
-    model, optimizer = accelerator.prepare(AnswerLoss(vlm), adamw)
-    stepper = Stepper(accelerator, model, optimizer, train, launch, seed=0)
+    stepper, adamw = real_stepper(vlm, train, launch)
     batch = training_batch(vlm, load)
     batches = itertools.repeat(batch)
     stepper.step(0, 2, batches)
     before = [*_kept(vlm, adamw), *tensors_of(batch)]
-    return _peak(lambda: stepper.step(1, 2, batches), accelerator.device, before)
+    return _peak(lambda: stepper.step(1, 2, batches), stepper.accelerator.device, before)
+
+
+def real_stepper(
+    vlm: CompressedVlm, train: TrainSettings, launch: LaunchSettings
+) -> tuple[Stepper, torch.optim.Optimizer]:
+    """What takes the steps, put together as ``vzip.train.loop.train`` does for one process; and the bare optimizer."""
+    accelerator = build_accelerator(train, launch, 1)
+    prepare_training(vlm, train, launch)
+    adamw = torch.optim.AdamW(parameter_groups(vlm, train), lr=train.learning_rate, weight_decay=train.weight_decay)
+    model, optimizer = accelerator.prepare(AnswerLoss(vlm), adamw)
+    return Stepper(accelerator, model, optimizer, train, launch, seed=0), adamw
 
 
 def measure_inference(vlm: CompressedVlm, load: Workload) -> int:

@@ -22,6 +22,21 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 @contextmanager
+def full_float32() -> Iterator[None]:
+    """Within it GPUs compute float32 products and convolutions in float32, not in TF32, which has ten bits of mantissa.
+
+    For checks that hold two computations against each other: left alone, torch computes convolutions in TF32.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@contextmanager
 def fetched(*modules: nn.Module) -> Iterator[None]:
     """Has the modules' own parameters at hand while the context lasts, where accelerate has parked them elsewhere."""
     with ExitStack() as stack:
