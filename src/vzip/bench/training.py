@@ -108,6 +108,8 @@ def train_settings(settings: BenchSettings) -> tuple[TrainSettings, LaunchSettin
         num_validation_samples=0,
         trackers=(),
         lora=None,
+        loss_norm="tokens",
+        tf32=False,
     )
     launch = LaunchSettings(
         num_threads=None,
