@@ -216,8 +216,8 @@ def check_assembled(model: Mapping[str, Any]) -> None:
     made_of, directory = model["assembled_from"], model["name_or_path"]
     if made_of is not None and not Path(directory).expanduser().is_dir():
         raise CheckpointError(
-            f"model.name_or_path={directory}: no such directory. model={model['name']} is put together here, once: python"
-            f" scripts/assemble_llava.py {' '.join(made_of)} {directory}. If you have it elsewhere, set"
+            f"model.name_or_path={directory}: no such directory. model={model['name']} is put together here, once:"
+            f" python scripts/assemble_llava.py {' '.join(made_of)} {directory}. If you have it elsewhere, set"
             " model.name_or_path=DIR."
         )
 
