@@ -111,6 +111,10 @@ MESSAGES = {
     ("eval.limit=${nowhere}",): ["Interpolation key 'nowhere' not found"],
     ("launcher.num_threads=0",): ["launcher.num_threads=0: must be a whole number, 1 or more, or null"],
     ("+exp=tiny_from_scratch",): ["train=tiny_from_scratch: eval.py trains nothing"],
+    ("model=llava15_7b_untuned",): [
+        "CheckpointError: model.name_or_path=checkpoints/llava15_7b_untuned: no such directory.",
+        "python scripts/assemble_llava.py openai/clip-vit-large-patch14-336 lmsys/vicuna-7b-v1.5 checkpoints/llava",
+    ],
     ("recipe=mine",): ["recipe=mine: no such recipe"],
     ("data=llava_json",): ["data.json: must be given, as data.json=VALUE: a file in LLaVA's format"],
     ("train=projector", "train.parts=[projektor]"): ["train.parts=['projektor']: must be a list of at least one of"],
@@ -199,6 +203,8 @@ def test_training_says_what_it_cannot_do(run: Run, tmp_path: Path) -> None:
     assert code == 2 and "nothing to train: model=tiny goes with train=none" in message
     code, message = run("train=projector", name="train")
     assert code == 2 and "train=projector needs data to train on, but data=none" in message
+    code, message = run("+exp=llava15_7b_64tok_stage1", name="train")
+    assert code == 2 and "checkpoints/llava15_7b_untuned: no such directory" in message
     code, message = run("train=tiny_from_scratch", name="train")
     assert code == 2 and "compressor=visionzip (must be none), budget=64tok (must be full)" in message
     assert list(tmp_path.iterdir()) == []

@@ -168,8 +168,11 @@ def test_whatever_composes_for_one_primary_composes_for_the_other() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_that_trains_is_a_training(recipe: str) -> None:
+def test_a_recipe_that_trains_is_a_training(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = composed(f"+exp={recipe}")
+    monkeypatch.chdir(tmp_path)
+    if config["model"]["assembled_from"] is not None:
+        Path(config["model"]["name_or_path"]).mkdir(parents=True)
     if "kind" not in config["train"]:
         assert config["train"]["name"] in ("none", "tiny_from_scratch")
         return
@@ -254,6 +257,7 @@ TRAINING = {
     "llava15_7b_64tok_stage1": (["projector"], "llava_pretrain_558k"),
     "llava15_7b_64tok_stage2": (["projector", "language_model"], "llava_mix665k"),
     "llava_next_7b_640tok_trained": (["projector", "language_model", "vision_tower"], "open_llava_next_mix1m"),
+    "llava_next_7b_160tok_next_data": (["projector"], "open_llava_next_mix1m"),
     "tiny_32tok": (["projector"], "scenes_dialogues"),
 }
 
@@ -262,6 +266,30 @@ TRAINING = {
 def test_what_a_recipe_trains(recipe: str) -> None:
     config = composed(f"+exp={recipe}")
     assert (config["train"]["parts"], config["data"]["name"]) == TRAINING[recipe]
+
+
+@pytest.mark.parametrize("counts", ["192tok", "128tok", "64tok"])
+def test_training_from_the_start_starts_from_an_untuned_language_model(counts: str) -> None:
+    model = composed(f"+exp=llava15_7b_{counts}_stage1")["model"]
+    assert model == composed(f"+exp=llava15_7b_{counts}_stage2")["model"]
+    assert model["assembled_from"] == ["openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5"]
+    published = composed(f"+exp=llava15_7b_{counts}")["model"]
+    same = ("system_prompt", "num_tower_tokens", "preprocess", "dtype")
+    assert [model[key] for key in same] == [published[key] for key in same] and model["num_tower_tokens"] == 577
+    made = f"python scripts/assemble_llava.py {' '.join(model['assembled_from'])} {model['name_or_path']}"
+    for place in ("model/llava15_7b_untuned", f"exp/llava15_7b_{counts}_stage1", f"exp/llava15_7b_{counts}_stage2"):
+        assert made in "\n".join(header(CONFIGS / f"{place}.yaml"))
+
+
+@pytest.mark.parametrize("tokens", ["640", "320", "160"])
+def test_tables_15s_halves_differ_in_the_data_alone(tokens: str) -> None:
+    ours, other = (composed(f"+exp=llava_next_7b_{tokens}tok{kind}") for kind in ("_next_data", ""))
+    assert (ours["data"].pop("name"), other["data"].pop("name")) == ("open_llava_next_mix1m", "llava_mix665k_tenth")
+    for config in (ours, other):
+        config.pop("recipe")
+        assert config["data"]["fraction"] == 0.1
+        del config["data"]["json"], config["data"]["image_root"]
+    assert ours == other
 
 
 def test_the_papers_fine_tuning_is_stage_two_of_llava() -> None:

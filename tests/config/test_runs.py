@@ -47,7 +47,7 @@ DIRECTORIES = {
     ("budget.num_dominant=50",): "runs/scenes/tiny/visionzip-50+10/seed0",
     ("compressor.merge_rule=mean",): "runs/scenes/tiny/visionzip_merge_rule-mean-64tok/seed0",
     ("model.preprocess=hf",): "runs/scenes/tiny_preprocess-hf/visionzip-64tok/seed0",
-    ("model=llava_local", "model.name_or_path=some/where/mine"): "runs/scenes/mine/visionzip-64tok/seed0",
+    ("model=llava_local", "model.name_or_path=some/where/mine"): "runs/paper_no_judge/mine/visionzip-64tok/seed0",
     ("eval.tasks=[mine,other]",): "runs/mine+other/tiny/visionzip-64tok/seed0",
     ("eval.gen_kwargs.num_beams=3",): "runs/scenes_num_beams-3/tiny/visionzip-64tok/seed0",
     ("eval.batch_size=2", "model.device_map=auto", "eval.trackers=[wandb]"): "runs/scenes/tiny/visionzip-64tok/seed0",

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 import vzip
 from vzip.config import schema
-from vzip.config.options import config_dir, groups, options
+from vzip.config.options import config_dir, groups, option_values, options
 from vzip.evaluation.generation import FORWARDED
 from vzip.evaluation.run import evaluate
 
@@ -16,8 +16,7 @@ from vzip.evaluation.run import evaluate
 def test_every_option_file_has_exactly_the_schemas_keys() -> None:
     for group in schema.GROUPS:
         for option in options(config_dir(), group):
-            loaded = OmegaConf.to_container(OmegaConf.load(config_dir() / group / f"{option}.yaml"))
-            assert isinstance(loaded, dict), f"{group}/{option}.yaml"
+            loaded = option_values(config_dir(), group, option)
             assert set(loaded) == set(schema.rules_of(group, loaded)), f"{group}/{option}.yaml"
             if group == "eval":
                 assert set(loaded["gen_kwargs"]) == set(schema.GENERATION)
@@ -34,7 +33,7 @@ def test_every_group_has_rules_and_base_lists_it() -> None:
 
 def test_model_settings_are_those_of_load_vlm() -> None:
     accepted = set(inspect.signature(vzip.load_vlm).parameters) - {"compressor"}
-    assert set(schema.GROUPS["model"]) - {"name", "num_tower_tokens", "system_prompt"} == accepted
+    assert set(schema.GROUPS["model"]) - {"name", "num_tower_tokens", "system_prompt", "assembled_from"} == accepted
 
 
 def test_generation_settings_are_known_to_the_evaluation() -> None:

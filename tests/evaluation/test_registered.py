@@ -98,7 +98,7 @@ def test_bad_arguments(line, outside, message):
 
 def test_counts_alone_are_visionzip_and_the_files_are_the_list(monkeypatch):
     seen = {}
-    monkeypatch.setattr(vzip, "load_vlm", lambda name, projector, compressor: seen.update(vars()), raising=False)
+    monkeypatch.setattr(vzip, "load_vlm", lambda name, **kwargs: seen.update(kwargs, name=name), raising=False)
     model_args.load_from_arg_string("pretrained=X,num_dominant=54,num_contextual=10,projector=DIR", {})
     assert seen == {"name": "X", "compressor": vzip.VisionZip(vzip.TokenBudget(54, 10)), "projector": "DIR"}
     known = model_args.compressors()
@@ -119,11 +119,24 @@ COMMANDS = {
 }
 
 
-def test_the_command_scores_and_ends_with_an_error_where_there_is_one(include_path, tmp_path):
+@pytest.mark.parametrize("line", [line for line, (code, _) in COMMANDS.items() if code])
+def test_what_the_command_ends_with(line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        model_args.VzipByArguments.create_from_arg_string(line, {"batch_size": 1})
+    code, pattern = COMMANDS[line]
+    said = capsys.readouterr().err
+    assert ended.value.code == code and re.match(pattern, said) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "lines", [list(COMMANDS)[:2], pytest.param(list(COMMANDS)[2:], marks=pytest.mark.slow)], ids=["first", "others"]
+)
+def test_the_command_scores_and_ends_with_an_error_where_there_is_one(lines, include_path, tmp_path):
     """As the README writes it; offline, all at once."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     started = {}
-    for line in COMMANDS:
+    for line in lines:
         command = [sys.executable, "-m", "lmms_eval", "--model", "vzip", "--model_args", line, "--tasks", "own_exact"]
         started[line] = subprocess.Popen(
             [*command, "--include_path", str(include_path), "--limit", "1"],
@@ -133,9 +146,10 @@ def test_the_command_scores_and_ends_with_an_error_where_there_is_one(include_pa
             cwd=tmp_path,
             env=environment,
         )
-    for line, (code, pattern) in COMMANDS.items():
-        said, _ = started[line].communicate(timeout=600)
-        assert started[line].returncode == code, said
+    for line, process in started.items():
+        said, _ = process.communicate(timeout=600)
+        code, pattern = COMMANDS[line]
+        assert process.returncode == code, said
         assert re.search(pattern, said), said
         if code:
             assert "Traceback" not in said and len(re.findall(r"^\w+Error: ", said, re.M)) == 1, said

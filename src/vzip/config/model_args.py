@@ -21,6 +21,7 @@ from vzip.config.validate import COUNTS, raise_all
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.evaluation.batching import check_batch_size
 from vzip.evaluation.lmms import VzipLmms
+from vzip.models.load import load_vlm
 
 if TYPE_CHECKING:
     from vzip.compressors import Compressor
@@ -114,9 +115,7 @@ def load_from_arg_string(arg_string: str, from_command_line: Mapping[str, Any]) 
 
     args: dict[str, Any] = simple_parse_args_string(arg_string)
     outside = {key: value for key, value in from_command_line.items() if value is not None}
-    of_loader = [
-        key for key in inspect.signature(vzip.load_vlm).parameters if key not in ("name_or_path", "compressor")
-    ]
+    of_loader = [key for key in inspect.signature(load_vlm).parameters if key not in ("name_or_path", "compressor")]
     of_compressors = dict.fromkeys(key for entry in compressors().values() for key in entry["settings"])
     allowed = ("pretrained", "compressor", *COUNTS, *of_compressors, *of_loader, *_OF_ADAPTER)
     problems = [

@@ -1,0 +1,102 @@
+"""What eval.py says before it loads anything, and dry_run=true, which stops there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from tests.config.test_bad_input import Run, run  # noqa: F401  a fixture
+
+if importlib.util.find_spec("lmms_eval") is None:
+    pytest.skip("needs lmms-eval", allow_module_level=True)
+
+PLANS = {
+    "model=llava_next_13b": [
+        "llava_next_13b (llava-hf/llava-v1.6-vicuna-13b-hf)",
+        "visionzip, 27 dominant + 5 contextual tokens a crop",
+        "160 = 5 crops x 32 an image, of up to 2,880",
+        "10 with about 275,085 questions: gqa 12,578,",
+        "judge          not needed",
+        "record         runs/paper_no_judge/llava_next_13b/visionzip-32tok/seed0/run.json",
+    ],
+    "model=llava15_7b eval=quick": [
+        "64 of 576 an image",
+        "4 with 2,000 questions: gqa 500, pope_splits 500, scienceqa_overall 500, textvqa_val_ocr 500",
+    ],
+    "model=llava_next_7b compressor=none budget=full": [
+        "none, every visual token",
+        "up to 2,880 = 5 crops x 576 an image",
+    ],
+    "+exp=llava15_7b_128tok launcher=ddp": [
+        "128 of 576 an image",
+        "scores mmvet_direct, llava_bench_wild afterwards",
+        "python -m vzip judge runs/paper_image/llava15_7b_128tok/visionzip-128tok/seed0",
+        "not on this machine: launcher.",
+    ],
+    "": ["tiny (vzip/tiny)", "4 with 1,600 questions: scenes_existence 400", "runs/scenes/tiny/"],
+    "eval.tasks=[scenes_reading] eval.limit=7 model=mini_gemini_7b eval=scenes": ["1 with 7 questions"],
+    "model=llava_local model.name_or_path=org/unknown": ["64 of each crop; how many there are, its config.json"],
+}
+
+
+@pytest.mark.parametrize("words", list(PLANS))
+def test_a_dry_run_tells_the_plan_and_leaves_nothing(words: str, run: Run, tmp_path: Path) -> None:  # noqa: F811
+    code, said = run("dry_run=true", *words.split())
+    assert code == 0, said
+    for part in PLANS[words]:
+        assert part in said
+    assert said.count("the plan:") == 1 and "dry_run=true: checked" in said
+    assert len(said.split("the plan:")[1].splitlines()) <= 14
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_refuses_what_the_run_would(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    code, said = run("dry_run=true", "model=video_llava_7b")
+    assert code == 2 and "136 = 8 frames x 17, of 2,056 a video" in said and "paths.video_root=null" in said
+    assert "at least 93,977 questions: tgif_qa_zero_shot unknown" in said
+    code, said = run("dry_run=true", "eval.tasks=[mme]", "eval.include_path=null", "eval.limit=3")
+    assert code == 2 and "must be a multiple of 2" in said
+    record = tmp_path / "runs/scenes/tiny/visionzip-64tok/seed0/run.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("kept")
+    code, said = run("dry_run=true")
+    assert code == 2 and "already holds a record" in said
+
+
+def test_tasks_of_ones_own_are_looked_for(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("task: mine\ndataset_path: json\noutput_type: generate_until\n")
+    code, said = run("dry_run=true", f"eval.include_path={folder}", "eval.tasks=[mine]")
+    assert code == 0 and "1 with an unknown number of questions: mine unknown" in said
+    code, said = run("dry_run=true", f"eval.include_path={folder}", "eval.tasks=[mines]")
+    assert code == 2 and "did you mean 'mine'" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["tasks"]
+
+
+def test_of_several_processes_the_first_tells(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setenv("RANK", "1")
+    code, said = run("dry_run=true")
+    assert code == 0 and "the plan:" not in said
+
+
+def test_every_task_of_an_evaluation_has_a_count_or_a_reason() -> None:
+    from vzip.config.options import config_dir, option_values, options
+    from vzip.demo.benchmark import QUESTIONS_PER_TASK, TASK_NAMES
+    from vzip.evaluation.question_counts import known_counts, num_questions
+    from vzip.evaluation.video_qa import VIDEO_SETS
+
+    known = known_counts()
+    for name in options(config_dir(), "eval"):
+        assert set(option_values(config_dir(), "eval", name)["tasks"]) <= set(known), name
+    for task, entry in known.items():
+        assert set(entry) == {"num_questions", "exact", "source"} and entry["source"], task
+        assert entry["num_questions"] is not None or not entry["exact"], task
+    assert {num_questions(task) for task in TASK_NAMES} == {QUESTIONS_PER_TASK}
+    for task, video_set in VIDEO_SETS.items():
+        assert video_set.num_questions in (None, num_questions(task))
+    assert num_questions("gqa", 500) == 500 and num_questions("llava_bench_wild", 500) == 60
+    assert num_questions("mine", 500) is None
+    assert json.dumps(known)  # plain data
