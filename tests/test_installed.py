@@ -43,7 +43,7 @@ def test_the_working_directory_is_never_taken_for_them(of_a_wheel: Path, monkeyp
     monkeypatch.chdir(of_a_wheel)
     monkeypatch.setattr(installed, "COPY", of_a_wheel / "nothing")
     monkeypatch.setattr(installed, "_PACKAGE", of_a_wheel / "lib" / "site-packages" / "vzip")
-    with pytest.raises(ConfigError, match="lib/configs: no base.yaml"):
+    with pytest.raises(ConfigError, match=r"lib/configs: no base\.yaml"):
         installed.checkout()
 
 
