@@ -27,6 +27,7 @@ def needed_files() -> set[str]:
 
 
 def test_what_is_built_holds_every_recipe_and_manifest(tmp_path: Path) -> None:
+    (tmp_path / "tree" / "src").mkdir(parents=True)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", *NEEDED, "src/vzip"):
         source, target = ROOT / name, tmp_path / "tree" / name
         if source.is_dir():
@@ -62,7 +63,7 @@ for name in {list(COMMANDS)}:
     except SystemExit as end:
         assert end.code == 0, name
 """
-TRAINING = "+exp=tiny_64tok train.num_steps=2 train.samples_per_step=2 data.num_pictures=50"
+TRAINING = "+exp=tiny_64tok train.num_steps=2 train.samples_per_step=2 launcher.batch_size=1 data.num_pictures=50"
 PROCESSES = "launcher=ddp launcher.device=cpu launcher.num_processes=2"
 
 # In this order, in one empty folder: the words after `vzip`, the exit code, what must be printed.

@@ -6,9 +6,9 @@ python -m vzip data verify llava_v1_5_mix665k --root DIR            every file t
 python -m vzip data verify --json FILE --root DIR                   one's own data in LLaVA's format
 python -m vzip data subset llava_v1_5_mix665k --root DIR --fraction 1/10
 
-A download that was interrupted or failed goes on when the same command is given again. It ends with 1 if files are left
-that must be fetched by hand. verify ends with 0 if all is well, 1 if something is missing, cut off or cannot be
-decoded, 2 if it could not be told.
+A download that was interrupted or failed goes on when its command is given again; it ends with 1 if files are left that
+must be fetched by hand. verify ends with 0 if all is well, 1 if something is missing, cut off or cannot be decoded,
+2 if it could not be told.
 """
 
 from __future__ import annotations
