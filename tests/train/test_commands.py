@@ -137,7 +137,11 @@ WRONG: dict[str, tuple[Any, list[str], str]] = {
     "two placeholders": (broken(lambda turns: turns[0].update(value="<image><image>?")), [], "2 <image>"),
     "an empty part": (None, ["data.fraction=1e-9"], "chose none of 8 samples"),
     "all held out": (None, ["train.num_validation_samples=8"], "0 training samples are fewer than one step"),
-    "uneven batches": (None, ["launcher=inline", "train.samples_per_step=6"], "is not a multiple of launcher.batch_size=4"),
+    "uneven batches": (
+        None,
+        ["launcher=inline", "train.samples_per_step=6"],
+        "is not a multiple of launcher.batch_size=4",
+    ),
     "said before processes start": (lambda folder: (folder / "3.png").unlink(), TWO, "r3: no such file: "),
     "more processes than cores": (
         None,
