@@ -19,14 +19,14 @@ GOLDEN_PILLOW = "13.0.0"
 
 
 class SilentServer:
-    """Takes connections on this machine and never says anything.
+    """Takes requests on this machine and never says anything.
 
     Attributes:
-        num_connections: so far.
+        asked: the first line of each request.
     """
 
     def __init__(self) -> None:
-        self.num_connections = 0
+        self.asked: list[str] = []
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._taken: list[socket.socket] = []
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
@@ -36,7 +36,11 @@ class SilentServer:
         with contextlib.suppress(OSError):  # closed
             while True:
                 self._taken.append(self._socket.accept()[0])
-                self.num_connections += 1
+                threading.Thread(target=self._read, args=(self._taken[-1],), daemon=True).start()
+
+    def _read(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            self.asked.append(connection.recv(4096).decode().partition("\r\n")[0])
 
     def close(self) -> None:
         for taken in (*self._taken, self._socket):

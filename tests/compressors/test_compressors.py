@@ -286,3 +286,16 @@ def test_unknown_requirement_and_missing_input_are_named():
     bare = VisionOutput(torch.zeros(1, 41, 6), True, (5, 8))
     with pytest.raises(ValueError, match="requires"):
         vzip.VisionZip(BUDGET)(bare)
+
+
+def test_autocast_does_not_change_which_tokens_stay():
+    """A training runs under autocast: its float32 scores would be bfloat16 ones, and other patches be kept."""
+    generator = torch.Generator().manual_seed(0)
+    vision = vision_output(grid=(20, 20), dtype=torch.bfloat16)
+    keys = torch.randn(4, 401, 64, generator=generator)
+    vision = VisionOutput(vision.hidden, has_cls=True, grid=(20, 20), attention=vision.attention, keys=keys)
+    compressor = vzip.VisionZip(vzip.TokenBudget(20, 10))
+    plain = compressor(vision)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = compressor(vision)
+    assert torch.equal(plain.merge_index, mixed.merge_index) and torch.equal(plain.tokens, mixed.tokens)

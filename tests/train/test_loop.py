@@ -357,3 +357,10 @@ def test_gradients_agree_with_finite_differences_in_float64(monkeypatch: pytest.
                 parameter.view(-1)[index] -= shift
         numeric = (values[0] - values[1]) / 2e-5
         assert parameter.grad.view(-1)[index].item() == pytest.approx(numeric, rel=1e-6)
+
+
+def test_tf32_is_as_the_run_says(plan: Any) -> None:
+    for name, tf32 in (("on", True), ("off", False)):
+        train(plan(name, tf32=tf32, num_steps=1))
+        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
+        assert json.loads((plan(name).run_dir / "train.json").read_text())["train"]["tf32"] is tf32

@@ -61,8 +61,9 @@ class TrainSettings:
             once, and averages these, so its loss depends on how many samples a device takes. ``samples`` is exactly
             that with one sample at a time, ``tokens`` with the whole step at once; LLaVA's 16 lie between them.
         precision: of the frozen parts and of the arithmetic; the trained weights and the optimizer are float32.
-        tf32: whether CUDA multiplies float32 matrices in TF32, with 10 bits of mantissa. LLaVA's scripts say so; here
-            the only ones of a bfloat16 training choose the tokens that stay, which are to be those of the evaluation.
+        tf32: whether CUDA multiplies float32 matrices in TF32, with 10 bits of mantissa. LLaVA's scripts say so. Of a
+            bfloat16 training that touches the scores by which tokens are chosen and the language model's rotary
+            angles alone, which are to be those of the evaluation.
         save_every: steps between checkpoints.
         keep_last: checkpoints kept.
         num_validation_samples: kept out of training and asked at every checkpoint; 0: none, and no best checkpoint.
