@@ -65,7 +65,7 @@ fi
 
 # Every test file that has something for a GPU; the project's own options would need a plugin.
 # shellcheck disable=SC2046
-part tests "${long:-105}" "$PYTHON" -m pytest -o addopts= --import-mode=importlib --strict-markers -q \
+part tests "${long:-100}" "$PYTHON" -m pytest -o addopts= --import-mode=importlib --strict-markers -q \
   -m "$marked" --junitxml="$work/tests.xml" $(grep -rl 'each_device\|mark\.gpu' tests --include='test_*.py' | sort)
 # shellcheck disable=SC2086
 {
@@ -74,6 +74,6 @@ part tests "${long:-105}" "$PYTHON" -m pytest -o addopts= --import-mode=importli
   # Beside the record before: a larger model with few tokens against the smaller one with all.
   bench llava_next_13b "${long:-50}" "model=$larger" budget=32tok methods=vzip $bench_words
   bench train_llava15_7b "${long:-90}" --train "model=$llava" budget=64tok $train_words
-  bench memory_llava15_7b "${long:-60}" --memory "model=$llava" budget=64tok $memory_words
+  bench memory_llava15_7b "${long:-65}" --memory "model=$llava" budget=64tok $memory_words
 }
 "$PYTHON" scripts/gpu_records.py "$work" "$out" ${small:+--small}

@@ -92,7 +92,7 @@ def test_whole_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureF
     result = json.loads((tmp_path / "bench.json").read_text())
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert result["schema_version"] == 1
-    assert set(result["environment"]["code"]) == {"commit", "dirty"} and result["environment"]["time"]
+    assert set(result["environment"]["code"]) == {"commit", "dirty", "source_sha256"} and result["environment"]["time"]
     assert {
         "model",
         "settings",
