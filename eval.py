@@ -5,6 +5,7 @@ python eval.py compressor=none budget=full            the same without compressi
 python eval.py -m budget=192tok,128tok,64tok          a sweep
 python eval.py launcher=ddp launcher.num_processes=2   on two devices (torchrun or accelerate launch will do as well)
 python eval.py model=llava15_7b eval=quick            another model, other benchmarks (a hub and a GPU)
+python eval.py model=llava15_7b dry_run=true          checks and tells what would be done, and stops
 python eval.py +exp=llava15_7b_64tok                  a row of the paper's tables; `python -m vzip list` shows them all
 """
 

@@ -14,9 +14,9 @@ from tests import tiny, tiny_mini_gemini
 
 import vzip
 from vzip.config.build import evaluation_plan, model_plan
+from vzip.config.model_args import load_from_arg_string
 from vzip.config.options import config_dir
 from vzip.errors import CheckpointError, ConfigError
-from vzip.evaluation.model_args import load_from_arg_string
 
 
 def save(model: Any, processor: Any, folder: Path) -> Path:
