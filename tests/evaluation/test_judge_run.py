@@ -67,7 +67,7 @@ def run(tmp_path, monkeypatch) -> Path:
     """A finished run of two benchmarks, its answers in no particular order, and a key in the environment."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("VZIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(judge_cli, "Judge", functools.partial(Judge, max_wait_s=0.01))
+    monkeypatch.setattr("vzip.evaluation.judge.Judge", functools.partial(Judge, max_wait_s=0.01))
     record = {
         "schema_version": 1,
         "model": {},

@@ -137,9 +137,10 @@ def find_expected(record: Mapping[str, Any], run: Path) -> Path:
     recipe = (record.get("config") or {}).get("recipe")
     if not recipe:
         raise ManifestError(f"{run} was not made by a recipe (+exp=NAME): say what to compare with, --expected FILE.")
-    expected = checkout() / "configs" / "exp" / f"{recipe}{_SUFFIX}"
-    if expected.is_file():
-        return expected
+    for place in (checkout(), Path.cwd()):  # ours, or a recipe of the user's own
+        expected = place / "configs" / "exp" / f"{recipe}{_SUFFIX}"
+        if expected.is_file():
+            return expected
     raise ManifestError(f"recipe {recipe} has no configs/exp/{recipe}{_SUFFIX}: name another with --expected FILE.")
 
 
