@@ -11,6 +11,7 @@ from pathlib import Path
 import PIL
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 torch.set_num_threads(1)
 
@@ -64,3 +65,13 @@ def names_pillow() -> Callable[[str], str]:
 def golden() -> Path:
     """The folder of reference numbers; see tests/golden/README.md."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Lets a test choose a precision of its own: accelerate keeps the process's first one."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()

@@ -130,7 +130,7 @@ class ScriptedVlm:
 
         self.processor = processor
         self.compressor = vzip.VisionZip(vzip.TokenBudget(5, 2))
-        self.preprocess, self.revision = "hf", None
+        self.preprocess, self.name_or_path, self.revision = "hf", "", None
         self.adapter = SimpleNamespace(video_token_id=None, tower_cache=None)
         self.script = script
         self.measured = measured

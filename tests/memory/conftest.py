@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from tests import tiny
 from tests.train.kit import BUDGET, LAUNCH, SETTINGS
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
@@ -69,13 +67,3 @@ def both(shape: ModelShape, load: Workload, trains: bool = True, **changes: Any)
         return estimate_inference(shape, dtype, load), measure_inference(shape.with_random_weights(CPU, dtype), load)
     estimated = estimate_training(shape, train, launch, load)
     return estimated, measure_training(shape.with_random_weights(CPU, dtype), train, launch, load)
-
-
-@pytest.fixture
-def fresh_accelerate() -> Any:
-    """Lets a test choose a precision of its own: accelerate keeps the process's first one."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()

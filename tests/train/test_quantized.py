@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_the_projector_alone_moves_and_fits_the_unquantized_model(
     quantization: str,
