@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from tests.train.test_loop import finish, kill_after, metrics
 from vzip.errors import CheckpointError, MissingPackageError
 from vzip.evaluation.wandb_runs import wandb_mode
 from vzip.train import tracking
-from vzip.train.loop import train
+from vzip.train.loop import TrainPlan, train
 from vzip.train.tracking import Tracker
 
 
@@ -162,6 +162,15 @@ def test_what_is_missing_is_said_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(MissingPackageError, match=r"train\.trackers=\[wandb\] needs the package wandb.*'.\[train\]'"):
         Tracker(tmp_path, ["wandb"], {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_tracker_leaves_no_run_behind(
+    plan: Callable[..., TrainPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingPackageError, match="wandb, which is not installed"):
+        train(plan(trackers=("wandb",)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_while_reporting(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from .launch import num_processes_in_all
 from .objective import AnswerLoss, ModelView
 from .settings import LaunchSettings, TrainSettings
 from .stepping import Stepper, StepSchedule, load_batches
-from .tracking import Tracker
+from .tracking import Tracker, check_tracker
 from .trainable import choose_trainable, lora_arguments, parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,10 @@ def prepare(plan: TrainPlan) -> Course:
     Raises:
         ManifestError, ConfigError: data that is missing or broken, or too little of it.
         RunExistsError: the run is finished, its directory another run's, or its checkpoint one of another launcher.
+        MissingPackageError: a tracker is not installed.
     """
+    for name in plan.train.trackers:
+        check_tracker(name)
     data = plan.load_data()
     training, validation = hold_out(len(data), plan.train.num_validation_samples, plan.seed)
     schedule = StepSchedule(data, training, plan.train, plan.seed)

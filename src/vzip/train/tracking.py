@@ -44,7 +44,7 @@ class Tracker:
             "tensorboard": lambda: _tensorboard(run_dir, step),
         }
         for name in names:
-            _check_installed(name)
+            check_tracker(name)
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._mirrors = [_Mirror(name, starts[name]) for name in names]
 
@@ -142,7 +142,12 @@ def _tensorboard(run_dir: Path, step: int) -> Sink:
     return _TensorBoardSink(SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1, flush_secs=10))
 
 
-def _check_installed(name: str) -> None:
+def check_tracker(name: str) -> None:
+    """Refuses a tracker that is not installed.
+
+    Raises:
+        MissingPackageError: naming ``train.trackers``.
+    """
     if name == "wandb":
         return check_wandb("train.trackers")
     try:
