@@ -72,6 +72,7 @@ def test_training_is_measured_in_turn_by_the_real_step(
         run("--train", *words)
 
 
+@pytest.mark.whole
 def test_memory_is_measured_beside_its_estimate(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,7 +122,11 @@ def test_words_of_another_mode(mode: object, word: str, message: str) -> None:
     [
         (["model=clip_l_336"], "a vision tower alone"),
         (["model=llava15_7b", "prompt_tokens=4000"], "576 visual, 4000 text .* the language model has 4096 positions"),
-        (["model=llava15_7b", "batch_size=1", "prompt_tokens=9"], "training model=llava15_7b needs about"),
+        pytest.param(
+            ["model=llava15_7b", "batch_size=1", "prompt_tokens=9"],
+            "training model=llava15_7b needs about",
+            marks=pytest.mark.whole,
+        ),
         (["model=llava15_7b", "budget=600+10"], "577"),
     ],
 )
@@ -134,6 +139,7 @@ def test_what_cannot_be_trained_is_refused_before_it_is_built(
         measure_training_steps(parse([*words, "device=cpu"], TRAIN))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("flag", ["--train", "--memory"])
 def test_needs_torch_transformers_and_accelerate_alone(flag: str, checkpoint: Path, tmp_path: Path) -> None:
     program = """

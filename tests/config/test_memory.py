@@ -75,6 +75,7 @@ def test_the_breakdown_of_an_inference(words: list[str], capsys: pytest.CaptureF
     assert set(peak.num_bytes) <= {WEIGHTS, "activations", CACHE}
 
 
+@pytest.mark.whole
 def test_the_batch_that_fits_a_device(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     asked = [*words, "--inference", "eval.batch_size=auto"]
     whole, one = (estimate(memory_plan([*words, f"eval.batch_size={size}"], inference=True)).total for size in (64, 1))

@@ -73,6 +73,7 @@ def words_of(tasks: Path, *names: str) -> list[str]:
     return [*model, f"eval.include_path={tasks}", f"eval.tasks=[{','.join(names)}]"]
 
 
+@pytest.mark.whole
 def test_what_was_fetched_is_enough_without_a_network(hub: FakeHub, tasks: Path, tmp_path: Path) -> None:
     hub.requests.clear()
     hub.cut["model.safetensors"] = 10_600_000  # the line breaks; the client goes on from its last piece of 10 MiB
@@ -133,6 +134,7 @@ def test_dry_run_fetches_nothing_and_a_login_is_asked_for_first(hub: FakeHub, ta
     assert "HF_TOKEN" in done.stderr and not list((tmp_path / "home").glob("datasets/own___colors"))
 
 
+@pytest.mark.whole
 def test_without_a_network_there_is_one_message(tasks: Path, tmp_path: Path) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
     words = ["-m", "vzip", "prefetch", *words_of(tasks, "colors")]

@@ -88,6 +88,7 @@ def test_every_loss_reaches_what_it_should_train(model, processor):
     assert not touched(terms["shows"], projector) and touched(terms["shows"], patches)
 
 
+@pytest.mark.whole
 def test_a_killed_run_continues_to_the_same_bits(tmp_path, monkeypatch):
     stages = (
         Stage(((112, 2),), 1, 1e-3, answers=False),

@@ -129,14 +129,12 @@ def test_what_the_command_ends_with(line, capsys, tmp_path, monkeypatch):
     assert ended.value.code == code and re.match(pattern, said) and said.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "lines", [list(COMMANDS)[:2], pytest.param(list(COMMANDS)[2:], marks=pytest.mark.slow)], ids=["first", "others"]
-)
-def test_the_command_scores_and_ends_with_an_error_where_there_is_one(lines, include_path, tmp_path):
+@pytest.mark.whole
+def test_the_command_scores_and_ends_with_an_error_where_there_is_one(include_path, tmp_path):
     """As the README writes it; offline, all at once."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     started = {}
-    for line in lines:
+    for line in COMMANDS:
         command = [sys.executable, "-m", "lmms_eval", "--model", "vzip", "--model_args", line, "--tasks", "own_exact"]
         started[line] = subprocess.Popen(
             [*command, "--include_path", str(include_path), "--limit", "1"],

@@ -80,6 +80,7 @@ def test_errors_of_loading_are_told(error):
         raise ZeroDivisionError
 
 
+@pytest.mark.whole
 def test_the_command_ends_after_one_try_where_the_hub_is_silent(tmp_path, silent_server):
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     done = subprocess.run(

@@ -87,7 +87,7 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2 and "--small OUTDIR" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_everything_in_small(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run([SCRIPT, "--small", tmp_path], capture_output=True, text=True, env=environment)

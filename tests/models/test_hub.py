@@ -84,6 +84,7 @@ def load(endpoint: str, cache: Path, **environment: str) -> subprocess.Completed
     )
 
 
+@pytest.mark.whole
 def test_a_checkpoint_is_fetched_once_and_then_needs_no_hub(hub, tmp_path):
     endpoint, cache = f"http://127.0.0.1:{hub.server_port}", tmp_path / "cache"
     first = load(endpoint, cache)
@@ -98,6 +99,7 @@ def test_a_checkpoint_is_fetched_once_and_then_needs_no_hub(hub, tmp_path):
         assert again.stdout.strip().splitlines()[-1:] == [expected], again.stderr
 
 
+@pytest.mark.whole
 def test_a_hub_that_never_answers_costs_one_try(tmp_path, silent_server):
     done = load(silent_server.url, tmp_path)
     last = done.stderr.strip().splitlines()[-1]
@@ -108,6 +110,7 @@ def test_a_hub_that_never_answers_costs_one_try(tmp_path, silent_server):
     ]
 
 
+@pytest.mark.whole
 def test_a_repository_that_is_not_there_is_said_so(hub, tmp_path):
     hub_code = LOAD.replace("org/tiny", "org/absent")
     environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path)}

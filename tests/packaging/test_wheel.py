@@ -95,7 +95,7 @@ SHOWN = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_the_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
     """One test, so that the environment is made once however many processes run the tests."""
 
