@@ -34,7 +34,7 @@ test: install  ## the fast tests
 	$(VENV)/bin/python -m pytest
 
 test-all: install  ## what the fast tests leave out and a person types: the wheel, every command of README and docs
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m whole -n 2 --dist loadgroup --durations 20
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m whole -n 2 --dist loadfile --durations 20
 
 check: install  ## ruff, format, types, and that what is installed is what lock.txt says
 	$(VENV)/bin/ruff check .
