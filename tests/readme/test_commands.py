@@ -76,6 +76,7 @@ def environment(checkout: Path) -> Mapping[str, str]:
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.command[:80])
 def test_the_command_does_what_the_page_says(entry: Entry, checkout: Path, environment: Mapping[str, str]) -> None:
     """One after the other, in one process (--dist loadfile): some use what earlier ones have written."""
+
     def run(line: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             ["bash", "-c", line],
