@@ -53,6 +53,9 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFi
 MESSAGES = {
     ("eval.limt=3",): ["eval.limt: no such key (did you mean 'eval.limit'?); keys of eval:"],
     ("+eval.limt=3",): ["eval.limt: no such key (did you mean 'eval.limit'?)"],
+    ("-m", "budget=32tok,64tok", "--cfg", "job"): [
+        "-m with --cfg: the configuration of one job can be shown; leave out -m"
+    ],
     ("budgt=64tok",): ["budgt: no such key or group (did you mean 'budget'?)"],
     ("budget=64",): ["budget=64: no such option (did you mean '64tok'?). Available options in 'budget':", "192tok"],
     ("compressor=vision_zip",): ["compressor=vision_zip: no such option (did you mean 'visionzip'?)", "uniform"],

@@ -24,6 +24,7 @@ from vzip.errors import nearest
 _FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
 _FLAGS_WITH_VALUE |= {"--config-dir", "-cd", "--experimental-rerun", "--info", "-i"}
 _SWEEP_FLAGS = ("-m", "--multirun")
+_SHOW_FLAGS = ("--cfg", "-c", "--info", "-i")
 
 # A sweep's jobs that are composed beforehand (a quarter of a second each); every job is checked again when it starts.
 MAX_JOBS_CHECKED = 64
@@ -52,6 +53,9 @@ def check_overrides(arguments: Sequence[str], directory: Path, config_name: str)
     Raises:
         ConfigError: naming every wrong word.
     """
+    shows = [word for word in arguments if word in _SHOW_FLAGS or word.startswith(("--cfg=", "--info="))]
+    if shows and is_sweep(arguments):
+        raise ConfigError(f"-m with {shows[0]}: the configuration of one job can be shown; leave out -m.")
     problems: list[str] = []
     good: list[Override] = []
     parser = OverridesParser.create()
