@@ -18,7 +18,7 @@ from vzip.config.absent import absent_settings
 from vzip.config.options import RECIPE_GROUP, groups, option_values, options
 from vzip.config.validate import find_problems, raise_all
 from vzip.config.vanilla import full_is_vanilla
-from vzip.errors import nearest
+from vzip.errors import ConfigError, nearest
 
 # Words of Hydra's own command line that take a value of their own.
 _FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
