@@ -144,6 +144,7 @@ def test_no_plot_without_matplotlib(
     assert "no plot" in capsys.readouterr().out
 
 
+@pytest.mark.whole
 def test_needs_torch_and_transformers_alone(checkpoint: Path, tmp_path: Path) -> None:
     """Runs where nothing else of the project's dependencies can be imported."""
     program = """

@@ -148,6 +148,7 @@ def test_every_command_is_there(name: str) -> None:
     assert callable(module.main)
 
 
+@pytest.mark.whole
 def test_bench_loads_no_evaluation_packages() -> None:
     # Not even where they are installed: a speed measurement must run where they are not.
     code = (

@@ -29,6 +29,7 @@ def tiny() -> vzip.CompressedVlm:
     return vzip.load_vlm("vzip/tiny", compressor=vzip.Identity(), dtype="float32")
 
 
+@pytest.mark.whole
 def test_sweep_gives_the_answers_of_eval_through_lmms_eval(tiny, small_benchmark, tmp_path):
     pytest.importorskip("lmms_eval")
     from vzip.evaluation.run import evaluate
