@@ -63,8 +63,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(checkout: Path) -> Mapping[str, str]:
+    # A make below `make test-all` would speak as its child ("make[1]: Entering directory"), which no reader's does.
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")},
         "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(checkout / "src"),
         "HF_HUB_OFFLINE": "1",
