@@ -17,12 +17,12 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from vzip.cli.entry import entry_point
 from vzip.config.build import EvaluationPlan, evaluation_plan
-from vzip.config.entry import entry_point
-from vzip.config.finished import look_again
 from vzip.config.preview import stop_dry, tell
-from vzip.config.running import run_plan
-from vzip.config.sweep import alone_in, check_objective, in_sweep
+from vzip.config.same_run import look_again
+from vzip.sweep.execute import run_plan
+from vzip.sweep.sweep import alone_in, check_objective, in_sweep
 
 logger = logging.getLogger("vzip.eval")
 
@@ -56,8 +56,8 @@ def main(cfg: DictConfig) -> float | None:
 def act(plan: EvaluationPlan) -> float | None:
     """Evaluates, or takes the record of the same run, and prints it; returns what an optimising sweep maximises."""
     # Imported only now: the configuration is judged before torch, transformers and lmms-eval cost their seconds.
-    from vzip.report.sweep import average_score
     from vzip.report.table import print_record
+    from vzip.sweep.summary import average_score
 
     if plan.finished is None:
         record = run_plan(plan)

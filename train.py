@@ -16,10 +16,10 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from vzip.config.entry import entry_point
+from vzip.cli.entry import entry_point
 from vzip.config.launching import launching
-from vzip.config.outlook import from_scratch_outlook, outlook
 from vzip.config.training import FROM_SCRATCH, checked, from_scratch_plan, tuning_plan
+from vzip.config.training_preview import from_scratch_outlook, outlook
 
 
 @entry_point("train")

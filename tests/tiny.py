@@ -26,7 +26,7 @@ from transformers import (
     VideoLlavaImageProcessor,
 )
 
-from vzip.models import fresh
+from vzip.models.weights import from_config as fresh
 
 IMAGE_SIZE = 112
 PATCH_SIZE = 14

@@ -8,8 +8,8 @@ import torch
 from tests import tiny
 from transformers import ConvNextConfig, LlavaProcessor
 
-from vzip.models import fresh
-from vzip.models.mini_gemini import MiniGeminiConfig
+from vzip.models.families.mini_gemini import MiniGeminiConfig
+from vzip.models.weights import from_config as fresh
 
 SIDE = 128  # pixels: 32 x 32 features, a window of 4 x 4 for each of 8 x 8 patches
 

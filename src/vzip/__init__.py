@@ -22,8 +22,8 @@ if TYPE_CHECKING:
         VisionOutput,
         VisionZip,
     )
-    from .models.compressed_vlm import CompressedVlm
     from .models.load import load_vlm
+    from .models.vlm import CompressedVlm
 
 __version__ = "0.1.0"
 
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 _HOME_OF = {name: ".compressors" for name in __all__}
-_HOME_OF["CompressedVlm"] = ".models.compressed_vlm"
+_HOME_OF["CompressedVlm"] = ".models.vlm"
 _HOME_OF["load_vlm"] = ".models.load"
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vzip.bench import cli
 from vzip.bench.settings import HELP, BenchSettings, parse
+from vzip.cli import bench as cli
 from vzip.errors import ConfigError, RunExistsError
 
 

@@ -10,8 +10,8 @@ from vzip.bench import eager_maps
 from vzip.bench.eager_maps import EagerMaps, NotEquivalentError, check_agreement
 from vzip.compressors import TokenBudget, VisionZip
 from vzip.errors import UnsupportedModelError
-from vzip.models.tap import run_tower
-from vzip.models.towers import find_tower
+from vzip.models.towers.structure import find_tower
+from vzip.models.towers.tap import run_tower
 
 COMPRESSOR = VisionZip(TokenBudget(12, 4))
 

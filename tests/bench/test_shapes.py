@@ -18,7 +18,7 @@ from vzip.bench.stages import METHOD_CLASSES, run_pass
 from vzip.bench.visuals import visuals_of
 from vzip.bench.workload import check
 from vzip.errors import ConfigError, UnsupportedModelError
-from vzip.models.adapters import adapter_for_model
+from vzip.models.families import adapter_for_model
 
 # 24 layers with biases and norms; patch and position embeddings, CLS, the norms before and after.
 TOWER = 24 * (4 * 1024**2 + 2 * 1024 * 4096 + 13 * 1024) + (588 + 577 + 1 + 4) * 1024

@@ -14,7 +14,7 @@ from vzip.bench.shapes import BenchModel
 from vzip.bench.stages import METHOD_CLASSES, STAGES, preprocess, run_pass
 from vzip.bench.workload import make_pictures
 from vzip.errors import ConfigError
-from vzip.models.compressed_vlm import CompressedVlm
+from vzip.models.vlm import CompressedVlm
 
 ALL = ("vanilla", "vzip", "eager_maps")
 

@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from tests.bench.conftest import bench_model
 
 import vzip
-from vzip.bench import cli, training
+from vzip.bench import training
 from vzip.bench.settings import MEMORY, TRAIN, parse
 from vzip.bench.training import NUM_SAMPLES, measure_training_steps
+from vzip.cli import bench as cli
 from vzip.errors import ConfigError, RunExistsError
 from vzip.memory.estimate import ModelShape
 from vzip.memory.measure import measure_inference, measure_training

@@ -14,7 +14,7 @@ import pytest
 
 import vzip
 from vzip.config.options import config_dir
-from vzip.models import reuse
+from vzip.models import model_cache as reuse
 
 ROOT = config_dir().parent
 Run = Callable[..., tuple[int, str]]

@@ -78,7 +78,7 @@ def test_ones_own_model_and_task(
     assert ended.value.code == 2 and "already holds a record" in capfd.readouterr().err
     assert (run / "run.json").read_bytes() == before
     monkeypatch.setattr(sys, "argv", [*command, "eval.tasks=[mines]"])
-    monkeypatch.setattr("vzip.models.reuse.load_vlm", lambda **model: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("vzip.models.model_cache.load_vlm", lambda **model: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as ended:
         script("eval").main()
     assert ended.value.code == 2 and "(did you mean 'mine'?)" in capfd.readouterr().err

@@ -148,7 +148,7 @@ def test_without_a_network_there_is_one_message(tasks: Path, tmp_path: Path) -> 
 
 
 def test_recipes_and_tables_say_what_they_need(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from vzip.config.offline import composed, training_sets
+    from vzip.cli.prefetch import composed, training_sets
 
     configs = composed(["+exp=llava15_7b_64tok", "+exp=llava15_7b_vanilla,tiny_64tok", "eval.tasks=[gqa]"])
     assert [config["recipe"] for config in configs] == ["llava15_7b_64tok", "llava15_7b_vanilla", "tiny_64tok"]
@@ -161,7 +161,7 @@ def test_recipes_and_tables_say_what_they_need(capsys: pytest.CaptureFixture[str
 
 
 def test_one_format_of_the_weights_is_fetched() -> None:
-    from vzip.config.offline import _needed
+    from vzip.cli.prefetch import _needed
 
     names = ["config.json", "model.safetensors", "pytorch_model.bin", "README.md", "sub/config.json", "tokenizer.model"]
     assert set(_needed(dict.fromkeys(names, 1)) or ()) == {"config.json", "model.safetensors", "tokenizer.model"}
@@ -173,11 +173,13 @@ def test_one_format_of_the_weights_is_fetched() -> None:
 def test_the_sizes_on_the_cluster_page_are_the_committed_ones(capsys: pytest.CaptureFixture[str]) -> None:
     from importlib import resources
 
-    from vzip.config.offline import published_size
+    from vzip.cli.prefetch import published_size
     from vzip.data.manifest import load_manifest
 
     page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
-    committed = json.loads((resources.files("vzip.evaluation") / "data_sizes.json").read_text(encoding="utf-8"))
+    committed = json.loads(
+        (resources.files("vzip.evaluation.benchmarks") / "data_sizes.json").read_text(encoding="utf-8")
+    )
     known = {name: entry["num_bytes"] for name, entry in committed["data_sets"].items() if entry["num_bytes"]}
     assert all(entry["source"] for entry in committed["data_sets"].values())
     for name, size in known.items():

@@ -85,8 +85,8 @@ def test_of_several_processes_the_first_tells(run: Run, monkeypatch: pytest.Monk
 def test_every_task_of_an_evaluation_has_a_count_or_a_reason() -> None:
     from vzip.config.options import config_dir, option_values, options
     from vzip.demo.benchmark import QUESTIONS_PER_TASK, TASK_NAMES
-    from vzip.evaluation.question_counts import known_counts, num_questions
-    from vzip.evaluation.video_qa import VIDEO_SETS
+    from vzip.evaluation.benchmarks.question_counts import known_counts, num_questions
+    from vzip.evaluation.benchmarks.video_qa import VIDEO_SETS
 
     known = known_counts()
     for name in options(config_dir(), "eval"):

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from vzip.config.build import EvaluationPlan, evaluation_plan
 from vzip.config.options import config_dir
 from vzip.errors import ConfigError, ManifestError
-from vzip.evaluation.video_qa import VIDEO_SETS
+from vzip.evaluation.benchmarks.video_qa import VIDEO_SETS
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -131,7 +131,7 @@ def test_a_part_is_checked_alone(folder, capsys):
 
 
 def test_many_problems_are_cut_short_and_counted(folder, capsys, monkeypatch):
-    monkeypatch.setattr("vzip.data.cli.NUM_SHOWN", 3)
+    monkeypatch.setattr("vzip.cli.data.NUM_SHOWN", 3)
     for path in [*folder.glob("coco/*.jpg"), *folder.glob("vg/*.jpg")]:
         path.unlink()
     code, text = verify(folder, capsys)

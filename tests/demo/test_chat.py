@@ -12,7 +12,7 @@ import vzip
 from vzip import cli
 from vzip.demo import benchmark
 from vzip.demo.render import render
-from vzip.models.chat import ChatSession
+from vzip.models.chat.session import ChatSession
 
 
 @pytest.fixture(scope="module")

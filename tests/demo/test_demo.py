@@ -17,8 +17,9 @@ import vzip
 from vzip import cli
 from vzip.analysis.overlay import DIMMED, KEPT_COLOR, draw_overlay
 from vzip.analysis.plots import Point, plot_retention
+from vzip.cli import demo as run
 from vzip.compressors.base import CompressedTokens
-from vzip.demo import benchmark, run, scoring
+from vzip.demo import benchmark, scoring
 from vzip.demo.questions import TASKS
 from vzip.demo.sweep import f1_of_units, run_sweep, score, settings, units
 from vzip.errors import ConfigError, ManifestError

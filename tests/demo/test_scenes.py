@@ -35,7 +35,7 @@ from vzip.demo.scenes import (
     sample_scene,
 )
 from vzip.demo.train_tiny import VALIDATION_SEEDS
-from vzip.evaluation.protocol import PROTOCOLS
+from vzip.evaluation.benchmarks.protocols import PROTOCOLS
 
 SEEDS = range(TEST_SEEDS[0], TEST_SEEDS[0] + 150)
 

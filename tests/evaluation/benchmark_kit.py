@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from lmms_eval import tasks as lmms_eval_tasks
 
-from vzip.evaluation.catalog import OWN_TASKS
-from vzip.evaluation.protocol import PROTOCOLS
+from vzip.evaluation.benchmarks.catalog import OWN_TASKS
+from vzip.evaluation.benchmarks.protocols import PROTOCOLS
 from vzip.evaluation.run import evaluate
-from vzip.report.record import read_samples
+from vzip.results.record import read_samples
 
 INSTALLED = Path(lmms_eval_tasks.__file__).parent
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import vzip
-from vzip.evaluation import provenance
 from vzip.evaluation.run import evaluate
+from vzip.results import provenance
 
 TASKS = ("own_exact", "own_yesno", "own_text")
 BATCH_SIZE = 3

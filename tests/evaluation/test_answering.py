@@ -16,7 +16,7 @@ from PIL import Image
 from vzip.errors import DeviceMemoryError, ManifestError
 from vzip.evaluation import batching
 from vzip.evaluation.run import evaluate
-from vzip.report.record import read_samples
+from vzip.results.record import read_samples
 
 
 def run(vlm: Any, include_path: Path, run_dir: Path, **kwargs: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from vzip.evaluation.batching import cut, plan_batches
-from vzip.evaluation.prefetch import prepare_ahead
+from vzip.evaluation.read_ahead import prepare_ahead
 
 
 def test_longest_first_within_a_group():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vzip.evaluation.protocol import PROTOCOLS
+from vzip.evaluation.benchmarks.protocols import PROTOCOLS
 
 PROMPT = "USER: <image>\n{}\nAnswer the question using a single word or phrase. ASSISTANT:"
 

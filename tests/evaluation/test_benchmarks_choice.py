@@ -9,9 +9,9 @@ import pytest
 from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
 
 from vzip.errors import ConfigError, ManifestError
+from vzip.evaluation.benchmarks.correctness import mmbench_hits
 from vzip.evaluation.run import evaluate
-from vzip.evaluation.verdicts import mmbench_hits
-from vzip.report.paired import compare_task
+from vzip.results.paired import compare_task
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 NO_OPTION = "nan"

@@ -16,11 +16,11 @@ from rich.console import Console
 from tests.evaluation.fake_endpoint import Answer, running
 
 from vzip import cli
+from vzip.cli import judge as judge_cli
+from vzip.cli.judge import estimate_tokens
 from vzip.errors import ConfigError, JudgeError, ManifestError, RunExistsError
-from vzip.evaluation import judge_cli
-from vzip.evaluation.judge import Judge
-from vzip.evaluation.judge_cli import estimate_tokens
-from vzip.evaluation.judge_prompts import read_prompt
+from vzip.evaluation.judge.client import Judge
+from vzip.evaluation.judge.prompts import read_prompt
 
 KEY = "sk-secret-0123456789"
 MSVD, TGIF = "msvd_qa_zero_shot", "tgif_qa_zero_shot"
@@ -67,7 +67,7 @@ def run(tmp_path, monkeypatch) -> Path:
     """A finished run of two benchmarks, its answers in no particular order, and a key in the environment."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("VZIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("vzip.evaluation.judge.Judge", functools.partial(Judge, max_wait_s=0.01))
+    monkeypatch.setattr("vzip.evaluation.judge.client.Judge", functools.partial(Judge, max_wait_s=0.01))
     record = {
         "schema_version": 1,
         "model": {},

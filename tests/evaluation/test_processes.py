@@ -16,7 +16,7 @@ from tests.evaluation.killed_run import Runs
 
 import vzip
 from vzip.errors import ConfigError
-from vzip.evaluation.lmms import ShareAnsweredError, VzipLmms
+from vzip.evaluation.lmms_eval.model import ShareAnsweredError, VzipLmms
 from vzip.evaluation.processes import Processes, as_one_process, own_device
 
 

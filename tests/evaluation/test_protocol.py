@@ -12,10 +12,10 @@ import yaml
 from tests.evaluation.benchmark_kit import task_file
 
 from vzip.errors import ConfigError
-from vzip.evaluation.catalog import OWN_TASKS, built_in_tasks, find_tasks, task_config
-from vzip.evaluation.image_protocols import IMAGE
-from vzip.evaluation.plugin import manifests
-from vzip.evaluation.protocol import PROTOCOLS, protocol_of
+from vzip.evaluation.benchmarks.catalog import OWN_TASKS, built_in_tasks, find_tasks, task_config
+from vzip.evaluation.benchmarks.image_protocols import IMAGE
+from vzip.evaluation.benchmarks.protocols import PROTOCOLS, protocol_of
+from vzip.evaluation.lmms_eval.plugin import manifests
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # These put what they add to a question into their code, not into lmms_eval_specific_kwargs.

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from vzip.evaluation import question_counts
+from vzip.evaluation.benchmarks import question_counts
 from vzip.evaluation.run import evaluate
 
 

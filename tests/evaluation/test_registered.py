@@ -18,10 +18,10 @@ import vzip
 from vzip.config import model_args
 from vzip.config.options import config_dir, options
 from vzip.errors import ConfigError, UnsupportedModelError
-from vzip.evaluation.lmms import VzipLmms
-from vzip.evaluation.plugin import manifests
+from vzip.evaluation.lmms_eval.model import VzipLmms
+from vzip.evaluation.lmms_eval.plugin import manifests
 from vzip.evaluation.run import evaluate
-from vzip.report.record import read_samples
+from vzip.results.record import read_samples
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def checkpoint(model, processor, tmp_path_factory):
 
 def test_the_entry_point_is_declared():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["lmms_eval.models"] == {"vzip": "vzip.evaluation.plugin:manifests"}
+    assert project["entry-points"]["lmms_eval.models"] == {"vzip": "vzip.evaluation.lmms_eval.plugin:manifests"}
 
 
 def test_registered_name_equals_instance(checkpoint, include_path, vlm, tmp_path):

@@ -23,7 +23,7 @@ from vzip.evaluation.processes import Processes
 from vzip.evaluation.questions import Question
 from vzip.evaluation.resume import AnswerStore
 from vzip.evaluation.run import evaluate
-from vzip.evaluation.writing import write_json
+from vzip.results.files import write_json
 
 PARTIAL = "answers.partial.jsonl"
 SETTINGS = {"model": "a", "code": "b"}

@@ -14,8 +14,8 @@ import vzip
 import vzip.errors
 from vzip.errors import ConfigError, RunExistsError, UnsupportedModelError
 from vzip.evaluation.run import evaluate
-from vzip.evaluation.token_count import TokenCountError
-from vzip.report import record as reading
+from vzip.results import record as reading
+from vzip.results.token_count import TokenCountError
 
 
 def question_in(prompt: str) -> str:
@@ -232,7 +232,7 @@ class TestRecord:
         missing = {"accelerate", "peft", "bitsandbytes", "av", "datasets"} - record["versions"].keys()
         assert not missing and len(record["hardware"]["gpus"]) == len(record["hardware"]["gpu_memory_gib"])
         undocumented = [name for name in record if f"``{name}``" not in (reading.__doc__ or "")]
-        assert undocumented == [], "say what it is in vzip.report.record"
+        assert undocumented == [], "say what it is in vzip.results.record"
 
     def test_no_leftovers(self, run_of, scripted, answers, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -253,14 +253,14 @@ class TestRecord:
         ("state", "word"), [((None, None), "not run from a checkout"), (("a" * 40, True), "not committed")]
     )
     def test_code_state_makes_it_provisional(self, run_of, scripted, answers, monkeypatch, state, word):
-        from vzip.evaluation import provenance
+        from vzip.results import provenance
 
         monkeypatch.setattr(provenance, "code_state", lambda: {"commit": state[0], "dirty": state[1]})
         record = run_of(scripted(lambda prompt: answers[question_in(prompt)]), ["own_exact"])
         assert record["provisional"] and word in record["provisional_reasons"][0]
 
     def test_clean_and_whole_is_not(self, run_of, scripted, answers, monkeypatch):
-        from vzip.evaluation import provenance
+        from vzip.results import provenance
 
         monkeypatch.setattr(provenance, "code_state", lambda: {"commit": "a" * 40, "dirty": False})
         record = run_of(scripted(lambda prompt: answers[question_in(prompt)]), ["own_exact"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vzip.evaluation.standard_errors import complete
+from vzip.evaluation.benchmarks.standard_errors import complete
 
 
 def completed(primary: str, scores: list[dict], clusters: list | None = None, **given: tuple) -> dict:

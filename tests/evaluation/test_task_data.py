@@ -16,8 +16,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from vzip.errors import ManifestError
-from vzip.evaluation import task_data
-from vzip.evaluation.task_data import check_data, naming_data_errors
+from vzip.evaluation.benchmarks import task_data
+from vzip.evaluation.benchmarks.task_data import check_data, naming_data_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 

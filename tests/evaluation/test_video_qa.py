@@ -17,13 +17,14 @@ from tests.data.test_video import write
 from tests.evaluation.fake_endpoint import Answer, running
 
 import vzip
+from vzip.cli import judge as judge_cli
 from vzip.data.manifest import manifest_folder
 from vzip.errors import ConfigError, ManifestError, UnsupportedModelError
-from vzip.evaluation import judge_cli, video_qa
-from vzip.evaluation.catalog import find_tasks
-from vzip.evaluation.protocol import PROTOCOLS
+from vzip.evaluation.benchmarks import video_qa
+from vzip.evaluation.benchmarks.catalog import find_tasks
+from vzip.evaluation.benchmarks.protocols import PROTOCOLS
+from vzip.evaluation.benchmarks.video_qa import VIDEO_SETS, offline_scores, prepare, read_questions
 from vzip.evaluation.run import evaluate
-from vzip.evaluation.video_qa import VIDEO_SETS, offline_scores, prepare, read_questions
 
 MSVD, ACTIVITYNET = VIDEO_SETS["msvd_qa_zero_shot"], VIDEO_SETS["activitynet_qa_zero_shot"]
 QUESTIONS = [("v_a_0", "a", "what is seen?"), ("v_a_1", "a", "what moves?"), ("v_b_0", "b", "who is there?")]

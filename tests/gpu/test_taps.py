@@ -10,8 +10,8 @@ from tests import tiny
 from tests.gpu.kit import each_device, each_half
 from transformers import AutoModel
 
-from vzip.models.tap import run_tower
-from vzip.models.towers import find_tower
+from vzip.models.towers.structure import find_tower
+from vzip.models.towers.tap import run_tower
 
 BOTH = frozenset({"attention", "keys"})
 Kind = Literal["clip", "siglip"]

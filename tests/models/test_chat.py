@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 import vzip
 from vzip.errors import ConfigError, ImageError, PromptError, UnsupportedModelError
-from vzip.models.adapters import VideoLlavaAdapter
+from vzip.models.families import VideoLlavaAdapter
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 # As the published LLaVA-1.5 checkpoints lay out a dialogue (conversation vicuna_v1).

@@ -10,8 +10,8 @@ from tests.tiny import IMAGE_TOKEN, NEXT_CROPS
 
 import vzip
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError
-from vzip.evaluation.token_count import TokenCountError, check_token_counts
-from vzip.models.adapters.llava_next import LlavaNextAdapter
+from vzip.models.families.llava_next.adapter import LlavaNextAdapter
+from vzip.results.token_count import TokenCountError, check_token_counts
 
 BUDGET = vzip.TokenBudget(num_dominant=20, num_contextual=3)
 IDS = torch.tensor([[5, IMAGE_TOKEN, 6]])

@@ -15,7 +15,7 @@ from tests.tiny import IMAGE_TOKEN
 
 import vzip
 from vzip.errors import CheckpointError, UnsupportedModelError
-from vzip.models import lora as lora_checks
+from vzip.models.weights import lora as lora_checks
 
 TARGETS = r".*language_model.*\.(q_proj|v_proj)"
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)

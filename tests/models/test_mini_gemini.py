@@ -16,8 +16,8 @@ from transformers import ConvNextConfig, ConvNextModel, LlamaConfig, SiglipVisio
 
 import vzip
 from vzip.errors import PromptError, UnsupportedModelError
-from vzip.models.adapters import MiniGeminiAdapter
-from vzip.models.mini_gemini import (
+from vzip.models.families import MiniGeminiAdapter
+from vzip.models.families.mini_gemini import (
     HighResTower,
     MiniGeminiConfig,
     MiniGeminiForConditionalGeneration,

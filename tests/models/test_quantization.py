@@ -16,8 +16,10 @@ from transformers import LlavaForConditionalGeneration
 
 import vzip
 from vzip.errors import ConfigError, MissingPackageError
-from vzip.models import fresh, load, quantization
-from vzip.models.adapters import adapter_for_model
+from vzip.models import load
+from vzip.models.families import adapter_for_model
+from vzip.models.weights import from_config as fresh
+from vzip.models.weights import quantization
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 

@@ -11,8 +11,8 @@ from transformers import AutoModel
 
 from vzip.compressors.base import Compressor
 from vzip.errors import PromptError, UnsupportedModelError
-from vzip.models.tap import run_tower
-from vzip.models.towers import check_select_layer, find_tower, geometry_from_config
+from vzip.models.towers.structure import check_select_layer, find_tower, geometry_from_config
+from vzip.models.towers.tap import run_tower
 
 BOTH = frozenset({"attention", "keys"})
 

@@ -8,9 +8,9 @@ from tests import tiny
 
 import vzip
 from vzip.errors import ConfigError
-from vzip.models import reuse
-from vzip.models.reuse import ModelKeeper
-from vzip.models.tower_cache import BYTES_PER_GIB, TowerCache
+from vzip.models import model_cache as reuse
+from vzip.models.model_cache import ModelKeeper
+from vzip.models.towers.cache import BYTES_PER_GIB, TowerCache
 
 BUDGET = vzip.TokenBudget(6, 2)
 METHODS = [

@@ -14,10 +14,10 @@ from transformers import CLIPVisionConfig, VideoLlavaConfig, VideoLlavaForCondit
 
 import vzip
 from vzip import cli
-from vzip.data.video import load_video
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError, VideoError
-from vzip.evaluation.token_count import TokenCountError, check_token_counts
-from vzip.models.adapters import VideoLlavaAdapter
+from vzip.media.video import load_video
+from vzip.models.families import VideoLlavaAdapter
+from vzip.results.token_count import TokenCountError, check_token_counts
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 

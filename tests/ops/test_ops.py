@@ -11,14 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from vzip.ops.attention import cls_attention, key_norms, mean_keys, received_attention
 from vzip.ops.merge import assign_to_targets, merge_rows, target_positions
-from vzip.ops.select import (
-    dominant_rows,
-    gather_rows,
-    random_indices,
-    remaining_rows,
-    top_indices,
-    uniform_indices,
-)
+from vzip.ops.select import dominant_rows, gather_rows, random_indices, remaining_rows, top_indices, uniform_indices
 
 CPU = torch.device("cpu")
 

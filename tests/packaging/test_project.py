@@ -66,7 +66,7 @@ def test_the_floor_of_transformers_is_the_one_that_is_tested() -> None:
 
 
 def test_lmms_eval_finds_the_model() -> None:
-    assert PROJECT["entry-points"]["lmms_eval.models"] == {"vzip": "vzip.evaluation.plugin:manifests"}
+    assert PROJECT["entry-points"]["lmms_eval.models"] == {"vzip": "vzip.evaluation.lmms_eval.plugin:manifests"}
     installed = entry_points(group="lmms_eval.models")
     if "vzip" not in installed.names:
         pytest.skip("vzip is not installed here, only on the path")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from vzip.cli import compare as comparison
 from vzip.errors import ConfigError, ManifestError
-from vzip.report import compare as comparison
 from vzip.report.expected import read_expected
-from vzip.report.record import Run, primary_scores, read_record, read_samples, score_of, unit_factor
 from vzip.report.table import print_record
+from vzip.results.record import Run, primary_scores, read_record, read_samples, score_of, unit_factor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -250,7 +250,7 @@ def test_scores_that_are_not_the_papers_are_marked(capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "exp").glob("*.expected.json")), ids=lambda path: path.name)
 def test_the_recipes_expectations_are_readable_and_comparable(path):
-    from vzip.evaluation.protocol import PROTOCOLS
+    from vzip.evaluation.benchmarks.protocols import PROTOCOLS
 
     expectation = read_expected(path)
     assert path.with_name(f"{expectation.recipe}.yaml").is_file()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from vzip.report.score_units import units_of
-from vzip.report.stats import mcnemar_p, percentile_interval, resampled_retention
+from vzip.results.score_units import units_of
+from vzip.results.stats import mcnemar_p, percentile_interval, resampled_retention
 
 SEED = 23
 REPEATS, RESAMPLES = 300, 200

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from vzip.errors import ConfigError, ManifestError
-from vzip.evaluation.protocol import PROTOCOLS
+from vzip.evaluation.benchmarks.protocols import PROTOCOLS
 from vzip.report.expected import read_expected
 from vzip.report.paper_tables import AVERAGE, PaperTable, Row
-from vzip.report.record import unit_factor
 from vzip.report.table_files import read_table, table_names
+from vzip.results.record import unit_factor
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = [name for name in table_names() if name.isdigit()]

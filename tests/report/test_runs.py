@@ -15,9 +15,9 @@ from tests.report.test_table_fill import COMPRESSED, VANILLA, put
 from vzip.cli import main
 from vzip.errors import ConfigError, ManifestError
 from vzip.report.layout import print_layout, to_markdown
-from vzip.report.record import Run, find_runs
-from vzip.report.stats import mcnemar_p
 from vzip.report.two_runs import compare_runs, differing_settings, lay_out_pair
+from vzip.results.record import Run, find_runs
+from vzip.results.stats import mcnemar_p
 
 
 @pytest.fixture

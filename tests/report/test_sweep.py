@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vzip.report.record import Run, read_record
-from vzip.report.stats import retention_interval
-from vzip.report.sweep import Job, average_score, lay_out_sweep, plot_points, summarise, write_summary
+from vzip.results.record import Run, read_record
+from vzip.results.stats import retention_interval
+from vzip.sweep.summary import Job, average_score, lay_out_sweep, plot_points, summarise, write_summary
 
 DRAW = random.Random(3)
 TASKS = ("gqa", "vqa")

@@ -19,14 +19,14 @@ from tests.config.test_bad_input import script
 from transformers import LlavaForConditionalGeneration
 
 import vzip
+from vzip.cli.merge import merge
 from vzip.config.build import evaluation_plan
 from vzip.config.options import config_dir
 from vzip.config.training import checked, tuning_plan
 from vzip.demo.dialogues import SceneDialogues, scene_of
 from vzip.errors import ConfigError
-from vzip.models.assemble import assemble
+from vzip.models.weights.assemble import assemble
 from vzip.train import launch
-from vzip.train.merge import merge
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from tests.data.test_video import write
 from tests.train.kit import BUDGET
 
 import vzip
+from vzip.cli.merge import merge
 from vzip.data.collate import Collator
 from vzip.data.conversations import vicuna_v1
-from vzip.data.images import load_image
 from vzip.data.llava_set import LlavaSet
 from vzip.errors import ManifestError, UnsupportedModelError, VideoError
-from vzip.models.tuned import read_tensors
+from vzip.media.images import load_image
+from vzip.models.weights.tuned import read_tensors
 from vzip.train.loop import train
-from vzip.train.merge import merge
 from vzip.train.objective import AnswerLoss, ModelView
 
 # Model and processor; crops of a picture of 60 x 40 pixels.

@@ -25,7 +25,7 @@ from tests.train.kit import LORA, SETTINGS, Samples, dying_at, load_model
 from torch import nn
 
 from vzip.errors import CheckpointError, ConfigError, ImageError, RunExistsError
-from vzip.models.tuned import read_tensors
+from vzip.models.weights.tuned import read_tensors
 from vzip.train import stepping
 from vzip.train.checkpoint import CheckpointStore
 from vzip.train.loop import train

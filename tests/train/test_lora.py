@@ -17,15 +17,15 @@ from tests.train.kit import BUDGET, LORA, SETTINGS, Samples, dying_at, load_mode
 from transformers import LlavaForConditionalGeneration
 
 import vzip
+from vzip.cli.merge import merge
 from vzip.config.options import config_dir
 from vzip.config.training import checked, settings_of, tuning_plan
 from vzip.data.collate import Collator
 from vzip.data.conversations import vicuna_v1
 from vzip.errors import CheckpointError, ConfigError
-from vzip.models.lora_training import add_lora, is_lora, peft_arguments
-from vzip.models.tuned import read_tensors
+from vzip.models.weights.lora_training import add_lora, is_lora, peft_arguments
+from vzip.models.weights.tuned import read_tensors
 from vzip.train.loop import train
-from vzip.train.merge import merge
 from vzip.train.objective import AnswerLoss, ModelView
 from vzip.train.settings import LoraSettings
 from vzip.train.trainable import choose_trainable, num_trainable, parameter_groups

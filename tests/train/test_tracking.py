@@ -16,7 +16,7 @@ from tests.train.kit import dying_at
 from tests.train.test_loop import finish, kill_after, metrics
 
 from vzip.errors import CheckpointError, MissingPackageError
-from vzip.evaluation.wandb_runs import wandb_mode
+from vzip.results.wandb_runs import wandb_mode
 from vzip.train import tracking
 from vzip.train.loop import TrainPlan, train
 from vzip.train.tracking import Tracker

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from vzip.compressors.controls import Identity
-from vzip.models.compressed_vlm import CompressedVlm
+from vzip.models.vlm import CompressedVlm
 
 from .overlay import draw_overlay
 

@@ -13,7 +13,7 @@ from vzip.bench.shapes import BenchModel, build_meta
 from vzip.bench.stages import METHOD_CLASSES, Method, Vanilla, Vzip
 from vzip.bench.workload import Workload, parts_of
 from vzip.compressors import VisionOutput
-from vzip.models.adapters import MiniGeminiAdapter
+from vzip.models.families import MiniGeminiAdapter
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from vzip.bench.settings import BenchSettings
 from vzip.bench.stages import METHOD_CLASSES, STAGES, EagerMapsMethod, Method, PassResult, Vzip, preprocess, run_pass
 from vzip.bench.timing import StageTimes, Timing, run_interleaved
 from vzip.bench.workload import Workload
-from vzip.evaluation.provenance import code_state, hardware, source_sha256, versions
+from vzip.results.provenance import code_state, hardware, source_sha256, versions
 
 SCHEMA_VERSION = 1
 

@@ -15,7 +15,7 @@ from vzip.bench import shapes
 from vzip.bench.shapes import BenchModel
 from vzip.compressors import TokenBudget
 from vzip.errors import ConfigError, VzipError, nearest
-from vzip.models.mini_gemini import MiniGeminiConfig
+from vzip.models.families.mini_gemini import MiniGeminiConfig
 
 BUDGETS: dict[str, tuple[int, int]] = {
     "192tok": (162, 30),

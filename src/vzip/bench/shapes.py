@@ -26,11 +26,11 @@ from transformers import (
     VideoLlavaConfig,
 )
 
-from vzip.data.video import DEFAULT_NUM_FRAMES
 from vzip.errors import ConfigError, UnsupportedModelError, nearest
-from vzip.models.adapters import adapter_class_for_config
-from vzip.models.fresh import family_config, pinpoints
+from vzip.media.video import DEFAULT_NUM_FRAMES
+from vzip.models.families import adapter_class_for_config
 from vzip.models.load import read_config
+from vzip.models.weights.from_config import family_config, pinpoints
 
 NOISE_PERIOD = 1_048_573  # a prime just under 2**20: rows of a matrix, whose lengths are composite, then all differ
 

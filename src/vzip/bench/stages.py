@@ -16,9 +16,9 @@ from vzip.bench.timing import StageTimes, Stopwatch, Untimed
 from vzip.bench.visuals import Pictures
 from vzip.bench.workload import Workload
 from vzip.compressors import CompressedTokens, Compressor, Identity, VisionOutput
-from vzip.models.adapters import MiniGeminiAdapter
+from vzip.models.families import MiniGeminiAdapter
 from vzip.models.splice import PreparedInputs, plan_splice, splice
-from vzip.models.tap import run_tower
+from vzip.models.towers.tap import run_tower
 from vzip.ops.attention import cls_attention, mean_keys, received_attention
 
 STAGES = {

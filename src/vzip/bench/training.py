@@ -24,8 +24,8 @@ from vzip.errors import ConfigError
 from vzip.memory.estimate import ModelShape, estimate_training
 from vzip.memory.measure import real_stepper
 from vzip.memory.workload import Workload, training_batch, visual_tokens
-from vzip.models.adapters import FamilyOptions, adapter_class_for_config
-from vzip.models.compressed_vlm import CompressedVlm
+from vzip.models.families import FamilyOptions, adapter_class_for_config
+from vzip.models.vlm import CompressedVlm
 from vzip.train.settings import LaunchSettings, TrainSettings
 
 NUM_SAMPLES = 66_500

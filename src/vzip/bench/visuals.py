@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vzip.data.images import prepare_pictures
 from vzip.errors import ConfigError
-from vzip.models.adapters import Adapter, LlavaNextAdapter, MiniGeminiAdapter, VideoLlavaAdapter
-from vzip.models.towers import Tower, find_tower
+from vzip.media.images import prepare_pictures
+from vzip.models.families import Adapter, LlavaNextAdapter, MiniGeminiAdapter, VideoLlavaAdapter
+from vzip.models.towers.structure import Tower, find_tower
 
 PICTURE_SIZE = (640, 480)
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from vzip.config.finished import same_run
+from vzip.config.full_budget import full_is_vanilla
 from vzip.config.options import RECIPE_GROUP, config_dir, options
 from vzip.config.overrides import check_overrides
-from vzip.config.rundir import budget_label, recipe_changes, run_directory, training_directory
+from vzip.config.same_run import same_run
 from vzip.config.validate import BUILT_IN, TRAINED, VIDEO, build_compressor, validate
-from vzip.config.vanilla import full_is_vanilla
 from vzip.errors import CheckpointError, ConfigError, RunExistsError, nearest
 from vzip.installed import program
+from vzip.results.run_directory import budget_label, recipe_changes, run_directory, training_directory
 
 if TYPE_CHECKING:
     from vzip.compressors import Compressor
@@ -64,11 +64,11 @@ class EvaluationPlan:
             ConfigError, ManifestError: the video benchmarks are asked for, and their files are not there or not whole.
             MissingPackageError: lmms-eval is not installed; said before anything is prepared for it.
         """
-        from vzip.evaluation import lmms  # noqa: F401
+        from vzip.evaluation.lmms_eval import model as lmms  # noqa: F401
 
         path = self.evaluation["include_path"]
         if path == VIDEO:
-            from vzip.evaluation import video_qa
+            from vzip.evaluation.benchmarks import video_qa
 
             return str(video_qa.prepare(self.video_root, self.evaluation["tasks"]))
         if path != BUILT_IN:
@@ -94,10 +94,10 @@ class EvaluationPlan:
             ManifestError: data on a hub that cannot be reached.
             MissingPackageError: lmms-eval is not installed.
         """
-        from vzip.evaluation import lmms  # noqa: F401  says what to install if lmms-eval is missing
-        from vzip.evaluation.catalog import find_tasks
-        from vzip.evaluation.partners import check_limit
-        from vzip.evaluation.task_data import check_data
+        from vzip.evaluation.benchmarks.catalog import find_tasks
+        from vzip.evaluation.benchmarks.question_groups import check_limit
+        from vzip.evaluation.benchmarks.task_data import check_data
+        from vzip.evaluation.lmms_eval import model as lmms  # noqa: F401  says what to install if lmms-eval is missing
 
         check_limit(self.evaluation["tasks"], self.evaluation["limit"])
         from loguru import logger as lmms_eval_logger  # comes with lmms-eval, which tells of each file it cannot use
@@ -274,7 +274,7 @@ def tuned_record(projector: str | None) -> dict[str, Any]:
     """
     if projector is None:
         return {}
-    from vzip.models.tuned import read_header
+    from vzip.models.weights.tuned import read_header
 
     return {"projector": projector, "projector_sha256": read_header(projector)[1]["sha256"]}
 
@@ -287,7 +287,7 @@ def adapter_record(adapter_path: str | None) -> dict[str, Any]:
     """
     if adapter_path is None:
         return {}
-    from vzip.models.lora import peft_weights_sha256
+    from vzip.models.weights.lora import peft_weights_sha256
 
     return {"adapter_sha256": peft_weights_sha256(adapter_path)}
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vzip.memory.estimate import ModelShape
     from vzip.memory.ledger import Peak
     from vzip.memory.workload import Workload
-    from vzip.models.compressed_vlm import CompressedVlm
+    from vzip.models.vlm import CompressedVlm
     from vzip.train.settings import LaunchSettings
 
 TEXT_TOKENS = 256  # of a prompt where nothing else is said
@@ -50,7 +50,7 @@ class MemoryPlan:
     def dtype(self) -> Any:
         """Of the weights that do not train."""
         from vzip.models.load import DTYPES
-        from vzip.models.quantization import compute_dtype
+        from vzip.models.weights.quantization import compute_dtype
 
         name = self.config["train"]["precision"] if self.trains else self.config["model"]["dtype"]
         return compute_dtype(DTYPES[name], self.shape.config)
@@ -163,9 +163,9 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
     """
     from vzip.bench.shapes import SHAPES
     from vzip.memory.estimate import ModelShape
-    from vzip.models.adapters import FamilyOptions, adapter_class_for_config
-    from vzip.models.hub import Checkpoint
+    from vzip.models.families import FamilyOptions, adapter_class_for_config
     from vzip.models.load import reach, read_config, resolve_checkpoint
+    from vzip.models.weights.hub import Checkpoint
 
     if model["adapter_path"] is not None:
         raise ConfigError(

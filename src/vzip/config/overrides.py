@@ -14,10 +14,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from vzip.config import schema
-from vzip.config.absent import absent_settings
+from vzip.config.full_budget import full_is_vanilla
+from vzip.config.missing_keys import absent_settings
 from vzip.config.options import RECIPE_GROUP, groups, option_values, options
 from vzip.config.validate import find_problems, raise_all
-from vzip.config.vanilla import full_is_vanilla
 from vzip.errors import ConfigError, nearest
 
 # Words of Hydra's own command line that take a value of their own.

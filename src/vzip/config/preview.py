@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from vzip.config.build import EvaluationPlan
 from vzip.config.options import config_dir
-from vzip.config.rundir import compressor_label
 from vzip.config.validate import BUILT_IN, VIDEO
 from vzip.errors import VzipError
-from vzip.evaluation.judge_tasks import JUDGED_TASKS
-from vzip.evaluation.question_counts import known_counts, num_questions
+from vzip.evaluation.benchmarks.question_counts import known_counts, num_questions
+from vzip.evaluation.judge.tasks import JUDGED_TASKS
+from vzip.results.run_directory import compressor_label
 
 if TYPE_CHECKING:
     from vzip.bench.shapes import BenchModel
@@ -99,14 +99,14 @@ def _total(plan: EvaluationPlan) -> str:
 
 def visual_tokens(plan: EvaluationPlan) -> str:
     """Visual tokens of an image (and a video) beside what the unmodified model has, as far as they are known now."""
-    from vzip.evaluation.token_count import budget_of
+    from vzip.results.token_count import budget_of
 
     budget = budget_of(plan.compressor)
     kept = None if budget is None else budget.num_tokens
     shape = _shape(plan.model)
     if shape is None:
         return f"{'all' if kept is None else kept} of each crop; how many there are, its config.json will say"
-    from vzip.models.adapters import adapter_class_for_config
+    from vzip.models.families import adapter_class_for_config
 
     adapter = adapter_class_for_config(shape.config)
     geometry = adapter.check_config(shape.config)
@@ -152,11 +152,11 @@ def check_without_loading(plan: EvaluationPlan) -> None:
         VzipError: for what the run itself would refuse.
     """
     from vzip.demo.benchmark import TASK_NAMES
-    from vzip.evaluation import video_qa
-    from vzip.evaluation.harness import check_lmms_eval
-    from vzip.evaluation.partners import check_limit
+    from vzip.evaluation.benchmarks import video_qa
+    from vzip.evaluation.benchmarks.question_groups import check_limit
+    from vzip.evaluation.lmms_eval.harness import check_lmms_eval
     from vzip.evaluation.run import check_run_dir
-    from vzip.evaluation.wandb_runs import check_wandb
+    from vzip.results.wandb_runs import check_wandb
     from vzip.train.distributed import check_devices
 
     evaluation = plan.evaluation

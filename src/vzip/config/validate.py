@@ -191,7 +191,7 @@ def _check_budget_fits(model: Mapping[str, Any], compressor: Mapping[str, Any], 
     folder = Path(str(model.get("name_or_path"))).expanduser()
     if not (folder / "config.json").is_file():
         return []  # a hub id without the fact: load_vlm compares, before it loads any weight
-    from vzip.models.adapters import adapter_class_for_config
+    from vzip.models.families import adapter_class_for_config
     from vzip.models.load import read_config
 
     try:
@@ -212,8 +212,8 @@ def _check_family(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> li
     wrong_value = not all(isinstance(value, bool) for value in switches.values())
     if wrong_value or not (any(switches.values()) or num_frames is not None):
         return []
-    from vzip.models.adapters import FamilyOptions, adapter_class_for_config
-    from vzip.models.adapters.options import check_drop_padding
+    from vzip.models.families import FamilyOptions, adapter_class_for_config
+    from vzip.models.families.options import check_drop_padding
 
     problems = []
     options = FamilyOptions(**{key: bool(value) for key, value in switches.items()})

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from vzip.errors import ImageError, PromptError, UnsupportedModelError, VideoError
+from vzip.media.images import load_image
+from vzip.media.video import VideoSource, load_video
 
 from .conversations import IGNORED_LABEL, Encoded, Template, encode, truncate
-from .images import load_image
 from .llava_record import Turn
-from .video import VideoSource, load_video
 
 
 @dataclass(frozen=True)

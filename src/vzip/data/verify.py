@@ -17,10 +17,10 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from vzip.errors import ImageError, VideoError
+from vzip.media.images import load_image
+from vzip.media.video import load_video
 
-from .images import load_image
 from .llava_json import LlavaJson
-from .video import load_video
 
 Kind = Literal["missing", "empty", "damaged"]
 # Endings under which a picture saved by another script may lie (OCR-VQA's come as .gif and .png too).

@@ -13,8 +13,8 @@ import torch
 from transformers import CLIPVisionConfig, ConvNextConfig, LlamaConfig, LlavaProcessor, PreTrainedTokenizerBase
 
 from vzip.errors import ConfigError, RunExistsError, nearest
-from vzip.models import fresh
-from vzip.models.fresh import FAMILIES
+from vzip.models.weights import from_config as fresh
+from vzip.models.weights.from_config import FAMILIES
 
 WIDTH, NUM_LAYERS, NUM_HEADS = 32, 4, 4
 PATCH_SIZE = 14

@@ -23,10 +23,10 @@ from vzip.compressors.visionzip import VisionZip
 from vzip.demo.benchmark import load_rows
 from vzip.demo.questions import TASKS
 from vzip.demo.scoring import METRICS, Result, normalise
-from vzip.models.compressed_vlm import CompressedVlm
 from vzip.models.splice import plan_splice, splice
-from vzip.models.tower_cache import TowerCache
-from vzip.report.stats import retention_interval
+from vzip.models.towers.cache import TowerCache
+from vzip.models.vlm import CompressedVlm
+from vzip.results.stats import retention_interval
 
 MAX_NEW_TOKENS = 8
 CACHE_GIB = 1.0

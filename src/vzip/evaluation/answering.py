@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from vzip.errors import DeviceMemoryError
+from vzip.results.token_count import check_token_counts
 
 from .batching import cut
 from .generation import cut_at
 from .questions import Chunk, LoadedQuestion, Noted, build_inputs
-from .token_count import check_token_counts
 
 if TYPE_CHECKING:
-    from vzip.models.compressed_vlm import CompressedVlm
+    from vzip.models.vlm import CompressedVlm
 
 logger = logging.getLogger(__name__)
 

@@ -17,13 +17,13 @@ from vzip.errors import ImageError, VideoError
 
 from .batching import cut
 from .generation import GenerationSettings, settings_for
-from .messages import read_messages
+from .lmms_eval.messages import read_messages
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
 
-    from vzip.data.video import VideoSource
-    from vzip.models.compressed_vlm import CompressedVlm
+    from vzip.media.video import VideoSource
+    from vzip.models.vlm import CompressedVlm
 
 # Task, number of the row in its data, and which time the row is asked (tasks may repeat a question).
 Key = tuple[str, int, int]

@@ -6,20 +6,21 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from . import provenance
+from vzip.results import provenance
+from vzip.results.token_count import budget_of
+
 from .answering import count_sizes
-from .catalog import task_config
-from .protocol import protocol_of
-from .standard_errors import complete
-from .token_count import budget_of
+from .benchmarks.catalog import task_config
+from .benchmarks.protocols import protocol_of
+from .benchmarks.standard_errors import complete
 
 if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
 
-    from vzip.models.compressed_vlm import CompressedVlm
+    from vzip.models.vlm import CompressedVlm
 
     from .answering import SampleLog
-    from .lmms import VzipLmms
+    from .lmms_eval.model import VzipLmms
     from .questions import Key
 
 SCHEMA_VERSION = 1
@@ -81,7 +82,7 @@ def build_record(
     wall_time_s: float,
     run: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of ``run.json``; see ``vzip.report.record`` for its fields."""
+    """The content of ``run.json``; see ``vzip.results.record`` for its fields."""
     tasks: dict[str, Any] = {}
     data: dict[str, Any] = {}
     # lmms-eval sorts by name; a table reads best in the order that was asked for.

@@ -16,14 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import provenance
+from vzip.results import provenance
+from vzip.results.files import naming_the_file, replace_file
+
 from .answering import SampleLog
 from .processes import Processes
 from .questions import Key, Question
-from .writing import naming_the_file, replace_file
 
 if TYPE_CHECKING:
-    from vzip.models.compressed_vlm import CompressedVlm
+    from vzip.models.vlm import CompressedVlm
 
 logger = logging.getLogger(__name__)
 

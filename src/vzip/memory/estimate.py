@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from vzip.bench import shapes
 from vzip.bench.shapes import BenchModel
 from vzip.compressors import Compressor
-from vzip.models.adapters import FamilyOptions
-from vzip.models.compressed_vlm import CompressedVlm
+from vzip.models.families import FamilyOptions
+from vzip.models.vlm import CompressedVlm
 from vzip.train.settings import LaunchSettings, TrainSettings
 
 from .ledger import Ledger, Peak

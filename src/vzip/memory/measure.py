@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from vzip.bench.memory import storage_bytes
-from vzip.models.compressed_vlm import CompressedVlm
+from vzip.models.vlm import CompressedVlm
 from vzip.train.distributed import build_accelerator
 from vzip.train.objective import AnswerLoss
 from vzip.train.settings import LaunchSettings, TrainSettings

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vzip.models.compressed_vlm import CompressedVlm
+from vzip.models.vlm import CompressedVlm
 from vzip.train.settings import Strategy
 
 from .ledger import ACTIVATIONS, Ledger, Peak

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from vzip.data.collate import Batch
-from vzip.models.compressed_vlm import CompressedVlm
+from vzip.models.vlm import CompressedVlm
 from vzip.train.objective import AnswerLoss
 from vzip.train.settings import LaunchSettings, TrainSettings
 from vzip.train.stepping import Stepper

@@ -11,9 +11,9 @@ from torch import Tensor
 from vzip.data.collate import Batch
 from vzip.data.conversations import IGNORED_LABEL
 from vzip.errors import ConfigError
-from vzip.evaluation.token_count import expected_token_counts, expected_video_counts
-from vzip.models.adapters import Adapter
-from vzip.models.compressed_vlm import CompressedVlm
+from vzip.models.families import Adapter
+from vzip.models.vlm import CompressedVlm
+from vzip.results.token_count import expected_token_counts, expected_video_counts
 
 if TYPE_CHECKING:
     from .estimate import ModelShape

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from vzip.errors import UnsupportedModelError
 
-from .adapters import adapter_for_model
+from .families import adapter_for_model
 
 
 def train_projector_only(hf_model: PreTrainedModel) -> list[str]:

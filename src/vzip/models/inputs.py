@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from vzip.data.images import Preprocess
-from vzip.data.video import VideoSource
 from vzip.errors import ConfigError, PromptError
+from vzip.media.images import Preprocess
+from vzip.media.video import VideoSource
 
-from .adapters import Adapter
-from .devices import execution_device
+from .families import Adapter
+from .weights.devices import execution_device
 
 # A kind's name, its token's id and, for each prompt, the pictures or videos that its placeholders stand for.
 Placeholders = tuple[str, int, Sequence[Sequence[object]]]
@@ -48,7 +48,7 @@ class InputBuilder:
         return self.adapter.prepare_pictures(images, image_processor, self.preprocess)
 
     def preprocess_videos(self, videos: Sequence[VideoSource]) -> dict[str, Tensor]:
-        """Videos -> ``pixel_values_videos`` ``[videos, num_frames, 3, h, w]``; see ``vzip.data.video``.
+        """Videos -> ``pixel_values_videos`` ``[videos, num_frames, 3, h, w]``; see ``vzip.media.video``.
 
         Args:
             videos: files, or frames as pictures; of each ``num_frames`` are taken, evenly spread.

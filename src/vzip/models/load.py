@@ -14,18 +14,18 @@ from transformers import AutoConfig, ProcessorMixin
 
 from vzip.compressors.base import Compressor
 from vzip.compressors.controls import Identity
-from vzip.data.images import PREPROCESSES, Preprocess
-from vzip.data.video import check_num_frames
 from vzip.errors import CheckpointError, ConfigError, VzipError, nearest
+from vzip.media.images import PREPROCESSES, Preprocess
+from vzip.media.video import check_num_frames
 
-from .adapters import Adapter, FamilyOptions, adapter_class_for_config
-from .compressed_vlm import CompressedVlm
-from .environment import refuse_broken_packages
-from .hub import HUB_ID, Checkpoint
-from .lora import apply_peft_checkpoint, check_peft_checkpoint
-from .mini_gemini.published import find_published
-from .quantization import QUANTIZATIONS, compute_dtype, modules_outside, quantization_config
-from .tuned import apply_tuned, read_header
+from .families import Adapter, FamilyOptions, adapter_class_for_config
+from .families.mini_gemini.published import find_published
+from .vlm import CompressedVlm
+from .weights.environment import refuse_broken_packages
+from .weights.hub import HUB_ID, Checkpoint
+from .weights.lora import apply_peft_checkpoint, check_peft_checkpoint
+from .weights.quantization import QUANTIZATIONS, compute_dtype, modules_outside, quantization_config
+from .weights.tuned import apply_tuned, read_header
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,9 +72,9 @@ def load_vlm(
         drop_padding, row_newline: as for ``CompressedVlm``: options of LLaVA-NeXT.
         num_frames: as for ``CompressedVlm``: frames taken of a video.
         drop_cls: as for ``CompressedVlm``: an option of Mini-Gemini.
-        projector: directory of tuned weights that training wrote (see ``vzip.models.tuned``); another budget than
+        projector: directory of tuned weights that training wrote (``vzip.models.weights.tuned``); another budget than
             theirs is warned of, another base model an error.
-        adapter_path: a PEFT checkpoint (LoRA), directory or hub id, put on top of the model; see ``vzip.models.lora``.
+        adapter_path: a PEFT checkpoint (LoRA), directory or hub id, put on the model (``vzip.models.weights.lora``).
 
     Returns:
         the wrapped model in eval mode, with its processor if the checkpoint has one.

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vzip.errors import ManifestError
+from vzip.results.record import Run
 
 from .paper_tables import Column, Row
-from .record import Run
 
 MIB_PER_GIB = 1024
 MS_PER_HOUR = 3_600_000

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .record import metrics_of, score_of
+from vzip.results.record import metrics_of, score_of
 
 
 def print_record(record: Mapping[str, Any], console: Console | None = None) -> None:

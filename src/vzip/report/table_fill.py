@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .averages import average_retention
+from vzip.results.averages import average_retention
+from vzip.results.paired import Paired, compare_task
+from vzip.results.record import Run, answers_of, is_vanilla_of, score_of, unit_factor
+
 from .costs import Bench, Cost, cost_of_bench, cost_of_run, cost_of_training
-from .paired import Paired, compare_task
 from .paper_tables import AVERAGE, Column, Mismatch, PaperTable, Row
-from .record import Run, answers_of, is_vanilla_of, score_of, unit_factor
 
 # 95 % of a normal distribution lie within this many standard errors.
 NORMAL_95 = 1.96

@@ -11,7 +11,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from vzip.evaluation.protocol import protocol_of
+from vzip.evaluation.benchmarks.protocols import protocol_of
 
 from .layout import Layout, Piece
 from .paper_tables import Mismatch, PaperTable

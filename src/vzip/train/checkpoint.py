@@ -15,7 +15,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vzip.errors import CheckpointError, RunExistsError
-from vzip.models.tuned import atomic_directory, load_tensors, read_header, read_tensors, remove_tree, write_tuned
+from vzip.models.weights.tuned import (
+    atomic_directory,
+    load_tensors,
+    read_header,
+    read_tensors,
+    remove_tree,
+    write_tuned,
+)
 
 from .settings import LaunchSettings
 

@@ -24,9 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vzip.data.collate import Collator, TrainingSet
 from vzip.data.conversations import find_template
-from vzip.evaluation.provenance import code_state, hardware, versions
-from vzip.models.compressed_vlm import CompressedVlm
-from vzip.models.tuned import describe, save_tuned
+from vzip.models.vlm import CompressedVlm
+from vzip.models.weights.tuned import describe, save_tuned
+from vzip.results.provenance import code_state, hardware, versions
 
 from .checkpoint import CheckpointStore, trained_tensors, trim_metrics
 from .distributed import build_accelerator, check_devices

@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from vzip.data.collate import Batch
 from vzip.data.conversations import IGNORED_LABEL
-from vzip.evaluation.token_count import TokenCountError, expected_token_counts, expected_video_counts
-from vzip.models.compressed_vlm import CompressedVlm
 from vzip.models.splice import PreparedInputs, plan_splice, splice
+from vzip.models.vlm import CompressedVlm
+from vzip.results.token_count import TokenCountError, expected_token_counts, expected_video_counts
 
 
 class ModelView:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from vzip.data.collate import Batch, Collator, TrainingSample, TrainingSet
 from vzip.data.order import draw_steps, split_step
 from vzip.errors import VzipError
-from vzip.evaluation.provenance import peak_memory_gib
+from vzip.results.provenance import peak_memory_gib
 
 from .settings import LaunchSettings, TrainSettings, learning_rate_factor
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vzip.errors import CheckpointError
-from vzip.evaluation.wandb_runs import CLOSE_SECONDS, check_wandb, start_wandb, trouble
 from vzip.installed import missing_package
+from vzip.results.wandb_runs import CLOSE_SECONDS, check_wandb, start_wandb, trouble
 
 logger = logging.getLogger(__name__)
 

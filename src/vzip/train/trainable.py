@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from vzip.errors import ConfigError
-from vzip.models.compressed_vlm import CompressedVlm
 from vzip.models.freeze import initialise_anew, train_projector_only
-from vzip.models.lora_training import add_lora, is_lora, peft_arguments
+from vzip.models.vlm import CompressedVlm
+from vzip.models.weights.lora_training import add_lora, is_lora, peft_arguments
 
 from .settings import TrainSettings
 

@@ -1,0 +1,109 @@
+"""``python -m vzip COMMAND``: one table of commands, each living in its own module.
+
+A module offers ``add_arguments(parser)`` and ``main(args) -> int`` and is imported only when its command is chosen, so
+that ``bench`` runs where lmms-eval, datasets or Hydra are not installed. ``eval`` and ``train`` are the programs
+``eval.py`` and ``train.py`` themselves, which a wheel brings along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vzip import log
+from vzip.errors import ConfigError, VzipError, nearest
+from vzip.installed import checkout, optional_packages
+from vzip.log import USER_ERROR
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command lives and what it is for; ``extra`` holds the optional packages that it uses."""
+
+    module: str
+    help: str
+    extra: str | None = None
+
+
+PROGRAMS: Mapping[str, str] = {
+    "eval": "evaluate: what `python eval.py` does, from any folder",
+    "train": "train: what `python train.py` does, from any folder",
+}
+
+COMMANDS: Mapping[str, Command] = {
+    "list": Command("vzip.cli.listing", "recipes and the options of every group, for eval and train"),
+    "runs": Command("vzip.cli.runs", "the evaluations in runs/, with their primary scores"),
+    "compare": Command("vzip.cli.compare", "a run against its recipe's expected numbers, or against another run"),
+    "table": Command(
+        "vzip.sweep.table", "a table of the paper with our runs beside it; --run evaluates what is missing"
+    ),
+    "judge": Command("vzip.cli.judge", "a judge model's scores of answers: videos, MM-Vet, LLaVA-Bench", "eval"),
+    "demo": Command("vzip.cli.demo", "the built-in model on its benchmark: every method and budget in one table"),
+    "ask": Command("vzip.cli.ask", "a question about a picture file"),
+    "chat": Command("vzip.cli.chat", "a dialogue about pictures in the terminal"),
+    "bench": Command("vzip.cli.bench", "what compression costs and saves: time by stage, memory, FLOPs"),
+    "memory": Command("vzip.cli.memory", "what a training or an inference needs on each device, and for what"),
+    "prefetch": Command("vzip.cli.prefetch", "what runs need from the hub, fetched for machines without a network"),
+    "merge": Command("vzip.cli.merge", "a plain Hugging Face checkpoint with the tuned projector in it"),
+    "data": Command("vzip.cli.data", "fetch and check training data; what a part of it consists of", "train"),
+    "scenes": Command("vzip.demo.benchmark", "write or check the built-in benchmark's data"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, what the command returns, or 2 for a user's error."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    log.setup()
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(usage())
+            return 0 if words else USER_ERROR
+        if words[0] not in PROGRAMS:
+            return run(words[0], words[1:])
+        script = str(checkout() / f"{words[0]}.py")
+    except VzipError as error:
+        return log.tell_error(error)
+    sys.argv = [script, *words[1:]]
+    runpy.run_path(script, run_name="__main__")  # tells of errors itself
+    return 0
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Imports the command's module, reads its arguments and runs it.
+
+    Raises:
+        ConfigError: there is no such command.
+        MissingPackageError: the command needs a package that is not installed.
+    """
+    if name not in COMMANDS:
+        known = [*COMMANDS, *PROGRAMS]
+        raise ConfigError(f"'{name}': no such command{nearest(name, known)}; commands: {', '.join(known)}.")
+    command = COMMANDS[name]
+    with optional_packages(f"`{name}`", command.extra):
+        module = importlib.import_module(command.module)
+        parser = argparse.ArgumentParser(
+            prog=f"python -m vzip {name}",
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(parser)
+        return int(module.main(_parse(parser, list(words))))
+
+
+def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    """Options may stand before, between and after the words (``--model NAME budget=32tok``)."""
+    try:
+        return parser.parse_intermixed_args(words)
+    except TypeError:  # argparse cannot, for a command that has commands of its own
+        return parser.parse_args(words)
+
+
+def usage() -> str:
+    """The list of commands."""
+    helps = {**PROGRAMS, **{name: command.help for name, command in COMMANDS.items()}}
+    first = "usage: python -m vzip COMMAND [...]   (COMMAND --help for more)"
+    return "\n".join([first, "", *(f"  {name:<9} {text}" for name, text in helps.items())])

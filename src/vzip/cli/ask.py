@@ -1,0 +1,72 @@
+"""Asks a model one question about a picture or video file, and says how many visual tokens the answer rests on.
+
+python -m vzip ask photo.jpg "What color is the star?"
+python -m vzip ask photo.jpg "What does the sign say?" budget=32tok
+python -m vzip ask photo.jpg "What is this?" --model llava15_7b model.device_map=auto
+python -m vzip ask clip.mp4 "What happens?" --model video_llava_7b budget=17tok model.num_frames=80
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from vzip.config.build import model_plan
+from vzip.errors import ImageError
+from vzip.media.images import load_image
+from vzip.media.video import DEFAULT_NUM_FRAMES, is_picture, load_video
+
+if TYPE_CHECKING:
+    from vzip.models.vlm import CompressedVlm
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="a picture of any format Pillow reads, or a video of any FFmpeg reads")
+    parser.add_argument("question")
+    parser.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="as for eval.py: budget=32tok, compressor=none budget=full ..."
+    )
+    parser.add_argument("--model", default="tiny", help="a name in configs/model (default: tiny)")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Answers; everything that can be wrong is checked before the model is loaded."""
+    model, compressor = model_plan([f"model={arguments.model}", *arguments.settings])
+    if not arguments.file.is_file():
+        raise ImageError(f"{arguments.file}: {'is a directory' if arguments.file.is_dir() else 'no such file'}.")
+    pictures: list[Image.Image] = []
+    frames: list[Image.Image] = []
+    if is_picture(arguments.file):
+        pictures = [load_image(arguments.file)]
+    else:
+        # Said outright, so that a model without a video tower is refused before its weights are read.
+        model["num_frames"] = model["num_frames"] or DEFAULT_NUM_FRAMES
+        frames = load_video(arguments.file, model["num_frames"])
+
+    import vzip
+
+    vlm = vzip.load_vlm(**model, compressor=compressor)
+    inputs = build_inputs(vlm, arguments.question, pictures, frames)
+    new = vlm.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+    processor: Any = vlm.processor
+    print(processor.tokenizer.decode(new[0], skip_special_tokens=True).strip())
+    if pictures:
+        vanilla = vlm.adapter.expanded_lengths(1, inputs.get("image_sizes"))[0]
+    else:
+        vanilla = vlm.adapter.video_lengths(inputs["pixel_values_videos"])[0]
+    print(f"({vlm.last_num_visual_tokens[0]} visual tokens, {vanilla} without compression)")
+    return 0
+
+
+def build_inputs(
+    vlm: CompressedVlm, question: str, pictures: list[Image.Image], frames: list[Image.Image]
+) -> dict[str, Any]:
+    """The model's inputs for a question about a picture, or about a video's frames if there is no picture."""
+    processor: Any = vlm.processor
+    content = [{"type": "image" if pictures else "video"}, {"type": "text", "text": question}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return vlm.build_inputs([prompt], [pictures], [[] if pictures else [frames]])

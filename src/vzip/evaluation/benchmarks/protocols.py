@@ -1,0 +1,28 @@
+"""What each benchmark's number means: metric, unit, chance, and how it differs from the paper's number.
+
+Facts about lmms-eval are those of 0.7.3's task files; about the paper, of arXiv 2412.04467 and LLaVA's scripts. Metric
+keys are lmms-eval's; a key of the form ``a+b`` is the sum of two.
+"""
+
+from __future__ import annotations
+
+from .image_protocols import IMAGE
+from .protocol import Protocol
+from .video_protocols import VIDEO
+
+__all__ = ["PROTOCOLS", "Protocol", "protocol_of"]
+
+# The built-in benchmark; its chance levels are what `vzip.demo.scoring.chance` finds in its questions.
+_SCENES = {
+    "scenes_existence": Protocol("f1", "percent", None, chance=200 / 3),
+    "scenes_attributes": Protocol("accuracy", "percent", None, chance=32.25),
+    "scenes_counting": Protocol("mme", "percent", None, chance=37.5, cluster="pair"),
+    "scenes_reading": Protocol("accuracy", "percent", None, chance=3.75),
+}
+
+PROTOCOLS: dict[str, Protocol] = {**IMAGE, **VIDEO, **_SCENES}
+
+
+def protocol_of(task: str) -> Protocol | None:
+    """The protocol of a known benchmark, or None for a task of one's own."""
+    return PROTOCOLS.get(task)

@@ -1,0 +1,251 @@
+"""A judge model behind an OpenAI-compatible endpoint: messages in, text out, cached, retried, in parallel.
+
+The key comes from the environment and goes nowhere but into the request's header: it is no part of a setting, a record,
+a cached reply or a message, and is struck out of what a server says.
+"""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import httpx
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_when_event_set,
+    wait_random_exponential,
+)
+from tenacity.nap import sleep_using_event
+
+from vzip.errors import JudgeError
+
+from .cache import ReplyCache
+from .settings import KEY_VARIABLE, JudgeSettings
+
+# Refused for what they ask about, while every request before was refused too: it is the settings that are wrong.
+_MAX_REFUSED_AT_FIRST = 5
+_NUM_CHARACTERS_SHOWN = 300
+
+Message = dict[str, str]
+Usable = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One reply.
+
+    Attributes:
+        text: what the judge said; empty where the endpoint refused.
+        problem: why it is of no use, or None.
+        served_model: the model's exact name by the endpoint's word.
+        num_prompt_tokens, num_reply_tokens: by the endpoint's word, unusable replies included.
+        cached: it was asked for earlier.
+    """
+
+    text: str
+    problem: str | None = None
+    served_model: str | None = None
+    num_prompt_tokens: int = 0
+    num_reply_tokens: int = 0
+    cached: bool = False
+
+
+class _TryAgain(Exception):
+    """The endpoint failed in a way that may pass; ``after_s`` is the pause that it asks for."""
+
+    def __init__(self, message: str, after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.after_s = after_s
+
+
+class Judge:
+    """Asks one model.
+
+    Args:
+        settings: whom to ask.
+        cache: where replies are kept.
+        key: see ``read_key``.
+        num_workers: requests under way at once.
+        num_asks: how often a question is asked that gets no usable reply.
+        num_attempts: how often a request is sent that fails in a way that may pass.
+        max_wait_s: longest pause between attempts, unless the endpoint asks for more.
+        timeout_s: how long one request may take.
+    """
+
+    def __init__(
+        self,
+        settings: JudgeSettings,
+        cache: ReplyCache,
+        *,
+        key: str | None = None,
+        num_workers: int = 8,
+        num_asks: int = 3,
+        num_attempts: int = 8,
+        max_wait_s: float = 60.0,
+        timeout_s: float = 60.0,
+    ) -> None:
+        self.settings, self.cache = settings, cache
+        self.num_workers, self.num_asks = num_workers, num_asks
+        self._key = key
+        self._stop = threading.Event()
+        self._backoff = wait_random_exponential(max=max_wait_s)
+        self._retrying = Retrying(
+            retry=retry_if_exception_type((_TryAgain, httpx.TransportError)),
+            stop=stop_after_attempt(num_attempts) | stop_when_event_set(self._stop),
+            wait=self._wait,
+            sleep=sleep_using_event(self._stop),
+            reraise=True,
+        )
+        self._client = httpx.Client(
+            verify=_certificates(),
+            timeout=timeout_s,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx.Limits(max_connections=num_workers),
+        )
+
+    def close(self) -> None:
+        """Ends the connections."""
+        self._client.close()
+
+    def known(self, messages: Sequence[Message], usable: Usable) -> Reply | None:
+        """The cached reply to ``messages`` if there is a usable one."""
+        entry = self.cache.get(ReplyCache.key(self._request(messages)))
+        if entry is None or not usable(entry["text"]):
+            return None
+        return Reply(entry["text"], None, entry["served_model"], cached=True)
+
+    def ask(self, messages: Sequence[Message], usable: Usable = bool) -> Reply:
+        """The reply to a chat, from the cache where it was asked before.
+
+        Args:
+            messages: ``role`` and ``content`` of each turn.
+            usable: whether a reply can be read; one that cannot be is asked for again, ``num_asks`` times in all.
+
+        Returns:
+            A reply; ``problem`` says where none could be read.
+
+        Raises:
+            JudgeError: the endpoint cannot be reached, or refuses whatever it is asked.
+        """
+        known = self.known(messages, usable)
+        if known is not None:
+            return known
+        spent = [0, 0]
+        reply = Reply("")
+        for _ in range(self.num_asks):
+            reply = self._send(messages)
+            spent = [spent[0] + reply.num_prompt_tokens, spent[1] + reply.num_reply_tokens]
+            if reply.problem is not None:
+                break
+            if usable(reply.text):
+                entry = {"text": reply.text, "served_model": reply.served_model}
+                self.cache.put(ReplyCache.key(self._request(messages)), entry)
+                return replace(reply, num_prompt_tokens=spent[0], num_reply_tokens=spent[1])
+        problem = (
+            reply.problem or f"no usable reply in {self.num_asks}; the last: {reply.text[:_NUM_CHARACTERS_SHOWN]!r}"
+        )
+        return replace(reply, problem=problem, num_prompt_tokens=spent[0], num_reply_tokens=spent[1])
+
+    def ask_all(
+        self,
+        chats: Sequence[Sequence[Message]],
+        usable: Usable = bool,
+        on_reply: Callable[[int, Reply], None] | None = None,
+    ) -> list[Reply]:
+        """The replies to many chats, in their order; ``num_workers`` are asked at once.
+
+        Args:
+            chats, usable: as for ``ask``.
+            on_reply: called with a chat's number and its reply, in the order in which they come. What it raises ends
+                the whole.
+
+        Raises:
+            JudgeError: as ``ask``. Replies that have come are in the cache: call again to go on.
+        """
+        replies: dict[int, Reply] = {}
+        num_good = 0
+        self._stop.clear()
+        with ThreadPoolExecutor(self.num_workers) as pool:
+            numbers: dict[Future[Reply], int] = {
+                pool.submit(self.ask, messages, usable): number for number, messages in enumerate(chats)
+            }
+            try:
+                for future in as_completed(numbers):
+                    reply = replies[numbers[future]] = future.result()
+                    num_good += reply.problem is None
+                    if num_good == 0 and len(replies) >= _MAX_REFUSED_AT_FIRST:
+                        raise JudgeError(f"the first {len(replies)} replies are of no use; the last: {reply.problem}.")
+                    if on_reply is not None:
+                        on_reply(numbers[future], reply)
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [replies[number] for number in range(len(chats))]
+
+    def _request(self, messages: Sequence[Message]) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "base_url": settings.base_url,
+            "model": settings.model,
+            "messages": list(messages),
+            "temperature": settings.temperature,
+            "max_tokens": settings.max_tokens,
+        }
+
+    def _send(self, messages: Sequence[Message]) -> Reply:
+        body = self._request(messages)
+        url = f"{body.pop('base_url').rstrip('/')}/chat/completions"
+        try:
+            return self._retrying(self._post, url, body)
+        except (_TryAgain, httpx.HTTPError) as error:
+            raise JudgeError(f"{url}: {str(error) or type(error).__name__}") from error
+
+    def _wait(self, state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        return max(self._backoff(state), error.after_s if isinstance(error, _TryAgain) else 0.0)
+
+    def _post(self, url: str, body: dict[str, Any]) -> Reply:
+        response = self._client.post(url, json=body)
+        status = response.status_code
+        said = f"HTTP {status} {self._shown(response.text)}"
+        if status in (408, 409, 425, 429) or status >= 500:
+            raise _TryAgain(said, _seconds(response.headers.get("Retry-After")))
+        if status in (401, 403, 404):
+            raise JudgeError(f"{url} refuses ({said}). Check {KEY_VARIABLE}, --base-url and --model {body['model']}.")
+        if status != 200:
+            return Reply("", f"refused: {said}")
+        try:
+            content = response.json()
+            text = content["choices"][0]["message"]["content"] or ""
+            usage = content.get("usage") or {}
+            num_sent, num_received = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
+            return Reply(self._struck(str(text)), None, content.get("model"), num_sent, num_received)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise _TryAgain(f"not a chat completion: {self._shown(response.text)}") from error
+
+    def _shown(self, text: str) -> str:
+        return self._struck(" ".join(text.split()))[:_NUM_CHARACTERS_SHOWN]
+
+    def _struck(self, text: str) -> str:
+        """The text without the key: servers repeat what they were given."""
+        return text.replace(self._key, "***") if self._key else text
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """httpx's own, read once a process."""
+    return httpx.create_ssl_context()
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Of a Retry-After header; 0 where there is none, or a date."""
+    return float(retry_after) if retry_after and retry_after.isdigit() else 0.0

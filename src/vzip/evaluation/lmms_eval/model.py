@@ -1,0 +1,276 @@
+"""The adapter between lmms-eval and a ``CompressedVlm``.
+
+lmms-eval calls ``generate_until`` with the questions of all tasks at once. The adapter plans batches of equal
+generation settings, builds each prompt with the checkpoint's own chat template, generates, and writes down how many
+visual tokens each picture really contributed. An answer that could not be computed is never scored as an empty one:
+exceptions are not caught, and a question whose picture cannot be read ends the run or is left out of the score.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vzip.errors import ManifestError, UnsupportedModelError
+from vzip.evaluation.answering import Answerer, SampleLog
+from vzip.evaluation.batching import BatchSize, check_batch_size, plan_batches, planned_size
+from vzip.evaluation.benchmarks.question_counts import compare_counts
+from vzip.evaluation.benchmarks.question_groups import partners_of
+from vzip.evaluation.generation import check_overrides
+from vzip.evaluation.processes import Processes
+from vzip.evaluation.questions import Key, PreparedBatch, Preparer, Question, list_questions
+from vzip.evaluation.read_ahead import prepare_ahead
+from vzip.installed import missing_package
+from vzip.media.images import strict_decoding
+
+if TYPE_CHECKING:
+    from vzip.evaluation.resume import AnswerStore
+    from vzip.models.vlm import CompressedVlm
+
+try:
+    from lmms_eval.api.instance import Instance
+    from lmms_eval.api.model import lmms
+except ImportError as error:
+    raise missing_package("Evaluating", "lmms_eval", error) from error
+
+OnProblem = Literal["refuse", "skip"]
+_SHOWN_PROBLEMS = 20
+
+logger = logging.getLogger(__name__)
+
+
+class ShareAnsweredError(Exception):
+    """Ends lmms-eval in every process but the first, which alone scores; no error of anybody's."""
+
+
+class VzipLmms(lmms):
+    """A ``CompressedVlm`` as an lmms-eval model (chat type).
+
+    Args:
+        vlm: the wrapper to evaluate; used as it is, and still whole after the run.
+        batch_size: questions generated together, or ``auto``; fewer once memory does not suffice.
+        gen_kwargs: generation settings that override those of every task.
+        system_prompt: text of a system turn before each question; None for none.
+        progress: show a progress bar on standard error (first process only).
+        num_workers: threads that read pictures and make inputs ahead; 0: none.
+        on_problem: what becomes of questions whose pictures or videos cannot be read: ``refuse`` ends the run, once
+            everything else is answered, ``skip`` leaves them out of the score.
+        seed: of sampled answers.
+        store: answers of an interrupted run, and where to keep new ones; None for neither.
+        processes: that share the questions.
+        num_pictures: how many questions of a task have their picture kept in ``pictures``.
+
+    Attributes:
+        batch_size: a number also where ``auto`` was asked for: what is tried first.
+        samples: what happened to each question.
+        batch_sizes: how often how many questions were generated at once.
+        problems: why a question could not be asked.
+        pictures: the first picture of the first questions answered, to be shown.
+
+    Raises:
+        ConfigError: a batch size or generation setting that cannot be.
+        UnsupportedModelError: the wrapper has no processor, or its processor no chat template.
+    """
+
+    is_simple = False  # lmms-eval: requests come as chat messages
+
+    def __init__(
+        self,
+        vlm: CompressedVlm,
+        *,
+        batch_size: BatchSize = 1,
+        gen_kwargs: Mapping[str, Any] | None = None,
+        system_prompt: str | None = None,
+        progress: bool = True,
+        num_workers: int = 2,
+        on_problem: OnProblem = "refuse",
+        seed: int = 0,
+        store: AnswerStore | None = None,
+        processes: Processes | None = None,
+        num_pictures: int = 0,
+    ) -> None:
+        super().__init__()
+        check_batch_size(batch_size)
+        _check_processor(vlm.processor)
+        self.vlm = vlm
+        self.batch_size = planned_size(batch_size, vlm.device)
+        self.gen_kwargs = check_overrides(gen_kwargs)
+        self.system_prompt = system_prompt
+        self.progress = progress
+        self.num_workers = num_workers
+        self.on_problem = on_problem
+        self.seed = seed
+        self.store = store
+        self.processes = processes or Processes()
+        self.samples: dict[Key, SampleLog] = {}
+        self.batch_sizes: Counter[int] = Counter()
+        self.problems: dict[Key, str] = {}
+        self.num_pictures = num_pictures
+        self.pictures: dict[Key, Image.Image] = {}
+        # Opened now: lmms-eval's own output may be redirected while it runs.
+        self._console = Console(file=sys.stderr)
+
+    @property
+    def device(self) -> torch.device:
+        """Where lmms-eval may put its counters in a multi-process run."""
+        return self.vlm.device
+
+    def clean(self) -> None:
+        """Keeps the model. lmms-eval's own ``clean`` deletes every module after a run; a sweep uses it again."""
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise UnsupportedModelError(
+            f"task {requests[0].task_name} scores answers by likelihood (output_type loglikelihood or multiple_choice);"
+            " vzip evaluates generated answers only. Choose a task with output_type generate_until."
+        )
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise UnsupportedModelError(
+            f"task {requests[0].task_name} is a dialogue of several rounds (generate_until_multi_round); vzip evaluates"
+            " single questions only. Choose a task with output_type generate_until."
+        )
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """Answers all requests, in their order.
+
+        Raises:
+            ManifestError: questions whose pictures or videos cannot be read, unless they are to be skipped.
+            TokenCountError: a picture entered the language model with another number of tokens than the budget's.
+            DeviceMemoryError: a question that does not fit the memory alone.
+            ShareAnsweredError: in every process but the first.
+            Anything the model or the task raises.
+        """
+        questions = list_questions(requests, self.gen_kwargs)
+        if not questions:
+            return []
+        if self.processes.is_first:
+            splits = {question.key[0]: question.request.args[-1] for question in questions}
+            compare_counts((task, len(self.task_dict[task][split])) for task, split in splits.items())
+        known = {} if self.store is None else {q.key: log for q in questions if (log := self.store.find(q)) is not None}
+        self.samples = known
+        batches = self._plan(questions, known)
+        with strict_decoding():
+            self._answer(self.processes.share(batches))
+        self._collect()
+        if self.problems:
+            self._leave_out(questions)
+        # Some tasks draw an answer where they understand none. How much was drawn before must not matter: in a run that
+        # goes on after an interruption fewer questions were read.
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+        # A question that is left out has no answer; lmms-eval does not score the empty text.
+        return [self.samples[q.key].answer if q.key in self.samples else "" for q in questions]
+
+    def _plan(self, questions: Sequence[Question], known: Mapping[Key, SampleLog]) -> list[list[Question]]:
+        """What is left to do: the batches of the whole run without the questions that are answered already."""
+        tokenizer: Any = self.vlm.processor.tokenizer  # type: ignore[union-attr]
+        lengths = [len(ids) for ids in tokenizer([question.text for question in questions])["input_ids"]]
+        plan = plan_batches(lengths, [question.settings for question in questions], self.batch_size)
+        left = [[questions[position] for position in batch if questions[position].key not in known] for batch in plan]
+        return [batch for batch in left if batch]
+
+    def _answer(self, batches: list[list[Question]]) -> None:
+        """Answers this process's share and keeps each batch at once."""
+        kept = None if self.store is None else self.store.kept
+        chunk_size = min(self.batch_size, (kept and kept.chunk_size) or self.batch_size)
+        answerer = Answerer(self.vlm, chunk_size, self.seed)
+        preparer = Preparer(self.vlm, self.task_dict, self.system_prompt)
+
+        def prepare(batch: list[Question]) -> PreparedBatch:
+            return preparer.prepare(batch, answerer.chunk_size)
+
+        with self._bar() as bar, contextlib.closing(prepare_ahead(batches, prepare, self.num_workers)) as prepared:
+            task = bar.add_task("answering", total=sum(map(len, batches)))
+            for batch in prepared:
+                asked = [one.question for chunk in batch.chunks for one in chunk.loaded]
+                self._keep_pictures(batch)
+                logs, sizes = answerer.answer(batch.chunks)
+                answered = list(zip(asked, logs, strict=True))
+                if self.store is not None and answered:
+                    self.store.add(answered, sizes)
+                self.samples.update({question.key: log for question, log in answered})
+                self.batch_sizes.update(sizes)
+                self.problems.update(batch.problems)
+                for key, problem in batch.problems.items():
+                    logger.warning("task %s, question %d cannot be asked: %s", key[0], key[1], problem)
+                bar.advance(task, len(asked) + len(batch.problems))
+
+    def _keep_pictures(self, batch: PreparedBatch) -> None:
+        for one in (one for chunk in batch.chunks for one in chunk.loaded):
+            kept = sum(key[0] == one.question.key[0] for key in self.pictures)
+            if one.images and kept < self.num_pictures:
+                self.pictures[one.question.key] = one.images[0]
+
+    def _collect(self) -> None:
+        """Brings all answers to the first process."""
+        shares = self.processes.gather((self.samples, self.batch_sizes, self.problems))
+        if shares is None:
+            raise ShareAnsweredError
+        for samples, batch_sizes, problems in shares[1:]:
+            self.samples.update(samples)
+            self.batch_sizes.update(batch_sizes)
+            self.problems.update(problems)
+        if self.store is not None:
+            self.batch_sizes.update(self.store.kept.sizes)
+
+    def _leave_out(self, questions: Sequence[Question]) -> None:
+        """Ends the run, or takes the questions that could not be asked out of what lmms-eval scores."""
+        if self.on_problem == "skip":
+            self.problems |= partners_of(self.problems, questions, self.task_dict)
+        asked = {question.key[0] for question in questions if question.key not in self.problems}
+        if self.on_problem == "refuse" or not {key[0] for key in self.problems} <= asked:
+            raise ManifestError(self._problems_text(len(questions)))
+        for question in questions:
+            if question.key in self.problems:
+                scored = question.request.args[1].__self__.instances  # of the task whose messages these are
+                scored[:] = [request for request in scored if request is not question.request]
+
+    def _problems_text(self, num_questions: int) -> str:
+        listed = [f"  task {key[0]}, question {key[1]}: {text}" for key, text in sorted(self.problems.items())]
+        more = [f"  ... and {len(listed) - _SHOWN_PROBLEMS} more"] if len(listed) > _SHOWN_PROBLEMS else []
+        first = f"{len(listed)} of {num_questions} questions cannot be asked, so there is no score:"
+        way_out = "All other answers are kept. Mend the data and start the same command again"
+        if self.on_problem == "refuse":
+            way_out += (
+                ", or leave these questions out of the score with eval.on_problem=skip (the record then says so and is"
+                " provisional)"
+            )
+        else:
+            way_out += ": of one task there is no other question that could be scored"
+        return "\n".join([first, *listed[:_SHOWN_PROBLEMS], *more, f"{way_out}."])
+
+    def _bar(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self.progress or self.rank > 0 or not self.processes.is_first,
+        )
+
+
+def _check_processor(processor: Any) -> None:
+    if processor is None:
+        raise UnsupportedModelError(
+            "the model has no processor, so no prompt can be written for it. Load it from a directory that holds"
+            " its processor files, or pass CompressedVlm(..., processor=...)."
+        )
+    if not processor.chat_template:
+        raise UnsupportedModelError(
+            f"the checkpoint's {type(processor).__name__} has no chat template (chat_template.jinja), so its"
+            " prompt format is not known. Add the template to the checkpoint directory."
+        )

@@ -1,0 +1,139 @@
+"""A dialogue as token ids: the chat template's text, with each picture and video as so many tokens of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vzip.errors import ConfigError, PromptError
+
+from ..families import Adapter
+
+Medium = Literal["image", "video"]
+THINGS: dict[Medium, str] = {"image": "picture", "video": "video"}
+# In place of a placeholder that the model itself wrote: equal to no token, so it is never taken for a picture.
+_NOT_SHOWN = -1
+# In place of a token of the first picture or video of the dialogue; of the next, the number below, and so on. So two
+# dialogues agree in a token only where the same picture is shown.
+_FIRST_SHOWN = -2
+
+
+@dataclass(frozen=True)
+class EncodedVisual:
+    """A picture or video as the language model gets it.
+
+    Attributes:
+        medium: ``image`` or ``video``.
+        tokens: ``[num_visual_tokens, d_text]``.
+        num_vanilla_tokens: visual tokens it would have without compression.
+    """
+
+    medium: Medium
+    tokens: Tensor
+    num_vanilla_tokens: int
+
+    @property
+    def num_visual_tokens(self) -> int:
+        return self.tokens.shape[0]
+
+
+class ChatLayout:
+    """What turns messages into ids; ``placeholders`` are the model's, by medium: id and text.
+
+    Args:
+        processor: the checkpoint's.
+        adapter: of the model.
+
+    Raises:
+        ConfigError: no processor, or one without a chat template.
+    """
+
+    def __init__(self, processor: Any, adapter: Adapter) -> None:
+        if processor is None or not processor.chat_template:
+            missing = "processor" if processor is None else "chat template"
+            raise ConfigError(
+                f"chat: the wrapper has no {missing}, and the checkpoint's chat template is what lays out a dialogue."
+                " Use load_vlm on a directory with the processor's files and chat_template.jinja, or give CompressedVlm"
+                " a processor whose chat_template is set."
+            )
+        self._processor = processor
+        ids: dict[Medium, int | None] = {"image": adapter.image_token_id, "video": adapter.video_token_id}
+        self.placeholders: dict[Medium, tuple[int, str]] = {
+            medium: (token, processor.tokenizer.convert_ids_to_tokens(token))
+            for medium, token in ids.items()
+            if token is not None
+        }
+
+    def check_question(self, question: str) -> None:
+        """Raises PromptError for a question that is empty or holds a placeholder."""
+        if not question.strip():
+            raise PromptError("The question is empty: ask something; pictures alone are no turn.")
+        for medium, (_, text) in self.placeholders.items():
+            if text in question:
+                raise PromptError(
+                    f"The question holds {text!r}, which marks where a {THINGS[medium]} goes: leave it out and give the"
+                    f" {THINGS[medium]} in {medium}s= or add_{medium}."
+                )
+
+    def lay_out(self, messages: Sequence[dict[str, Any]], visuals: Sequence[EncodedVisual]) -> list[int]:
+        """Ids of the whole dialogue, each visual token as the number that stands for its picture or video.
+
+        Raises:
+            PromptError: a template that writes another number of placeholders than there are pictures or videos.
+        """
+        text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        tokenizer = self._processor.tokenizer
+        # A template that writes the first token itself must not get another from the tokenizer.
+        has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        ids: list[int] = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+        shown = {}
+        for medium, (token, written) in self.placeholders.items():
+            own = [number for number, visual in enumerate(visuals) if visual.medium == medium]
+            if ids.count(token) != len(own):
+                raise PromptError(
+                    f"The chat template wrote {ids.count(token)} {written} placeholders for {len(own)}"
+                    f" {THINGS[medium]}s: it must write one for each content item of type {medium}."
+                )
+            shown[token] = iter(own)
+        laid_out: list[int] = []
+        for token in ids:
+            if token in shown:
+                number = next(shown[token])
+                laid_out += [_FIRST_SHOWN - number] * visuals[number].num_visual_tokens
+            else:
+                laid_out.append(token)
+        return laid_out
+
+    def embed(
+        self, ids: Sequence[int], visuals: Sequence[EncodedVisual], embed_tokens: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """``[1, T, d_text]`` of ``lay_out``'s ids: text embeddings, with the visual tokens in their places."""
+        tokens = torch.tensor([ids])
+        is_shown = tokens <= _FIRST_SHOWN
+        embeddings = embed_tokens(tokens.masked_fill(is_shown, 0))
+        order = dict.fromkeys(_FIRST_SHOWN - i for i in ids if i <= _FIRST_SHOWN)
+        if order:
+            shown = torch.cat([visuals[number].tokens for number in order])
+            embeddings[is_shown.to(embeddings.device)] = shown.to(embeddings)
+        return embeddings
+
+    def as_written(self, new_ids: Sequence[int]) -> list[int]:
+        """An answer's ids; a placeholder among them stands for nothing shown."""
+        placeholders = [token for token, _ in self.placeholders.values()]
+        return [_NOT_SHOWN if i in placeholders else i for i in new_ids]
+
+    def read(self, new_ids: Sequence[int]) -> str:
+        """The answer as text, without placeholders: the next turn would take them for pictures or videos."""
+        text = self._processor.tokenizer.decode(new_ids, skip_special_tokens=True)
+        for _, written in self.placeholders.values():
+            text = text.replace(written, "")
+        return text.strip()
+
+
+def message(role: str, text: str, visuals: Sequence[EncodedVisual] = ()) -> dict[str, Any]:
+    """A turn as chat templates take it."""
+    return {"role": role, "content": [*({"type": visual.medium} for visual in visuals), {"type": "text", "text": text}]}

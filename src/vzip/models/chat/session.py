@@ -1,0 +1,216 @@
+"""A dialogue about pictures and videos: each is encoded once, and each turn computes only what is new.
+
+The checkpoint's chat template lays out the whole dialogue anew each turn. What the key-value cache already holds of it
+(the longest common beginning) is kept, the rest is computed, so the model always sees what one pass over the whole
+dialogue would show it, even where a template or the tokenizer writes earlier turns differently than they were produced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from transformers import DynamicCache, TextStreamer
+
+from vzip.errors import ConfigError, PromptError, nearest
+from vzip.media.video import VideoSource
+
+from .layout import ChatLayout, EncodedVisual, message
+
+if TYPE_CHECKING:
+    from ..vlm import CompressedVlm
+
+DEFAULT_MAX_NEW_TOKENS = 256
+GENERATION_SETTINGS = ("do_sample", "temperature", "top_p", "top_k", "min_new_tokens")
+
+
+class ChatSession:
+    """One dialogue; made by ``CompressedVlm.chat``.
+
+    Whatever fails in a turn, or interrupts it, leaves the dialogue as it was before. If the wrapper's compressor is
+    replaced, pictures and videos that are already encoded keep their tokens.
+
+    Attributes:
+        messages: the turns so far, as the chat template gets them.
+        visuals: the pictures and videos of these turns, in order.
+        pending: those added for the next question.
+    """
+
+    def __init__(self, vlm: CompressedVlm, system_prompt: str | None = None) -> None:
+        """Begins a dialogue.
+
+        Raises:
+            ConfigError: the wrapper has no processor, or the processor has no chat template.
+        """
+        self._vlm = vlm
+        self._layout = ChatLayout(vlm.processor, vlm.adapter)
+        processor: Any = vlm.processor
+        self._tokenizer = processor.tokenizer
+        self._system_prompt = system_prompt
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all turns, pictures and videos; the system prompt stays."""
+        prompt = self._system_prompt
+        self.messages: list[dict[str, Any]] = [message("system", prompt)] if prompt else []
+        self.visuals: list[EncodedVisual] = []
+        self.pending: list[EncodedVisual] = []
+        # Without the model's configuration every layer keeps all positions, so that it can always be cut back.
+        self._cache = DynamicCache()
+        self._cached_ids: list[int] = []
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Text and visual tokens of the dialogue that need not be computed again."""
+        return len(self._cached_ids)
+
+    @torch.no_grad()
+    def add_image(self, image: Image.Image) -> EncodedVisual:
+        """Encodes a picture for the next question.
+
+        Raises:
+            ImageError: a picture that cannot be used.
+        """
+        self.pending.append(self._encode(image))
+        return self.pending[-1]
+
+    @torch.no_grad()
+    def add_video(self, video: VideoSource) -> EncodedVisual:
+        """Encodes a video, a file or its frames as pictures, for the next question.
+
+        Raises:
+            UnsupportedModelError: the model has no video tower.
+            VideoError: a video that cannot be used.
+            MissingPackageError: PyAV is not installed.
+        """
+        self.pending.append(self._encode_video(video))
+        return self.pending[-1]
+
+    @torch.no_grad()
+    def ask(
+        self,
+        question: str,
+        images: Sequence[Image.Image] = (),
+        videos: Sequence[VideoSource] = (),
+        *,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        on_text: Callable[[str], None] | None = None,
+        **settings: Any,
+    ) -> str:
+        """Asks; returns the answer, greedy unless asked otherwise.
+
+        Args:
+            question: the user's text, without placeholders.
+            images: pictures that come with it, after what ``add_image`` and ``add_video`` have added.
+            videos: videos that come with it, after those.
+            max_new_tokens: most tokens of the answer.
+            on_text: called with each further piece of the answer as soon as its words are complete.
+            **settings: of ``GENERATION_SETTINGS``, as for ``generate``.
+
+        Raises:
+            ConfigError: another setting, or fewer than one new token.
+            PromptError: a question that is empty or holds a placeholder; a dialogue longer than the model can read.
+            ImageError, VideoError: a picture or video that cannot be used.
+            UnsupportedModelError: a video for a model without a video tower.
+        """
+        self._check(question, max_new_tokens, settings)
+        new = [*map(self._encode, images), *map(self._encode_video, videos)]
+        pending = [*self.pending, *new]
+        messages = [*self.messages, message("user", question, pending)]
+        visuals = [*self.visuals, *pending]
+        ids = self._layout.lay_out(messages, visuals)
+        self._check_length(len(ids), max_new_tokens)
+        new_ids = self._generate(ids, visuals, on_text, {"max_new_tokens": max_new_tokens, **settings})
+        answer = self._layout.read(new_ids)
+        self.messages = [*messages, message("assistant", answer)]
+        self.visuals, self.pending = visuals, []
+        return answer
+
+    def _encode(self, image: Image.Image) -> EncodedVisual:
+        inputs = {name: value.to(self._vlm.device) for name, value in self._vlm.preprocess_images([image]).items()}
+        tokens = self._vlm.encode_images(**inputs)[0]
+        layout = {name: inputs.get(name) for name in ("image_sizes", "tile_grids")}
+        return EncodedVisual("image", tokens, self._vlm.adapter.expanded_lengths(1, **layout)[0])
+
+    def _encode_video(self, video: VideoSource) -> EncodedVisual:
+        (pixels,) = self._vlm.preprocess_videos([video]).values()
+        tokens = self._vlm.encode_videos(pixels.to(self._vlm.device))[0]
+        return EncodedVisual("video", tokens, self._vlm.adapter.video_lengths(pixels)[0])
+
+    def _check(self, question: str, max_new_tokens: int, settings: dict[str, Any]) -> None:
+        self._layout.check_question(question)
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={max_new_tokens}: must be 1 or more.")
+        for name in settings:
+            if name not in GENERATION_SETTINGS:
+                raise ConfigError(
+                    f"ask({name}=...): no setting of a dialogue{nearest(name, GENERATION_SETTINGS)}; allowed are"
+                    f" max_new_tokens, {', '.join(GENERATION_SETTINGS)}."
+                )
+
+    def _check_length(self, num_tokens: int, max_new_tokens: int) -> None:
+        limit = getattr(self._vlm.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and num_tokens + max_new_tokens > limit:
+            raise PromptError(
+                f"The dialogue would be {num_tokens} tokens long and its answer up to {max_new_tokens}, but the model"
+                f" reads {limit}: lower max_new_tokens, use a smaller budget, or start again with reset()."
+            )
+
+    def _generate(
+        self,
+        ids: list[int],
+        visuals: list[EncodedVisual],
+        on_text: Callable[[str], None] | None,
+        settings: dict[str, Any],
+    ) -> list[int]:
+        """Continues ``ids`` and returns the new ones; the cache then holds all that was computed."""
+        # One token at least must be computed, since its output is the first of the answer.
+        self._cached_ids = self._cached_ids[: min(_common_beginning(self._cached_ids, ids), len(ids) - 1)]
+        self._cut_cache()
+        device = self._vlm.device
+        embeddings = self._layout.embed(ids, visuals, lambda tokens: self._vlm.adapter.embed_tokens(tokens.to(device)))
+        try:
+            new_ids: list[int] = self._vlm.model.generate(
+                inputs_embeds=embeddings,  # all of it: Hugging Face leaves out what the cache holds
+                attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device),
+                past_key_values=self._cache,
+                streamer=None if on_text is None else _Streamer(self._tokenizer, on_text),
+                **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, **settings},
+            )[0].tolist()
+            whole = [*ids, *self._layout.as_written(new_ids)]
+            self._cached_ids = whole[: self._cache.get_seq_length()]  # the last one was not computed on
+        finally:
+            self._cut_cache()
+        return new_ids
+
+    def _cut_cache(self) -> None:
+        """Cuts every layer back to ``_cached_ids``; after a turn that failed half way, layers differ in length."""
+        for layer in self._cache.layers:
+            surplus = int(layer.get_seq_length()) - len(self._cached_ids)
+            if surplus > 0:
+                layer.crop(-surplus)
+
+
+class _Streamer(TextStreamer):
+    """Hands complete words on, from the first that is not blank."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+        self._begun = False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text if self._begun else text.lstrip()
+        if text:
+            self._begun = True
+            self._on_text(text)
+
+
+def _common_beginning(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many leading items are equal."""
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return min(len(first), len(second))

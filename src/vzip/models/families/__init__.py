@@ -1,0 +1,74 @@
+"""The families served. A new one is a file here and an entry in ``ADAPTERS``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vzip.errors import UnsupportedModelError, nearest
+
+from .base import Adapter
+from .llava.adapter import LlavaAdapter
+from .llava_next.adapter import LlavaNextAdapter
+from .mini_gemini.adapter import MiniGeminiAdapter
+from .options import FamilyOptions
+from .video_llava.adapter import VideoLlavaAdapter
+
+# Subclasses before their base: a Mini-Gemini model is a LLaVA model to isinstance.
+ADAPTERS: tuple[type[Adapter], ...] = (MiniGeminiAdapter, LlavaAdapter, LlavaNextAdapter, VideoLlavaAdapter)
+
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "FamilyOptions",
+    "LlavaAdapter",
+    "LlavaNextAdapter",
+    "MiniGeminiAdapter",
+    "VideoLlavaAdapter",
+    "adapter_class_for_config",
+    "adapter_for_model",
+]
+
+
+def _unsupported(name: str) -> UnsupportedModelError:
+    names = [adapter.model_class.__name__ for adapter in ADAPTERS]
+    return UnsupportedModelError(
+        f"Model class {name} has no adapter{nearest(name, names)}; supported are {', '.join(names)}. A new family is a"
+        " folder in vzip/models/families."
+    )
+
+
+def adapter_for_model(model: nn.Module, options: FamilyOptions | None = None) -> Adapter:
+    """The adapter for a loaded Hugging Face model, found by its class.
+
+    Raises:
+        ConfigError: options that the family does not have.
+        UnsupportedModelError: no adapter for this class, its vision tower or its settings.
+    """
+    for adapter in ADAPTERS:
+        if isinstance(model, adapter.model_class):
+            return adapter(model, options)
+    raise _unsupported(type(model).__name__)
+
+
+def adapter_class_for_config(config: Any) -> type[Adapter]:
+    """The adapter class for a Hugging Face configuration, before any weights are read.
+
+    Raises:
+        UnsupportedModelError: no adapter, or a checkpoint written by other code than transformers.
+    """
+    wanted = list(config.architectures or [])
+    for adapter in ADAPTERS:
+        if type(config) is not adapter.model_class.config_class:
+            continue
+        if wanted and adapter.model_class.__name__ not in wanted:
+            # The original LLaVA repositories call their format "llava" too; their weights have other names.
+            raise UnsupportedModelError(
+                f"config.json names the architecture {', '.join(wanted)}, which transformers does not load as"
+                f" {adapter.model_class.__name__}. Use the converted checkpoint (its name usually ends in -hf, such as"
+                " llava-hf/llava-1.5-7b-hf)."
+            )
+        adapter.check_config(config)
+        return adapter
+    raise _unsupported(wanted[0] if wanted else type(config).__name__)

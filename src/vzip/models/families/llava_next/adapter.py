@@ -1,0 +1,249 @@
+"""LLaVA-NeXT (``LlavaNextForConditionalGeneration``): a base crop and a grid of tiles, compressed crop by crop.
+
+Packed as the published VisionZip code does (see ``_reading_order``); without compression exactly as Hugging Face does:
+the tiles stitched together, the padding cut off, a newline token after each row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import LlavaNextForConditionalGeneration
+
+from vzip.compressors.base import SCORES, VisionOutput
+from vzip.errors import PromptError, UnsupportedModelError
+from vzip.media.images import Preprocess
+from vzip.models.families.llava_next.anyres import hf_grid, placement, prepare_crops
+
+from ...towers.structure import TowerGeometry
+from ...weights.devices import fetch_parameter
+from ..base import check_pixel_values
+from ..llava_base import LlavaBase
+
+Grid = tuple[int, int]
+
+
+class LlavaNextAdapter(LlavaBase):
+    """Several crops an image, and a newline token."""
+
+    model_class = LlavaNextForConditionalGeneration
+    has_tiles = True
+
+    @classmethod
+    def check_config(cls, config: Any) -> TowerGeometry:
+        geometry = super().check_config(config)
+        if cls.read_stock_offset(config) != int(geometry.has_cls):
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy={config.vision_feature_select_strategy}: LLaVA-NeXT stitches its"
+                " crops' patches together, so a tower with CLS needs 'default' and one without needs 'full'. It is a"
+                " setting of the checkpoint's config.json."
+            )
+        side = geometry.image_size
+        if any(height % side or width % side for height, width in config.image_grid_pinpoints):
+            raise UnsupportedModelError(
+                f"image_grid_pinpoints={config.image_grid_pinpoints}: each side must be a multiple of the vision"
+                f" tower's {side} pixels. It is a setting of the checkpoint's config.json."
+            )
+        return geometry
+
+    @property
+    def newline(self) -> Tensor:
+        """The newline token ``[d_text]``."""
+        return fetch_parameter(self.model.get_submodule("model"), "image_newline")
+
+    @property
+    def pinpoints(self) -> list[list[int]]:
+        """The resolutions a picture may be shown at, in pixels."""
+        return self.model.config.image_grid_pinpoints
+
+    def prepare_pictures(
+        self, images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess
+    ) -> dict[str, Tensor]:
+        return prepare_crops(images, image_processor, preprocess, self.pinpoints, self.geometry.image_size)
+
+    def expanded_lengths(
+        self, num_images: int, image_sizes: Tensor | None, tile_grids: Tensor | None = None
+    ) -> list[int]:
+        lengths = []
+        for size, grid in self._layouts(num_images, image_sizes, tile_grids):
+            rows, cols = unpadded(size, *self._stitched(grid))
+            lengths.append(self.geometry.num_patches + len(rows) * (len(cols) + 1))
+        return lengths
+
+    def crops(
+        self, pixel_values: Tensor, image_sizes: Tensor | None, tile_grids: Tensor | None = None
+    ) -> tuple[Tensor, list[int]]:
+        check_pixel_values(pixel_values, 5, "[images, max_crops, 3, height, width]")
+        num_images, max_crops = pixel_values.shape[:2]
+        layouts = self._layouts(num_images, image_sizes, tile_grids)
+        if max_crops == 1:  # no processor writes it: a picture given as its base crop alone
+            return pixel_values.flatten(0, 1), [1] * num_images
+        needed = [1 + rows * cols for _, (rows, cols) in layouts]
+        self._check_crops(pixel_values, layouts, needed)
+        return torch.cat([own[:count] for own, count in zip(pixel_values, needed, strict=True)]), needed
+
+    def pack(
+        self,
+        crops: Sequence[Tensor],
+        image_sizes: Tensor | None,
+        kept: Sequence[Tensor] | None = None,
+        tile_grids: Tensor | None = None,
+    ) -> list[Tensor]:
+        images = []
+        for number, (size, grid) in enumerate(self._layouts(len(crops), image_sizes, tile_grids)):
+            own = crops[number]
+            newline = self.newline.to(own)
+            if len(own) == 1:
+                images.append(torch.cat([own[0], newline[None]]))
+            elif kept is None:
+                images.append(torch.cat([own[0], self._stitch(own[1:], size, grid, newline)]))
+            else:
+                images.append(torch.cat([own[0], self._interleave(own[1:], kept[number][1:], size, grid, newline)]))
+        return images
+
+    def num_added_tokens(
+        self, num_crops: Sequence[int], image_sizes: Tensor | None, tile_grids: Tensor | None = None
+    ) -> list[int]:
+        layouts = self._layouts(len(num_crops), image_sizes, tile_grids)
+        newlines = [len(self._newline_rows(size, grid)) for size, grid in layouts]
+        return [1 if count == 1 else rows for count, rows in zip(num_crops, newlines, strict=True)]
+
+    def hide_padding(
+        self, vision: VisionOutput, num_crops: Sequence[int], image_sizes: Tensor | None, tile_grids: Tensor | None
+    ) -> VisionOutput:
+        scores = {name: getattr(vision, name) for name in SCORES if getattr(vision, name) is not None}
+        if not self.options.drop_padding or not scores:
+            return vision
+        (tile_rows, tile_cols), masks = self.geometry.grid, []
+        for count, (size, grid) in zip(num_crops, self._layouts(len(num_crops), image_sizes, tile_grids), strict=True):
+            mask = torch.zeros(count, self.geometry.num_patches, dtype=torch.bool)  # the base crop has no padding
+            if count > 1:
+                rows, cols = self._pictured(size, grid)
+                stitched = torch.ones(self._stitched(grid), dtype=torch.bool)
+                stitched[rows.start : rows.stop, cols.start : cols.stop] = False
+                tiles = stitched.view(grid[0], tile_rows, grid[1], tile_cols).transpose(1, 2)
+                mask[1:] = tiles.reshape(count - 1, -1)
+            masks.append(mask)
+        hidden = torch.cat(masks).to(vision.hidden.device)
+        return replace(vision, **{name: score.masked_fill(hidden, -math.inf) for name, score in scores.items()})
+
+    def _layouts(
+        self, num_images: int, image_sizes: Tensor | None, tile_grids: Tensor | None
+    ) -> list[tuple[Grid, Grid]]:
+        """For each image its (height, width) in pixels and the (rows, cols) of its tiles, on the host."""
+        if num_images == 0:
+            return []
+        if image_sizes is None:
+            raise PromptError(
+                f"image_sizes is missing for {num_images} pictures: LLaVA-NeXT needs the original (height, width) of"
+                " each picture, as its Hugging Face processor and preprocess_images return them."
+            )
+        sizes = _pairs(image_sizes, num_images, "image_sizes", "(height, width) in pixels")
+        if tile_grids is None:
+            side = self.geometry.image_size
+            return [(size, hf_grid(*size, self.pinpoints, side)) for size in sizes]
+        return list(zip(sizes, _pairs(tile_grids, num_images, "tile_grids", "(rows, cols) of tiles"), strict=True))
+
+    def _check_crops(self, pixel_values: Tensor, layouts: list[tuple[Grid, Grid]], needed: list[int]) -> None:
+        """Raises PromptError where a picture has another number of crops than its size asks for."""
+        max_crops = pixel_values.shape[1]
+        # Crops are padded with zeros to the most crops of the batch; a crop of a picture is never all zeros.
+        filled = pixel_values.flatten(2).ne(0).any(dim=2).tolist()
+        for number, (count, (size, grid)) in enumerate(zip(needed, layouts, strict=True)):
+            given = max((crop + 1 for crop in range(max_crops) if filled[number][crop]), default=min(count, max_crops))
+            if given != count:
+                raise PromptError(
+                    f"Picture {number} has {given} crops in pixel_values {tuple(pixel_values.shape)}, but its size"
+                    f" {size[0]} x {size[1]} (height x width) asks for {count}: a base crop and {grid[0]} x {grid[1]}"
+                    " tiles. Give the pixel_values, image_sizes and tile_grids of the same pictures."
+                )
+
+    def _stitched(self, grid: Grid) -> Grid:
+        """(rows, cols) of patches of all tiles together."""
+        return grid[0] * self.geometry.grid[0], grid[1] * self.geometry.grid[1]
+
+    def _pictured(self, size: Grid, grid: Grid) -> tuple[range, range]:
+        """Rows and columns of stitched patches that show some of the picture, and not padding alone."""
+        side, (tile_rows, tile_cols) = self.geometry.image_size, self.geometry.grid
+        top, left, height, width = placement(*size, grid[0] * side, grid[1] * side)
+        patch_height, patch_width = side // tile_rows, side // tile_cols
+        rows = range(top // patch_height, math.ceil((top + height) / patch_height))
+        return rows, range(left // patch_width, math.ceil((left + width) / patch_width))
+
+    def _newline_rows(self, size: Grid, grid: Grid) -> range:
+        """Stitched rows after which ``row_newline`` puts a newline token."""
+        if not self.options.row_newline:
+            return range(0)
+        return self._pictured(size, grid)[0] if self.options.drop_padding else range(self._stitched(grid)[0])
+
+    def _stitch(self, tiles: Tensor, size: Grid, grid: Grid, newline: Tensor) -> Tensor:
+        """Uncompressed tiles ``[T, P, d]`` as Hugging Face packs them: stitched, unpadded, a newline a row."""
+        rows, cols = unpadded(size, *self._stitched(grid))
+        width = tiles.shape[-1]
+        whole = tiles.view(*grid, *self.geometry.grid, width).transpose(1, 2).reshape(*self._stitched(grid), width)
+        whole = whole[rows.start : rows.stop, cols.start : cols.stop]
+        return torch.cat([whole, newline.expand(len(rows), 1, width)], dim=1).flatten(0, 1)
+
+    def _interleave(self, tiles: Tensor, kept: Tensor, size: Grid, grid: Grid, newline: Tensor) -> Tensor:
+        """Compressed tiles ``[T, K, d]`` in reading order; ``kept [T, num_kept]`` are rows of the tower."""
+        newline_rows = self._newline_rows(size, grid)
+        keys = self._reading_order(kept, tiles.shape[1] - kept.shape[1], grid)
+        tokens = tiles.flatten(0, 1)
+        if newline_rows:
+            line = self._stitched(grid)[1] + 1
+            ends = torch.arange(newline_rows.start + 1, newline_rows.stop + 1, device=keys.device) * line - 1
+            keys, tokens = torch.cat([keys, ends]), torch.cat([tokens, newline.expand(len(newline_rows), -1)])
+        return tokens[keys.argsort().to(tokens.device)]
+
+    def _reading_order(self, kept: Tensor, num_contextual: int, grid: Grid) -> Tensor:
+        """Sort keys of tiles' tokens, all distinct: int64 ``[T * (num_kept + num_contextual)]``.
+
+        The published order: kept patches line by line over all tiles together (a line runs through every tile of its
+        row), then the CLS tokens of all tiles, then their contextual tokens, tile by tile. A line has one key more
+        than it has patches, where a newline token fits.
+        """
+        num_tiles, (tile_rows, tile_cols) = len(kept), self.geometry.grid
+        tile = torch.arange(num_tiles, device=kept.device).unsqueeze(1)
+        patch = kept - int(self.geometry.has_cls)
+        y = tile // grid[1] * tile_rows + patch // tile_cols
+        x = tile % grid[1] * tile_cols + patch % tile_cols
+        height, line = self._stitched(grid)[0], self._stitched(grid)[1] + 1
+        after_patches = height * line
+        of_kept = torch.where(patch < 0, after_patches + tile, y * line + x)
+        number = torch.arange(num_contextual, device=kept.device)
+        of_contextual = after_patches + num_tiles + tile * num_contextual + number
+        return torch.cat([of_kept, of_contextual], dim=1).flatten()
+
+
+def unpadded(size: Grid, num_rows: int, num_cols: int) -> tuple[range, range]:
+    """Rows and columns of stitched patches that the unmodified model uses; Hugging Face's arithmetic in patches.
+
+    Args:
+        size: original (height, width) of the picture.
+        num_rows, num_cols: stitched patches.
+    """
+    height, width = size
+    if width / height > num_cols / num_rows:
+        padding = (num_rows - int(round(height * (num_cols / width), 7))) // 2
+        return range(padding, num_rows - padding), range(num_cols)
+    padding = (num_cols - int(round(width * (num_rows / height), 7))) // 2
+    return range(num_rows), range(padding, num_cols - padding)
+
+
+def _pairs(tensor: Tensor, num_images: int, name: str, what: str) -> list[Grid]:
+    """A tensor ``[images, 2]`` of positive numbers as pairs on the host; PromptError for anything else."""
+    if tuple(tensor.shape) != (num_images, 2):
+        raise PromptError(
+            f"{name} has shape {tuple(tensor.shape)} for {num_images} pictures: must be ({num_images}, 2), the {what}"
+            " of each picture."
+        )
+    pairs = [(int(first), int(second)) for first, second in tensor.tolist()]
+    if any(first < 1 or second < 1 for first, second in pairs):
+        raise PromptError(f"{name}={pairs}: each must be at least 1 ({what}).")
+    return pairs

@@ -1,0 +1,98 @@
+"""Mini-Gemini: one picture at two resolutions, mined before it is compressed.
+
+The paper gives counts (64, 128, 192 of 576) and does not say how mining and selection are joined. Here all patches are
+mined first, since a query needs its own window, and merged tokens and CLS own none. Scores and keys are the
+low-resolution tower's, as for LLaVA-1.5; CLS passes unmined, or is left out (``drop_cls``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vzip.compressors.base import VisionOutput
+from vzip.errors import PromptError, UnsupportedModelError
+
+from ...towers.structure import TowerGeometry
+from ..base import check_pixel_values
+from ..llava.adapter import LlavaAdapter
+from . import MiniGeminiForConditionalGeneration
+from .published import find_published
+
+
+class MiniGeminiAdapter(LlavaAdapter):
+    """CLIP tower, ConvNeXt tower and mining, two-layer projector, any language model."""
+
+    model_class = MiniGeminiForConditionalGeneration
+    has_mining = True
+
+    @classmethod
+    def check_config(cls, config: Any) -> TowerGeometry:
+        geometry = super().check_config(config)
+        if not geometry.has_cls or config.vision_feature_select_strategy != "default":
+            raise UnsupportedModelError(
+                f"vision_config.model_type={config.vision_config.model_type}, vision_feature_select_strategy="
+                f"{config.vision_feature_select_strategy}: Mini-Gemini mines the patches of a tower with CLS, and needs"
+                " clip_vision_model and 'default'. They are settings of the checkpoint's config.json."
+            )
+        stride = config.high_res_config.patch_size * geometry.grid[0]
+        if config.high_res_image_size % stride:
+            raise UnsupportedModelError(
+                f"high_res_image_size={config.high_res_image_size}: each of {geometry.grid[0]} x {geometry.grid[1]}"
+                f" patches needs its own window of features, so the side must be a multiple of {stride} pixels. It is a"
+                " setting of the checkpoint's config.json (image_size_aux in a published one)."
+            )
+        return geometry
+
+    @classmethod
+    def load_model(cls, directory: Path, config: Any, **settings: Any) -> Any:
+        """From Hugging Face's layout, or from the published one; raises CheckpointError for tensors that differ."""
+        published = find_published(directory)
+        if published is None:
+            return super().load_model(directory, config, **settings)
+        return published.load(config, **settings)
+
+    @classmethod
+    def load_processor(cls, directory: Path) -> Any:
+        published = find_published(directory)
+        return super().load_processor(directory) if published is None else published.processor()
+
+    def crops(
+        self, pixel_values: Tensor, image_sizes: Tensor | None, tile_grids: Tensor | None = None
+    ) -> tuple[Tensor, list[int]]:
+        check_pixel_values(pixel_values, 4, "[images, 3, height, width]")
+        side = self.model.config.high_res_image_size
+        if tuple(pixel_values.shape[1:]) != (3, side, side):
+            raise PromptError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}: this model takes [images, 3, {side}, {side}], the"
+                " high-resolution picture, and scales it down for the other tower itself. Prepare pictures with the"
+                " checkpoint's own processor, or with preprocess_images."
+            )
+        return super().crops(pixel_values, image_sizes, tile_grids)
+
+    def run_tower(self, pixel_values: Tensor, requires: frozenset[str], score_layer: int | None = None) -> VisionOutput:
+        """Both towers on pictures ``[N, 3, h, w]``: attention and keys of the low-resolution one, hidden mined."""
+        vision = super().run_tower(self.low_res(pixel_values), requires, score_layer)
+        return self.mined(vision, self.high_res(pixel_values))
+
+    def low_res(self, pixel_values: Tensor) -> Tensor:
+        """The pictures as the low-resolution tower takes them."""
+        model: Any = self.model.get_submodule("model")
+        return model.low_res(pixel_values)
+
+    def high_res(self, pixel_values: Tensor) -> Tensor:
+        """The high-resolution tower's features of pictures ``[N, 3, h, w]``: ``[N, c, H, W]``."""
+        return self.model.get_submodule("model.high_res_tower")(pixel_values)
+
+    def mined(self, vision: VisionOutput, highres: Tensor) -> VisionOutput:
+        """The low-resolution tower's output with its patches mined from ``highres``, CLS as ``drop_cls`` says."""
+        model: Any = self.model.get_submodule("model")
+        mined = model.mine(vision.hidden[:, 1:], highres)
+        if not self.options.drop_cls:
+            return replace(vision, hidden=torch.cat([vision.hidden[:, :1], mined], dim=1))
+        keys = None if vision.keys is None else vision.keys[:, 1:]
+        return replace(vision, hidden=mined, keys=keys, has_cls=False, stock_offset=0)

@@ -1,0 +1,172 @@
+"""Vision towers: where each family keeps its layers, what runs before them, and whether there is a CLS token.
+
+The only file that knows attribute paths inside a tower. A new tower is one more ``_Family`` entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, SiglipVisionModel
+
+from vzip.errors import PromptError, UnsupportedModelError, nearest
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What differs between towers: the class, its ``config.model_type``, CLS, the norm before the first layer."""
+
+    model_class: type[nn.Module]
+    config_type: str
+    has_cls: bool
+    pre_norm_name: str | None
+
+
+_FAMILIES = (
+    _Family(CLIPVisionModel, "clip_vision_model", has_cls=True, pre_norm_name="pre_layrnorm"),  # spelled so in HF
+    _Family(SiglipVisionModel, "siglip_vision_model", has_cls=False, pre_norm_name=None),
+)
+
+
+@dataclass(frozen=True)
+class TowerGeometry:
+    """A tower's shape, known from its configuration alone.
+
+    Attributes:
+        image_size: side of the square input in pixels.
+        grid: (rows, cols) of patches.
+        has_cls: whether row 0 of the output is CLS.
+        num_layers: transformer layers.
+    """
+
+    image_size: int
+    grid: tuple[int, int]
+    has_cls: bool
+    num_layers: int
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens, without CLS."""
+        return self.grid[0] * self.grid[1]
+
+    def num_layers_to_run(self, select_layer: int) -> int:
+        """Layers that must run so that ``hidden_states[select_layer]`` exists (index 0 is the input of layer 1).
+
+        Raises:
+            UnsupportedModelError: the tower has no such layer.
+        """
+        if not -(self.num_layers + 1) <= select_layer <= self.num_layers:
+            raise UnsupportedModelError(
+                f"vision_feature_layer={select_layer}: the vision tower has {self.num_layers} layers, so"
+                f" {-(self.num_layers + 1)} to {self.num_layers} are allowed. Change it in the"
+                " checkpoint's config.json."
+            )
+        return select_layer if select_layer >= 0 else self.num_layers + 1 + select_layer
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower taken apart (references into the Hugging Face module; nothing is copied or changed).
+
+    Attributes:
+        geometry: its shape.
+        embeddings: pixels -> ``[N, L, D]``.
+        pre_norm: norm before the first layer, or None.
+        layers: the transformer layers, in order.
+        num_heads: attention heads of every layer.
+    """
+
+    geometry: TowerGeometry
+    embeddings: nn.Module
+    pre_norm: nn.Module | None
+    layers: nn.ModuleList
+    num_heads: int
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """``[N, 3, h, w]`` -> ``[N, L, D]``, the input of the first layer.
+
+        Raises:
+            PromptError: pixels of another shape than the tower takes.
+        """
+        size = self.geometry.image_size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[2:]) != (size, size):
+            raise PromptError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}: this vision tower takes [crops, 3, {size},"
+                f" {size}]. Prepare pictures with the checkpoint's own processor, or with preprocess_images."
+            )
+        weight = next(self.embeddings.parameters())
+        if weight.device.type != "meta":  # accelerate parks offloaded weights on meta and moves inputs itself
+            pixel_values = pixel_values.to(weight.device)
+        hidden = self.embeddings(pixel_values)
+        return hidden if self.pre_norm is None else self.pre_norm(hidden)
+
+    def attention_of(self, layer_index: int) -> tuple[nn.Module, nn.Module, float]:
+        """The query projection, key projection and product scale of a layer (0-based)."""
+        attention = self.layers[layer_index].get_submodule("self_attn")
+        queries, keys = attention.get_submodule("q_proj"), attention.get_submodule("k_proj")
+        return queries, keys, float(attention.scale)  # type: ignore[arg-type]
+
+
+def geometry_from_config(vision_config: Any) -> TowerGeometry:
+    """Reads a tower's shape from its Hugging Face configuration, without any weights.
+
+    Raises:
+        UnsupportedModelError: no family here has this ``model_type``.
+    """
+    for family in _FAMILIES:
+        if vision_config.model_type == family.config_type:
+            size, num_layers = vision_config.image_size, vision_config.num_hidden_layers
+            side = size // vision_config.patch_size
+            return TowerGeometry(size, (side, side), family.has_cls, num_layers)
+    names = [family.config_type for family in _FAMILIES]
+    raise UnsupportedModelError(
+        f"Vision tower of type '{vision_config.model_type}' is not supported"
+        f"{nearest(vision_config.model_type, names)}; supported are {', '.join(names)}. A new tower is an entry in"
+        " vzip/models/towers/structure.py."
+    )
+
+
+def find_tower(module: nn.Module) -> Tower:
+    """Takes a Hugging Face vision tower apart.
+
+    Args:
+        module: a ``CLIPVisionModel`` or ``SiglipVisionModel``; layers either directly inside or under ``vision_model``.
+
+    Raises:
+        UnsupportedModelError: another class.
+    """
+    for family in _FAMILIES:
+        if isinstance(module, family.model_class):
+            config: Any = module.config
+            children = dict(module.named_children())
+            inner = dict(children["vision_model"].named_children()) if "vision_model" in children else children
+            layers = inner["encoder"].get_submodule("layers")
+            assert isinstance(layers, nn.ModuleList)
+            return Tower(
+                geometry=geometry_from_config(config),
+                embeddings=inner["embeddings"],
+                pre_norm=None if family.pre_norm_name is None else inner[family.pre_norm_name],
+                layers=layers,
+                num_heads=config.num_attention_heads,
+            )
+    names = ", ".join(family.model_class.__name__ for family in _FAMILIES)
+    raise UnsupportedModelError(
+        f"Vision tower {type(module).__name__} is not supported; supported are {names}. A new tower is an entry in"
+        " vzip/models/towers/structure.py."
+    )
+
+
+def check_select_layer(select_layer: object) -> int:
+    """Returns the select layer if it is a single one.
+
+    Raises:
+        UnsupportedModelError: a list of layers, whose features would have to be joined before compression.
+    """
+    if isinstance(select_layer, bool) or not isinstance(select_layer, int):
+        raise UnsupportedModelError(
+            f"vision_feature_layer={select_layer!r}: features joined from several layers are not supported; one layer"
+            " (an integer such as -2) is. It is a setting of the checkpoint's config.json."
+        )
+    return select_layer

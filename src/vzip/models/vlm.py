@@ -1,0 +1,295 @@
+"""The wrapper: a Hugging Face model and a compressor, with the model's own calls on the outside.
+
+It owns the five multimodal steps (encode, score, compress, project, splice) and hands the language model
+``inputs_embeds``. The Hugging Face model is used, never changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProcessorMixin
+
+from vzip.compressors.base import Compressor
+from vzip.errors import ConfigError, PromptError, nearest
+from vzip.media.images import PREPROCESSES, Preprocess
+from vzip.media.video import DEFAULT_NUM_FRAMES, check_num_frames
+
+from .chat.session import ChatSession
+from .families import FamilyOptions, adapter_for_model
+from .inputs import InputBuilder
+from .splice import PaddingSide, PreparedInputs, plan_splice, splice
+
+
+class CompressedVlm(InputBuilder, nn.Module):
+    """A vision-language model whose visual tokens pass through a compressor.
+
+    Several wrappers with different compressors may share one model.
+
+    Attributes:
+        model: the very Hugging Face model given, unmodified.
+        compressor: the method; may be replaced at any time.
+        processor: the Hugging Face processor (tokenizer, image processor, chat template), or None.
+        preprocess: ``"llava"`` (pad to a square, as the paper's scripts) or ``"hf"`` (the checkpoint's own processor).
+        adapter: what we know of the model's family.
+        num_frames: frames taken of a video file.
+        revision: the commit of the hub's repository that the model was loaded from, or None.
+        last_num_visual_tokens: visual tokens of each image, then of each video, that entered the language model in the
+            last ``prepare``, ``forward`` or ``generate``; measured on the tensors, not read from the budget.
+    """
+
+    def __init__(
+        self,
+        hf_model: PreTrainedModel,
+        compressor: Compressor,
+        processor: ProcessorMixin | None = None,
+        preprocess: Preprocess = "llava",
+        drop_padding: bool = False,
+        row_newline: bool = False,
+        num_frames: int | None = None,
+        drop_cls: bool = False,
+    ) -> None:
+        """Wraps a loaded model.
+
+        Args:
+            hf_model, compressor, processor, preprocess: see the class.
+            drop_padding, row_newline: see ``vzip.models.families.options.FamilyOptions`` (LLaVA-NeXT only).
+            num_frames: see the class (Video-LLaVA only); None: 8, as it was trained.
+            drop_cls: see ``FamilyOptions`` (Mini-Gemini only).
+
+        Raises:
+            UnsupportedModelError: no adapter for the model's class, vision tower or settings.
+            ConfigError: an unknown ``preprocess``, a budget that does not fit the vision tower, or an option
+                that the family or the compressor cannot honour.
+        """
+        super().__init__()
+        if preprocess not in PREPROCESSES:
+            raise ConfigError(
+                f"model.preprocess={preprocess!r}: must be one of {', '.join(PREPROCESSES)}"
+                f"{nearest(str(preprocess), PREPROCESSES)}."
+            )
+        self.adapter = adapter_for_model(hf_model, FamilyOptions(drop_padding, row_newline, drop_cls))
+        self.adapter.check_options(self.adapter.options, num_frames)
+        self.num_frames = DEFAULT_NUM_FRAMES if num_frames is None else check_num_frames(num_frames)
+        self.model = hf_model
+        self.training = hf_model.training
+        self.processor = processor
+        self.preprocess = preprocess
+        self.name_or_path: str = hf_model.name_or_path
+        self.revision: str | None = None
+        self.last_num_visual_tokens: list[int] = []
+        self.compressor = compressor
+
+    @property
+    def compressor(self) -> Compressor:
+        """The method in use. Setting it checks that it fits the vision tower (ConfigError otherwise)."""
+        return self._compressor
+
+    @compressor.setter
+    def compressor(self, compressor: Compressor) -> None:
+        if not isinstance(compressor, Compressor):
+            raise ConfigError(
+                f"compressor={compressor!r}: must be an instance of vzip.Compressor, such as vzip.VisionZip(budget) or"
+                " vzip.Identity()."
+            )
+        self.adapter.check_compressor(compressor)
+        self._compressor = compressor
+
+    def encode_images(
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, tile_grids: Tensor | None = None
+    ) -> list[Tensor]:
+        """Pictures -> visual tokens, as they enter the language model.
+
+        Args:
+            pixel_values: as the model's Hugging Face processor returns them (LLaVA: ``[images, 3, h, w]``).
+            image_sizes: original (height, width) of each picture, where the family needs it.
+            tile_grids: (rows, cols) of each picture's tiles, as ``preprocess_images`` returns them for LLaVA-NeXT;
+                None: the grid that the Hugging Face processor makes for ``image_sizes``.
+
+        Returns:
+            for each image ``[num_visual_tokens, d_text]``.
+
+        Raises:
+            PromptError: ``pixel_values`` of a wrong shape; sizes that are missing or do not fit them.
+        """
+        return self.adapter.encode(pixel_values, image_sizes, self._compressor, tile_grids)
+
+    def encode_videos(self, pixel_values_videos: Tensor) -> list[Tensor]:
+        """Videos -> visual tokens, frame by frame, as they enter the language model.
+
+        Args:
+            pixel_values_videos: ``[videos, frames, 3, h, w]``, any number of frames.
+
+        Returns:
+            for each video ``[num_visual_tokens, d_text]``: the frames' tokens one after the other.
+
+        Raises:
+            UnsupportedModelError: the model has no video tower.
+            PromptError: another shape.
+        """
+        return self.adapter.encode_videos(pixel_values_videos, self._compressor)
+
+    def prepare(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        labels: Tensor | None = None,
+        padding_side: PaddingSide | None = None,
+        tile_grids: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        pixel_values_images: Tensor | None = None,
+    ) -> PreparedInputs:
+        """Builds what the language model gets.
+
+        Args:
+            input_ids: ``[B, T]`` with one placeholder an image or video, or the processor's expanded runs.
+            attention_mask: ``[B, T]``; None means no padding. Excluded positions are dropped and padding is made anew.
+            pixel_values: all images of the batch in the order of their placeholders; None for a prompt without image.
+            image_sizes: as the processor returns them, where the family needs them.
+            labels: ``[B, T]``, as for the Hugging Face model.
+            padding_side: side of the result's padding; None keeps the input's (left where the input has no padding).
+            tile_grids: as in ``encode_images``.
+            pixel_values_videos: all videos of the batch in the order of their placeholders, as in ``encode_videos``.
+            pixel_values_images: ``pixel_values`` by the name that Video-LLaVA's processor has for it.
+
+        Returns:
+            ``inputs_embeds``, ``attention_mask``, ``position_ids``, ``labels``, ``num_visual_tokens``.
+
+        Raises:
+            PromptError: placeholders and images or videos do not match, or a tensor has a wrong shape.
+            UnsupportedModelError: videos for a model without a video tower.
+        """
+        pixel_values = _either(pixel_values, pixel_values_images)
+        num_images = 0 if pixel_values is None else pixel_values.shape[0]
+        token_id, video_token_id = self.adapter.image_token_id, self.adapter.video_token_id
+        lengths = self.adapter.expanded_lengths(num_images, image_sizes)
+        video_lengths = [] if pixel_values_videos is None else self.adapter.video_lengths(pixel_values_videos)
+        # Planned before anything is encoded.
+        plan = plan_splice(input_ids, attention_mask, token_id, lengths, padding_side, video_token_id, video_lengths)
+        images: list[Tensor] = []
+        videos: list[Tensor] = []
+        if pixel_values is not None and num_images > 0:
+            images = self.encode_images(pixel_values, image_sizes, tile_grids)
+        if pixel_values_videos is not None and video_lengths:
+            videos = self.encode_videos(pixel_values_videos)
+        input_ids, embed_tokens = input_ids.to(self.device), self.adapter.embed_tokens
+        prepared = splice(plan, input_ids, embed_tokens, images, token_id, labels, videos, video_token_id)
+        self.last_num_visual_tokens = prepared.num_visual_tokens
+        return prepared
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        labels: Tensor | None = None,
+        tile_grids: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        pixel_values_images: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the Hugging Face model's forward, returning its output object; logits are of the compressed sequence.
+
+        Args:
+            input_ids ... pixel_values_images: as in ``prepare``.
+            **kwargs: handed on to the Hugging Face model (``use_cache``, ``logits_to_keep``, ...).
+
+        Raises:
+            PromptError: as ``prepare``; or an argument that belongs to the uncompressed sequence.
+        """
+        _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values"), "forward")
+        prepared = self.prepare(
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_sizes,
+            labels,
+            tile_grids=tile_grids,
+            pixel_values_videos=pixel_values_videos,
+            pixel_values_images=pixel_values_images,
+        )
+        return self.model(
+            inputs_embeds=prepared.inputs_embeds,
+            attention_mask=prepared.attention_mask,
+            position_ids=prepared.position_ids,
+            labels=prepared.labels,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        tile_grids: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        pixel_values_images: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generates; returns the new tokens only, ``[B, num_new_tokens]`` (or Hugging Face's output object).
+
+        Prompts are padded on the left inside, whatever the input's side, since the last position is continued.
+
+        Args:
+            input_ids ... pixel_values_images: as in ``prepare``.
+            **kwargs: Hugging Face's generation settings (``max_new_tokens``, ``do_sample``, ``num_beams``, ...).
+
+        Raises:
+            PromptError: as ``prepare``; or an argument that belongs to the uncompressed sequence.
+            ConfigError: ``use_cache=False``, which Hugging Face cannot do from embeddings.
+        """
+        _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values", "labels"), "generate")
+        if kwargs.get("use_cache") is False:
+            # Hugging Face would switch the cache on without a word: from embeddings it cannot start over each step.
+            raise ConfigError(
+                "generate(use_cache=False): generation from compressed pictures always uses the cache. Leave use_cache"
+                " out, or set it to True."
+            )
+        prepared = self.prepare(
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_sizes,
+            padding_side="left",
+            tile_grids=tile_grids,
+            pixel_values_videos=pixel_values_videos,
+            pixel_values_images=pixel_values_images,
+        )
+        return self.model.generate(
+            inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **kwargs
+        )
+
+    def chat(self, system_prompt: str | None = None) -> ChatSession:
+        """Begins a dialogue that encodes each picture and video once and computes only what is new in each turn.
+
+        Args:
+            system_prompt: text that the chat template puts before the first turn.
+
+        Raises:
+            ConfigError: the wrapper has no processor, or the processor has no chat template.
+        """
+        return ChatSession(self, system_prompt)
+
+
+def _either(pixel_values: Tensor | None, pixel_values_images: Tensor | None) -> Tensor | None:
+    """The one of two names that is given; PromptError for both."""
+    if pixel_values is not None and pixel_values_images is not None:
+        raise PromptError("pixel_values and pixel_values_images are two names of the same pictures: give one of them.")
+    return pixel_values_images if pixel_values is None else pixel_values
+
+
+def _refuse(kwargs: dict[str, Any], names: tuple[str, ...], call: str) -> None:
+    """Raises PromptError for arguments that would speak of the sequence before compression."""
+    given = [name for name in names if kwargs.get(name) is not None]
+    if given:
+        raise PromptError(
+            f"{call}({', '.join(given)}=...): compression changes the sequence, so these are made by `prepare`. To"
+            " go on from a cache or from embeddings call `vlm.model` itself."
+        )

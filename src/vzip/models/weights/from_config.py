@@ -1,0 +1,113 @@
+"""Models and processors that come from no checkpoint: a family's parts put together, in any size.
+
+For shapes to measure, for small models to try commands on, and for tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    VideoLlavaConfig,
+)
+
+from ..families import adapter_class_for_config
+from ..families.mini_gemini import MiniGeminiConfig
+from ..towers.structure import geometry_from_config
+
+CONFIGS: dict[str, Any] = {
+    "llava": LlavaConfig,
+    "llava_next": LlavaNextConfig,
+    "video_llava": VideoLlavaConfig,
+    "mini_gemini": MiniGeminiConfig,
+}
+FAMILIES = tuple(CONFIGS)
+
+
+def family_config(
+    family: str,
+    vision_config: Any,
+    text_config: Any,
+    image_token_id: int,
+    select_layer: Any = -2,
+    select_strategy: str = "default",
+    **of_family: Any,
+) -> Any:
+    """A family's Hugging Face configuration.
+
+    Args:
+        family: one of ``FAMILIES``.
+        vision_config: of the vision tower (of both, in Video-LLaVA).
+        text_config: of the language model.
+        image_token_id: id of the placeholder.
+        select_layer: the tower's layer that is read, as ``config.vision_feature_layer``.
+        select_strategy: ``default`` (CLS is cut off) or ``full``.
+        **of_family: what one family has beyond that (``image_grid_pinpoints``, ``video_token_index``,
+            ``high_res_config``, ``high_res_image_size``).
+    """
+    return CONFIGS[family](
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=image_token_id,
+        vision_feature_layer=select_layer,
+        vision_feature_select_strategy=select_strategy,
+        **of_family,
+    )
+
+
+def pinpoints(side: int) -> list[list[int]]:
+    """LLaVA-NeXT's resolutions (height, width) as the published checkpoints have them, for crops of ``side`` pixels."""
+    return [[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [3 * side, side], [side, 3 * side]]
+
+
+def new_model(config: Any) -> PreTrainedModel:
+    """The model of a configuration with Hugging Face's random weights, float32, in training mode."""
+    return adapter_class_for_config(config).model_class(config)
+
+
+def picture_side(config: Any) -> int:
+    """Side in pixels of the square pictures (crops, frames) that the model of a configuration takes."""
+    own = config.to_dict()
+    return own.get("high_res_image_size") or own.get("vision_config", own)["image_size"]
+
+
+def new_image_processor(config: Any) -> Any:
+    """The image processor for a configuration (a family's, or a vision tower's alone), with CLIP's constants."""
+    # Here, because they warn about torchvision when they are imported; and AutoImageProcessor of 5.17 insists on it.
+    from transformers import LlavaNextImageProcessor, VideoLlavaImageProcessor
+    from transformers.models.clip import CLIPImageProcessor
+
+    side = picture_side(config)
+    sides: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    if isinstance(config, LlavaNextConfig):
+        return LlavaNextImageProcessor(**sides, image_grid_pinpoints=config.image_grid_pinpoints)
+    return VideoLlavaImageProcessor(**sides) if isinstance(config, VideoLlavaConfig) else CLIPImageProcessor(**sides)
+
+
+def new_processor(
+    config: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str, image_processor: Any = None
+) -> Any:
+    """The processor for a family's configuration.
+
+    Args:
+        config: from ``family_config``.
+        tokenizer: with the placeholders.
+        chat_template: Jinja.
+        image_processor: None: a new one for the configuration.
+    """
+    kind = LlavaNextProcessor if isinstance(config, LlavaNextConfig) else LlavaProcessor
+    geometry = geometry_from_config(config.vision_config)
+    return kind(
+        image_processor or new_image_processor(config),
+        tokenizer,
+        patch_size=picture_side(config) // geometry.grid[0],  # pixels of the picture for each visual token
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=int(geometry.has_cls),
+        chat_template=chat_template,
+    )

@@ -1,0 +1,261 @@
+"""What training changed, in a file of its own: the tuned weights, and from what they were made.
+
+``tuned.safetensors`` holds the trained tensors under the model's own names, ``tuned.json`` says for which base model,
+compressor and budget. Loading holds all of that against the model at hand. LoRA layers that were trained with them are
+in ``lora``, a PEFT checkpoint, and come along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vzip.compressors.base import Compressor
+from vzip.errors import CheckpointError
+
+from ..families import Adapter
+from .lora import apply_peft_checkpoint
+from .lora_training import WEIGHTS_NAME as LORA_WEIGHTS_NAME
+from .lora_training import is_lora, read_lora, write_lora
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_NAME, HEADER_NAME, LORA_NAME = "tuned.safetensors", "tuned.json", "lora"
+FORMAT = "vzip-tuned-1"
+
+
+def base_probe(adapter: Adapter) -> list[float]:
+    """A few of the base model's numbers, by which it is known again whatever its path and precision.
+
+    Read from what quantization leaves alone: the text embedding and the language model's and tower's norms.
+    """
+    weight = adapter.embed_tokens.weight
+    assert isinstance(weight, Tensor)
+    taken = [weight[row, :8] for row in (1, weight.shape[0] // 2, weight.shape[0] - 1)]
+    for module in (adapter.vision_tower, adapter.language_model):
+        norms = [parameter for parameter in module.parameters() if parameter.ndim == 1]
+        taken += [norms[index][:4] for index in np.linspace(0, len(norms) - 1, 8).astype(int)]
+    return [float(f"{value:.6g}") for values in taken for value in values.detach().float().cpu().tolist()]
+
+
+def describe(
+    adapter: Adapter, compressor: Compressor, name_or_path: str, revision: str | None, parts: list[str]
+) -> dict[str, Any]:
+    """The header of a run's tuned weights; the caller adds step and commit.
+
+    Args:
+        adapter: of the base model, before anything is trained.
+        compressor: what it is trained with.
+        name_or_path, revision: where the base model is loaded from.
+        parts: what trains.
+    """
+    return {
+        "format": FORMAT,
+        "base": {
+            "name_or_path": name_or_path,
+            "revision": revision,
+            "model_class": type(adapter.model).__name__,
+            "probe": base_probe(adapter),
+        },
+        "compressor": repr(compressor),
+        "parts": parts,
+    }
+
+
+def save_tuned(directory: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Writes both files in one step: a crash leaves what was there, or all of the new.
+
+    Raises:
+        CheckpointError: they cannot be written (a full disk).
+    """
+    with atomic_directory(directory) as work:
+        write_tuned(work, tensors, header)
+
+
+def write_tuned(directory: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Writes both files, and LoRA layers where there are any, into an existing directory."""
+    lora = {name: tensor for name, tensor in tensors.items() if is_lora(name)}
+    rest = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if name not in lora}
+    save_file(rest, directory / WEIGHTS_NAME)
+    numbers: dict[str, Any] = {
+        "num_parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "sha256": _digest(directory / WEIGHTS_NAME),
+    }
+    if lora:
+        write_lora(directory / LORA_NAME, lora, header["lora"], header["base"]["name_or_path"])
+        numbers["lora_sha256"] = _digest(directory / LORA_NAME / LORA_WEIGHTS_NAME)
+    (directory / HEADER_NAME).write_text(json.dumps({**header, **numbers}, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_directory(directory: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the directory's place once everything in it is on disk.
+
+    Raises:
+        CheckpointError: writing failed; what was there before is untouched.
+    """
+    work = directory.with_name(f".{directory.name}.writing")
+    try:
+        remove_tree(work)
+        work.mkdir(parents=True)
+        yield work
+        for path in [*(p for p in work.rglob("*") if p.is_file()), work]:
+            sync_to_disk(path)
+        old = directory.with_name(f".{directory.name}.old")
+        remove_tree(old)
+        if directory.exists():
+            os.replace(directory, old)
+        os.replace(work, directory)
+        sync_to_disk(directory.parent)
+        remove_tree(old)
+    except (OSError, SafetensorError) as error:
+        remove_tree(work)
+        raise CheckpointError(
+            f"{directory}: cannot be written ({error}). What was saved before is untouched; make room (or choose"
+            " another paths.runs_dir) and run the same command again, which goes on from the last checkpoint."
+        ) from error
+
+
+def sync_to_disk(path: Path) -> None:
+    """Has the system write a file or a directory out, so that a crash of the machine keeps it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a directory, if it is there."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def read_header(source: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The directory and the header of tuned weights, without reading any weights.
+
+    Args:
+        source: the directory that training wrote.
+
+    Raises:
+        CheckpointError: not such a directory, or a header of another format.
+    """
+    directory = Path(source).expanduser()
+    path = directory / HEADER_NAME
+    if not path.is_file() or not (directory / WEIGHTS_NAME).is_file():
+        raise CheckpointError(
+            f"model.projector={source}: no {HEADER_NAME} and {WEIGHTS_NAME} there. It must be a directory that"
+            " `python train.py` wrote, such as runs/train/.../final."
+        )
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not readable ({error}).") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: is not of the format {FORMAT}; it was written by another version or program.")
+    if "lora_sha256" in header and not (directory / LORA_NAME / LORA_WEIGHTS_NAME).is_file():
+        raise CheckpointError(
+            f"model.projector={source}: was trained with LoRA layers, but {LORA_NAME}/{LORA_WEIGHTS_NAME} is not there;"
+            " copy the whole directory."
+        )
+    return directory, header
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a directory that ``write_tuned`` wrote, under the names it was given."""
+    lora = directory / LORA_NAME
+    return {**load_file(directory / WEIGHTS_NAME), **(read_lora(lora) if lora.is_dir() else {})}
+
+
+def apply_tuned(
+    adapter: Adapter, compressor: Compressor | None, source: str | Path, with_lora: bool = True
+) -> dict[str, Any]:
+    """Puts tuned weights into a loaded base model; returns their header.
+
+    Args:
+        adapter: of the base model.
+        compressor: what it will be used with, to warn where that is not what it was tuned with; None: not known yet.
+        source: the directory that training wrote.
+        with_lora: also the LoRA layers trained with them; False: the caller sees to those.
+
+    Raises:
+        CheckpointError: damaged, tuned from another base model, or with LoRA layers for a model that has some already.
+    """
+    directory, header = read_header(source)
+    if "lora_sha256" in header and with_lora and any(is_lora(name) for name, _ in adapter.model.named_parameters()):
+        raise CheckpointError(
+            f"model.projector={source}: brings the LoRA layers it was trained with, in {LORA_NAME}, but the model has"
+            " some already: set model.adapter_path=null."
+        )
+    _check_base(adapter, header, directory)
+    if compressor is not None and header["compressor"] != repr(compressor):
+        logger.warning(
+            "model.projector=%s was tuned with %s and is used with %s: the numbers are of neither.",
+            source,
+            header["compressor"],
+            compressor,
+        )
+    weights, lora_weights = directory / WEIGHTS_NAME, directory / LORA_NAME / LORA_WEIGHTS_NAME
+    _check_digest(weights, header["sha256"])
+    if "lora_sha256" in header:
+        _check_digest(lora_weights, header["lora_sha256"])
+    load_tensors(adapter.model, load_file(weights), directory)
+    if "lora_sha256" in header and with_lora:
+        apply_peft_checkpoint(adapter.model, directory / LORA_NAME)
+    return header
+
+
+def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Copies tensors into the parameters of the same names, in the model's own precision.
+
+    Raises:
+        CheckpointError: a name or size that the model does not have.
+    """
+    own = dict(model.named_parameters())
+    wrong = [
+        f"{name} {tuple(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if name not in own or own[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{directory}: tuned from another base model; {len(wrong)} of its {len(tensors)} tensors do not fit"
+            f" {model.name_or_path} ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''})."
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_digest(path: Path, expected: str) -> None:
+    if _digest(path) != expected:
+        raise CheckpointError(f"{path}: damaged (its SHA-256 is not the header's); copy or train it again.")
+
+
+def _check_base(adapter: Adapter, header: Mapping[str, Any], directory: Path) -> None:
+    base, model = header["base"], adapter.model
+    probe = base_probe(adapter)
+    same = len(probe) == len(base["probe"]) and np.allclose(probe, base["probe"], rtol=0.02, atol=1e-4)
+    if base["model_class"] != type(model).__name__ or not same:
+        raise CheckpointError(
+            f"{directory}: tuned from {base['name_or_path']} (revision {base['revision']}, {base['model_class']}), but"
+            f" the model is {model.name_or_path} ({type(model).__name__}): its other weights are not the same. Load the"
+            " base it was tuned from, or leave model.projector out."
+        )

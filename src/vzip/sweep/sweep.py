@@ -1,0 +1,241 @@
+"""Sweeps (``-m``): what became of each job, wherever it ran, and one summary of them all at the end.
+
+Every job leaves a file in the sweep's folder, so the summary is the same for Hydra's basic launcher, joblib and Slurm,
+and one job's failure loses nothing of the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from filelock import FileLock
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from vzip.config.build import resolved
+from vzip.config.full_budget import full_is_vanilla
+from vzip.config.options import config_dir
+from vzip.config.overrides import is_sweep
+from vzip.errors import ConfigError, VzipError
+from vzip.results.run_directory import run_directory, training_directory
+
+_JOBS = "jobs"
+_claims: dict[Path, str] = {}  # this process's GPU, by the folder of its sweep
+
+
+def in_sweep() -> bool:
+    """Whether this is a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+@contextlib.contextmanager
+def alone_in(run_dir: Path) -> Iterator[None]:
+    """Waits until no other job is in this run directory: two jobs of a sweep can be the same run, as full ones are."""
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(run_dir.parent / f".{run_dir.name}.lock"):
+        yield
+
+
+def place_job() -> None:
+    """Gives the job a GPU of its own where jobs of one machine run beside each other; Slurm does so itself.
+
+    Raises:
+        ConfigError: as ``pin_gpu``.
+    """
+    if in_sweep() and "joblib" in str(HydraConfig.get().launcher.get("_target_")):
+        pin_gpu(Path(HydraConfig.get().sweep.dir))
+
+
+def pin_gpu(folder: Path) -> str | None:
+    """Gives this process, one of several that a launcher runs on one machine, a GPU that no other one has.
+
+    The GPU stays the process's own for the whole sweep: CUDA keeps to the devices that it saw first. So this must be
+    called before CUDA is used, and by every job.
+
+    Args:
+        folder: of the sweep.
+
+    Returns:
+        the GPU, as in CUDA_VISIBLE_DEVICES; None where there is none.
+
+    Raises:
+        ConfigError: more jobs at a time than GPUs.
+    """
+    import torch
+
+    if folder in _claims:
+        return _claims[folder]
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(n) for n in range(torch.cuda.device_count())] if listed is None else [g for g in listed.split(",") if g]
+    if not gpus or torch.cuda.device_count() == 0:
+        return None
+    for gpu in gpus:
+        with contextlib.suppress(FileExistsError):
+            (folder / f".gpu-{gpu}").touch(exist_ok=False)  # atomic: one process makes it
+            _claims[folder] = os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+            return gpu
+    raise ConfigError(
+        f"this machine shows {len(gpus)} GPUs ({', '.join(gpus)}) and each has a job of the sweep already: set"
+        f" hydra.launcher.n_jobs={len(gpus)}."
+    )
+
+
+class SweepCallback(Callback):
+    """Hydra calls it where a sweep starts and, in the process that runs it, where each job starts and ends.
+
+    Attributes:
+        folder: of the sweep that this process started, or None.
+        is_dry: whether its jobs are only checked, so that there is nothing to summarise but failures.
+    """
+
+    folder: ClassVar[Path | None] = None
+    is_dry: ClassVar[bool] = False
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        SweepCallback.folder = Path(config.hydra.sweep.dir)
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        # Stays where the job's process is killed, which then cannot say so.
+        _write_entry(config, "it did not end: interrupted, or its process was killed")
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if job_return.status is JobStatus.COMPLETED:
+            return _write_entry(config)
+        error = job_return._return_value
+        # What the user caused is told by its message; a bug of ours needs its place.
+        place = None if isinstance(error, VzipError) else "".join(traceback.format_exception(error))
+        _write_entry(config, f"{type(error).__name__}: {error}", place)
+
+
+@contextlib.contextmanager
+def leaving_nothing_if_dry(argv: list[str]) -> Iterator[None]:
+    """Keeps what Hydra and the jobs write of a sweep with ``dry_run=true`` in a folder that goes when it ends.
+
+    Args:
+        argv: the command line, which gets a word for that.
+    """
+    if not is_sweep(argv) or not any(word.lower() == "dry_run=true" for word in argv):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="vzip-dry-run-") as folder:
+        argv.append(f"hydra.sweep.dir={folder}")
+        SweepCallback.is_dry = True
+        try:
+            yield
+        finally:
+            SweepCallback.is_dry = False
+
+
+def _write_entry(config: DictConfig, error: str | None = None, place: str | None = None) -> None:
+    if config.hydra.mode is not RunMode.MULTIRUN:
+        return
+    number = int(config.hydra.job.num)
+    entry = {
+        "number": number,
+        "words": [str(word) for word in config.hydra.overrides.task],
+        "run_dir": str(_directory(config)),
+        "error": error,
+        "traceback": place,
+    }
+    folder = Path(config.hydra.sweep.dir) / _JOBS
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{number:04d}.json").write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+
+
+def _directory(config: DictConfig) -> Path:
+    """The job's run directory."""
+    own = resolved(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    if config.hydra.job.config_name == "train":
+        return training_directory(own, config_dir())
+    return run_directory(full_is_vanilla(own, config_dir()), config_dir())
+
+
+def finish() -> int:
+    """Prints and writes the summary of the sweep that this process started; does nothing if it started none.
+
+    Returns:
+        how many jobs failed.
+    """
+    folder, SweepCallback.folder = SweepCallback.folder, None
+    entries = [] if folder is None else one_a_run(read_entries(folder))
+    if folder is None or not entries:
+        return 0
+    from vzip.report.layout import print_layout
+    from vzip.sweep.summary import Job, lay_out_sweep, summarise, write_summary
+
+    words = distinct_words([entry["words"] for entry in entries])
+    jobs = [
+        Job(entry["number"], own, None if entry["error"] else _run(Path(entry["run_dir"])), entry["error"])
+        for entry, own in zip(entries, words, strict=True)
+    ]
+    if not SweepCallback.is_dry:
+        lines = summarise(jobs)
+        print_layout(lay_out_sweep(jobs, lines), Console())
+        written = write_summary(jobs, lines, folder)
+        print(f"written to {folder}/: {', '.join(written)}")
+    failed = [job for job in jobs if job.error is not None]
+    if failed:
+        print(f"\n{len(failed)} of {len(jobs)} jobs failed:", file=sys.stderr)
+    for job in failed:
+        print(f"  job {job.number} ({' '.join(job.words)}): {job.error}", file=sys.stderr)
+    return len(failed)
+
+
+def read_entries(folder: Path) -> list[dict[str, Any]]:
+    """What became of each job, in their order."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / _JOBS).glob("*.json"))]
+
+
+def one_a_run(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Jobs that are the same run, as the full ones of a grid, as one, with the words that they share."""
+    first: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        same = first.setdefault(entry["run_dir"], dict(entry))
+        same["words"] = [word for word in same["words"] if word in entry["words"]]
+        same["error"] = same["error"] and entry["error"]  # what failed in one may have come about in the other
+    return list(first.values())
+
+
+def distinct_words(words: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """The words of each job that are not given to all; the only job's own words if there is one job."""
+    shared = set(words[0]).intersection(*words[1:]) if len(words) > 1 else set()
+    return [tuple(word for word in own if word not in shared) for own in words]
+
+
+def _run(run_dir: Path) -> Any:
+    """The record of a finished evaluation; None for a training."""
+    from vzip.results.record import Run, read_record, record_path
+
+    path = record_path(run_dir) if run_dir.is_dir() else run_dir / "run.json"
+    return Run(path, read_record(path)) if path.is_file() else None
+
+
+def check_objective(tasks: Sequence[str]) -> None:
+    """Refuses an optimising sweep whose objective, the average of the primary scores, would mix units.
+
+    Raises:
+        ConfigError: scores in points beside shares.
+    """
+    if not in_sweep() or "optuna" not in str(HydraConfig.get().sweeper.get("_target_")).lower():
+        return
+    from vzip.evaluation.benchmarks.protocols import protocol_of
+
+    known = [(task, protocol_of(task)) for task in tasks]
+    points = [task for task, protocol in known if protocol is not None and protocol.unit == "points"]
+    if points and len(points) < len(tasks):
+        raise ConfigError(
+            f"eval.tasks={','.join(tasks)}: {', '.join(points)} is scored in points, the others are shares, so their"
+            " average is no objective. Choose tasks of one unit with eval.tasks=[...]."
+        )

@@ -1,0 +1,181 @@
+"""Picture files of every kind, and preprocessing against LLaVA's own."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+from safetensors import safe_open
+from transformers.models.clip import CLIPImageProcessor
+
+import vzip.media.images as images_module
+from vzip.errors import ConfigError, ImageError
+from vzip.media.images import load_image, pad_and_shrink, pad_to_square, prepare_pictures, strict_decoding
+
+SIZE = {"height": 336, "width": 336}
+PROCESSOR = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=SIZE)
+BICUBIC = int(Image.Resampling.BICUBIC)
+MEAN_COLOUR = (122, 116, 104)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    y, x = np.mgrid[0:height, 0:width]
+    red, green = 255 * x // max(1, width - 1), 255 * y // max(1, height - 1)
+    blue = 200 * ((x // 7 + y // 5) % 2) + (3 * x * y) % 40
+    return Image.fromarray(np.stack([red, green, blue], axis=-1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_llava_preprocessing_equals_llavas_own(golden, names_pillow, number):
+    with safe_open(golden / "image_preprocessing.safetensors", "pt") as numbers:
+        width, height = json.loads(numbers.metadata()["sizes_wh"])[number]
+        expected, mean = numbers.get_tensor(f"pad_{number}"), numbers.get_tensor(f"pad_mean_{number}")
+    ours = prepare_pictures([picture(width, height)], PROCESSOR, "llava")["pixel_values"]
+    assert ours.shape == (1, 3, 336, 336) and ours.dtype == torch.float32
+    torch.testing.assert_close(ours[0, :, ::6, ::6], expected, rtol=0, atol=2e-6, msg=names_pillow)
+    torch.testing.assert_close(ours[0].double().mean(dim=(1, 2)), mean.double(), rtol=0, atol=1e-5)
+
+
+def test_the_two_rules_differ_and_hf_is_the_processor_itself():
+    wide = picture(640, 480)
+    stock = PROCESSOR(images=[wide], return_tensors="pt")["pixel_values"]
+    assert torch.equal(prepare_pictures([wide], PROCESSOR, "hf")["pixel_values"], stock)
+    assert (prepare_pictures([wide], PROCESSOR, "llava")["pixel_values"] - stock).abs().max() > 0.5
+    with pytest.raises(ConfigError, match=r"model\.preprocess"):
+        prepare_pictures([wide], PROCESSOR, "pad")
+
+
+@pytest.mark.parametrize("size", [(700, 30), (30, 700), (601, 600), (600, 601), (1, 500), (500, 1), (999, 333)])
+def test_shrinking_in_strips_is_bit_equal(size):
+    whole = pad_to_square(picture(*size), MEAN_COLOUR).resize((336, 336), Image.Resampling.BICUBIC)
+    strips = pad_and_shrink(picture(*size), MEAN_COLOUR, 336, BICUBIC)
+    assert np.array_equal(np.asarray(whole), np.asarray(strips))
+
+
+def test_prepare_uses_strips_only_for_large_pictures_with_the_same_result(monkeypatch):
+    normal = prepare_pictures([picture(700, 30)], PROCESSOR, "llava")["pixel_values"]
+    monkeypatch.setattr(images_module, "MAX_PADDED_SIDE", 100)
+    monkeypatch.setattr(images_module, "pad_to_square", None)  # calling it would fail
+    assert torch.equal(prepare_pictures([picture(700, 30)], PROCESSOR, "llava")["pixel_values"], normal)
+
+
+@pytest.mark.parametrize("size", [(20000, 3), (3, 20000), (1, 1)])
+def test_extreme_shapes_work_by_llavas_rule(size):
+    pixels = prepare_pictures([picture(*size)], PROCESSOR, "llava")["pixel_values"]
+    assert pixels.shape == (1, 3, 336, 336) and torch.isfinite(pixels).all()
+    if max(size) > 1:  # nearly all of it is padding: the mean colour, which normalises to about zero
+        assert pixels[0, :, 0, 0].abs().max() < 0.02
+        assert (pixels.abs().amax(dim=1) > 0.02).float().mean() < 0.02
+
+
+def test_extreme_shapes_are_refused_by_hfs_rule():
+    with pytest.raises(ImageError, match=r"20000 x 3 .*100:1.*preprocess=llava"):
+        prepare_pictures([picture(20000, 3)], PROCESSOR, "hf")
+    assert prepare_pictures([picture(1, 1)], PROCESSOR, "hf")["pixel_values"].shape == (1, 3, 336, 336)
+
+
+def test_readable_kinds(tmp_path):
+    base = picture(40, 20)
+    grey16 = Image.fromarray((np.arange(800, dtype=np.uint32).reshape(20, 40) * 82).astype(np.uint16))
+    frames = [Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")]
+    frames[0].save(tmp_path / "animated.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "animated.webp", save_all=True, append_images=frames[1:], lossless=True)
+    base.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    grey16.save(tmp_path / "grey16.png")
+    grey16.save(tmp_path / "grey16.tiff")
+    base.convert("P").save(tmp_path / "palette.png")
+    base.convert("1").save(tmp_path / "bits.png")
+    base.convert("L").save(tmp_path / "grey.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "alpha.png")
+    Image.new("LA", (8, 8), (128, 10)).save(tmp_path / "grey_alpha.png")
+    Image.fromarray(np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "float.tiff")
+    for path in sorted(tmp_path.iterdir()):
+        loaded = load_image(path)
+        assert loaded.mode == "RGB" and loaded.size == Image.open(path).size, path.name
+    for name in ("animated.gif", "animated.webp"):
+        assert load_image(tmp_path / name).getpixel((0, 0)) == (255, 0, 0), name  # the first frame
+    for name in ("grey16.png", "grey16.tiff"):
+        values = np.asarray(load_image(tmp_path / name))[..., 0].astype(int)
+        expected = np.arange(800).reshape(20, 40) * 82 / 257
+        assert np.abs(values - expected).max() <= 0.51, name  # scaled, not cut off at 255
+    assert load_image(tmp_path / "alpha.png").getpixel((0, 0)) == (255, 0, 0)  # alpha dropped
+    assert load_image(tmp_path / "float.tiff").getextrema()[0] == (0, 255)
+    assert load_image(str(tmp_path / "grey.png")).getpixel((3, 3)) == (base.convert("L").getpixel((3, 3)),) * 3
+
+
+def test_a_gif_already_moved_on_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "a.gif") as animation:
+        animation.seek(1)
+        assert load_image(animation).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    upright = Image.new("RGB", (40, 20), "white")
+    upright.paste((255, 0, 0), (0, 0, 10, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate 90 degrees clockwise to view"
+    upright.save(tmp_path / "turned.png", exif=exif)
+    loaded = load_image(tmp_path / "turned.png")
+    assert loaded.size == (20, 40)
+    assert loaded.getpixel((10, 2)) == (255, 0, 0) and loaded.getpixel((10, 35)) == (255, 255, 255)
+
+
+def encoded(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (80, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize("fraction", [0.02, 0.5])
+def test_truncated_files_are_named(tmp_path, kind, fraction):
+    path = tmp_path / f"cut.{kind.lower()}"
+    data = encoded(kind)
+    path.write_bytes(data[: max(12, int(len(data) * fraction))])
+    with pytest.raises(ImageError, match=f"cut.{kind.lower()}"):
+        load_image(path)
+
+
+def test_unusable_files_are_named(tmp_path, monkeypatch):
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("not a picture")
+    damaged = bytearray(encoded("PNG"))
+    damaged[60:90] = b"\0" * 30
+    (tmp_path / "damaged.png").write_bytes(bytes(damaged))
+    for name, message in [
+        ("empty.png", "empty"),
+        ("text.jpg", "not a picture"),
+        ("damaged.png", "cut off or damaged"),
+        ("absent.png", "no such picture file"),
+        (".", "is a directory"),
+    ]:
+        with pytest.raises(ImageError, match=message) as caught:
+            load_image(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+    with pytest.raises(ImageError, match="download it first"):
+        load_image("https://example.org/cat.png")
+    with pytest.raises(ImageError, match="no pixels"):
+        load_image(Image.new("RGB", (0, 5)))
+    picture(50, 50).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ImageError, match=r"large.png: .*pixels"):
+        load_image(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_pillows_switch_is_turned_back_however_blocks_of_several_threads_overlap(lenient, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
+    first, second = strict_decoding(), strict_decoding()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False  # the second still reads
+    second.__exit__(None, None, None)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient

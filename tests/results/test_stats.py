@@ -1,0 +1,154 @@
+"""Uncertainty against formulas and a plain-loop bootstrap."""
+
+from __future__ import annotations
+
+import math
+import random
+import zlib
+
+import numpy as np
+import pytest
+
+from vzip.errors import ConfigError
+from vzip.results.stats import bootstrap_standard_error, clustered_standard_error, retention_interval, standard_error
+
+RNG = np.random.default_rng(7)
+VANILLA = (RNG.random(400) < 0.85).astype(float)
+COMPRESSED = np.where(RNG.random(400) < 0.9, VANILLA, RNG.random(400) < 0.5).astype(float)
+
+
+def rows_of(pairs):
+    rows = np.empty(len(pairs), dtype=object)
+    rows[:] = pairs
+    return rows
+
+
+def f1(rows):
+    hits = sum(r["said"] == r["answer"] == "yes" for r in rows)
+    total = sum(r["said"] == "yes" for r in rows) + sum(r["answer"] == "yes" for r in rows)
+    return 2 * hits / total if total else 0.0
+
+
+def test_standard_error_of_a_mean():
+    assert standard_error(np.array([0, 1, 1, 1])) == pytest.approx(0.25)
+    assert math.isnan(standard_error(np.array([1.0])))
+
+
+def test_bootstrap_error_of_a_mean_is_the_formula():
+    formula = VANILLA.std() / math.sqrt(len(VANILLA))
+    assert bootstrap_standard_error(VANILLA, np.mean, num_resamples=4000) == pytest.approx(formula, rel=0.05)
+
+
+def test_interval_against_the_delta_method():
+    point, low, high = retention_interval({"t": (COMPRESSED, VANILLA)}, num_resamples=20_000)
+    ratio = COMPRESSED.mean() / VANILLA.mean()
+    # Variance of a ratio of paired means: var(c - ratio * v) / (n * mean(v)^2).
+    error = (COMPRESSED - ratio * VANILLA).std() / (VANILLA.mean() * math.sqrt(len(VANILLA)))
+    assert point == pytest.approx(ratio)
+    assert low == pytest.approx(ratio - 1.96 * error, abs=0.1 * error)
+    assert high == pytest.approx(ratio + 1.96 * error, abs=0.1 * error)
+
+
+def test_interval_against_a_plain_loop():
+    other = (COMPRESSED[::-1] * 2, VANILLA[::-1] + 1)
+    _, low, high = retention_interval({"a": (COMPRESSED, VANILLA), "b": other}, num_resamples=4000)
+    draw = random.Random(1)
+    values = []
+    for _ in range(4000):
+        parts = []
+        for compressed, vanilla in ((COMPRESSED, VANILLA), other):
+            picks = [draw.randrange(len(vanilla)) for _ in vanilla]
+            parts.append(sum(compressed[i] for i in picks) / sum(vanilla[i] for i in picks))
+        values.append(sum(parts) / 2)
+    values.sort()
+    width = high - low
+    assert low == pytest.approx(values[100], abs=0.06 * width)
+    assert high == pytest.approx(values[3900], abs=0.06 * width)
+
+
+def test_pairing_narrows_the_interval():
+    _, low, high = retention_interval({"t": (COMPRESSED, VANILLA)})
+    _, low_unpaired, high_unpaired = retention_interval({"t": (np.roll(COMPRESSED, 1), VANILLA)})
+    assert high - low < 0.8 * (high_unpaired - low_unpaired)
+
+
+def test_equal_answers_retain_exactly_everything():
+    assert retention_interval({"t": (VANILLA, VANILLA)}) == (1.0, 1.0, 1.0)
+
+
+def test_seeded_and_tasks_are_independent_of_each_other():
+    one = retention_interval({"t": (COMPRESSED, VANILLA)}, seed=3)
+    assert one == retention_interval({"t": (COMPRESSED, VANILLA)}, seed=3)
+    assert one != retention_interval({"t": (COMPRESSED, VANILLA)}, seed=4)
+    certain = (np.ones(5), np.ones(5))
+    _, low, high = retention_interval({"t": (COMPRESSED, VANILLA), "sure": certain}, seed=3)
+    assert (low, high) == pytest.approx(((one[1] + 1) / 2, (one[2] + 1) / 2))
+
+
+def test_an_aggregate_gets_whole_rows():
+    truth = ["yes", "no"] * 30
+    said_c = ["yes" if i % 3 else "no" for i in range(60)]
+    compressed = rows_of([{"said": s, "answer": a} for s, a in zip(said_c, truth, strict=True)])
+    vanilla = rows_of([{"said": a, "answer": a} for a in truth])
+    point, low, high = retention_interval({"t": (compressed, vanilla)}, {"t": f1}, num_resamples=500, seed=2)
+    assert point == pytest.approx(f1(compressed))  # vanilla is all right, so F1 = 1
+    rng = np.random.default_rng([2, zlib.crc32(b"t")])
+    values = [f1(compressed[draw]) / f1(vanilla[draw]) for draw in rng.integers(0, 60, size=(500, 60))]
+    assert (low, high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
+
+
+def test_groups_are_drawn_whole_and_count_anew():
+    def mme(rows):
+        pairs: dict[object, list[float]] = {}
+        for row in rows:
+            pairs.setdefault(row["pair"], []).append(row["score"])
+        assert all(len(scores) == 2 for scores in pairs.values()), "a group was torn or drawn into itself"
+        return sum(50 * sum(s) + 100 * (sum(s) == 2) for s in pairs.values()) / len(pairs)
+
+    rows = rows_of([{"pair": i // 2, "score": float(i % 3 > 0)} for i in range(80)])
+    # Per-pair scores are independent draws, so the error is theirs over the root of their number.
+    per_pair = [mme(rows[i : i + 2]) for i in range(0, 80, 2)]
+    formula = np.std(per_pair) / math.sqrt(40)
+    measured = bootstrap_standard_error(rows, mme, cluster_key="pair", num_resamples=3000)
+    assert measured == pytest.approx(formula, rel=0.06)
+    point, low, high = retention_interval({"t": (rows, rows)}, {"t": mme}, 50, cluster_keys={"t": "pair"})
+    assert (point, low, high) == (1.0, 1.0, 1.0)
+
+
+def test_many_questions_are_drawn_in_blocks(monkeypatch):
+    whole = retention_interval({"t": (COMPRESSED, VANILLA)}, num_resamples=300)
+    monkeypatch.setattr("vzip.results.stats._MAX_INDICES", 1000)
+    assert retention_interval({"t": (COMPRESSED, VANILLA)}, num_resamples=300) == whole
+
+
+@pytest.mark.parametrize(
+    ("per_task", "kwargs", "message"),
+    [
+        ({}, {}, "at least one task"),
+        ({"t": (np.ones(3), np.ones(4))}, {}, "3 compressed and 4 vanilla"),
+        ({"t": (np.ones(0), np.ones(0))}, {}, "0 compressed"),
+        ({"t": (np.ones(3), np.zeros(3))}, {}, "vanilla score is 0"),
+        ({"t": (np.ones(3), np.ones(3))}, {"confidence": 95}, "between 0 and 1"),
+    ],
+)
+def test_what_has_no_retention(per_task, kwargs, message):
+    with pytest.raises(ConfigError, match=message):
+        retention_interval(per_task, **kwargs)
+
+
+def test_errors_of_clustered_scores():
+    scores = np.random.default_rng(3).random(12)
+    alone = clustered_standard_error(scores, range(12))
+    assert alone == pytest.approx(standard_error(scores))
+    # Every score four times over tells no more than the score once.
+    assert clustered_standard_error(np.repeat(scores, 4), np.repeat(range(12), 4).tolist()) == pytest.approx(alone)
+    assert np.isnan(clustered_standard_error(scores, ["one"] * 12))
+    # Against the spread of the mean over resampled clusters of unequal sizes.
+    labels = [0] * 5 + [1] * 3 + [2] * 2 + [3, 4]
+    rows = np.array([{"score": score, "label": label} for score, label in zip(scores, labels, strict=True)])
+    many = np.concatenate([[{**row, "label": (copy, row["label"])} for row in rows] for copy in range(40)])
+    resampled = bootstrap_standard_error(
+        many, lambda drawn: float(np.mean([row["score"] for row in drawn])), cluster_key="label", num_resamples=400
+    )
+    values, names = [row["score"] for row in many], [row["label"] for row in many]
+    assert clustered_standard_error(np.array(values), names) == pytest.approx(resampled, rel=0.12)
