@@ -57,7 +57,7 @@ def act(plan: EvaluationPlan) -> float | None:
     """Evaluates, or takes the record of the same run, and prints it; returns what an optimising sweep maximises."""
     # Imported only now: the configuration is judged before torch, transformers and lmms-eval cost their seconds.
     from vzip.report.table import print_record
-    from vzip.sweep.summary import average_score
+    from vzip.results.sweep_summary import average_score
 
     if plan.finished is None:
         record = run_plan(plan)

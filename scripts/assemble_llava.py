@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vzip import log
 from vzip.errors import VzipError
-from vzip.models.weights.assemble import assemble
+from vzip.models.assemble import assemble
 
 
 def main() -> int:

@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 
 from vzip.config.build import resolved
 from vzip.config.options import RECIPE_GROUP, config_dir, groups, header, options
+from vzip.config.run_directory import run_directory, training_directory
 from vzip.config.training import checked, launch_of, tuning_plan
 from vzip.config.validate import build_compressor, find_problems
-from vzip.results.run_directory import run_directory, training_directory
 
 CONFIGS = config_dir()
 RECIPES = options(CONFIGS, RECIPE_GROUP)

@@ -21,8 +21,8 @@ import vzip.evaluation.run
 import vzip.report.table
 from vzip.config.build import evaluation_plan, resolved, unchanged_recipe
 from vzip.config.options import config_dir
+from vzip.config.run_directory import run_directory, training_directory
 from vzip.errors import ConfigError
-from vzip.results.run_directory import run_directory, training_directory
 
 ROOT = config_dir().parent
 

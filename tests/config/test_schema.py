@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 import vzip
 from vzip.config import schema
 from vzip.config.options import config_dir, groups, option_values, options
-from vzip.evaluation.generation import FORWARDED
+from vzip.evaluation.answering.generation import FORWARDED
 from vzip.evaluation.run import evaluate
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from vzip.errors import DeviceMemoryError, ManifestError
-from vzip.evaluation import batching
+from vzip.evaluation.answering import batching
 from vzip.evaluation.run import evaluate
 from vzip.results.record import read_samples
 

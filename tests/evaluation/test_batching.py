@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from vzip.evaluation.batching import cut, plan_batches
-from vzip.evaluation.read_ahead import prepare_ahead
+from vzip.evaluation.answering.batching import cut, plan_batches
+from vzip.evaluation.answering.read_ahead import prepare_ahead
 
 
 def test_longest_first_within_a_group():

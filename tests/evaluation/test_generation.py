@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError
-from vzip.evaluation.generation import cut_at, settings_for
+from vzip.evaluation.answering.generation import cut_at, settings_for
 from vzip.evaluation.lmms_eval.messages import read_messages
 
 

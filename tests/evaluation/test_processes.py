@@ -16,8 +16,8 @@ from tests.evaluation.killed_run import Runs
 
 import vzip
 from vzip.errors import ConfigError
+from vzip.evaluation.answering.processes import Processes, as_one_process, own_device
 from vzip.evaluation.lmms_eval.model import ShareAnsweredError, VzipLmms
-from vzip.evaluation.processes import Processes, as_one_process, own_device
 
 
 class Threads(Processes):

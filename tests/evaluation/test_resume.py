@@ -16,12 +16,12 @@ import pytest
 from tests.evaluation.killed_run import Runs
 
 from vzip.errors import RunWriteError
-from vzip.evaluation import resume
-from vzip.evaluation.answering import SampleLog
-from vzip.evaluation.generation import settings_for
-from vzip.evaluation.processes import Processes
-from vzip.evaluation.questions import Question
-from vzip.evaluation.resume import AnswerStore
+from vzip.evaluation.answering import resume
+from vzip.evaluation.answering.answers import SampleLog
+from vzip.evaluation.answering.generation import settings_for
+from vzip.evaluation.answering.processes import Processes
+from vzip.evaluation.answering.questions import Question
+from vzip.evaluation.answering.resume import AnswerStore
 from vzip.evaluation.run import evaluate
 from vzip.results.files import write_json
 

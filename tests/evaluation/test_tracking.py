@@ -19,8 +19,8 @@ from tests.report.test_table_fill import COMPRESSED, VANILLA, put
 import vzip
 from vzip.analysis.plots import plot_retention
 from vzip.errors import ImageError, MissingPackageError
+from vzip.evaluation import tracking
 from vzip.evaluation.run import evaluate
-from vzip.report import tracking
 
 
 class FakeWandb:

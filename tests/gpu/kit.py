@@ -12,7 +12,7 @@ import torch
 from tests.tiny import Family
 
 import vzip
-from vzip.models.weights.devices import full_float32
+from vzip.models.devices import full_float32
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

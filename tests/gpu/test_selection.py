@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import vzip
 from vzip.compressors import VisionOutput
-from vzip.models.weights.devices import full_float32
+from vzip.models.devices import full_float32
 from vzip.ops.merge import target_positions
 from vzip.ops.select import remaining_rows
 

@@ -15,7 +15,7 @@ import vzip
 from vzip.data.conversations import vicuna_v1
 from vzip.data.llava_record import Turn
 from vzip.errors import CheckpointError, UnsupportedModelError
-from vzip.models.weights.assemble import assemble
+from vzip.models.assemble import assemble
 
 
 @pytest.fixture(scope="module")

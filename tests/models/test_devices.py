@@ -19,7 +19,7 @@ from tests import mgm_layout, tiny, tiny_mini_gemini
 from tests.families import FAMILIES
 
 import vzip
-from vzip.models.weights.devices import execution_device
+from vzip.models.devices import execution_device
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 COMPRESSORS = [vzip.VisionZip(BUDGET), vzip.Identity()]

@@ -18,7 +18,7 @@ from transformers import LlavaForConditionalGeneration, LlavaOnevisionConfig
 import vzip
 from vzip.errors import CheckpointError, ConfigError, MissingPackageError, UnsupportedModelError
 from vzip.models import load
-from vzip.models.weights.environment import refuse_broken_packages
+from vzip.models.environment import refuse_broken_packages
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)

@@ -27,10 +27,10 @@ from torch.nn import functional
 
 import vzip
 from vzip.errors import CheckpointError, ConfigError, UnsupportedModelError
+from vzip.models import hub
 from vzip.models.families.mini_gemini import MiniGeminiForConditionalGeneration
 from vzip.models.families.mini_gemini.names import UnexpectedName, rename_checkpoint, rename_clip, rename_openclip
 from vzip.models.families.mini_gemini.published import HUB_IDS, HUB_REVISIONS, find_published
-from vzip.models.weights import hub
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vzip.results.record import Run, read_record
 from vzip.results.stats import retention_interval
-from vzip.sweep.summary import Job, average_score, lay_out_sweep, plot_points, summarise, write_summary
+from vzip.results.sweep_summary import Job, average_score, lay_out_sweep, plot_points, summarise, write_summary
 
 DRAW = random.Random(3)
 TASKS = ("gqa", "vqa")

@@ -25,7 +25,7 @@ from vzip.config.options import config_dir
 from vzip.config.training import checked, tuning_plan
 from vzip.demo.dialogues import SceneDialogues, scene_of
 from vzip.errors import ConfigError
-from vzip.models.weights.assemble import assemble
+from vzip.models.assemble import assemble
 from vzip.train import launch
 
 

@@ -18,9 +18,9 @@ from transformers import AutoModel, PreTrainedModel
 from vzip.bench.hooks import recorded_outputs
 from vzip.compressors import CompressedTokens, Compressor, VisionOutput
 from vzip.errors import UnsupportedModelError, VzipError
+from vzip.models.devices import full_float32
 from vzip.models.towers.structure import Tower, find_tower
 from vzip.models.towers.tap import run_tower
-from vzip.models.weights.devices import full_float32
 from vzip.ops.attention import mean_keys
 
 ABSOLUTE_TOLERANCE = 1e-6

@@ -19,10 +19,10 @@ from vzip.bench.visuals import PICTURE_SIZE, Pictures, Visuals, visuals_of
 from vzip.compressors import Compressor, VisionZip
 from vzip.errors import CheckpointError, ConfigError
 from vzip.models.families import Adapter, adapter_for_model
+from vzip.models.hub import Checkpoint
 from vzip.models.load import load_vlm, resolve_checkpoint
 from vzip.models.towers.structure import geometry_from_config
 from vzip.models.weights.from_config import new_image_processor
-from vzip.models.weights.hub import Checkpoint
 
 TOWER_ONLY_SELECT_LAYER = -2
 

@@ -153,7 +153,7 @@ class Hub:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError
 
-        from vzip.models.weights.hub import TIMEOUT_S, HttpError
+        from vzip.models.hub import TIMEOUT_S, HttpError
 
         if self.is_off:
             return None
@@ -207,7 +207,7 @@ class Checkpoint:
         return None if self.files is None else sum(size or 0 for size in self.files.values())
 
     def fetch(self) -> None:
-        from vzip.models.weights import hub
+        from vzip.models import hub
 
         hub.Checkpoint(self.name, self.revision).fetch_weights()
 
@@ -318,7 +318,7 @@ def checkpoints(configs: Sequence[Mapping[str, Any]], hub: Hub) -> list[Checkpoi
 
 def _needed(files: Mapping[str, int | None] | None) -> dict[str, int | None] | None:
     """Those of the files that a run reads."""
-    from vzip.models.weights.hub import needed_files
+    from vzip.models.hub import needed_files
 
     return None if files is None else {name: files[name] for name in needed_files(files)}
 
@@ -449,7 +449,7 @@ def fetch_all(items: Sequence[Item]) -> dict[str, str]:
     Returns:
         what failed, and why.
     """
-    from vzip.models.weights.hub import HttpError
+    from vzip.models.hub import HttpError
 
     failed: dict[str, str] = {}
     for number, item in enumerate(items, 1):

@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from vzip.config.full_budget import full_is_vanilla
 from vzip.config.options import RECIPE_GROUP, config_dir, options
 from vzip.config.overrides import check_overrides
+from vzip.config.run_directory import budget_label, recipe_changes, run_directory, training_directory
 from vzip.config.same_run import same_run
 from vzip.config.validate import BUILT_IN, TRAINED, VIDEO, build_compressor, validate
 from vzip.errors import CheckpointError, ConfigError, RunExistsError, nearest
 from vzip.installed import program
-from vzip.results.run_directory import budget_label, recipe_changes, run_directory, training_directory
 
 if TYPE_CHECKING:
     from vzip.compressors import Compressor
@@ -212,7 +212,7 @@ def _device_map(device_map: Any, device: str) -> Any:
         return None
     if "RANK" not in os.environ:
         return device_map
-    from vzip.evaluation.processes import own_device
+    from vzip.evaluation.answering.processes import own_device
 
     return own_device(device_map)
 

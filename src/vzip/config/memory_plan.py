@@ -15,7 +15,7 @@ from vzip.config.overrides import check_overrides
 from vzip.config.training import FROM_SCRATCH, launch_of, one_process, settings_of, tuning_plan
 from vzip.config.validate import build_compressor, validate
 from vzip.errors import ConfigError
-from vzip.evaluation.batching import AUTO, AUTO_ON_GPU
+from vzip.evaluation.answering.batching import AUTO, AUTO_ON_GPU
 
 if TYPE_CHECKING:
     from vzip.memory.estimate import ModelShape
@@ -164,8 +164,8 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
     from vzip.bench.shapes import SHAPES
     from vzip.memory.estimate import ModelShape
     from vzip.models.families import FamilyOptions, adapter_class_for_config
+    from vzip.models.hub import Checkpoint
     from vzip.models.load import reach, read_config, resolve_checkpoint
-    from vzip.models.weights.hub import Checkpoint
 
     if model["adapter_path"] is not None:
         raise ConfigError(

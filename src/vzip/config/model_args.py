@@ -19,7 +19,7 @@ from vzip import log
 from vzip.config.options import config_dir, option_values, options
 from vzip.config.validate import COUNTS, raise_all
 from vzip.errors import ConfigError, VzipError, nearest
-from vzip.evaluation.batching import check_batch_size
+from vzip.evaluation.answering.batching import check_batch_size
 from vzip.evaluation.lmms_eval.model import VzipLmms
 from vzip.models.load import load_vlm
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vzip.results.run_directory import recipe_changes
+from vzip.config.run_directory import recipe_changes
 
 if TYPE_CHECKING:
     from vzip.config.build import EvaluationPlan

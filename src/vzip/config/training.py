@@ -10,11 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from vzip.config.build import check_assembled, load_arguments, resolved
 from vzip.config.options import RECIPE_GROUP, config_dir
+from vzip.config.run_directory import RESULT_KEYS, training_directory
 from vzip.config.schema import AUTO
 from vzip.config.validate import TRAINED, build_compressor, validate
 from vzip.errors import ConfigError
 from vzip.installed import program
-from vzip.results.run_directory import RESULT_KEYS, training_directory
 
 if TYPE_CHECKING:
     from vzip.data.collate import TrainingSet

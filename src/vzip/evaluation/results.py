@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vzip.results import provenance
 from vzip.results.token_count import budget_of
 
-from .answering import count_sizes
+from .answering.answers import count_sizes
 from .benchmarks.catalog import task_config
 from .benchmarks.protocols import protocol_of
 from .benchmarks.standard_errors import complete
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from vzip.models.vlm import CompressedVlm
 
-    from .answering import SampleLog
+    from .answering.answers import SampleLog
+    from .answering.questions import Key
     from .lmms_eval.model import VzipLmms
-    from .questions import Key
 
 SCHEMA_VERSION = 1
 # What lmms-eval logs about a sample beside its scores.

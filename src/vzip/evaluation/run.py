@@ -14,9 +14,9 @@ from vzip.results import provenance
 from vzip.results.files import naming_a_full_disk, naming_the_file, write_json, write_jsonl
 from vzip.results.wandb_runs import check_wandb
 
-from .batching import BatchSize, check_batch_size
+from .answering.batching import BatchSize, check_batch_size
+from .answering.generation import check_overrides
 from .benchmarks.question_groups import check_limit
-from .generation import check_overrides
 from .lmms_eval.harness import check_lmms_eval, quiet_logger, run_lmms_eval
 from .results import build_record, sample_rows
 
@@ -96,11 +96,11 @@ def evaluate(
     check_lmms_eval()
     if trackers:
         check_wandb("eval.trackers")
+    from .answering.processes import join_processes
+    from .answering.resume import AnswerStore, delete_answers, settings_of
     from .benchmarks.catalog import find_tasks
     from .benchmarks.task_data import check_data, naming_data_errors
     from .lmms_eval.model import VzipLmms
-    from .processes import join_processes
-    from .resume import AnswerStore, delete_answers, settings_of
 
     with quiet_logger(), contextlib.ExitStack() as stack:
         manager = find_tasks(tasks, include_path)
@@ -160,7 +160,7 @@ def evaluate(
         write_json(run_dir / RECORD_NAME, record)  # last: a record says that all of the run is there
         lm.store.delete()
     if trackers:
-        from vzip.report.tracking import report_evaluation
+        from vzip.evaluation.tracking import report_evaluation
 
         report_evaluation(vlm, run_dir, record, rows, lm.pictures)
     return record

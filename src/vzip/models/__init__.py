@@ -1,5 +1,5 @@
 """Vision towers, language model families and the wrapper around them; transformers' models are imported here."""
 
-from .weights.environment import refuse_broken_packages
+from .environment import refuse_broken_packages
 
 refuse_broken_packages(["torchvision"])

@@ -14,8 +14,8 @@ from vzip.errors import ConfigError, PromptError
 from vzip.media.images import Preprocess
 from vzip.media.video import VideoSource
 
+from .devices import execution_device
 from .families import Adapter
-from .weights.devices import execution_device
 
 # A kind's name, its token's id and, for each prompt, the pictures or videos that its placeholders stand for.
 Placeholders = tuple[str, int, Sequence[Sequence[object]]]

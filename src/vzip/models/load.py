@@ -18,11 +18,11 @@ from vzip.errors import CheckpointError, ConfigError, VzipError, nearest
 from vzip.media.images import PREPROCESSES, Preprocess
 from vzip.media.video import check_num_frames
 
+from .environment import refuse_broken_packages
 from .families import Adapter, FamilyOptions, adapter_class_for_config
 from .families.mini_gemini.published import find_published
+from .hub import HUB_ID, Checkpoint
 from .vlm import CompressedVlm
-from .weights.environment import refuse_broken_packages
-from .weights.hub import HUB_ID, Checkpoint
 from .weights.lora import apply_peft_checkpoint, check_peft_checkpoint
 from .weights.quantization import QUANTIZATIONS, compute_dtype, modules_outside, quantization_config
 from .weights.tuned import apply_tuned, read_header

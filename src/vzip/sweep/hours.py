@@ -14,7 +14,7 @@ from rich.table import Table
 from vzip.bench.forecast import Assumptions, Gpu, ModelWork, gpus, question_seconds, sample_seconds
 from vzip.data.manifest import load_manifest, manifest_folder
 from vzip.errors import ConfigError, ManifestError, nearest
-from vzip.evaluation.batching import AUTO
+from vzip.evaluation.answering.batching import AUTO
 from vzip.evaluation.benchmarks.question_counts import num_questions
 from vzip.evaluation.benchmarks.video_qa import VIDEO_SETS
 from vzip.report.paper_tables import PaperTable

@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from vzip.config.build import resolved
 from vzip.config.options import config_dir
 from vzip.config.overrides import check_overrides
+from vzip.config.run_directory import TUNED, recipe_changes, training_directory
 from vzip.config.validate import TRAINED, validate
 from vzip.errors import ConfigError
 from vzip.installed import program
@@ -21,7 +22,6 @@ from vzip.report.paper_tables import Column, PaperTable, Row
 from vzip.report.table_fill import holds
 from vzip.results.provenance import hardware
 from vzip.results.record import JUDGE_ACCURACY, JUDGE_SCORE, Run
-from vzip.results.run_directory import TUNED, recipe_changes, training_directory
 
 BEFORE = "{before}"  # in a training's words: the tuned weights of the training before it
 

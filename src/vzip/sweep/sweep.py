@@ -28,8 +28,8 @@ from vzip.config.build import resolved
 from vzip.config.full_budget import full_is_vanilla
 from vzip.config.options import config_dir
 from vzip.config.overrides import is_sweep
+from vzip.config.run_directory import run_directory, training_directory
 from vzip.errors import ConfigError, VzipError
-from vzip.results.run_directory import run_directory, training_directory
 
 _JOBS = "jobs"
 _claims: dict[Path, str] = {}  # this process's GPU, by the folder of its sweep
@@ -173,7 +173,7 @@ def finish() -> int:
     if folder is None or not entries:
         return 0
     from vzip.report.layout import print_layout
-    from vzip.sweep.summary import Job, lay_out_sweep, summarise, write_summary
+    from vzip.results.sweep_summary import Job, lay_out_sweep, summarise, write_summary
 
     words = distinct_words([entry["words"] for entry in entries])
     jobs = [

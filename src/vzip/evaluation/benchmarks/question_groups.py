@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vzip.errors import ConfigError
-from vzip.evaluation.questions import Key, Question
+from vzip.evaluation.answering.questions import Key, Question
 
 from .protocols import protocol_of
 

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from vzip.errors import ManifestError
-from vzip.models.weights.hub import HUB_ID, TIMEOUT_S, HttpError
+from vzip.models.hub import HUB_ID, TIMEOUT_S, HttpError
 
 from .catalog import task_config
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vzip.evaluation.processes import as_one_process
+from vzip.evaluation.answering.processes import as_one_process
 from vzip.installed import missing_package
 
 if TYPE_CHECKING:

@@ -23,19 +23,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vzip.errors import ManifestError, UnsupportedModelError
-from vzip.evaluation.answering import Answerer, SampleLog
-from vzip.evaluation.batching import BatchSize, check_batch_size, plan_batches, planned_size
+from vzip.evaluation.answering.answers import Answerer, SampleLog
+from vzip.evaluation.answering.batching import BatchSize, check_batch_size, plan_batches, planned_size
+from vzip.evaluation.answering.generation import check_overrides
+from vzip.evaluation.answering.processes import Processes
+from vzip.evaluation.answering.questions import Key, PreparedBatch, Preparer, Question, list_questions
+from vzip.evaluation.answering.read_ahead import prepare_ahead
 from vzip.evaluation.benchmarks.question_counts import compare_counts
 from vzip.evaluation.benchmarks.question_groups import partners_of
-from vzip.evaluation.generation import check_overrides
-from vzip.evaluation.processes import Processes
-from vzip.evaluation.questions import Key, PreparedBatch, Preparer, Question, list_questions
-from vzip.evaluation.read_ahead import prepare_ahead
 from vzip.installed import missing_package
 from vzip.media.images import strict_decoding
 
 if TYPE_CHECKING:
-    from vzip.evaluation.resume import AnswerStore
+    from vzip.evaluation.answering.resume import AnswerStore
     from vzip.models.vlm import CompressedVlm
 
 try:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from vzip.errors import CheckpointError, UnsupportedModelError
 from vzip.installed import missing_package
 
-from .hub import HUB_ID, Checkpoint
+from ..hub import HUB_ID, Checkpoint
 
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # LLaVA's own training code keeps its projector here, under names of its own.

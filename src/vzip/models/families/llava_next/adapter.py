@@ -21,8 +21,8 @@ from vzip.errors import PromptError, UnsupportedModelError
 from vzip.media.images import Preprocess
 from vzip.models.families.llava_next.anyres import hf_grid, placement, prepare_crops
 
+from ...devices import fetch_parameter
 from ...towers.structure import TowerGeometry
-from ...weights.devices import fetch_parameter
 from ..base import check_pixel_values
 from ..llava_base import LlavaBase
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...weights.devices import fetched
+from ...devices import fetched
 
 
 class PatchInfoMining(nn.Module):

@@ -20,7 +20,7 @@ from transformers import CLIPVisionConfig, ConvNextConfig, LlamaConfig, LlavaPro
 
 from vzip.errors import CheckpointError, UnsupportedModelError
 
-from ...weights.hub import Checkpoint
+from ...hub import Checkpoint
 from .config import MiniGeminiConfig
 from .modeling import MiniGeminiForConditionalGeneration
 from .names import HIGH_RES, LOW_RES, rename_checkpoint, rename_clip, rename_openclip

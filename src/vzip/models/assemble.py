@@ -23,13 +23,13 @@ from transformers.models.clip import CLIPImageProcessor  # AutoImageProcessor of
 
 from vzip.errors import CheckpointError, UnsupportedModelError
 
-from ..families import Adapter, adapter_class_for_config
-from ..freeze import initialise_anew
-from ..load import check_complete, reach, resolve_checkpoint
-from ..towers.structure import geometry_from_config
-from .from_config import family_config, new_processor
+from .families import Adapter, adapter_class_for_config
+from .freeze import initialise_anew
 from .hub import Checkpoint
-from .tuned import atomic_directory
+from .load import check_complete, reach, resolve_checkpoint
+from .towers.structure import geometry_from_config
+from .weights.from_config import family_config, new_processor
+from .weights.tuned import atomic_directory
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from vzip.results import provenance
 from vzip.results.files import naming_the_file, replace_file
 
-from .answering import SampleLog
+from .answers import SampleLog
 from .processes import Processes
 from .questions import Key, Question
 

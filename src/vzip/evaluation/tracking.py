@@ -18,11 +18,11 @@ from vzip.analysis.kept import draw_kept
 from vzip.analysis.plots import plot_retention
 from vzip.errors import VzipError
 from vzip.results.record import RECORD_NAME, Run, is_vanilla_of, metrics_of, runs_beside, score_of
+from vzip.results.sweep_summary import Job, plot_points, summarise
 from vzip.results.wandb_runs import CLOSE_SECONDS, start_wandb, trouble
-from vzip.sweep.summary import Job, plot_points, summarise
 
 if TYPE_CHECKING:
-    from vzip.evaluation.questions import Key
+    from vzip.evaluation.answering.questions import Key
     from vzip.models.vlm import CompressedVlm
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from vzip.errors import ImageError, VideoError
+from vzip.evaluation.lmms_eval.messages import read_messages
 
 from .batching import cut
 from .generation import GenerationSettings, settings_for
-from .lmms_eval.messages import read_messages
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
