@@ -20,7 +20,6 @@ from omegaconf import DictConfig
 from vzip.cli.entry import entry_point
 from vzip.config.build import EvaluationPlan, evaluation_plan
 from vzip.config.preview import stop_dry, tell
-from vzip.config.same_run import look_again
 from vzip.sweep.execute import run_plan
 from vzip.sweep.sweep import alone_in, check_objective, in_sweep
 
@@ -38,7 +37,7 @@ def main(cfg: DictConfig) -> float | None:
         return None
     if in_sweep():
         with alone_in(plan.evaluation["run_dir"]):
-            return act(look_again(plan))
+            return act(plan.as_it_stands_now())
 
     from vzip.train.distributed import check_devices
     from vzip.train.launch import launch_command, run_command

@@ -14,10 +14,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from vzip.config.build import resolved
+from vzip.config.build import launch_of, resolved
 from vzip.config.options import RECIPE_GROUP, config_dir, groups, header, options
 from vzip.config.run_directory import run_directory, training_directory
-from vzip.config.training import checked, launch_of, tuning_plan
+from vzip.config.training import checked, tuning_plan
 from vzip.config.validate import build_compressor, find_problems
 
 CONFIGS = config_dir()

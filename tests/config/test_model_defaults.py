@@ -12,7 +12,7 @@ from tests.config.test_bad_input import script
 
 from vzip.config.build import chat_plan, resolved
 from vzip.config.options import config_dir, option_values, options
-from vzip.evaluation.judge.tasks import JUDGED_TASKS
+from vzip.evaluation.benchmarks.judged import JUDGED_TASKS
 
 # The words -> evaluation, budget.
 CASES = {

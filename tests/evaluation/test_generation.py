@@ -7,7 +7,7 @@ from PIL import Image
 
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError
 from vzip.evaluation.answering.generation import cut_at, settings_for
-from vzip.evaluation.lmms_eval.messages import read_messages
+from vzip.evaluation.answering.messages import read_messages
 
 
 def kwargs_of(of_task, overrides=None):

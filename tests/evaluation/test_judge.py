@@ -9,9 +9,9 @@ import pytest
 from tests.evaluation.fake_endpoint import Answer, running
 
 from vzip.errors import ConfigError, JudgeError, ManifestError, MissingPackageError
+from vzip.evaluation.benchmarks.judge_prompts import Verdict, read_prompt, read_verdict
 from vzip.evaluation.judge.cache import ReplyCache
 from vzip.evaluation.judge.client import Judge
-from vzip.evaluation.judge.prompts import Verdict, read_prompt, read_verdict
 from vzip.evaluation.judge.settings import OFFICIAL_URL, JudgeSettings, read_key
 
 KEY = "sk-secret-0123456789"

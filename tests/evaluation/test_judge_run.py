@@ -19,8 +19,8 @@ from vzip import cli
 from vzip.cli import judge as judge_cli
 from vzip.cli.judge import estimate_tokens
 from vzip.errors import ConfigError, JudgeError, ManifestError, RunExistsError
+from vzip.evaluation.benchmarks.judge_prompts import read_prompt
 from vzip.evaluation.judge.client import Judge
-from vzip.evaluation.judge.prompts import read_prompt
 
 KEY = "sk-secret-0123456789"
 MSVD, TGIF = "msvd_qa_zero_shot", "tgif_qa_zero_shot"

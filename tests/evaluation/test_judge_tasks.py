@@ -15,8 +15,8 @@ from tests.evaluation.fake_endpoint import Answer, running
 from vzip.cli import judge as judge_cli
 from vzip.errors import UnsupportedModelError
 from vzip.evaluation.benchmarks.catalog import OWN_TASKS, find_tasks, task_config
+from vzip.evaluation.benchmarks.judged import JUDGED_TASKS
 from vzip.evaluation.benchmarks.protocols import PROTOCOLS
-from vzip.evaluation.judge.tasks import JUDGED_TASKS
 from vzip.results.record import read_record, read_samples
 
 KEY = "sk-secret-0123456789"

@@ -14,8 +14,8 @@ from tests.report.test_table_fill import COMPRESSED, VANILLA, put
 
 from vzip.cli import main
 from vzip.errors import ConfigError, ManifestError
-from vzip.report.layout import print_layout, to_markdown
 from vzip.report.two_runs import compare_runs, differing_settings, lay_out_pair
+from vzip.results.layout import print_layout, to_markdown
 from vzip.results.record import Run, find_runs
 from vzip.results.stats import mcnemar_p
 

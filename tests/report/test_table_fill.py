@@ -16,11 +16,11 @@ from tests.report.test_compare import record
 
 from vzip.errors import ManifestError
 from vzip.report.costs import find_benches
-from vzip.report.layout import print_layout, to_latex, to_markdown
 from vzip.report.paper_tables import PaperTable
 from vzip.report.table_files import read_table
 from vzip.report.table_fill import FilledRow, fill
 from vzip.report.table_format import lay_out, to_csv
+from vzip.results.layout import print_layout, to_latex, to_markdown
 from vzip.results.record import Run, find_runs
 
 OWN = {

@@ -17,9 +17,10 @@ from tests.train.test_choosing import GIB, gpus, needs, preset
 from tests.train.test_commands import composed, run, words  # noqa: F401  words is a fixture
 
 import vzip.config.memory_plan
+from vzip.config.build import launch_of
 from vzip.config.launching import launching
 from vzip.config.memory_plan import training_estimate
-from vzip.config.training import checked, launch_of
+from vzip.config.training import checked
 from vzip.errors import RunExistsError
 from vzip.train import choosing, launch
 from vzip.train.checkpoint import Begun

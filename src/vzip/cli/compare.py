@@ -21,8 +21,8 @@ from rich.table import Table
 from vzip.errors import ConfigError, ManifestError
 from vzip.installed import checkout
 from vzip.report.expected import Expectation, ExpectedRow, read_expected
-from vzip.report.layout import print_layout
 from vzip.report.two_runs import lay_out_pair, pillow_remarks
+from vzip.results.layout import print_layout
 from vzip.results.paired import Paired, compare_task
 from vzip.results.record import (
     Run,

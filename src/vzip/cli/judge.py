@@ -27,10 +27,10 @@ from rich.table import Table
 
 from vzip.data.llava_index import cache_folder
 from vzip.errors import ConfigError, JudgeError
+from vzip.evaluation.benchmarks.judged import JudgedTask, judged_task
 from vzip.evaluation.judge.cache import ReplyCache
 from vzip.evaluation.judge.record import JudgedRun, open_tasks, read_run, unusable, write_verdicts
 from vzip.evaluation.judge.settings import OFFICIAL_URL, JudgeSettings, read_key
-from vzip.evaluation.judge.tasks import JudgedTask, judged_task
 from vzip.results.record import JUDGE_ACCURACY, JUDGE_SCORE, score_of
 
 if TYPE_CHECKING:

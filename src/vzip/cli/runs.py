@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from vzip.errors import ConfigError
-from vzip.report.layout import Layout, Piece, print_layout
+from vzip.results.layout import Layout, Piece, print_layout
 from vzip.results.record import Run, find_runs, primary_scores
 
 _HEAD = ("recipe or model", "method", "tokens", "task", "score", "± s.e.", "questions", "date", "run")

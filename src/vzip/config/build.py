@@ -17,6 +17,7 @@ from vzip.config.options import RECIPE_GROUP, config_dir, options
 from vzip.config.overrides import check_overrides
 from vzip.config.run_directory import budget_label, recipe_changes, run_directory, training_directory
 from vzip.config.same_run import same_run
+from vzip.config.schema import AUTO
 from vzip.config.validate import BUILT_IN, TRAINED, VIDEO, build_compressor, validate
 from vzip.errors import CheckpointError, ConfigError, RunExistsError, nearest
 from vzip.installed import program
@@ -82,6 +83,13 @@ class EvaluationPlan:
         """Whether to stop before anything is loaded or written."""
         return bool(self.evaluation["resolved_config"]["dry_run"])
 
+    def as_it_stands_now(self) -> EvaluationPlan:
+        """The plan, or that it is done: another job that runs at the same time may have been this very run."""
+        run_dir = self.evaluation["run_dir"]
+        if self.finished is not None or self.evaluation["overwrite"] or not (run_dir / "run.json").exists():
+            return self
+        return replace(self, finished=same_run(run_dir, self.evaluation["resolved_config"]))
+
     def check_tasks(self, include_path: str | None, tasks: Sequence[str] | None = None) -> None:
         """Finds every task and the hub with its data, so that what is missing is an error before the model is loaded.
 
@@ -143,8 +151,6 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
             f"train={train['name']}: eval.py trains nothing. Train with `{program('train')}"
             f" {_recipe_word(config)}`, then evaluate with model=llava_local model.name_or_path=DIR."
         )
-    from vzip.config.training import launch_of, one_process
-
     config["launcher"] = one_process(config["launcher"])
     launch = replace(launch_of(config), strategy="ddp")  # sharing weights out is for training
     if of_sweep:
@@ -215,6 +221,23 @@ def _device_map(device_map: Any, device: str) -> Any:
     from vzip.evaluation.answering.processes import own_device
 
     return own_device(device_map)
+
+
+def launch_of(config: Mapping[str, Any]) -> LaunchSettings:
+    """The ``launcher`` group as an object; what ``launcher=auto`` leaves open as for one process."""
+    from vzip.train.settings import LaunchSettings
+
+    launcher = one_process(config["launcher"])
+    return LaunchSettings(**{key: value for key, value in launcher.items() if key != "name"})
+
+
+def one_process(launcher: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``launcher`` group; what ``launcher=auto`` leaves open as in configs/launcher/inline.yaml."""
+    if launcher["name"] != AUTO:
+        return dict(launcher)
+    inline = OmegaConf.to_container(OmegaConf.load(config_dir() / "launcher" / "inline.yaml"))
+    assert isinstance(inline, dict)
+    return {key: inline[key] if value is None else value for key, value in launcher.items()}
 
 
 def check_assembled(model: Mapping[str, Any]) -> None:

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vzip.config.build import launch_of, one_process
 from vzip.config.options import config_dir
 from vzip.config.run_directory import training_directory
 from vzip.config.schema import AUTO
-from vzip.config.training import launch_of, one_process, settings_of
+from vzip.config.training import settings_of
 from vzip.config.validate import show
 from vzip.errors import RunExistsError
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
 
-from vzip.config.build import load_arguments, resolved
+from vzip.config.build import launch_of, load_arguments, one_process, resolved
 from vzip.config.options import config_dir
 from vzip.config.overrides import check_overrides
-from vzip.config.training import FROM_SCRATCH, launch_of, one_process, settings_of, tuning_plan
+from vzip.config.training import FROM_SCRATCH, settings_of, tuning_plan
 from vzip.config.validate import build_compressor, validate
 from vzip.errors import ConfigError
 from vzip.evaluation.answering.batching import AUTO, AUTO_ON_GPU

@@ -14,8 +14,8 @@ from vzip.config.options import config_dir
 from vzip.config.run_directory import compressor_label
 from vzip.config.validate import BUILT_IN, VIDEO
 from vzip.errors import VzipError
+from vzip.evaluation.benchmarks.judged import JUDGED_TASKS
 from vzip.evaluation.benchmarks.question_counts import known_counts, num_questions
-from vzip.evaluation.judge.tasks import JUDGED_TASKS
 
 if TYPE_CHECKING:
     from vzip.bench.shapes import BenchModel

@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vzip.config.run_directory import recipe_changes
-
-if TYPE_CHECKING:
-    from vzip.config.build import EvaluationPlan
-
-
-def look_again(plan: EvaluationPlan) -> EvaluationPlan:
-    """The plan as it stands now: another job that runs at the same time may have been this very run."""
-    run_dir = plan.evaluation["run_dir"]
-    if plan.finished is not None or plan.evaluation["overwrite"] or not (run_dir / "run.json").exists():
-        return plan
-    return replace(plan, finished=same_run(run_dir, plan.evaluation["resolved_config"]))
 
 
 def same_run(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

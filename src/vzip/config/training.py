@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from vzip.config.build import check_assembled, load_arguments, resolved
+from vzip.config.build import check_assembled, launch_of, load_arguments, resolved
 from vzip.config.options import RECIPE_GROUP, config_dir
 from vzip.config.run_directory import RESULT_KEYS, training_directory
-from vzip.config.schema import AUTO
 from vzip.config.validate import TRAINED, build_compressor, validate
 from vzip.errors import ConfigError
 from vzip.installed import program
@@ -130,23 +129,6 @@ def settings_of(config: Mapping[str, Any]) -> tuple[TrainSettings, LaunchSetting
         lora = {**train["lora"], "target_modules": tuple(train["lora"]["target_modules"])}
         train["lora"] = LoraSettings(**lora)
     return TrainSettings(**train), launch_of(config)
-
-
-def launch_of(config: Mapping[str, Any]) -> LaunchSettings:
-    """The ``launcher`` group as an object; what ``launcher=auto`` leaves open as for one process."""
-    from vzip.train.settings import LaunchSettings
-
-    launcher = one_process(config["launcher"])
-    return LaunchSettings(**{key: value for key, value in launcher.items() if key != "name"})
-
-
-def one_process(launcher: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``launcher`` group; what ``launcher=auto`` leaves open as in configs/launcher/inline.yaml."""
-    if launcher["name"] != AUTO:
-        return dict(launcher)
-    inline = OmegaConf.to_container(OmegaConf.load(config_dir() / "launcher" / "inline.yaml"))
-    assert isinstance(inline, dict)
-    return {key: inline[key] if value is None else value for key, value in launcher.items()}
 
 
 def data_loader(data: Mapping[str, Any], cache: str | None = None) -> Callable[[], TrainingSet]:

@@ -20,49 +20,7 @@ from .pretend import fill, pretending
 from .quantized import quantize
 from .sharing import model_size, shared_out
 from .steps import prepare_training, watch_inference, watch_training
-from .workload import Workload, prompts, training_batch
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A model without its weights.
-
-    Attributes:
-        config: Hugging Face's.
-        compressor: the method.
-        options: of the family.
-        quantization: of the language model's linear layers: None, ``8bit`` or ``4bit``.
-        attn_implementation: as Hugging Face's.
-    """
-
-    config: Any
-    compressor: Compressor
-    options: FamilyOptions = field(default_factory=FamilyOptions)
-    quantization: str | None = None
-    attn_implementation: str = "sdpa"
-
-    def on_paper(self, dtype: torch.dtype) -> CompressedVlm:
-        """The model on torch's meta device, quantized if it is to be."""
-        vlm = self._wrap(shapes.build_meta(BenchModel("", self.config, ""), dtype))
-        if self.quantization is not None:
-            quantize(vlm.model, vlm.adapter.language_model, self.quantization, dtype)
-        return vlm
-
-    def with_random_weights(self, device: torch.device, dtype: torch.dtype) -> CompressedVlm:
-        """The model itself, unquantized."""
-        return self._wrap(shapes.build_random(BenchModel("", self.config, ""), device, dtype))
-
-    def _wrap(self, model: PreTrainedModel) -> CompressedVlm:
-        if self.attn_implementation == "eager":  # flash attention takes what SDPA takes, and needs a GPU to be chosen
-            model.set_attn_implementation("eager")
-        options = self.options
-        return CompressedVlm(
-            model,
-            self.compressor,
-            drop_padding=options.drop_padding,
-            row_newline=options.row_newline,
-            drop_cls=options.drop_cls,
-        )
+from .workload import ModelShape, Workload, prompts, training_batch
 
 
 def estimate_training(

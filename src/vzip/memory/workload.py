@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,50 @@ from vzip.models.families import Adapter
 from vzip.models.vlm import CompressedVlm
 from vzip.results.token_count import expected_token_counts, expected_video_counts
 
-if TYPE_CHECKING:
-    from .estimate import ModelShape
 
 LEAST_TEXT = 3  # tokens: one before the picture, one after it, one to learn
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model without its weights.
+
+    Attributes:
+        config: Hugging Face's.
+        compressor: the method.
+        options: of the family.
+        quantization: of the language model's linear layers: None, ``8bit`` or ``4bit``.
+        attn_implementation: as Hugging Face's.
+    """
+
+    config: Any
+    compressor: Compressor
+    options: FamilyOptions = field(default_factory=FamilyOptions)
+    quantization: str | None = None
+    attn_implementation: str = "sdpa"
+
+    def on_paper(self, dtype: torch.dtype) -> CompressedVlm:
+        """The model on torch's meta device, quantized if it is to be."""
+        vlm = self._wrap(shapes.build_meta(BenchModel("", self.config, ""), dtype))
+        if self.quantization is not None:
+            quantize(vlm.model, vlm.adapter.language_model, self.quantization, dtype)
+        return vlm
+
+    def with_random_weights(self, device: torch.device, dtype: torch.dtype) -> CompressedVlm:
+        """The model itself, unquantized."""
+        return self._wrap(shapes.build_random(BenchModel("", self.config, ""), device, dtype))
+
+    def _wrap(self, model: PreTrainedModel) -> CompressedVlm:
+        if self.attn_implementation == "eager":  # flash attention takes what SDPA takes, and needs a GPU to be chosen
+            model.set_attn_implementation("eager")
+        options = self.options
+        return CompressedVlm(
+            model,
+            self.compressor,
+            drop_padding=options.drop_padding,
+            row_newline=options.row_newline,
+            drop_cls=options.drop_cls,
+        )
 
 
 @dataclass(frozen=True)

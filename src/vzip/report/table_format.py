@@ -12,8 +12,8 @@ import io
 from collections.abc import Sequence
 
 from vzip.evaluation.benchmarks.protocols import protocol_of
+from vzip.results.layout import Layout, Piece
 
-from .layout import Layout, Piece
 from .paper_tables import Mismatch, PaperTable
 from .table_fill import FilledAverage, FilledCell, FilledRow
 

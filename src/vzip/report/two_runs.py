@@ -8,10 +8,9 @@ from typing import Any
 
 from vzip.errors import ManifestError
 from vzip.results.averages import Share, average_retention, recovered_share
+from vzip.results.layout import Layout, Piece
 from vzip.results.paired import Paired, compare_task
 from vzip.results.record import Run, Score, answers_of, metrics_of, score_of
-
-from .layout import Layout, Piece
 
 # What says how a run was made; the rest of a record is its result.
 _SETTINGS = (

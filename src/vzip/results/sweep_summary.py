@@ -13,8 +13,8 @@ import numpy as np
 
 from vzip.analysis.plots import Point, plot_retention
 from vzip.errors import ManifestError
-from vzip.report.layout import Layout, Piece, to_markdown
 from vzip.results.averages import average_retention
+from vzip.results.layout import Layout, Piece, to_markdown
 from vzip.results.paired import Paired, compare_task
 from vzip.results.record import Run, Score, answers_of, is_vanilla_of, primary_scores, unit_factor
 

@@ -172,7 +172,7 @@ def finish() -> int:
     entries = [] if folder is None else one_a_run(read_entries(folder))
     if folder is None or not entries:
         return 0
-    from vzip.report.layout import print_layout
+    from vzip.results.layout import print_layout
     from vzip.results.sweep_summary import Job, lay_out_sweep, summarise, write_summary
 
     words = distinct_words([entry["words"] for entry in entries])

@@ -30,11 +30,11 @@ from vzip import log
 from vzip.config.options import config_dir
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.report.costs import Bench, find_benches
-from vzip.report.layout import print_layout, to_latex, to_markdown
 from vzip.report.paper_tables import PaperTable
 from vzip.report.table_files import read_table
 from vzip.report.table_fill import fill
 from vzip.report.table_format import FORMATS, lay_out, to_csv
+from vzip.results.layout import print_layout, to_latex, to_markdown
 from vzip.results.record import Run, find_runs
 from vzip.sweep.execute import evaluate_words
 from vzip.sweep.plan import Planned, Todo, hours, missing, plan, runs_of

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from vzip.errors import ImageError, VideoError
-from vzip.evaluation.lmms_eval.messages import read_messages
+from vzip.evaluation.answering.messages import read_messages
 
 from .batching import cut
 from .generation import GenerationSettings, settings_for

@@ -13,7 +13,7 @@ from lmms_eval.tasks.pope.utils import pope_aggregate_f1_score, pope_process_res
 from lmms_eval.tasks.scienceqa.utils import sqa_process_results
 from lmms_eval.tasks.seedbench.utils import seed_doc_to_visual
 
-from vzip.evaluation.judge.tasks import JUDGE_CONTEXT
+from vzip.evaluation.benchmarks.judged import JUDGE_CONTEXT
 
 Doc = Mapping[str, Any]
 

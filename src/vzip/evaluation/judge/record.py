@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vzip.errors import ConfigError, ManifestError, RunExistsError, nearest
+from vzip.evaluation.benchmarks.judge_prompts import JudgePrompt
+from vzip.evaluation.benchmarks.judged import JUDGED_TASKS, JudgedTask, judged_task
 from vzip.results.files import write_json, write_jsonl
 from vzip.results.record import SAMPLES_NAME, read_record, read_samples, record_path
 from vzip.results.score_units import Units, units_of
 from vzip.results.stats import bootstrap_standard_error, clustered_standard_error
 
-from .prompts import JudgePrompt
 from .settings import JudgeSettings
-from .tasks import JUDGED_TASKS, JudgedTask, judged_task
 
 if TYPE_CHECKING:
     from .client import Reply

@@ -8,22 +8,42 @@ dialogue would show it, even where a template or the tokenizer writes earlier tu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from transformers import DynamicCache, TextStreamer
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, ProcessorMixin, TextStreamer
 
 from vzip.errors import ConfigError, PromptError, nearest
 from vzip.media.video import VideoSource
 
+from ..families import Adapter
 from .layout import ChatLayout, EncodedVisual, message
-
-if TYPE_CHECKING:
-    from ..vlm import CompressedVlm
 
 DEFAULT_MAX_NEW_TOKENS = 256
 GENERATION_SETTINGS = ("do_sample", "temperature", "top_p", "top_k", "min_new_tokens")
+
+
+class Vlm(Protocol):
+    """What a dialogue needs of ``CompressedVlm``."""
+
+    model: PreTrainedModel
+    adapter: Adapter
+    processor: ProcessorMixin | None
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def preprocess_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]: ...
+
+    def preprocess_videos(self, videos: Sequence[VideoSource]) -> dict[str, Tensor]: ...
+
+    def encode_images(
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, tile_grids: Tensor | None = None
+    ) -> list[Tensor]: ...
+
+    def encode_videos(self, pixel_values_videos: Tensor) -> list[Tensor]: ...
 
 
 class ChatSession:
@@ -38,7 +58,7 @@ class ChatSession:
         pending: those added for the next question.
     """
 
-    def __init__(self, vlm: CompressedVlm, system_prompt: str | None = None) -> None:
+    def __init__(self, vlm: Vlm, system_prompt: str | None = None) -> None:
         """Begins a dialogue.
 
         Raises:

@@ -70,7 +70,7 @@ def read_prompt(name: str) -> JudgePrompt:
         JudgeError: the installed lmms-eval has another text.
     """
     about = json.loads(
-        (resources.files("vzip.evaluation.judge") / "prompts" / f"{name}.json").read_text(encoding="utf-8")
+        (resources.files("vzip.evaluation.benchmarks") / "prompts" / f"{name}.json").read_text(encoding="utf-8")
     )
     spec = importlib.util.find_spec("lmms_eval")
     if spec is None or spec.origin is None:

@@ -11,7 +11,7 @@ from vzip.evaluation.benchmarks.protocol import Unit
 from vzip.evaluation.benchmarks.video_qa import VIDEO_SETS
 from vzip.results.record import JUDGE_ACCURACY, JUDGE_SCORE
 
-from .prompts import VIDEO_PROMPT, JudgePrompt, read_prompt, read_verdict
+from .judge_prompts import VIDEO_PROMPT, JudgePrompt, read_prompt, read_verdict
 
 # What a benchmark's task keeps of a question for its judge, among the scores of samples.jsonl.
 JUDGE_CONTEXT = "judge_context"
