@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,32 +12,46 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "vzip"
-# A part may import its own level and those below. `errors`, `installed` and `log` are for everyone.
-LEVELS = {
-    "errors": 0,
-    "installed": 0,
-    "log": 0,
-    "ops": 1,
-    "compressors": 2,
-    "models": 3,
-    "data": 3,
-    "train": 4,
-    "evaluation": 4,
-    "bench": 4,
-    "memory": 4,
-    "analysis": 4,
-    "report": 4,
-    "config": 5,
-    "cli": 5,
-    "demo": 5,
-    "__main__": 5,
-}
-SEES_CONFIG_OBJECTS = ("config", "cli", "__main__")
+# Lowest first. Each room may import those above it in this list and nothing else: rooms on one line know nothing of each
+# other. A name with a dot is a room inside a room; a file in none of them belongs to the room around it.
+ROOMS = [
+    ["errors", "log"],
+    ["installed"],
+    ["ops", "media"],
+    ["compressors"],
+    ["models.environment", "models.devices", "models.hub"],
+    ["models.towers"],
+    ["models.families"],
+    ["models.freeze", "models.weights", "models.chat"],
+    ["models"],
+    ["data", "analysis"],
+    ["results"],
+    ["train", "evaluation.answering"],
+    ["evaluation.benchmarks"],
+    ["evaluation.judge", "evaluation.lmms_eval"],
+    ["evaluation"],
+    ["report", "bench"],
+    ["demo"],
+    ["config"],
+    ["sweep"],
+    ["cli"],
+    ["__main__"],
+]
+LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+SEES_CONFIG_OBJECTS = ("config", "sweep", "cli", "__main__")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
-def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module_of(path: Path) -> str:
+    """Dotted and without ``vzip``: ``models.towers.tap``; a package is its ``__init__``'s name."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str:
+    """The innermost room that a module is in."""
+    inside = [room for room in LEVELS if module == room or module.startswith(f"{room}.")]
+    assert inside, f"give the new room of {module} a level in ROOMS and in AGENTS.md"
+    return max(inside, key=len)
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -54,38 +69,67 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
-def vzip_parts(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imported_modules(path) if name.startswith("vzip.")} & set(LEVELS)
+def vzip_modules(path: Path) -> set[str]:
+    """The files of vzip that a file imports, the facade ``vzip/__init__.py`` left out."""
+    there = {module_of(source) for source in SOURCES} - {"__init__"}
+    found = set()
+    for name in imported_modules(path):
+        module = name.removeprefix("vzip.")
+        while name.startswith("vzip.") and module:
+            if module in there:
+                found.add(module)
+                break
+            module = module.rpartition(".")[0]
+    return found - {module_of(path)}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_down_only(path):
-    part = part_of(path)
-    if part == "__init__":
+    if path == PACKAGE / "__init__.py":
         return  # the facade: it names public objects and loads them lazily
-    assert part in LEVELS, f"give the new part {part} a level here and in AGENTS.md"
-    for other in vzip_parts(path) - {part}:
-        assert LEVELS[other] <= LEVELS[part], f"{path} imports vzip.{other}, which is above {part}"
+    room = room_of(module_of(path))
+    for module in vzip_modules(path):
+        other = room_of(module)
+        assert other == room or LEVELS[other] < LEVELS[room], f"{path} imports vzip.{module}, which is not below {room}"
+
+
+def test_no_file_imports_itself_through_others():
+    """Also inside a room, and where an import stands in a function or serves types alone."""
+    imports = {module_of(path): vzip_modules(path) for path in SOURCES}
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+    graphlib.TopologicalSorter(imports).prepare()  # the error names the circle
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_only_torch_below_the_models_and_no_config_objects_outside_config(path):
     outside = {name.split(".")[0] for name in imported_modules(path)} - set(sys.stdlib_module_names) - {"vzip"}
-    if part_of(path) in ("ops", "compressors"):
+    if path == PACKAGE / "__init__.py":
+        return
+    room = room_of(module_of(path))
+    if room in ("ops", "compressors"):
         assert outside <= {"torch"}, f"{path} imports {outside - {'torch'}}"
-    if part_of(path) not in SEES_CONFIG_OBJECTS:
+    if room not in SEES_CONFIG_OBJECTS:
         assert not outside & {"omegaconf", "hydra"}, f"{path} sees Hydra objects"
 
 
 def test_the_checker_sees_imports(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
-    (tmp_path / "ops").mkdir()
-    file = tmp_path / "ops" / "bad.py"
-    file.write_text(
-        "def f():\n    from ..models.tap import run_tower\n    import transformers.utils\n    from .. import data\n"
+    here = sys.modules[__name__]
+    monkeypatch.setattr(here, "PACKAGE", tmp_path)
+    names = ("ops/bad.py", "models/towers/tap.py", "data/__init__.py")
+    files = [tmp_path / name for name in names]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    monkeypatch.setattr(here, "SOURCES", files)
+    files[0].write_text(
+        "def f():\n    from ..models.towers.tap import run\n    import transformers.utils\n    from .. import data\n"
     )
-    assert {"vzip.models.towers.tap", "transformers.utils", "vzip.data"} <= imported_modules(file)
-    assert vzip_parts(file) == {"models", "data"}
+    assert {"vzip.models.towers.tap", "transformers.utils", "vzip.data"} <= imported_modules(files[0])
+    assert vzip_modules(files[0]) == {"models.towers.tap", "data"}
+    assert room_of("models.towers.tap") == "models.towers" and room_of("models.load") == "models"
+    with pytest.raises(AssertionError, match="not below ops"):
+        test_imports_go_down_only(files[0])
 
 
 def test_importing_vzip_loads_no_heavy_package():

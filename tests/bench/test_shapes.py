@@ -11,7 +11,8 @@ import torch
 from tests import mgm_layout, tiny, tiny_mini_gemini
 from tests.bench.conftest import bench_model, build
 
-from vzip.bench import memory, shapes
+from vzip.bench import device_memory as memory
+from vzip.bench import shapes
 from vzip.bench.settings import BenchSettings, tower_parameters
 from vzip.bench.shapes import BenchModel
 from vzip.bench.stages import METHOD_CLASSES, run_pass

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.bench.conftest import bench_model, build
 
-from vzip.bench.memory import kv_cache_formula_bytes, storage_bytes
+from vzip.bench.device_memory import kv_cache_formula_bytes, storage_bytes
 from vzip.bench.shapes import BenchModel
 from vzip.bench.stages import METHOD_CLASSES, STAGES, preprocess, run_pass
 from vzip.bench.workload import make_pictures

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vzip.bench import timing
-from vzip.bench.memory import PeakMemory, available_bytes
+from vzip.bench.device_memory import PeakMemory, available_bytes
 from vzip.bench.timing import Stopwatch, Timing, run_interleaved
 
 

@@ -17,12 +17,12 @@ from tests.bench.conftest import bench_model
 
 import vzip
 from vzip.bench import training
+from vzip.bench.memory.measure import measure_inference, measure_training
+from vzip.bench.memory.workload import ModelShape
 from vzip.bench.settings import MEMORY, TRAIN, parse
 from vzip.bench.training import NUM_SAMPLES, measure_training_steps
 from vzip.cli import bench as cli
 from vzip.errors import ConfigError, RunExistsError
-from vzip.memory.estimate import ModelShape
-from vzip.memory.measure import measure_inference, measure_training
 from vzip.train.stepping import Stepper
 
 WORDS = ["weights=random", "budget=12+4", "device=cpu", "batch_size=2", "prompt_tokens=20"]
@@ -134,7 +134,7 @@ def test_words_of_another_mode(mode: object, word: str, message: str) -> None:
 def test_what_cannot_be_trained_is_refused_before_it_is_built(
     words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vzip.bench.memory.available_bytes", lambda _device: 2**30)
+    monkeypatch.setattr("vzip.bench.device_memory.available_bytes", lambda _device: 2**30)
     monkeypatch.setattr(training.workload, "build_model", lambda *_: pytest.fail("a model was built"))
     with pytest.raises(ConfigError, match=message):
         measure_training_steps(parse([*words, "device=cpu"], TRAIN))

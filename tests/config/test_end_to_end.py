@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests import mgm_layout, tiny, tiny_mini_gemini
 from tests.config.test_bad_input import script
-from tests.data.test_video import write
+from tests.media.test_video import write
 
 pytest.importorskip("lmms_eval")
 datasets = pytest.importorskip("datasets")

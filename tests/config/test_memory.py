@@ -11,9 +11,9 @@ from tests import tiny
 from transformers import PreTrainedModel
 
 from vzip import cli
+from vzip.bench.memory.steps import CACHE, GRADIENTS, OPTIMIZER, WEIGHTS
 from vzip.config.memory_plan import estimate, measure, memory_plan
 from vzip.config.options import config_dir, options
-from vzip.memory.steps import CACHE, GRADIENTS, OPTIMIZER, WEIGHTS
 
 GIB = 2**30
 TRAINING = [

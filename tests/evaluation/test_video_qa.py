@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from tests import tiny
-from tests.data.test_video import write
+from tests.media.test_video import write
 from tests.evaluation.fake_endpoint import Answer, running
 
 import vzip

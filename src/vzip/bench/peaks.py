@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 import torch
 
 from vzip.bench import shapes
-from vzip.bench.memory import refuse_if_too_large, release_unused
+from vzip.bench.device_memory import refuse_if_too_large, release_unused
+from vzip.bench.memory.estimate import estimate_inference, estimate_training
+from vzip.bench.memory.measure import measure_inference, measure_training
+from vzip.bench.memory.workload import ModelShape, visual_tokens
 from vzip.bench.run import environment
 from vzip.bench.settings import BenchSettings
 from vzip.bench.training import SideResult, compressors, load_of, resolved, train_settings
-from vzip.memory.estimate import ModelShape, estimate_inference, estimate_training
-from vzip.memory.measure import measure_inference, measure_training
-from vzip.memory.workload import visual_tokens
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from vzip.bench.memory import GIB
+from vzip.bench.device_memory import GIB
 from vzip.bench.run import BenchResult
 from vzip.bench.stages import STAGES
 from vzip.bench.timing import Timing

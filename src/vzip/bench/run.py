@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from vzip.bench import flops, operations, shapes, workload
+from vzip.bench.device_memory import PeakMemory, kv_cache_formula_bytes
 from vzip.bench.eager_maps import Agreement, check_agreement
 from vzip.bench.hooks import FusedAttention
-from vzip.bench.memory import PeakMemory, kv_cache_formula_bytes
 from vzip.bench.settings import BenchSettings
 from vzip.bench.stages import METHOD_CLASSES, STAGES, EagerMapsMethod, Method, PassResult, Vzip, preprocess, run_pass
 from vzip.bench.timing import StageTimes, Timing, run_interleaved

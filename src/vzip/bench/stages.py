@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vzip.bench.device_memory import storage_bytes
 from vzip.bench.eager_maps import EagerMaps, select_layer_index
 from vzip.bench.hooks import recorded_outputs
-from vzip.bench.memory import storage_bytes
 from vzip.bench.timing import StageTimes, Stopwatch, Untimed
 from vzip.bench.visuals import Pictures
 from vzip.bench.workload import Workload

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 
 from vzip.bench import shapes, workload
-from vzip.bench.memory import PeakMemory, refuse_if_too_large
+from vzip.bench.device_memory import PeakMemory, refuse_if_too_large
+from vzip.bench.memory.estimate import estimate_training
+from vzip.bench.memory.measure import real_stepper
+from vzip.bench.memory.workload import ModelShape, Workload, training_batch, visual_tokens
 from vzip.bench.run import SCHEMA_VERSION, environment
 from vzip.bench.settings import BenchSettings
 from vzip.bench.shapes import BenchModel
 from vzip.bench.timing import StageTimes, Stopwatch, Timing, run_interleaved
 from vzip.compressors import Compressor, Identity, VisionZip
 from vzip.errors import ConfigError
-from vzip.memory.estimate import ModelShape, estimate_training
-from vzip.memory.measure import real_stepper
-from vzip.memory.workload import Workload, training_batch, visual_tokens
 from vzip.models.families import FamilyOptions, adapter_class_for_config
 from vzip.models.vlm import CompressedVlm
 from vzip.train.settings import LaunchSettings, TrainSettings
@@ -49,7 +49,7 @@ class TrainMethodResult:
         samples_per_s: conversations a second, by the median step.
         projected_hours: of ``NUM_SAMPLES`` conversations on this one device.
         peak_memory_bytes, peak_memory_added_bytes, memory_kind: as in ``vzip.bench.run.MethodResult``, of a step.
-        estimated_memory_bytes: the same peak by ``vzip.memory``, weights included.
+        estimated_memory_bytes: the same peak by ``vzip.bench.memory``, weights included.
     """
 
     stages: dict[str, Timing]

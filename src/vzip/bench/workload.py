@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from vzip.bench import shapes
-from vzip.bench.memory import refuse_if_too_large
+from vzip.bench.device_memory import refuse_if_too_large
 from vzip.bench.settings import BenchSettings, estimate_bytes
 from vzip.bench.shapes import BenchModel
 from vzip.bench.visuals import PICTURE_SIZE, Pictures, Visuals, visuals_of

@@ -30,7 +30,7 @@ from vzip.config.memory_plan import (
 from vzip.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vzip.memory.ledger import Peak
+    from vzip.bench.memory.ledger import Peak
 
 GIB = 2**30
 DOES_NOT_FIT = 1
@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
 
 def breakdown(plan: MemoryPlan, peak: Peak) -> Table:
     """The table that is printed."""
-    from vzip.memory.steps import CACHE, GRADIENTS, OPTIMIZER, WEIGHTS
+    from vzip.bench.memory.steps import CACHE, GRADIENTS, OPTIMIZER, WEIGHTS
 
     table = Table("what for")
     table.add_column("GiB a device", justify="right")

@@ -18,9 +18,8 @@ from vzip.errors import ConfigError
 from vzip.evaluation.answering.batching import AUTO, AUTO_ON_GPU
 
 if TYPE_CHECKING:
-    from vzip.memory.estimate import ModelShape
-    from vzip.memory.ledger import Peak
-    from vzip.memory.workload import Workload
+    from vzip.bench.memory.ledger import Peak
+    from vzip.bench.memory.workload import ModelShape, Workload
     from vzip.models.vlm import CompressedVlm
     from vzip.train.settings import LaunchSettings
 
@@ -90,7 +89,7 @@ def memory_plan(
     Args:
         words: ``group=option``, ``key=value``, ``+exp=RECIPE``.
         inference: of a recipe that trains.
-        length: see ``vzip.memory.workload.Workload``; None: the training's longest, or a prompt of 256 words.
+        length: see ``vzip.bench.memory.workload.Workload``; None: the training's longest, or a prompt of 256 words.
         num_new_tokens: of an answer; None: the configuration's, or 128.
 
     Raises:
@@ -98,7 +97,7 @@ def memory_plan(
         CheckpointError: a checkpoint whose configuration is not to be had.
         UnsupportedModelError: a model of another kind.
     """
-    from vzip.memory.workload import check_length, visual_tokens
+    from vzip.bench.memory.workload import check_length, visual_tokens
 
     config = _composed(words)
     trains = "kind" in config["train"] and not inference
@@ -143,7 +142,7 @@ def _check_asked(
 
 def _load(config: Mapping[str, Any], trains: bool, length: int | None, num_new_tokens: int | None) -> Workload:
     """What is on a device at once; length 0 stands for a prompt whose picture is not known yet."""
-    from vzip.memory.workload import Workload
+    from vzip.bench.memory.workload import Workload
 
     if trains:
         data = config["data"]
@@ -161,8 +160,8 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
     Raises:
         ConfigError, CheckpointError, UnsupportedModelError: as ``memory_plan``.
     """
+    from vzip.bench.memory.workload import ModelShape
     from vzip.bench.shapes import SHAPES
-    from vzip.memory.estimate import ModelShape
     from vzip.models.families import FamilyOptions, adapter_class_for_config
     from vzip.models.hub import Checkpoint
     from vzip.models.load import reach, read_config, resolve_checkpoint
@@ -198,8 +197,8 @@ def training_estimate(config: Mapping[str, Any]) -> Callable[[LaunchSettings, in
     Raises:
         ConfigError, CheckpointError, UnsupportedModelError: as ``memory_plan``.
     """
-    from vzip.memory.estimate import estimate_training
-    from vzip.memory.workload import Workload
+    from vzip.bench.memory.estimate import estimate_training
+    from vzip.bench.memory.workload import Workload
 
     shape = model_shape({**config["model"], "adapter_path": None}, config["compressor"])
     train, data = settings_of(config)[0], config["data"]
@@ -213,8 +212,8 @@ def training_estimate(config: Mapping[str, Any]) -> Callable[[LaunchSettings, in
 
 
 def estimate(plan: MemoryPlan) -> Peak:
-    """The peak by what it is for; nothing is loaded. Raises as ``vzip.memory.estimate``."""
-    from vzip.memory.estimate import estimate_inference, estimate_training
+    """The peak by what it is for; nothing is loaded. Raises as ``vzip.bench.memory.estimate``."""
+    from vzip.bench.memory.estimate import estimate_inference, estimate_training
 
     if not plan.trains:
         return estimate_inference(plan.shape, plan.dtype, plan.load)
@@ -231,7 +230,7 @@ def estimate_halving(plan: MemoryPlan, device_bytes: float) -> tuple[MemoryPlan,
 
 def measure(plan: MemoryPlan) -> int:
     """Bytes at the peak of a real step or answer on this machine, with random weights where there is no checkpoint."""
-    from vzip.memory.measure import measure_inference, measure_training
+    from vzip.bench.memory.measure import measure_inference, measure_training
 
     vlm = _real_model(plan)
     if not plan.trains:

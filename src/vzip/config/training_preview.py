@@ -70,8 +70,8 @@ def _of_model(config: Mapping[str, Any], plan: TrainPlan) -> tuple[str, str]:
     """What trains, and the visual tokens of an image; from the model's shape alone."""
     import torch
 
+    from vzip.bench.memory.workload import Workload, blank_pictures, num_visual_tokens
     from vzip.config.memory_plan import model_shape
-    from vzip.memory.workload import Workload, blank_pictures, num_visual_tokens
     from vzip.train.trainable import choose_trainable
 
     shape = model_shape({**config["model"], "adapter_path": None}, config["compressor"])

@@ -152,8 +152,8 @@ _WORK: dict[str, ModelWork] = {}
 
 def model_work(config: Mapping[str, Any]) -> ModelWork:
     """What a configuration's model does for one prompt; from shapes alone."""
+    from vzip.bench.memory.workload import Workload, blank_pictures, num_visual_tokens
     from vzip.config.memory_plan import model_shape
-    from vzip.memory.workload import Workload, blank_pictures, num_visual_tokens
     from vzip.models.load import DTYPES
 
     model, compressor = {**config["model"], "projector": None}, config["compressor"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from vzip.bench.memory import storage_bytes
+from vzip.bench.device_memory import storage_bytes
 from vzip.models.vlm import CompressedVlm
 from vzip.train.distributed import build_accelerator
 from vzip.train.objective import AnswerLoss

@@ -11,10 +11,10 @@ from tests.train.kit import BUDGET, LAUNCH, SETTINGS
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import vzip
-from vzip.memory.estimate import ModelShape, estimate_inference, estimate_training
-from vzip.memory.ledger import Peak
-from vzip.memory.measure import measure_inference, measure_training
-from vzip.memory.workload import Workload
+from vzip.bench.memory.estimate import estimate_inference, estimate_training
+from vzip.bench.memory.ledger import Peak
+from vzip.bench.memory.measure import measure_inference, measure_training
+from vzip.bench.memory.workload import ModelShape, Workload
 from vzip.train.settings import LaunchSettings, TrainSettings
 
 CPU = torch.device("cpu")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from vzip.bench import shapes
+from vzip.bench.shapes import BenchModel
+from vzip.compressors import Compressor
 from vzip.data.collate import Batch
 from vzip.data.conversations import IGNORED_LABEL
 from vzip.errors import ConfigError
-from vzip.models.families import Adapter
+from vzip.models.families import Adapter, FamilyOptions
 from vzip.models.vlm import CompressedVlm
 from vzip.results.token_count import expected_token_counts, expected_video_counts
 
+from .quantized import quantize
 
 LEAST_TEXT = 3  # tokens: one before the picture, one after it, one to learn
 

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
-from transformers import PreTrainedModel
 
-from vzip.bench import shapes
-from vzip.bench.shapes import BenchModel
-from vzip.compressors import Compressor
-from vzip.models.families import FamilyOptions
-from vzip.models.vlm import CompressedVlm
 from vzip.train.settings import LaunchSettings, TrainSettings
 
 from .ledger import Ledger, Peak
-from .pretend import fill, pretending
-from .quantized import quantize
-from .sharing import model_size, shared_out
+from .meta_device import fill, pretending
+from .partition import model_size, shared_out
 from .steps import prepare_training, watch_inference, watch_training
 from .workload import ModelShape, Workload, prompts, training_batch
 

@@ -11,14 +11,14 @@ from tests.memory.conftest import CPU, both, settings, tiny_shape, wide_shape
 from tests.tiny import Family
 
 import vzip
-from vzip.bench.memory import kv_cache_formula_bytes
-from vzip.memory import measure, steps
-from vzip.memory.estimate import ModelShape, estimate_training
-from vzip.memory.ledger import ACTIVATIONS, Ledger
-from vzip.memory.pretend import fill, pretending
-from vzip.memory.sharing import BUCKET_NUMBERS, BUCKETS, GATHERED, model_size
-from vzip.memory.steps import BACKWARD, CACHE, GRADIENTS, OPTIMIZER, WEIGHTS
-from vzip.memory.workload import Workload, prompts, tensors_of, training_batch
+from vzip.bench.device_memory import kv_cache_formula_bytes
+from vzip.bench.memory import measure, steps
+from vzip.bench.memory.estimate import estimate_training
+from vzip.bench.memory.ledger import ACTIVATIONS, Ledger
+from vzip.bench.memory.meta_device import fill, pretending
+from vzip.bench.memory.partition import BUCKET_NUMBERS, BUCKETS, GATHERED, model_size
+from vzip.bench.memory.steps import BACKWARD, CACHE, GRADIENTS, OPTIMIZER, WEIGHTS
+from vzip.bench.memory.workload import ModelShape, Workload, prompts, tensors_of, training_batch
 from vzip.train.objective import AnswerLoss
 from vzip.train.settings import LoraSettings
 
