@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "vzip"
-# Lowest first. Each room may import those above it in this list and nothing else: rooms on one line know nothing of each
+# Lowest first. Each room may import those above it in this list alone: rooms on one line know nothing of each
 # other. A name with a dot is a room inside a room; a file in none of them belongs to the room around it.
 ROOMS = [
     ["errors", "log"],
