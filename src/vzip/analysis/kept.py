@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vzip.compressors.controls import Identity
 from vzip.models.vlm import CompressedVlm
 
 from .overlay import draw_overlay
@@ -17,22 +16,24 @@ from .overlay import draw_overlay
 def draw_kept(vlm: CompressedVlm, picture: Image.Image) -> Image.Image:
     """The picture as the vision tower sees it, kept patches and merge groups drawn (``draw_overlay``).
 
-    Of a family that cuts pictures into crops the first crop, which is the whole picture. Without compression there is
-    nothing to draw, and what the tower sees is returned as it is.
+    Of a family that cuts pictures into crops the first crop, which is the whole picture. Without compression, and
+    of a method that keeps tokens of the whole image whatever their crop, what the tower sees is returned as it is.
 
     Raises:
         ConfigError: the wrapper has no processor.
         ImageError: a picture that cannot be used.
     """
-    inputs = vlm.preprocess_images([picture])
-    sizes, grids = inputs.get("image_sizes"), inputs.get("tile_grids")
-    crops, num_crops = vlm.adapter.crops(inputs["pixel_values"].to(vlm.device, vlm.model.dtype), sizes, grids)
-    seen = _as_picture(crops[0], vlm)
-    if isinstance(vlm.compressor, Identity):
+    adapter, inputs = vlm.adapter, vlm.preprocess_images([picture])
+    moved = {
+        name: value.to(vlm.device, vlm.model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+    visual = adapter.read_inputs(**moved)
+    seen = _as_picture(adapter.image_crops(visual)[0], vlm)
+    if vlm.compressor.scope == "image":
         return seen
-    vision = vlm.adapter.run_tower(crops, vlm.compressor.requires, vlm.compressor.score_layer)
-    tokens = vlm.compressor(vlm.adapter.hide_padding(vision, num_crops, sizes, grids))
-    return draw_overlay(seen, tokens, 0, vision.grid, vision.has_cls)
+    vision = adapter.image_output(visual, vlm.compressor.reads())
+    return draw_overlay(seen, vlm.compressor(vision), 0, vision.grid, vision.has_cls)
 
 
 def _as_picture(crop: Tensor, vlm: CompressedVlm) -> Image.Image:

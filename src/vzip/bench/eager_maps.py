@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from vzip.bench.hooks import recorded_outputs
-from vzip.compressors import CompressedTokens, Compressor, VisionOutput
+from vzip.compressors import CompressedTokens, Compressor, Signal, VisionOutput
 from vzip.errors import UnsupportedModelError, VzipError
 from vzip.models.devices import full_float32
 from vzip.models.towers.structure import Tower, find_tower
@@ -153,14 +153,13 @@ def check_agreement(
     pictures = pixel_values[:NUM_CHECK_PICTURES].float().split(1)
     for num_tried, picture in enumerate(pictures, start=1):
         with torch.inference_mode(), full_float32():
-            ours = run_tower(tower, picture, select_layer, compressor.requires)
+            ours = run_tower(tower, picture, select_layer, compressor.reads())
             theirs = eager.encode(picture)
             our_tokens, their_tokens = compressor(ours), compressor(theirs)
         hidden_difference = max(hidden_difference, _compare("features", ours.hidden, theirs.hidden))
-        attention_difference = max(
-            attention_difference, _compare("scores", ours.need_attention(), theirs.need_attention())
-        )
-        _compare("keys", ours.need_keys(), theirs.need_keys())
+        scores = (vision.read(Signal("attention")) for vision in (ours, theirs))
+        attention_difference = max(attention_difference, _compare("scores", *scores))
+        _compare("keys", ours.read(Signal("keys")), theirs.read(Signal("keys")))
         if _same_selection(our_tokens, their_tokens):
             token_difference = _compare("tokens", our_tokens.tokens, their_tokens.tokens)
             return Agreement(token_difference, attention_difference, hidden_difference, num_tried)

@@ -144,7 +144,7 @@ def measure(
     if {"vzip", "eager_maps"} <= set(settings.methods):
         log("checking that vzip and eager_maps compute the same visual tokens")
         with torch.inference_mode():
-            pixel_values = w.visuals.tower_inputs(w.visuals.crops(preprocess(w)))
+            pixel_values = w.visuals.tower_inputs(preprocess(w))
         views = torch.cat([pixel_values, pixel_values.flip(-1), pixel_values.flip(-2)])  # one may hold a near tie
         agreement = check_agreement(w.visuals.tower_module, w.select_layer, w.compressor, views)
         overlap = selection_overlap(w, pixel_values[:1])

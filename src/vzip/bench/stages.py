@@ -15,8 +15,7 @@ from vzip.bench.hooks import recorded_outputs
 from vzip.bench.timing import StageTimes, Stopwatch, Untimed
 from vzip.bench.visuals import Pictures
 from vzip.bench.workload import Workload
-from vzip.compressors import CompressedTokens, Compressor, Identity, VisionOutput
-from vzip.models.families import MiniGeminiAdapter
+from vzip.compressors import Compressor, Identity, VisionOutput
 from vzip.models.splice import PreparedInputs, plan_splice, splice
 from vzip.models.towers.tap import run_tower
 from vzip.ops.attention import cls_attention, mean_keys, received_attention
@@ -85,7 +84,7 @@ class Vzip(Method):
 
     def run_tower(self, pixel_values: Tensor) -> VisionOutput:
         w = self.workload
-        return run_tower(w.visuals.tower, pixel_values, w.select_layer, w.compressor.requires, w.visuals.stock_offset)
+        return run_tower(w.visuals.tower, pixel_values, w.select_layer, w.compressor.reads(), w.visuals.stock_offset)
 
     def run_scoring(self, pixel_values: Tensor, watch: Stopwatch) -> None:
         """Times scoring by itself, on projections recorded once."""
@@ -155,12 +154,12 @@ def run_pass(method: Method) -> PassResult:
     watch = Stopwatch(w.device)
     with watch.stage("preprocess"):
         inputs = preprocess(w)
-    tokens = _compress(method, inputs, watch)
+    tokens = _visual_tokens(method, inputs, watch)
     if isinstance(method, Vzip):
-        method.run_scoring(w.visuals.tower_inputs(w.visuals.crops(inputs)), watch)
+        method.run_scoring(w.visuals.tower_inputs(inputs), watch)
     if w.adapter is None:
-        return PassResult(watch.times_ms, tokens.tokens.shape[1] * w.visuals.num_crops, 0, 0, None)
-    prepared, output = _first_token(method, tokens, inputs, watch)
+        return PassResult(watch.times_ms, len(tokens[0]) * w.visuals.num_crops, 0, 0, None)
+    prepared, output = _first_token(method, tokens, watch)
     del tokens
     token_ids = output.logits[:, -1:].argmax(dim=-1)
     cache = output.past_key_values
@@ -192,41 +191,35 @@ def _time_to_first_token_ms(method: Method, inputs: dict[str, Tensor]) -> float:
     """Times the way from pixel values to the first token's id on the host without stopping in between."""
     watch = Stopwatch(method.workload.device)
     with watch.stage("all"):
-        tokens = _compress(method, inputs, Untimed())
-        _prepared, output = _first_token(method, tokens, inputs, Untimed())
+        tokens = _visual_tokens(method, inputs, Untimed())
+        _prepared, output = _first_token(method, tokens, Untimed())
         output.logits[:, -1].argmax(dim=-1).tolist()
     return watch.times_ms["all"]
 
 
-def _compress(method: Method, inputs: dict[str, Tensor], watch: Stopwatch | Untimed) -> CompressedTokens:
-    """From pixel values to the tokens that go to the projector."""
+def _visual_tokens(method: Method, inputs: dict[str, Tensor], watch: Stopwatch | Untimed) -> list[Tensor]:
+    """From the model's inputs to visual tokens, for each placeholder; of a bare tower to what it keeps of each crop."""
     w = method.workload
+    if w.adapter is not None:
+        visual = w.adapter.read_inputs(**inputs)
+        return w.adapter.encode(
+            visual, method.compressor, lambda _tower, pixels, *_: method.run_tower(pixels), watch.stage
+        )
     with watch.stage("tower"):
-        crops = w.visuals.crops(inputs)
-        vision = method.run_tower(w.visuals.tower_inputs(crops))
-    if isinstance(w.adapter, MiniGeminiAdapter):
-        with watch.stage("high_res_tower"):
-            highres = w.adapter.high_res(crops)
-        with watch.stage("mining"):
-            vision = w.adapter.mined(vision, highres)
-    if isinstance(method, Vanilla):  # a view of the tower's output: nothing to time
-        return method.compressor(vision)
+        vision = method.run_tower(w.visuals.tower_inputs(inputs))
+    if method.compressor.is_vanilla:  # a view of the tower's output: nothing to time
+        return list(method.compressor(vision).tokens)
     with watch.stage("selection"):
-        return method.compressor(vision)
+        return list(method.compressor(vision).tokens)
 
 
-def _first_token(
-    method: Method, tokens: CompressedTokens, inputs: dict[str, Tensor], watch: Stopwatch | Untimed
-) -> tuple[PreparedInputs, Any]:
+def _first_token(method: Method, tokens: list[Tensor], watch: Stopwatch | Untimed) -> tuple[PreparedInputs, Any]:
     """From these tokens to the language model's inputs and its output on the whole prompt."""
     w, visuals = method.workload, method.workload.visuals
     assert w.adapter is not None and w.input_ids is not None and isinstance(visuals, Pictures)
-    with watch.stage("projector"):
-        projected = w.adapter.projector(tokens.tokens)
     with watch.stage("splice"):
-        packed = visuals.pack(projected, None if isinstance(method, Vanilla) else tokens.source_index, inputs)
-        plan = plan_splice(w.input_ids, None, visuals.placeholder, [1] * len(packed))
-        prepared = splice(plan, w.input_ids, w.adapter.embed_tokens, packed, visuals.placeholder)
+        plan = plan_splice(w.input_ids, None, visuals.placeholder, [1] * len(tokens))
+        prepared = splice(plan, w.input_ids, w.adapter.embed_tokens, tokens, visuals.placeholder)
     with watch.stage("prefill"):
         output = w.model(
             inputs_embeds=prepared.inputs_embeds,

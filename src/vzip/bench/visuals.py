@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vzip.compressors import VisionShape
 from vzip.errors import ConfigError
 from vzip.media.images import prepare_pictures
-from vzip.models.families import Adapter, LlavaNextAdapter, MiniGeminiAdapter, VideoLlavaAdapter
+from vzip.models.families import Adapter, LlavaNextAdapter, VideoLlavaAdapter
 from vzip.models.towers.structure import Tower, find_tower
 
 PICTURE_SIZE = (640, 480)
@@ -44,13 +45,9 @@ class Visuals:
         """The batch's pictures -> the model's inputs."""
         return prepare_pictures(pictures, image_processor, "llava")
 
-    def crops(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Inputs -> ``[N, 3, h, w]``, one row an input of the vision tower."""
+    def tower_inputs(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Inputs -> ``[N, 3, h, w]``, one row an input of the vision tower, as it takes them."""
         return inputs["pixel_values"]
-
-    def tower_inputs(self, crops: Tensor) -> Tensor:
-        """Crops as the vision tower takes them."""
-        return crops
 
 
 class Pictures(Visuals):
@@ -69,35 +66,20 @@ class Pictures(Visuals):
         self.num_placeholders = num_crops
         self.placeholder = adapter.image_token_id
 
-    def vanilla_tokens(self) -> int:
-        """Visual tokens of each prompt in the unmodified model."""
-        return sum(self.adapter.expanded_lengths(self.num_crops, None))
-
     def prepare(self, pictures: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:
         return self.adapter.prepare_pictures(pictures, image_processor, "llava")
 
-    def crops(self, inputs: dict[str, Tensor]) -> Tensor:
-        return self.adapter.crops(**self._arranged(inputs))[0]
+    def tower_inputs(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.adapter.image_pixels(self.adapter.read_inputs(**inputs))
 
-    def tower_inputs(self, crops: Tensor) -> Tensor:
-        return self.adapter.low_res(crops) if isinstance(self.adapter, MiniGeminiAdapter) else crops
+    def blank(self) -> dict[str, Tensor]:
+        """A prompt's inputs without data."""
+        side = self.adapter.image_side
+        return {"pixel_values": torch.empty(self.num_crops, 3, side, side, device="meta")}
 
-    def pack(self, projected: Tensor, kept: Tensor | None, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """Projected tokens ``[N, K, d_text]`` -> for each placeholder ``[num_visual_tokens, d_text]``.
-
-        ``kept`` as ``Adapter.pack`` takes it, for all crops: ``[N, num_kept]``, or None without compression.
-        """
-        arranged = self._arranged(inputs)
-        each = self.num_crops // self.num_placeholders
-        return self.adapter.pack(
-            projected.split(each),
-            arranged["image_sizes"],
-            None if kept is None else kept.split(each),
-            arranged["tile_grids"],
-        )
-
-    def _arranged(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
-        return {name: inputs.get(name) for name in ("pixel_values", "image_sizes", "tile_grids")}
+    def shapes(self) -> list[VisionShape]:
+        """Of what a prompt shows."""
+        return self.adapter.read_inputs(**self.blank()).shapes
 
 
 class Crops(Pictures):
@@ -121,9 +103,10 @@ class Crops(Pictures):
     def describe(self) -> str:
         return f"one picture in {self.num_crops} crops"
 
-    def vanilla_tokens(self) -> int:
+    def blank(self) -> dict[str, Tensor]:
         width, height = self.picture_size
-        return self.adapter.expanded_lengths(1, torch.tensor([[height, width]]))[0]
+        pixels = next(iter(super().blank().values()))
+        return {"pixel_values": pixels[None], "image_sizes": torch.tensor([[height, width]])}
 
 
 class Frames(Pictures):
@@ -140,18 +123,15 @@ class Frames(Pictures):
     def describe(self) -> str:
         return f"one video of {self.num_crops} frames"
 
-    def vanilla_tokens(self) -> int:
-        return self.adapter.video_lengths(torch.empty(1, self.num_crops, 3, 0, 0))[0]
+    def blank(self) -> dict[str, Tensor]:
+        return {"pixel_values_videos": next(iter(super().blank().values()))[None]}
 
     def prepare(self, pictures: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:
         videos = [pictures[start : start + self.num_crops] for start in range(0, len(pictures), self.num_crops)]
         return self.adapter.prepare_videos(videos, image_processor, self.num_crops)
 
-    def crops(self, inputs: dict[str, Tensor]) -> Tensor:
-        return inputs["pixel_values_videos"].flatten(0, 1)
-
-    def pack(self, projected: Tensor, kept: Tensor | None, inputs: dict[str, Tensor]) -> list[Tensor]:
-        return [video.flatten(0, 1) for video in projected.split(self.num_crops)]
+    def tower_inputs(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.adapter.video_pixels(self.adapter.read_inputs(**inputs))
 
 
 def visuals_of(adapter: Adapter, num_crops: int) -> Pictures:

@@ -16,7 +16,7 @@ from vzip.bench.device_memory import refuse_if_too_large
 from vzip.bench.settings import BenchSettings, estimate_bytes
 from vzip.bench.shapes import BenchModel
 from vzip.bench.visuals import PICTURE_SIZE, Pictures, Visuals, visuals_of
-from vzip.compressors import Compressor, VisionZip
+from vzip.compressors import Compressor, Identity, VisionZip
 from vzip.errors import CheckpointError, ConfigError
 from vzip.models.families import Adapter, adapter_for_model
 from vzip.models.hub import Checkpoint
@@ -73,13 +73,14 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
     """
     geometry = geometry_from_config(model.vision_config)
     _name, budget = settings.token_budget(model)
-    VisionZip(budget).check_fits(geometry.num_patches, geometry.has_cls)
+    VisionZip(budget).num_tokens(geometry.shape())
     meta = shapes.build_meta(model, settings.torch_dtype)
     num_visual = 0
     if not model.tower_only:
         num_crops = settings.crops_per_prompt(model)
         visuals = visuals_of(adapter_for_model(meta), num_crops)
-        num_visual = visuals.vanilla_tokens() if "vanilla" in settings.methods else num_crops * budget.num_tokens
+        method = Identity() if "vanilla" in settings.methods else VisionZip(budget)
+        num_visual = sum(method.num_visual_tokens(shape) for shape in visuals.shapes())
         longest = num_visual + settings.prompt_tokens + settings.num_new_tokens
         allowed = model.config.text_config.max_position_embeddings
         if longest > allowed:

@@ -54,11 +54,9 @@ def main(arguments: argparse.Namespace) -> int:
     new = vlm.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
     processor: Any = vlm.processor
     print(processor.tokenizer.decode(new[0], skip_special_tokens=True).strip())
-    if pictures:
-        vanilla = vlm.adapter.expanded_lengths(1, inputs.get("image_sizes"))[0]
-    else:
-        vanilla = vlm.adapter.video_lengths(inputs["pixel_values_videos"])[0]
-    print(f"({vlm.last_num_visual_tokens[0]} visual tokens, {vanilla} without compression)")
+    seen = {name: value for name, value in inputs.items() if name in vlm.adapter.input_names}
+    (shape,) = vlm.adapter.read_inputs(**seen).shapes
+    print(f"({vlm.last_num_visual_tokens[0]} visual tokens, {shape.num_vanilla} without compression)")
     return 0
 
 

@@ -105,7 +105,9 @@ def write_overlay(vlm: CompressedVlm, folder: Path, out: Path) -> None:
     compressor = VisionZip(TokenBudget(*BUDGETS["64tok"]))
     pictures = [Image.open(folder / f"images/{index:04d}.png").convert("RGB") for index in range(OVERLAY_PICTURES)]
     with torch.inference_mode():
-        vision = vlm.adapter.run_tower(vlm.preprocess_images(pictures)["pixel_values"], compressor.requires)
+        vision = vlm.adapter.image_output(
+            vlm.adapter.read_inputs(**vlm.preprocess_images(pictures)), compressor.reads()
+        )
         tokens = compressor(vision)
     panels = [draw_overlay(p, tokens, row, vision.grid, vision.has_cls) for row, p in enumerate(pictures)]
     sheet = Image.new("RGB", (panels[0].width, sum(p.height + 8 for p in panels) - 8), "white")

@@ -1,18 +1,41 @@
 """Compression methods and controls; torch only. A new method is a new file here and a config in configs/compressor."""
 
-from .base import CompressedTokens, Compressor, TokenBudget, VisionOutput
+from .base import (
+    Budgeted,
+    ChosenUnits,
+    CompressedTokens,
+    Compressor,
+    Selection,
+    Signal,
+    TokenBudget,
+    TopScores,
+    VisionOutput,
+    VisionShape,
+)
 from .controls import ContextualOnly, DominantOnly, Identity, RandomTokens, UniformTokens
+from .divprune import DivPrune
+from .fastervlm import FasterVLM
 from .visionzip import VisionZip
+from .vscan import VScan
 
 __all__ = [
+    "Budgeted",
+    "ChosenUnits",
     "CompressedTokens",
     "Compressor",
     "ContextualOnly",
+    "DivPrune",
     "DominantOnly",
+    "FasterVLM",
     "Identity",
     "RandomTokens",
+    "Selection",
+    "Signal",
     "TokenBudget",
+    "TopScores",
     "UniformTokens",
+    "VScan",
     "VisionOutput",
+    "VisionShape",
     "VisionZip",
 ]

@@ -1,24 +1,64 @@
-"""What a compressor takes and returns, and the base class that checks both.
+"""The contract of a method: what it reads of the vision tower, how many tokens it keeps, which, and how others merge.
 
-A compressor is a pure function of what the vision tower produced: no parameters, no state. To add a method, subclass
-``Compressor`` in a new file, name what it needs in ``requires`` and write ``compress``.
+A method is a pure function of what the vision tower produced: no parameters, no state. It works on *unit rows*, the
+rows that can be kept (CLS and patches of a CLIP tower, patches of a SigLIP tower). A new method subclasses
+``TopScores`` (it only scores), ``ChosenUnits`` (it only chooses) or ``Compressor``.
+
+Shapes: N crops (or images, see ``Compressor.scope``), U unit rows, P patches, K tokens kept, E the width of a row.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from vzip.errors import ConfigError
+from vzip.errors import ConfigError, nearest
+from vzip.ops.merge import MergeRule, combine_rows
+from vzip.ops.select import gather_rows, top_indices
 
-# What patches can be selected by: fields of ``VisionOutput``, each ``[N, P]``, higher is more important.
+# What a method may read, by name. A score has one value a unit, higher is more important; the others have a row a unit.
 SCORES = ("attention", "received_attention", "key_norms")
+SIGNALS = (*SCORES, "keys", "hidden", "projected")
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Something that the vision tower's run records for a method.
+
+    Attributes:
+        name: ``attention`` (with CLS: the CLS query's softmax row over the patches, summed over heads; without: the
+            mean attention that each patch receives), ``received_attention`` (that mean, whether there is a CLS or not),
+            ``key_norms`` (norm of the unscaled key, mean over heads), ``keys`` (the unscaled keys, mean over heads),
+            ``hidden`` (the tower's rows) or ``projected`` (the projector's output for the tower's rows).
+        layer: where it is read, an index into the tower's hidden states (-2: the second-last layer); None: the select
+            layer, whose output the model uses.
+
+    Raises:
+        ConfigError: an unknown name, a layer that is no whole number, or a layer for ``projected``, which has none.
+    """
+
+    name: str
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in SIGNALS:
+            raise ConfigError(
+                f"signal {self.name!r}: must be one of {', '.join(SIGNALS)}{nearest(str(self.name), SIGNALS)}."
+            )
+        if self.layer is not None and (isinstance(self.layer, bool) or not isinstance(self.layer, int)):
+            raise ConfigError(
+                f"layer {self.layer!r} of signal {self.name}: must be a whole number, the index of a layer as in the"
+                " tower's hidden states (-2: the second-last layer), or null for the select layer."
+            )
+        if self.name == "projected" and self.layer is not None:
+            raise ConfigError(f"layer {self.layer} of signal projected: the projector reads the select layer alone.")
 
 
 @dataclass(frozen=True)
@@ -56,21 +96,55 @@ class TokenBudget:
 
 
 @dataclass(frozen=True)
-class VisionOutput:
-    """What the vision tower produced for N crops, at the select layer.
+class VisionShape:
+    """What is known of an image (or a video) before anything is run: all that decides how many tokens it becomes.
 
     Attributes:
-        hidden: ``[N, L, D]``, all rows of the tower, CLS first where there is one.
+        kind: ``image`` or ``video``.
+        num_crops: inputs of the vision tower: a base crop and tiles, or frames.
+        grid: (rows, cols) of the patches of a crop.
+        has_cls: whether the first unit of a crop is a CLS token.
+        num_vanilla: visual tokens of the unmodified model for the whole of it.
+        num_added: tokens that the family adds to the compressed ones (newlines), for the whole of it.
+        num_placeholders: placeholders that the processor of the checkpoint writes for it; None: ``num_vanilla``.
+    """
+
+    kind: Literal["image", "video"]
+    num_crops: int
+    grid: tuple[int, int]
+    has_cls: bool
+    num_vanilla: int
+    num_added: int = 0
+    num_placeholders: int | None = None
+
+    @property
+    def num_patches(self) -> int:
+        """P, of a crop."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_units(self) -> int:
+        """U, of a crop."""
+        return self.num_patches + int(self.has_cls)
+
+
+@dataclass(frozen=True)
+class VisionOutput:
+    """What the vision tower produced for N crops, at the select layer; methods ask ``read``.
+
+    Attributes:
+        hidden: ``[N, U, D]``, all rows of the tower, CLS first where there is one.
         has_cls: whether row 0 is a CLS token.
-        grid: (rows, cols) of the patches; rows * cols = P = L - has_cls.
-        attention: ``[N, P]`` float32 or float64, or None if not asked for. With CLS: the CLS query's softmax row over
-            the patches, summed over heads. Without: the mean attention each patch receives.
-        received_attention: ``[N, P]``, the mean attention each patch receives over heads and queries, or None. Where
-            there is no CLS it is the same as ``attention``.
-        key_norms: ``[N, P]``, the norm of each patch's unscaled key, mean over heads, or None.
-        keys: ``[N, L, d]``, mean over heads of the unscaled keys, or None if not asked for.
+        grid: (rows, cols) of the patches; rows * cols = P = U - has_cls.
+        attention: ``[N, P]`` float32 or float64, the signal of that name at the select layer, or None if not recorded.
+        keys: ``[N, U, d]``, likewise.
         stock_offset: first row the unmodified model passes to its projector (1: row 0 is dropped; 0: all are used).
             None stands for "CLS is dropped". A checkpoint's ``vision_feature_select_strategy`` decides it.
+        signals: what else was recorded: scores ``[N, P]``, rows ``[N, U, ...]``.
+        valid: bool ``[N, U]``, False for units that show nothing (padding, newlines): kept only where there are not
+            enough others. None: all are.
+        project: the projector, rows ``[N, U, D]`` -> ``[N, U, E]``; None where there is none, or rows are projected.
+        whole: the image's shape where the N are whole images (``Compressor.scope``); None for crops.
     """
 
     hidden: Tensor
@@ -79,12 +153,14 @@ class VisionOutput:
     attention: Tensor | None = None
     keys: Tensor | None = None
     stock_offset: int | None = None
-    received_attention: Tensor | None = None
-    key_norms: Tensor | None = None
+    signals: Mapping[Signal, Tensor] = field(default_factory=dict)
+    valid: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
+    whole: VisionShape | None = None
 
     @property
     def num_rows(self) -> int:
-        """L, CLS included."""
+        """U, CLS included."""
         return self.hidden.shape[1]
 
     @property
@@ -97,22 +173,64 @@ class VisionOutput:
         """First row of ``hidden`` that the unmodified model uses."""
         return int(self.has_cls) if self.stock_offset is None else self.stock_offset
 
-    def need_attention(self) -> Tensor:
-        """``attention``, or a ValueError if the tower's run did not record it."""
-        return self.need_score("attention")
+    @property
+    def shape(self) -> VisionShape:
+        """Of one of the N: of the whole image, or of a crop taken by itself."""
+        if self.whole is not None:
+            return self.whole
+        return VisionShape("image", 1, self.grid, self.has_cls, self.num_rows - self.first_stock_row)
 
-    def need_score(self, name: str) -> Tensor:
-        """The field of ``SCORES`` of that name, or a ValueError if the tower's run did not record it."""
-        score: Tensor | None = {field: getattr(self, field) for field in SCORES}[name]
-        if score is None:
-            raise ValueError(f"VisionOutput.{name} is None: name '{name}' in the compressor's `requires`.")
-        return score
+    def read(self, signal: Signal) -> Tensor:
+        """A signal by unit rows: a score ``[N, U]``, anything else ``[N, U, width]``.
 
-    def need_keys(self) -> Tensor:
-        """``keys``, or a ValueError if the tower's run did not record them."""
-        if self.keys is None:
-            raise ValueError("VisionOutput.keys is None: name 'keys' in the compressor's `requires`.")
-        return self.keys
+        A score's value for CLS, which is scored by nothing, is 0. ``projected`` runs the projector.
+
+        Raises:
+            ValueError: it was not recorded.
+        """
+        if signal == Signal("hidden"):
+            return self.hidden
+        if signal.name == "projected":
+            return self.hidden if self.project is None else self.project(self.hidden)
+        recorded = dict(self.signals)
+        for name, value in (("attention", self.attention), ("keys", self.keys)):
+            if value is not None:
+                recorded[Signal(name)] = value
+        if signal not in recorded:
+            raise ValueError(f"{signal} was not recorded: name it in the compressor's `reads`.")
+        value = recorded[signal]
+        return functional.pad(value, (int(self.has_cls), 0)) if signal.name in SCORES else value
+
+    def read_patches(self, signal: Signal) -> Tensor:
+        """The same without CLS: ``[N, P]`` or ``[N, P, width]``."""
+        return self.read(signal)[:, int(self.has_cls) :]
+
+    @property
+    def valid_patches(self) -> Tensor | None:
+        """``valid`` without CLS: ``[N, P]``."""
+        return None if self.valid is None else self.valid[:, int(self.has_cls) :]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which units stay and which merge into which: an index map, the same for any rows it is applied to.
+
+    Attributes:
+        place_index: int64 ``[N, K]``, the unit whose place each token takes: a kept unit's own, a contextual token's
+            target's. Units kept as tokens come first, ascending; contextual tokens follow.
+        merge_index: int64 ``[N, U]``, the token into which each other unit merges, -1 where it is kept or dropped;
+            None: nothing merges.
+        num_contextual: how many of the K tokens, the last ones, are contextual.
+    """
+
+    place_index: Tensor
+    merge_index: Tensor | None = None
+    num_contextual: int = 0
+
+    @property
+    def num_kept(self) -> int:
+        """Tokens that are units kept, whether others merge into them or not."""
+        return self.place_index.shape[1] - self.num_contextual
 
 
 @dataclass(frozen=True)
@@ -120,10 +238,11 @@ class CompressedTokens:
     """What a compressor returns for N crops.
 
     Attributes:
-        tokens: ``[N, K, D]``, kept rows first (ascending), then contextual tokens.
-        source_index: int64 ``[N, num_kept]``, rows of ``hidden`` kept as they are, ascending (CLS = 0).
-        merge_index: int64 ``[N, L]``, for each row of ``hidden`` the contextual token (0..num_contextual-1) it was
-            merged into, targets included; -1 for rows that were kept or dropped.
+        tokens: ``[N, K, E]``, kept rows first (ascending), then contextual tokens.
+        source_index: int64 ``[N, num_kept]``, units kept, ascending (CLS = 0).
+        merge_index: int64 ``[N, U]``, for each unit the contextual token (0..num_contextual-1) it was merged into,
+            targets included; -1 for units that were kept or dropped. Of a method without contextual tokens, the kept
+            token (0..K-1) that it was merged into.
     """
 
     tokens: Tensor
@@ -139,46 +258,68 @@ class CompressedTokens:
 class Compressor(ABC):
     """A method: ``VisionOutput`` -> ``CompressedTokens``, the same number of tokens for every crop.
 
-    Subclasses set ``requires`` (any of ``REQUIRABLE``: what the tower's run must record; a property where it depends on
-    the method's own arguments) and write ``compress``, ``num_tokens`` and ``check_fits``.
+    Attributes:
+        scope: what shares one budget: each ``crop``, or the whole ``image`` (or video): its crops packed as the
+            unmodified model packs them, newlines among them and not ``valid``.
+        space: whose rows are combined: the ``tower``'s, then projected; or the ``projected`` ones. Of a whole image the
+            latter, since newlines are nothing the tower makes.
+        merge_rule: how merged units enter their token, see ``vzip.ops.merge``.
+        is_vanilla: whether nothing is compressed.
+        uses_valid: whether units that are not ``valid`` are kept last.
     """
 
-    REQUIRABLE: ClassVar[frozenset[str]] = frozenset({*SCORES, "keys"})
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """What the tower's run must record."""
-        return frozenset()
-
-    @property
-    def score_layer(self) -> int | None:
-        """The layer that scores and keys are read at, as an index into the tower's hidden states; None: select layer.
-
-        ``hidden`` is of the select layer in any case, which the projector was trained on.
-        """
-        return None
+    scope: ClassVar[Literal["crop", "image"]] = "crop"
+    space: ClassVar[Literal["tower", "projected"]] = "tower"
+    is_vanilla: ClassVar[bool] = False
+    uses_valid: ClassVar[bool] = False
+    merge_rule: MergeRule = "sum"
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        named = vars(cls).get("requires", frozenset())
-        unknown = frozenset() if isinstance(named, property) else frozenset(named) - cls.REQUIRABLE
-        if unknown:
-            raise TypeError(f"{cls.__name__}.requires has {sorted(unknown)}; allowed are {sorted(cls.REQUIRABLE)}.")
+        if cls.scope == "image" and cls.space != "projected":
+            raise TypeError(f"{cls.__name__}: scope='image' needs space='projected'.")
+
+    def reads(self) -> frozenset[Signal]:
+        """What the vision tower's run must record."""
+        return frozenset()
 
     @abstractmethod
-    def compress(self, vision: VisionOutput) -> CompressedTokens:
-        """Computes the tokens. Must not synchronise with the host, change its input or depend on the other crops."""
+    def num_tokens(self, shape: VisionShape) -> int:
+        """Tokens that ``compress`` makes of a crop (of the whole, where ``scope`` is the image), by its shape alone.
 
-    @abstractmethod
-    def num_tokens(self, vision: VisionOutput) -> int:
-        """Tokens per crop that ``compress`` returns for this output; the base class holds it to that."""
-
-    @abstractmethod
-    def check_fits(self, num_patches: int, has_cls: bool) -> None:
-        """Raises ConfigError if this compressor cannot serve a tower of ``num_patches`` (plus CLS).
-
-        Needs no tensors, so a configuration can be refused before any model is loaded.
+        Raises:
+            ConfigError: the budget does not fit.
         """
+
+    @abstractmethod
+    def select(self, vision: VisionOutput) -> Selection:
+        """Chooses. Must not synchronise with the host, change its input or depend on the other crops."""
+
+    def combine(self, rows: Tensor, selection: Selection) -> Tensor:
+        """Applies a selection to rows of any width, ``[N, U, E]`` -> ``[N, K, E]``; linear in the rows."""
+        if selection.merge_index is None:
+            return gather_rows(rows, selection.place_index)
+        first = selection.num_kept if selection.num_contextual else 0
+        return combine_rows(rows, selection.place_index, selection.merge_index, self.merge_rule, first)
+
+    def num_visual_tokens(self, shape: VisionShape) -> int:
+        """Visual tokens that enter the language model for the whole of an image or video."""
+        num_tokens = self.num_tokens(shape)
+        return num_tokens if self.scope == "image" else num_tokens * shape.num_crops + shape.num_added
+
+    def compress(self, vision: VisionOutput) -> CompressedTokens:
+        """Selects and combines, nothing checked; see ``__call__``."""
+        selection = self.select(vision)
+        rows = vision.hidden if self.space == "tower" else vision.read(Signal("projected"))
+        tokens = self.combine(rows, selection)
+        num_kept, merged = selection.num_kept, selection.merge_index
+        if merged is None:
+            merged = torch.full(rows.shape[:2], -1, dtype=torch.int64, device=rows.device)
+        elif selection.num_contextual:
+            targets = selection.place_index[:, num_kept:]
+            own = torch.arange(num_kept, selection.place_index.shape[1], device=rows.device).expand_as(targets)
+            merged = (merged.scatter(1, targets, own) - num_kept).clamp(min=-1)
+        return CompressedTokens(tokens, selection.place_index[:, :num_kept], merged)
 
     def __call__(self, vision: VisionOutput) -> CompressedTokens:
         """Compresses and checks count, type and device.
@@ -187,17 +328,17 @@ class Compressor(ABC):
             ConfigError: the budget does not fit the tower.
             ValueError: ``compress`` returned something else than it promised (a mistake in the method).
         """
-        self.check_fits(vision.num_patches, vision.has_cls)
+        num_tokens = self.num_tokens(vision.shape)
         device = vision.hidden.device.type
         # Under autocast, as in a training, float32 scores would be bfloat16 ones, and other tokens be kept.
         with torch.autocast(device, enabled=False) if device != "meta" else nullcontext():
             result = self.compress(vision)
         num_crops, num_rows, width = vision.hidden.shape
-        expected = (num_crops, self.num_tokens(vision), width)
         tokens = result.tokens
+        expected = (num_crops, num_tokens, width if self.space == "tower" else tokens.shape[-1])
         if tuple(tokens.shape) != expected:
             raise ValueError(f"{self}: tokens have shape {tuple(tokens.shape)}, promised {expected}.")
-        if tokens.dtype != vision.hidden.dtype or tokens.device != vision.hidden.device:
+        if self.space == "tower" and (tokens.dtype, tokens.device) != (vision.hidden.dtype, vision.hidden.device):
             raise ValueError(
                 f"{self}: tokens are {tokens.dtype} on {tokens.device}, the tower's output {vision.hidden.dtype} on"
                 f" {vision.hidden.device}."
@@ -210,13 +351,65 @@ class Compressor(ABC):
         return result
 
 
+@dataclass(frozen=True)
+class Budgeted(Compressor):
+    """A method with a ``TokenBudget``; of a whole image it has the budgets of all its crops.
+
+    Attributes:
+        budget: tokens per crop.
+        keeps_cls: whether CLS, where there is one, is kept too, as one of the budget.
+    """
+
+    budget: TokenBudget
+    keeps_cls: ClassVar[bool] = False
+
+    def num_tokens(self, shape: VisionShape) -> int:
+        if self.scope == "crop":
+            available = shape.num_patches + int(shape.has_cls and self.keeps_cls)
+            check_count(self.budget.num_tokens, available, ("budget.num_dominant", "budget.num_contextual"))
+            return self.budget.num_tokens
+        # Sizes vary: cutting padding off may leave an image fewer tokens than its crops' budgets.
+        check_count(self.budget.num_tokens, shape.num_patches, ("budget.num_dominant", "budget.num_contextual"))
+        return min(self.budget.num_tokens * shape.num_crops, shape.num_vanilla)
+
+
+@dataclass(frozen=True)
+class TopScores(Budgeted):
+    """A method that scores: the patches of highest score are kept, the rest is dropped."""
+
+    uses_valid: ClassVar[bool] = True
+
+    @abstractmethod
+    def score(self, vision: VisionOutput) -> Tensor:
+        """``[N, U]``, higher is kept; CLS's own value is not looked at."""
+
+    def select(self, vision: VisionOutput) -> Selection:
+        first = int(vision.has_cls)
+        num_cls = int(vision.has_cls and self.keeps_cls)
+        num_patches = self.num_tokens(vision.shape) - num_cls
+        kept = top_indices(self.score(vision)[:, first:], num_patches, vision.valid_patches) + first
+        return Selection(functional.pad(kept, (num_cls, 0)))
+
+
+@dataclass(frozen=True)
+class ChosenUnits(Budgeted):
+    """A method that chooses units by itself: those are kept, the rest is dropped."""
+
+    @abstractmethod
+    def choose(self, vision: VisionOutput, num_tokens: int) -> Tensor:
+        """int64 ``[N, num_tokens]``, ascending units."""
+
+    def select(self, vision: VisionOutput) -> Selection:
+        return Selection(self.choose(vision, self.num_tokens(vision.shape)))
+
+
 def check_count(num_tokens: int, available: int, what: Iterable[str] | str) -> None:
     """Raises ConfigError unless ``num_tokens`` is within 1..available; ``what`` names the keys to change."""
     if not 1 <= num_tokens <= available:
         keys = what if isinstance(what, str) else " + ".join(what)
         raise ConfigError(
             f"{keys} = {num_tokens} visual tokens per crop: the vision tower has {available} to choose from, so 1 to"
-            f" {available} are allowed. Change {keys} (for each crop; a picture of 5 crops gets 5 times as many)."
+            f" {available} are allowed. Change {keys} (for each crop; an image of 5 crops gets 5 times as many)."
         )
 
 
@@ -224,8 +417,3 @@ def check_seed(seed: object) -> None:
     """Raises ConfigError unless a compressor's ``seed`` is a whole number from 0 up."""
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"compressor.seed={seed!r}: must be a whole number, 0 or more.")
-
-
-def no_merge_index(vision: VisionOutput) -> Tensor:
-    """A ``merge_index`` saying that nothing was merged: int64 ``[N, L]`` of -1."""
-    return torch.full(vision.hidden.shape[:2], -1, dtype=torch.int64, device=vision.hidden.device)

@@ -3,123 +3,91 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-from vzip.ops.merge import assign_to_targets, merge_rows
-from vzip.ops.select import dominant_rows, gather_rows, random_indices, uniform_indices
+from vzip.ops.merge import assign_to_targets, target_positions
+from vzip.ops.select import random_indices, uniform_indices
 
-from .base import CompressedTokens, Compressor, TokenBudget, VisionOutput, check_count, check_seed, no_merge_index
-
-_BUDGET_KEYS = ("budget.num_dominant", "budget.num_contextual")
-
-
-def _keep_patches(vision: VisionOutput, patches: torch.Tensor) -> CompressedTokens:
-    """Keeps the same ``patches [K]`` (0..P-1, ascending) of every crop and drops the rest."""
-    rows = (patches + int(vision.has_cls)).expand(vision.hidden.shape[0], -1)
-    return CompressedTokens(gather_rows(vision.hidden, rows), rows, no_merge_index(vision))
+from .base import Budgeted, ChosenUnits, Compressor, Selection, Signal, TopScores, VisionOutput, VisionShape, check_seed
 
 
 @dataclass(frozen=True)
 class Identity(Compressor):
-    """No compression: exactly the rows the unmodified model passes to its projector."""
+    """No compression: exactly the rows the unmodified model passes to its projector, packed as it packs them."""
 
-    def check_fits(self, num_patches: int, has_cls: bool) -> None:
-        """Fits every tower."""
+    scope: ClassVar[Literal["crop", "image"]] = "image"
+    space: ClassVar[Literal["tower", "projected"]] = "projected"
+    is_vanilla: ClassVar[bool] = True
 
-    def num_tokens(self, vision: VisionOutput) -> int:
-        return vision.num_rows - vision.first_stock_row
+    def num_tokens(self, shape: VisionShape) -> int:
+        return shape.num_vanilla
 
-    def compress(self, vision: VisionOutput) -> CompressedTokens:
+    def select(self, vision: VisionOutput) -> Selection:
         rows = torch.arange(vision.first_stock_row, vision.num_rows, device=vision.hidden.device)
-        tokens = vision.hidden[:, vision.first_stock_row :]
-        return CompressedTokens(tokens, rows.expand(tokens.shape[0], -1), no_merge_index(vision))
+        return Selection(rows.expand(vision.hidden.shape[0], -1))
 
 
 @dataclass(frozen=True)
-class RandomTokens(Compressor):
+class RandomTokens(ChosenUnits):
     """``budget.num_tokens`` patches chosen at random (never CLS), the rest dropped.
 
-    One subset per seed and number of patches, the same for every crop: a picture gets the same tokens alone, in any
+    One subset per seed and number of patches, the same for every crop: an image gets the same tokens alone, in any
     batch and on any device. Run several seeds to see the spread.
     """
 
-    budget: TokenBudget
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
 
-    def num_tokens(self, vision: VisionOutput) -> int:
-        return self.budget.num_tokens
-
-    def check_fits(self, num_patches: int, has_cls: bool) -> None:
-        check_count(self.budget.num_tokens, num_patches, _BUDGET_KEYS)
-
-    def compress(self, vision: VisionOutput) -> CompressedTokens:
-        device = vision.hidden.device
-        return _keep_patches(vision, random_indices(self.budget.num_tokens, vision.num_patches, self.seed, device))
+    def choose(self, vision: VisionOutput, num_tokens: int) -> Tensor:
+        patches = random_indices(num_tokens, vision.num_patches, self.seed, vision.hidden.device)
+        return (patches + int(vision.has_cls)).expand(vision.hidden.shape[0], -1)
 
 
 @dataclass(frozen=True)
-class UniformTokens(Compressor):
+class UniformTokens(ChosenUnits):
     """``budget.num_tokens`` patches evenly spaced in raster order (never CLS), the rest dropped."""
 
-    budget: TokenBudget
-
-    def num_tokens(self, vision: VisionOutput) -> int:
-        return self.budget.num_tokens
-
-    def check_fits(self, num_patches: int, has_cls: bool) -> None:
-        check_count(self.budget.num_tokens, num_patches, _BUDGET_KEYS)
-
-    def compress(self, vision: VisionOutput) -> CompressedTokens:
-        device = vision.hidden.device
-        return _keep_patches(vision, uniform_indices(self.budget.num_tokens, vision.num_patches, device))
+    def choose(self, vision: VisionOutput, num_tokens: int) -> Tensor:
+        patches = uniform_indices(num_tokens, vision.num_patches, vision.hidden.device)
+        return (patches + int(vision.has_cls)).expand(vision.hidden.shape[0], -1)
 
 
 @dataclass(frozen=True)
-class DominantOnly(Compressor):
+class DominantOnly(TopScores):
     """VisionZip without the merge: ``budget.num_tokens`` dominant tokens (CLS among them), the rest dropped.
 
     The whole budget goes to dominant tokens, so that it compares with VisionZip at the same number of tokens.
     """
 
-    budget: TokenBudget
-    requires: ClassVar[frozenset[str]] = frozenset({"attention"})
+    keeps_cls: ClassVar[bool] = True
 
-    def num_tokens(self, vision: VisionOutput) -> int:
-        return self.budget.num_tokens
+    def reads(self) -> frozenset[Signal]:
+        return frozenset({Signal("attention")})
 
-    def check_fits(self, num_patches: int, has_cls: bool) -> None:
-        check_count(self.budget.num_tokens, num_patches + int(has_cls), _BUDGET_KEYS)
-
-    def compress(self, vision: VisionOutput) -> CompressedTokens:
-        kept = dominant_rows(vision.need_attention(), self.budget.num_tokens, vision.has_cls)
-        return CompressedTokens(gather_rows(vision.hidden, kept), kept, no_merge_index(vision))
+    def score(self, vision: VisionOutput) -> Tensor:
+        return vision.read(Signal("attention"))
 
 
 @dataclass(frozen=True)
-class ContextualOnly(Compressor):
+class ContextualOnly(Budgeted):
     """VisionZip without the selection: all patches merged into ``budget.num_tokens`` contextual tokens (rule "sum").
 
     CLS is left out, as the unmodified model leaves it out: nothing is kept as it is, and CLS has no place in the grid.
     """
 
-    budget: TokenBudget
-    requires: ClassVar[frozenset[str]] = frozenset({"keys"})
+    def reads(self) -> frozenset[Signal]:
+        return frozenset({Signal("keys")})
 
-    def num_tokens(self, vision: VisionOutput) -> int:
-        return self.budget.num_tokens
-
-    def check_fits(self, num_patches: int, has_cls: bool) -> None:
-        check_count(self.budget.num_tokens, num_patches, _BUDGET_KEYS)
-
-    def compress(self, vision: VisionOutput) -> CompressedTokens:
-        first = int(vision.has_cls)
-        assignment = assign_to_targets(vision.need_keys()[:, first:], self.budget.num_tokens)
-        tokens = merge_rows(vision.hidden[:, first:], assignment, self.budget.num_tokens, "sum")
-        merge_index = no_merge_index(vision)
-        merge_index[:, first:] = assignment
-        return CompressedTokens(tokens, assignment.new_empty(assignment.shape[0], 0), merge_index)
+    def select(self, vision: VisionOutput) -> Selection:
+        first, num_tokens = int(vision.has_cls), self.num_tokens(vision.shape)
+        keys = vision.read_patches(Signal("keys"))
+        assignment = assign_to_targets(keys, num_tokens)
+        targets = target_positions(keys.shape[1], num_tokens, keys.device).expand(keys.shape[0], -1)
+        merge_index = functional.pad(assignment.scatter(1, targets, -1), (first, 0), value=-1)
+        return Selection(targets + first, merge_index, num_contextual=num_tokens)

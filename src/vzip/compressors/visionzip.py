@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vzip.errors import ConfigError, nearest
-from vzip.ops.merge import MERGE_RULES, MergeRule, assign_to_targets, merge_rows
+from vzip.ops.merge import MERGE_RULES, MergeRule, assign_to_targets, target_positions
 from vzip.ops.select import dominant_rows, gather_rows, random_indices, remaining_rows
 
-from .base import (
-    SCORES,
-    CompressedTokens,
-    Compressor,
-    TokenBudget,
-    VisionOutput,
-    check_count,
-    check_seed,
-    no_merge_index,
-)
+from .base import SCORES, Compressor, Selection, Signal, TokenBudget, VisionOutput, VisionShape, check_count, check_seed
 
 TARGETS = ("uniform", "random")
 
@@ -38,9 +30,9 @@ class VisionZip(Compressor):
     Attributes:
         budget: tokens per crop.
         merge_rule: ``"sum"`` (target + mean of its rows; the published code) or ``"mean"`` (average of all of them).
-        score: what patches are selected by, a field of ``VisionOutput``: ``"attention"``, ``"received_attention"`` or
-            ``"key_norms"``; the highest are kept.
-        score_layer: see ``Compressor.score_layer``.
+        score: the signal that patches are selected by: ``"attention"``, ``"received_attention"`` or ``"key_norms"``;
+            the highest are kept.
+        score_layer: the layer that score and keys are read at, see ``Signal.layer``.
         targets: ``"uniform"``, or ``"random"``: as many of the remaining rows drawn by ``seed``, the same for every
             crop.
         keep_cls: False: CLS is neither kept nor merged, and the whole budget goes to patches. No effect in a tower
@@ -50,6 +42,8 @@ class VisionZip(Compressor):
     Raises:
         ConfigError: a value that is not allowed; when called, a budget that does not fit the tower.
     """
+
+    uses_valid: ClassVar[bool] = True
 
     budget: TokenBudget
     merge_rule: MergeRule = "sum"
@@ -79,45 +73,51 @@ class VisionZip(Compressor):
         usual = [f for f in fields(self) if f.name in ("budget", "merge_rule") or getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in usual)})"
 
-    @property
-    def requires(self) -> frozenset[str]:
-        return frozenset({self.score, "keys"})
+    def reads(self) -> frozenset[Signal]:
+        return frozenset({self._score, self._keys})
 
-    def num_tokens(self, vision: VisionOutput) -> int:
-        return self.budget.num_tokens
-
-    def check_fits(self, num_patches: int, has_cls: bool) -> None:
-        keeps_cls = has_cls and self.keep_cls
+    def num_tokens(self, shape: VisionShape) -> int:
+        keeps_cls = shape.has_cls and self.keep_cls
         if keeps_cls and self.budget.num_dominant == 0:
             raise ConfigError(
                 "budget.num_dominant=0: this vision tower has a CLS token, which is always kept and counts as dominant,"
                 " so at least 1. To merge everything use compressor=contextual_only, or compressor.keep_cls=false."
             )
-        check_count(
-            self.budget.num_tokens, num_patches + int(keeps_cls), ("budget.num_dominant", "budget.num_contextual")
-        )
+        available = shape.num_patches + int(keeps_cls)
+        check_count(self.budget.num_tokens, available, ("budget.num_dominant", "budget.num_contextual"))
+        return self.budget.num_tokens
 
-    def compress(self, vision: VisionOutput) -> CompressedTokens:
+    def select(self, vision: VisionOutput) -> Selection:
         keeps_cls = vision.has_cls and self.keep_cls
         first = int(vision.has_cls and not self.keep_cls)  # rows before it take no part
-        rows, num_contextual = vision.hidden[:, first:], self.budget.num_contextual
-        kept = dominant_rows(vision.need_score(self.score), self.budget.num_dominant, keeps_cls)
-        dominant = gather_rows(rows, kept)
+        num_dominant, num_contextual = self.budget.num_dominant, self.budget.num_contextual
+        score = vision.read_patches(self._score)
+        kept = dominant_rows(score, num_dominant, keeps_cls, vision.valid_patches) + first
         if num_contextual == 0:
-            return CompressedTokens(dominant, kept + first, no_merge_index(vision))
-        rest = remaining_rows(kept, rows.shape[1])
-        positions = self._targets(rest)
-        keys = gather_rows(vision.need_keys()[:, first:], rest)
-        assignment = assign_to_targets(keys, num_contextual, positions)
-        contextual = merge_rows(gather_rows(rows, rest), assignment, num_contextual, self.merge_rule, positions)
-        merge_index = no_merge_index(vision).scatter(1, rest + first, assignment)
-        return CompressedTokens(torch.cat([dominant, contextual], dim=1), kept + first, merge_index)
+            return Selection(kept)
+        rest = remaining_rows(kept - first, vision.num_rows - first) + first
+        assignment, positions = self._assign(gather_rows(vision.read(self._keys), rest))
+        merge_index = torch.full(vision.hidden.shape[:2], -1, dtype=torch.int64, device=rest.device)
+        merge_index = merge_index.scatter(1, rest, assignment + num_dominant)
+        targets = rest.index_select(1, positions)
+        return Selection(torch.cat([kept, targets], dim=1), merge_index.scatter(1, targets, -1), num_contextual)
 
-    def _targets(self, rest: Tensor) -> Tensor | None:
-        """Where the targets are among the remaining rows ``[N, R]``; None: evenly spaced."""
+    @property
+    def _score(self) -> Signal:
+        return Signal(self.score, self.score_layer)
+
+    @property
+    def _keys(self) -> Signal:
+        return Signal("keys", self.score_layer)
+
+    def _assign(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Each remaining row's target ``[N, R]``, and where the targets are among them ``[C]``; ``keys [N, R, d]``."""
+        num_rows, num_contextual = keys.shape[1], self.budget.num_contextual
         if self.targets == "uniform":
-            return None
-        return random_indices(self.budget.num_contextual, rest.shape[1], self.seed, rest.device)
+            positions = target_positions(num_rows, num_contextual, keys.device)
+        else:
+            positions = random_indices(num_contextual, num_rows, self.seed, keys.device)
+        return assign_to_targets(keys, num_contextual, positions), positions
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -99,17 +99,17 @@ def _total(plan: EvaluationPlan) -> str:
 
 def visual_tokens(plan: EvaluationPlan) -> str:
     """Visual tokens of an image (and a video) beside what the unmodified model has, as far as they are known now."""
-    from vzip.results.token_count import budget_of
-
-    budget = budget_of(plan.compressor)
-    kept = None if budget is None else budget.num_tokens
+    compressor = plan.compressor
+    budget = getattr(compressor, "budget", None)
     shape = _shape(plan.model)
     if shape is None:
-        return f"{'all' if kept is None else kept} of each crop; how many there are, its config.json will say"
+        kept = "all" if compressor.is_vanilla or budget is None else budget.num_tokens
+        return f"{kept} of each crop; how many there are, its config.json will say"
     from vzip.models.families import adapter_class_for_config
 
     adapter = adapter_class_for_config(shape.config)
     geometry = adapter.check_config(shape.config)
+    kept = None if compressor.is_vanilla else compressor.num_tokens(geometry.shape())
     if adapter.has_tiles:
         crops, patches = shape.num_crops, geometry.num_patches
         full = crops * patches

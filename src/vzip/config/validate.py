@@ -197,7 +197,7 @@ def _check_budget_fits(model: Mapping[str, Any], compressor: Mapping[str, Any], 
     try:
         config = read_config(folder)
         geometry = adapter_class_for_config(config).check_config(config)
-        build_compressor(compressor).check_fits(geometry.num_patches, geometry.has_cls)
+        build_compressor(compressor).num_tokens(geometry.shape())
     except VzipError as error:
         return [str(error)]
     except (ValueError, OSError) as error:

@@ -63,12 +63,9 @@ class PictureEncoder(Protocol):
     def preprocess_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]: ...
 
     def expected_num_tokens(self, inputs: dict[str, Tensor]) -> list[int]:
-        """Visual tokens of each picture of ``preprocess_images``' result."""
+        """Visual tokens of each image of ``preprocess_images``' result, or of each video of ``preprocess_videos``'."""
 
     def preprocess_videos(self, videos: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]: ...
-
-    def expected_num_video_tokens(self, inputs: dict[str, Tensor]) -> list[int]:
-        """Visual tokens of each video of ``preprocess_videos``' result."""
 
 
 @dataclass
@@ -183,7 +180,7 @@ class Collator:
             batch.num_visual_tokens = self.encoder.expected_num_tokens(batch.pictures)
         if videos:
             batch.videos = self.encoder.preprocess_videos(videos)
-            batch.num_video_tokens = self.encoder.expected_num_video_tokens(batch.videos)
+            batch.num_video_tokens = self.encoder.expected_num_tokens(batch.videos)
         self._truncate(batch, sequences)
         self._pad(batch, sequences)
         return batch

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vzip.results import provenance
-from vzip.results.token_count import budget_of
 
 from .answering.answers import count_sizes
 from .benchmarks.catalog import task_config
@@ -105,7 +104,8 @@ def build_record(
     if lm.problems:
         reasons.append(f"{len(lm.problems)} questions left out: their pictures or videos cannot be read")
     counts = [count for row in rows if row["filter_index"] == 0 for count in row["num_visual_tokens"]]
-    budget = budget_of(vlm.compressor)
+    budget = getattr(vlm.compressor, "budget", None)
+    num_tokens = None if vlm.compressor.is_vanilla else vlm.adapter.tokens_per_crop(vlm.compressor)
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "evaluation",
@@ -114,12 +114,12 @@ def build_record(
         "compressor": {
             "name": type(vlm.compressor).__name__,
             "settings": repr(vlm.compressor),
-            "num_dominant": None if budget is None else budget.num_dominant,
-            "num_contextual": None if budget is None else budget.num_contextual,
-            "num_tokens": None if budget is None else budget.num_tokens,
+            "num_dominant": getattr(budget, "num_dominant", None),
+            "num_contextual": getattr(budget, "num_contextual", None),
+            "num_tokens": num_tokens,
         },
         "visual_tokens": {
-            "budget_per_crop": None if budget is None else budget.num_tokens,
+            "budget_per_crop": num_tokens,
             "measured_min": min(counts, default=None),
             "measured_max": max(counts, default=None),
             "num_images": len(counts),

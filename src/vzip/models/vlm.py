@@ -18,7 +18,7 @@ from vzip.media.images import PREPROCESSES, Preprocess
 from vzip.media.video import DEFAULT_NUM_FRAMES, check_num_frames
 
 from .chat.session import ChatSession
-from .families import FamilyOptions, adapter_for_model
+from .families import INPUT_NAMES, FamilyOptions, adapter_for_model
 from .inputs import InputBuilder
 from .splice import PaddingSide, PreparedInputs, plan_splice, splice
 
@@ -98,23 +98,24 @@ class CompressedVlm(InputBuilder, nn.Module):
         self._compressor = compressor
 
     def encode_images(
-        self, pixel_values: Tensor, image_sizes: Tensor | None = None, tile_grids: Tensor | None = None
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, **processor_outputs: Tensor | None
     ) -> list[Tensor]:
-        """Pictures -> visual tokens, as they enter the language model.
+        """Images -> visual tokens, as they enter the language model.
 
         Args:
             pixel_values: as the model's Hugging Face processor returns them (LLaVA: ``[images, 3, h, w]``).
-            image_sizes: original (height, width) of each picture, where the family needs it.
-            tile_grids: (rows, cols) of each picture's tiles, as ``preprocess_images`` returns them for LLaVA-NeXT;
-                None: the grid that the Hugging Face processor makes for ``image_sizes``.
+            image_sizes: original (height, width) of each image, where the family needs it.
+            **processor_outputs: what else the processor, or ``preprocess_images``, returned with them. LLaVA-NeXT's
+                ``tile_grids`` (rows, cols) are taken from the Hugging Face processor's rule where they are left out.
 
         Returns:
             for each image ``[num_visual_tokens, d_text]``.
 
         Raises:
-            PromptError: ``pixel_values`` of a wrong shape; sizes that are missing or do not fit them.
+            PromptError: a tensor of a wrong shape; one that is missing or that the family does not have.
         """
-        return self.adapter.encode(pixel_values, image_sizes, self._compressor, tile_grids)
+        outputs = {"pixel_values": pixel_values, "image_sizes": image_sizes, **processor_outputs}
+        return self.adapter.encode(self.adapter.read_inputs(**outputs), self._compressor)
 
     def encode_videos(self, pixel_values_videos: Tensor) -> list[Tensor]:
         """Videos -> visual tokens, frame by frame, as they enter the language model.
@@ -129,55 +130,54 @@ class CompressedVlm(InputBuilder, nn.Module):
             UnsupportedModelError: the model has no video tower.
             PromptError: another shape.
         """
-        return self.adapter.encode_videos(pixel_values_videos, self._compressor)
+        visual = self.adapter.read_inputs(pixel_values_videos=pixel_values_videos)
+        return self.adapter.encode(visual, self._compressor)
+
+    def expected_num_visual_tokens(self, **processor_outputs: Tensor | None) -> list[int]:
+        """Visual tokens that the compressor will make of each image, then of each video; nothing is encoded.
+
+        Raises:
+            PromptError, UnsupportedModelError: as ``prepare``.
+        """
+        shapes = self.adapter.read_inputs(**processor_outputs).shapes
+        return [self._compressor.num_visual_tokens(shape) for shape in shapes]
 
     def prepare(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_sizes: Tensor | None = None,
         labels: Tensor | None = None,
         padding_side: PaddingSide | None = None,
-        tile_grids: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        pixel_values_images: Tensor | None = None,
+        **processor_outputs: Tensor | None,
     ) -> PreparedInputs:
         """Builds what the language model gets.
 
         Args:
             input_ids: ``[B, T]`` with one placeholder an image or video, or the processor's expanded runs.
             attention_mask: ``[B, T]``; None means no padding. Excluded positions are dropped and padding is made anew.
-            pixel_values: all images of the batch in the order of their placeholders; None for a prompt without image.
-            image_sizes: as the processor returns them, where the family needs them.
             labels: ``[B, T]``, as for the Hugging Face model.
             padding_side: side of the result's padding; None keeps the input's (left where the input has no padding).
-            tile_grids: as in ``encode_images``.
-            pixel_values_videos: all videos of the batch in the order of their placeholders, as in ``encode_videos``.
-            pixel_values_images: ``pixel_values`` by the name that Video-LLaVA's processor has for it.
+            **processor_outputs: all images and videos of the batch, in the order of their placeholders, as the model's
+                processor returns them; none for a batch of text.
 
         Returns:
             ``inputs_embeds``, ``attention_mask``, ``position_ids``, ``labels``, ``num_visual_tokens``.
 
         Raises:
-            PromptError: placeholders and images or videos do not match, or a tensor has a wrong shape.
+            PromptError: placeholders and images or videos do not match; a tensor of a wrong shape, one that is missing
+                or that the family does not have.
             UnsupportedModelError: videos for a model without a video tower.
         """
-        pixel_values = _either(pixel_values, pixel_values_images)
-        num_images = 0 if pixel_values is None else pixel_values.shape[0]
-        token_id, video_token_id = self.adapter.image_token_id, self.adapter.video_token_id
-        lengths = self.adapter.expanded_lengths(num_images, image_sizes)
-        video_lengths = [] if pixel_values_videos is None else self.adapter.video_lengths(pixel_values_videos)
+        adapter = self.adapter
+        visual = adapter.read_inputs(**processor_outputs)
+        lengths, video_lengths = visual.num_placeholders
+        token_id, video_token_id = adapter.image_token_id, adapter.video_token_id
         # Planned before anything is encoded.
         plan = plan_splice(input_ids, attention_mask, token_id, lengths, padding_side, video_token_id, video_lengths)
-        images: list[Tensor] = []
-        videos: list[Tensor] = []
-        if pixel_values is not None and num_images > 0:
-            images = self.encode_images(pixel_values, image_sizes, tile_grids)
-        if pixel_values_videos is not None and video_lengths:
-            videos = self.encode_videos(pixel_values_videos)
-        input_ids, embed_tokens = input_ids.to(self.device), self.adapter.embed_tokens
-        prepared = splice(plan, input_ids, embed_tokens, images, token_id, labels, videos, video_token_id)
+        tokens = adapter.encode(visual, self._compressor)
+        images, videos = tokens[: len(visual.images)], tokens[len(visual.images) :]
+        input_ids = input_ids.to(self.device)
+        prepared = splice(plan, input_ids, adapter.embed_tokens, images, token_id, labels, videos, video_token_id)
         self.last_num_visual_tokens = prepared.num_visual_tokens
         return prepared
 
@@ -185,61 +185,40 @@ class CompressedVlm(InputBuilder, nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_sizes: Tensor | None = None,
         labels: Tensor | None = None,
-        tile_grids: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        pixel_values_images: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the Hugging Face model's forward, returning its output object; logits are of the compressed sequence.
 
         Args:
-            input_ids ... pixel_values_images: as in ``prepare``.
-            **kwargs: handed on to the Hugging Face model (``use_cache``, ``logits_to_keep``, ...).
+            input_ids, attention_mask, labels: as in ``prepare``.
+            **kwargs: the processor's outputs, as in ``prepare``; the others are handed on to the Hugging Face model
+                (``use_cache``, ``logits_to_keep``, ...).
 
         Raises:
             PromptError: as ``prepare``; or an argument that belongs to the uncompressed sequence.
         """
         _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values"), "forward")
-        prepared = self.prepare(
-            input_ids,
-            attention_mask,
-            pixel_values,
-            image_sizes,
-            labels,
-            tile_grids=tile_grids,
-            pixel_values_videos=pixel_values_videos,
-            pixel_values_images=pixel_values_images,
-        )
+        outputs, settings = _split(kwargs)
+        prepared = self.prepare(input_ids, attention_mask, labels, **outputs)
         return self.model(
             inputs_embeds=prepared.inputs_embeds,
             attention_mask=prepared.attention_mask,
             position_ids=prepared.position_ids,
             labels=prepared.labels,
-            **kwargs,
+            **settings,
         )
 
     @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_sizes: Tensor | None = None,
-        tile_grids: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        pixel_values_images: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Generates; returns the new tokens only, ``[B, num_new_tokens]`` (or Hugging Face's output object).
 
         Prompts are padded on the left inside, whatever the input's side, since the last position is continued.
 
         Args:
-            input_ids ... pixel_values_images: as in ``prepare``.
-            **kwargs: Hugging Face's generation settings (``max_new_tokens``, ``do_sample``, ``num_beams``, ...).
+            input_ids, attention_mask: as in ``prepare``.
+            **kwargs: the processor's outputs, as in ``prepare``, and Hugging Face's generation settings
+                (``max_new_tokens``, ``do_sample``, ``num_beams``, ...).
 
         Raises:
             PromptError: as ``prepare``; or an argument that belongs to the uncompressed sequence.
@@ -249,21 +228,13 @@ class CompressedVlm(InputBuilder, nn.Module):
         if kwargs.get("use_cache") is False:
             # Hugging Face would switch the cache on without a word: from embeddings it cannot start over each step.
             raise ConfigError(
-                "generate(use_cache=False): generation from compressed pictures always uses the cache. Leave use_cache"
+                "generate(use_cache=False): generation from compressed images always uses the cache. Leave use_cache"
                 " out, or set it to True."
             )
-        prepared = self.prepare(
-            input_ids,
-            attention_mask,
-            pixel_values,
-            image_sizes,
-            padding_side="left",
-            tile_grids=tile_grids,
-            pixel_values_videos=pixel_values_videos,
-            pixel_values_images=pixel_values_images,
-        )
+        outputs, settings = _split(kwargs)
+        prepared = self.prepare(input_ids, attention_mask, padding_side="left", **outputs)
         return self.model.generate(
-            inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **kwargs
+            inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **settings
         )
 
     def chat(self, system_prompt: str | None = None) -> ChatSession:
@@ -278,11 +249,10 @@ class CompressedVlm(InputBuilder, nn.Module):
         return ChatSession(self, system_prompt)
 
 
-def _either(pixel_values: Tensor | None, pixel_values_images: Tensor | None) -> Tensor | None:
-    """The one of two names that is given; PromptError for both."""
-    if pixel_values is not None and pixel_values_images is not None:
-        raise PromptError("pixel_values and pixel_values_images are two names of the same pictures: give one of them.")
-    return pixel_values_images if pixel_values is None else pixel_values
+def _split(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What some family's processor returns, and the rest, which is Hugging Face's."""
+    outputs = {name: value for name, value in kwargs.items() if name in INPUT_NAMES}
+    return outputs, {name: value for name, value in kwargs.items() if name not in INPUT_NAMES}
 
 
 def _refuse(kwargs: dict[str, Any], names: tuple[str, ...], call: str) -> None:

@@ -1,6 +1,6 @@
 """Merging the rows that were not kept into contextual tokens (VisionZip, Alg. 2, and the published code's arithmetic).
 
-Shapes: N crops, R rows to merge, C contextual tokens, D the tower's width, d the metric's width.
+Shapes: N crops, R rows to merge, C contextual tokens, d the metric's width.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .attention import at_least_float32
+from .select import gather_rows
 
 MergeRule = Literal["sum", "mean"]
 MERGE_RULES: tuple[str, ...] = ("sum", "mean")
@@ -46,36 +47,29 @@ def assign_to_targets(keys: Tensor, num_contextual: int, positions: Tensor | Non
     return nearest.scatter(1, positions.expand(keys.shape[0], -1), own)
 
 
-def merge_rows(
-    hidden: Tensor, assignment: Tensor, num_contextual: int, rule: MergeRule, positions: Tensor | None = None
-) -> Tensor:
-    """Contextual tokens from rows and their targets.
+def combine_rows(rows: Tensor, place_index: Tensor, merge_index: Tensor, rule: MergeRule, first: int = 0) -> Tensor:
+    """Tokens from rows: those at their places, the later ones joined by the rows that merge into them.
 
     ``"sum"``: target + mean of the rows assigned to it (the target alone where there are none): what the published
     code computes and the paper's tables were made with. ``"mean"``: the average of the target and its rows, as the
-    paper's text reads. Sums run in float32 at least and return to the type of ``hidden``.
+    paper's text reads. Sums run in float32 at least and return to the type of ``rows``.
 
     Args:
-        hidden: ``[N, R, D]``, the rows to merge.
-        assignment: int64 ``[N, R]`` from ``assign_to_targets``.
-        num_contextual: C.
+        rows: ``[N, U, E]``.
+        place_index: int64 ``[N, K]``, the row that each token begins with.
+        merge_index: int64 ``[N, U]``, the token (``first``..K-1) that each other row joins; -1: none.
         rule: ``"sum"`` or ``"mean"``.
-        positions: as for ``assign_to_targets``.
+        first: tokens before it are joined by none.
 
     Returns:
-        ``[N, C, D]`` in the order of the targets; differentiable in ``hidden``.
+        ``[N, K, E]``; differentiable in ``rows``.
     """
-    num_rows = hidden.shape[1]
-    if positions is None:
-        positions = target_positions(num_rows, num_contextual, hidden.device)
-    wide = at_least_float32(hidden)
-    targets = wide.index_select(1, positions)
+    wide = at_least_float32(rows)
+    targets = gather_rows(wide, place_index[:, first:])
     # A product with 0/1 weights, not scatter_add: atomics would make GPU sums depend on the order of arrival.
-    slots = torch.arange(num_contextual, device=hidden.device)
-    member = (assignment.unsqueeze(1) == slots[None, :, None]).to(wide.dtype)  # [N, C, R]
-    is_other = torch.ones(num_rows, dtype=wide.dtype, device=hidden.device).index_fill(0, positions, 0)
-    member = member * is_other
+    slots = torch.arange(first, place_index.shape[1], device=rows.device)
+    member = (merge_index.unsqueeze(1) == slots[None, :, None]).to(wide.dtype)  # [N, K - first, U]
     total = member @ wide
     count = member.sum(dim=-1, keepdim=True)
     merged = targets + total / count.clamp(min=1) if rule == "sum" else (targets + total) / (count + 1)
-    return merged.to(hidden.dtype)
+    return torch.cat([gather_rows(rows, place_index[:, :first]), merged.to(rows.dtype)], dim=1)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .attention import at_least_float32
 
 
-def top_indices(scores: Tensor, num_selected: int) -> Tensor:
+def top_indices(scores: Tensor, num_selected: int, valid: Tensor | None = None) -> Tensor:
     """Indices of the highest scores, in ascending index order; of equal scores the lower index wins.
 
     ``torch.topk`` leaves ties open and breaks them differently on CPU and GPU; a stable descending sort does not.
@@ -16,15 +18,19 @@ def top_indices(scores: Tensor, num_selected: int) -> Tensor:
     Args:
         scores: ``[N, P]``, any floating type.
         num_selected: 0 <= num_selected <= P.
+        valid: bool ``[N, P]``; those that are not come after all that are, in index order. None: all are.
 
     Returns:
         int64 ``[N, num_selected]``.
     """
-    order = torch.sort(at_least_float32(scores), dim=-1, descending=True, stable=True).indices
+    scores = at_least_float32(scores)
+    if valid is not None:
+        scores = scores.masked_fill(~valid, -math.inf)
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     return order[:, :num_selected].sort(dim=-1).values
 
 
-def dominant_rows(attention: Tensor, num_dominant: int, has_cls: bool) -> Tensor:
+def dominant_rows(attention: Tensor, num_dominant: int, has_cls: bool, valid: Tensor | None = None) -> Tensor:
     """Rows of the tower's output kept as dominant tokens, ascending.
 
     With CLS: row 0 and the ``num_dominant - 1`` patches of highest attention (patch p is row p + 1). Without: the
@@ -34,13 +40,14 @@ def dominant_rows(attention: Tensor, num_dominant: int, has_cls: bool) -> Tensor
         attention: ``[N, P]``.
         num_dominant: at least 1 where there is a CLS.
         has_cls: whether row 0 of the tower's output is CLS.
+        valid: bool ``[N, P]``, as for ``top_indices``.
 
     Returns:
         int64 ``[N, num_dominant]``.
     """
     if not has_cls:
-        return top_indices(attention, num_dominant)
-    patches = top_indices(attention, num_dominant - 1) + 1
+        return top_indices(attention, num_dominant, valid)
+    patches = top_indices(attention, num_dominant - 1, valid) + 1
     return torch.cat([patches.new_zeros(patches.shape[0], 1), patches], dim=1)
 
 

@@ -13,7 +13,7 @@ from vzip.data.collate import Batch
 from vzip.data.conversations import IGNORED_LABEL
 from vzip.models.splice import PreparedInputs, plan_splice, splice
 from vzip.models.vlm import CompressedVlm
-from vzip.results.token_count import TokenCountError, expected_token_counts, expected_video_counts
+from vzip.results.token_count import TokenCountError
 
 
 class ModelView:
@@ -26,7 +26,7 @@ class ModelView:
         return self.vlm.preprocess_images(images)
 
     def expected_num_tokens(self, inputs: dict[str, Tensor]) -> list[int]:
-        return expected_token_counts(self.vlm, **inputs)
+        return self.vlm.expected_num_visual_tokens(**inputs)
 
     @property
     def num_frames(self) -> int:
@@ -34,9 +34,6 @@ class ModelView:
 
     def preprocess_videos(self, videos: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
         return self.vlm.preprocess_videos(videos)
-
-    def expected_num_video_tokens(self, inputs: dict[str, Tensor]) -> list[int]:
-        return expected_video_counts(self.vlm, **inputs)
 
 
 class AnswerLoss(nn.Module):

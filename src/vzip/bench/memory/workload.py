@@ -17,7 +17,6 @@ from vzip.data.conversations import IGNORED_LABEL
 from vzip.errors import ConfigError
 from vzip.models.families import Adapter, FamilyOptions
 from vzip.models.vlm import CompressedVlm
-from vzip.results.token_count import expected_token_counts, expected_video_counts
 
 from .quantized import quantize
 
@@ -87,11 +86,9 @@ class Workload:
 
 def blank_pictures(adapter: Adapter, load: Workload) -> dict[str, Tensor]:
     """Pictures as the family's processor returns them, each of as many crops as it cuts at most."""
-    count, side = load.num_pictures, adapter.geometry.image_size
+    count, side = load.num_pictures, adapter.image_side
     if load.num_frames is not None:
         return {"pixel_values_videos": torch.ones(count, load.num_frames, 3, side, side)}
-    if adapter.has_mining:
-        side = adapter.model.config.high_res_image_size
     if not adapter.has_tiles:
         return {"pixel_values": torch.ones(count, 3, side, side)}
     height, width = max(adapter.model.config.image_grid_pinpoints, key=lambda size: size[0] * size[1])
@@ -104,8 +101,7 @@ def blank_pictures(adapter: Adapter, load: Workload) -> dict[str, Tensor]:
 
 def num_visual_tokens(vlm: CompressedVlm, pictures: dict[str, Tensor]) -> int:
     """Visual tokens of one of the pictures (or videos)."""
-    counts = expected_video_counts if "pixel_values_videos" in pictures else expected_token_counts
-    return int(counts(vlm, **pictures)[0])
+    return vlm.expected_num_visual_tokens(**pictures)[0]
 
 
 def visual_tokens(shape: ModelShape, load: Workload) -> int:

@@ -121,13 +121,7 @@ class Answerer:
         with torch.no_grad():
             new_tokens = self.vlm.generate(**inputs, **kwargs)
         measured = check_token_counts(
-            self.vlm,
-            inputs.get("pixel_values"),
-            [len(one.images) for one in loaded],
-            inputs.get("image_sizes"),
-            inputs.get("tile_grids"),
-            inputs.get("pixel_values_videos"),
-            [len(one.videos) for one in loaded],
+            self.vlm, inputs, [len(one.images) for one in loaded], [len(one.videos) for one in loaded]
         )
         texts = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         return [

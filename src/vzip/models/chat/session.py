@@ -8,13 +8,14 @@ dialogue would show it, even where a template or the tokenizer writes earlier tu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, ProcessorMixin, TextStreamer
 
+from vzip.compressors.base import Compressor
 from vzip.errors import ConfigError, PromptError, nearest
 from vzip.media.video import VideoSource
 
@@ -39,11 +40,8 @@ class Vlm(Protocol):
 
     def preprocess_videos(self, videos: Sequence[VideoSource]) -> dict[str, Tensor]: ...
 
-    def encode_images(
-        self, pixel_values: Tensor, image_sizes: Tensor | None = None, tile_grids: Tensor | None = None
-    ) -> list[Tensor]: ...
-
-    def encode_videos(self, pixel_values_videos: Tensor) -> list[Tensor]: ...
+    @property
+    def compressor(self) -> Compressor: ...
 
 
 class ChatSession:
@@ -150,14 +148,17 @@ class ChatSession:
 
     def _encode(self, image: Image.Image) -> EncodedVisual:
         inputs = {name: value.to(self._vlm.device) for name, value in self._vlm.preprocess_images([image]).items()}
-        tokens = self._vlm.encode_images(**inputs)[0]
-        layout = {name: inputs.get(name) for name in ("image_sizes", "tile_grids")}
-        return EncodedVisual("image", tokens, self._vlm.adapter.expanded_lengths(1, **layout)[0])
+        return self._encode_inputs("image", inputs)
 
     def _encode_video(self, video: VideoSource) -> EncodedVisual:
-        (pixels,) = self._vlm.preprocess_videos([video]).values()
-        tokens = self._vlm.encode_videos(pixels.to(self._vlm.device))[0]
-        return EncodedVisual("video", tokens, self._vlm.adapter.video_lengths(pixels)[0])
+        inputs = {name: value.to(self._vlm.device) for name, value in self._vlm.preprocess_videos([video]).items()}
+        return self._encode_inputs("video", inputs)
+
+    def _encode_inputs(self, kind: Literal["image", "video"], inputs: dict[str, Tensor]) -> EncodedVisual:
+        visual = self._vlm.adapter.read_inputs(**inputs)
+        (tokens,) = self._vlm.adapter.encode(visual, self._vlm.compressor)
+        of_images, of_videos = visual.num_placeholders
+        return EncodedVisual(kind, tokens, [*of_images, *of_videos][0])
 
     def _check(self, question: str, max_new_tokens: int, settings: dict[str, Any]) -> None:
         self._layout.check_question(question)

@@ -8,7 +8,7 @@ from torch import nn
 
 from vzip.errors import UnsupportedModelError, nearest
 
-from .base import Adapter
+from .base import Adapter, VisualInputs
 from .llava.adapter import LlavaAdapter
 from .llava_next.adapter import LlavaNextAdapter
 from .mini_gemini.adapter import MiniGeminiAdapter
@@ -18,14 +18,19 @@ from .video_llava.adapter import VideoLlavaAdapter
 # Subclasses before their base: a Mini-Gemini model is a LLaVA model to isinstance.
 ADAPTERS: tuple[type[Adapter], ...] = (MiniGeminiAdapter, LlavaAdapter, LlavaNextAdapter, VideoLlavaAdapter)
 
+# What any family's processor may return beside the text.
+INPUT_NAMES = frozenset(name for adapter in ADAPTERS for name in adapter.input_names)
+
 __all__ = [
     "ADAPTERS",
+    "INPUT_NAMES",
     "Adapter",
     "FamilyOptions",
     "LlavaAdapter",
     "LlavaNextAdapter",
     "MiniGeminiAdapter",
     "VideoLlavaAdapter",
+    "VisualInputs",
     "adapter_class_for_config",
     "adapter_for_model",
 ]

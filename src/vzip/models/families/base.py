@@ -6,8 +6,11 @@ file.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,9 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel
 
-from vzip.compressors.base import Compressor, VisionOutput
-from vzip.compressors.controls import Identity
-from vzip.errors import ConfigError, PromptError, UnsupportedModelError
+from vzip.compressors.base import Compressor, Signal, VisionOutput, VisionShape
+from vzip.errors import ConfigError, PromptError, UnsupportedModelError, nearest
 from vzip.media.images import Preprocess, prepare_pictures
 from vzip.media.video import VideoSource
 
@@ -26,6 +28,44 @@ from ..towers.cache import TowerCache
 from ..towers.structure import Tower, TowerGeometry, find_tower
 from ..towers.tap import run_tower
 from .options import FamilyOptions, check_fit
+
+# Runs a tower: the tower, pixels ``[N, 3, h, w]``, signals to record, the first row that the unmodified model uses.
+TowerRun = Callable[[Tower, Tensor, frozenset[Signal], int], VisionOutput]
+Stage = Callable[[str], AbstractContextManager[None]]
+
+
+def no_stage(_name: str) -> AbstractContextManager[None]:
+    """Measures nothing."""
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class VisualInputs:
+    """The images and videos of a batch: their shapes, and tensors that only their family opens.
+
+    Attributes:
+        images: the shape of each image, in the order of their placeholders.
+        videos: the shape of each video, likewise.
+        tensors: as the processor returned them, by its names.
+    """
+
+    images: list[VisionShape]
+    videos: list[VisionShape]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def shapes(self) -> list[VisionShape]:
+        """Images, then videos."""
+        return [*self.images, *self.videos]
+
+    @property
+    def num_placeholders(self) -> tuple[list[int], list[int]]:
+        """What the processor writes for each image, and for each video."""
+
+        def written(shape: VisionShape) -> int:
+            return shape.num_vanilla if shape.num_placeholders is None else shape.num_placeholders
+
+        return [written(shape) for shape in self.images], [written(shape) for shape in self.videos]
 
 
 class Adapter(ABC):
@@ -39,6 +79,7 @@ class Adapter(ABC):
         stock_offset: first row of the tower's output the unmodified model uses (1: it drops row 0).
         image_token_id: id of the placeholder in ``input_ids``.
         options: of the family.
+        input_names: what the family's processor returns beside the text.
         has_tiles: whether the family cuts a picture into several crops.
         has_mining: whether patches are mined, and CLS, which is not, may be left out.
         has_video: whether it takes videos.
@@ -47,6 +88,7 @@ class Adapter(ABC):
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
+    input_names: ClassVar[tuple[str, ...]] = ("pixel_values",)
     has_tiles: ClassVar[bool] = False
     has_mining: ClassVar[bool] = False
     has_video: ClassVar[bool] = False
@@ -148,143 +190,223 @@ class Adapter(ABC):
         """The language model, without its head."""
 
     @property
+    def image_side(self) -> int:
+        """Side in pixels of a crop as the processor makes it."""
+        return self.geometry.image_size
+
+    @property
     def embed_tokens(self) -> nn.Module:
         """The text embedding."""
         return self.model.get_input_embeddings()
 
-    @abstractmethod
-    def expanded_lengths(
-        self, num_images: int, image_sizes: Tensor | None, tile_grids: Tensor | None = None
-    ) -> list[int]:
-        """Visual tokens of the unmodified model, which is the placeholders its processor writes, for each image.
+    def read_inputs(self, **processor_outputs: Tensor | None) -> VisualInputs:
+        """Reads what the model's processor returned beside the text; nothing is run.
 
-        Args:
-            num_images: images in all.
-            image_sizes: original (height, width) of each image, where the family needs it.
-            tile_grids: (rows, cols) of each image's tiles; None: by the Hugging Face processor's rule.
+        Raises:
+            PromptError: a tensor that this family does not have, that is missing, or of a wrong shape.
+            UnsupportedModelError: videos, and the family has no video tower.
         """
+        given = {name: value for name, value in processor_outputs.items() if value is not None}
+        if "pixel_values_videos" in given and not self.has_video:
+            raise self._no_video()
+        for name in given:
+            if name not in self.input_names:
+                raise PromptError(
+                    f"{name}: no input of {type(self.model).__name__}{nearest(name, self.input_names)}; its processor"
+                    f" returns {', '.join(self.input_names)} beside the text."
+                )
+        return VisualInputs(self.image_shapes(given), self.video_shapes(given), given)
 
     @abstractmethod
-    def crops(
-        self, pixel_values: Tensor, image_sizes: Tensor | None, tile_grids: Tensor | None = None
-    ) -> tuple[Tensor, list[int]]:
-        """All crops of all images as one batch ``[crops, 3, h, w]``, and the number of crops of each image."""
+    def image_shapes(self, tensors: Mapping[str, Tensor]) -> list[VisionShape]:
+        """The shape of each image; raises as ``read_inputs``."""
+
+    def video_shapes(self, tensors: Mapping[str, Tensor]) -> list[VisionShape]:
+        """The shape of each video; raises as ``read_inputs``."""
+        return []
 
     @abstractmethod
-    def pack(
-        self,
-        crops: Sequence[Tensor],
-        image_sizes: Tensor | None,
-        kept: Sequence[Tensor] | None = None,
-        tile_grids: Tensor | None = None,
-    ) -> list[Tensor]:
-        """Joins the projected crops of each image into one sequence.
+    def image_crops(self, visual: VisualInputs) -> Tensor:
+        """All crops of all images as one batch ``[crops, 3, h, w]``; raises PromptError as ``read_inputs``."""
+
+    def image_pixels(self, visual: VisualInputs) -> Tensor:
+        """The crops as the vision tower takes them, ``[crops, 3, h, w]``."""
+        return self.image_crops(visual)
+
+    def video_pixels(self, visual: VisualInputs) -> Tensor:
+        """The frames of all videos as the video tower takes them, ``[frames, 3, h, w]``."""
+        raise self._no_video()
+
+    def valid_units(self, visual: VisualInputs) -> Tensor | None:
+        """Bool ``[crops, U]`` of the images: False for units that show mere padding. None: all show something."""
+        return None
+
+    def whole_index(self, visual: VisualInputs, number: int) -> Tensor | None:
+        """How the unmodified model packs an image: int64 ``[T]`` on the CPU, rows of its crops one after the other.
+
+        -1 stands for a newline. None: all rows in their order.
+        """
+        return None
+
+    def newline(self, like: Tensor) -> Tensor:
+        """The newline token ``[d_text]``, in the type and on the device of ``like``; of families that have one."""
+        raise NotImplementedError
+
+    def pack(self, visual: VisualInputs, number: int, tokens: Tensor, kept: Tensor) -> Tensor:
+        """Joins the compressed crops of an image into one sequence.
 
         Args:
-            crops: for each image ``[num_crops, K, d_text]``.
-            image_sizes: original (height, width) of each image, where the family needs it.
-            kept: for each image int64 ``[num_crops, num_kept]``, the tower's rows that the first ``num_kept`` tokens
-                are; None: the crops hold all rows the unmodified model uses, and are packed exactly as it packs them.
-            tile_grids: as in ``expanded_lengths``.
+            visual: the batch.
+            number: of the image.
+            tokens: projected, ``[num_crops, K, d_text]``.
+            kept: int64 ``[num_crops, num_kept]``, the units that the first ``num_kept`` tokens are.
 
         Returns:
-            for each image ``[num_visual_tokens, d_text]``.
+            ``[num_visual_tokens, d_text]``.
         """
+        return tokens.flatten(0, 1)
 
-    def num_added_tokens(
-        self, num_crops: Sequence[int], image_sizes: Tensor | None, tile_grids: Tensor | None = None
-    ) -> list[int]:
-        """Tokens that packing adds to the compressed ones (newlines), for each image."""
-        return [0] * len(num_crops)
+    def tokens_per_crop(self, compressor: Compressor) -> int:
+        """Visual tokens of an image of one crop, what the family adds left out."""
+        return compressor.num_tokens(self.geometry.shape(self.options.drop_cls))
 
     def check_compressor(self, compressor: Compressor) -> None:
         """Raises ConfigError if the compressor does not fit the vision tower or the family's options."""
         check_fit(compressor, self.geometry, self.options)
 
-    def video_lengths(self, pixel_values_videos: Tensor) -> list[int]:
-        """Visual tokens of the unmodified model, which is the placeholders its processor writes, for each video.
-
-        Args:
-            pixel_values_videos: ``[videos, frames, 3, h, w]``.
-
-        Raises:
-            UnsupportedModelError: the family has no video tower.
-            PromptError: another shape.
-        """
-        raise self._no_video()
-
-    def encode_videos(self, pixel_values_videos: Tensor, compressor: Compressor) -> list[Tensor]:
-        """Videos -> visual tokens, frame by frame; as ``encode``, and raises as ``video_lengths``.
-
-        Returns:
-            for each video ``[num_visual_tokens, d_text]``.
-        """
-        raise self._no_video()
-
     def prepare_videos(self, videos: Sequence[VideoSource], image_processor: Any, num_frames: int) -> dict[str, Tensor]:
-        """Videos -> ``pixel_values_videos``; see ``vzip.media.video``. Raises as ``video_lengths``."""
+        """Videos -> ``pixel_values_videos``; see ``vzip.media.video``. Raises as ``read_inputs``."""
         raise self._no_video()
 
     def _no_video(self) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{type(self.model).__name__} has no video tower, so it takes pictures only. Video-LLaVA takes videos"
+            f"{type(self.model).__name__} has no video tower, so it takes images only. Video-LLaVA takes videos"
             " (model=video_llava_7b)."
         )
 
     def prepare_pictures(
         self, images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess
     ) -> dict[str, Tensor]:
-        """Pictures -> ``pixel_values`` and whatever else the family needs; see ``vzip.data``."""
+        """Images -> ``pixel_values`` and whatever else the family needs; see ``vzip.media.images``."""
         return prepare_pictures(images, image_processor, preprocess)
 
-    def hide_padding(
-        self, vision: VisionOutput, num_crops: Sequence[int], image_sizes: Tensor | None, tile_grids: Tensor | None
+    def run_tower(
+        self, tower: Tower, pixel_values: Tensor, signals: frozenset[Signal], stock_offset: int
     ) -> VisionOutput:
-        """The tower's output with the attention on mere padding taken away, where ``drop_padding`` asks for it."""
-        return vision
+        """Runs a tower of the model on ``[N, 3, h, w]`` up to the select layer; see ``towers.tap.run_tower``.
 
-    def run_tower(self, pixel_values: Tensor, requires: frozenset[str], score_layer: int | None = None) -> VisionOutput:
-        """Runs the vision tower on crops ``[N, 3, h, w]`` up to the select layer; see ``towers.tap.run_tower``."""
-        return self.run_through_cache(self.tower, pixel_values, requires, self.stock_offset, score_layer)
+        Or takes its output from ``tower_cache``, never where gradients are wanted.
+        """
 
-    def run_through_cache(
-        self, tower: Tower, pixel_values: Tensor, requires: frozenset[str], stock_offset: int, score_layer: int | None
-    ) -> VisionOutput:
-        """Runs a tower of the model, or takes its output from ``tower_cache``, never where gradients are wanted."""
+        def run(reads: frozenset[Signal]) -> VisionOutput:
+            return run_tower(tower, pixel_values, self.select_layer, reads, stock_offset)
 
-        def run(reads: frozenset[str]) -> VisionOutput:
-            return run_tower(tower, pixel_values, self.select_layer, reads, stock_offset, score_layer)
-
-        can_score = tower.geometry.num_layers_to_run(self.select_layer if score_layer is None else score_layer) > 0
+        can_score = tower.geometry.num_layers_to_run(self.select_layer) > 0
         if self.tower_cache is None or torch.is_grad_enabled() or not can_score:
-            return run(requires)
-        place = (id(tower), self.select_layer, score_layer)
-        return self.tower_cache.look_up(pixel_values, place, requires, run)
+            return run(signals)
+        return self.tower_cache.look_up(pixel_values, (id(tower), self.select_layer), signals, run)
+
+    def image_output(
+        self, visual: VisualInputs, signals: frozenset[Signal], run: TowerRun | None = None, stage: Stage = no_stage
+    ) -> VisionOutput:
+        """The vision tower's output for all crops of all images, as ``encode``'s arguments say."""
+        pixels = self.image_pixels(visual)
+        with stage("tower"):
+            vision = (run or self.run_tower)(self.tower, pixels, signals, self.stock_offset)
+        return replace(vision, valid=self.valid_units(visual), project=self.projector)
+
+    def video_output(
+        self, visual: VisualInputs, signals: frozenset[Signal], run: TowerRun | None = None, stage: Stage = no_stage
+    ) -> VisionOutput:
+        """The same for all frames of all videos."""
+        raise self._no_video()
 
     def encode(
-        self,
-        pixel_values: Tensor,
-        image_sizes: Tensor | None,
-        compressor: Compressor,
-        tile_grids: Tensor | None = None,
+        self, visual: VisualInputs, compressor: Compressor, run: TowerRun | None = None, stage: Stage = no_stage
     ) -> list[Tensor]:
-        """Pictures -> visual tokens: tower, compressor, projector, packing.
+        """Images and videos -> visual tokens: tower, compressor, projector, packing.
 
         Args:
-            pixel_values: as the model's Hugging Face processor returns them.
-            image_sizes: likewise.
+            visual: from ``read_inputs``.
             compressor: the method.
-            tile_grids: as in ``expanded_lengths``.
+            run: runs a tower, as ``run_tower`` does, which it is by default.
+            stage: a context for each stage by name (``tower``, ``selection``, ``projector``, ``splice``, a family's
+                own), for who measures them.
 
         Returns:
-            for each image ``[num_visual_tokens, d_text]``.
+            for each image, then for each video, ``[num_visual_tokens, d_text]``.
         """
-        crops, num_crops = self.crops(pixel_values, image_sizes, tile_grids)
-        vision = self.run_tower(crops, compressor.requires, compressor.score_layer)
-        compressed = compressor(self.hide_padding(vision, num_crops, image_sizes, tile_grids))
-        projected = self.projector(compressed.tokens).split(num_crops)
-        kept = None if isinstance(compressor, Identity) else compressed.source_index.split(num_crops)
-        return self.pack(projected, image_sizes, kept, tile_grids)
+        tokens: list[Tensor] = []
+        if visual.images:
+            vision = self.image_output(visual, compressor.reads(), run, stage)
+            tokens += self._tokens(vision, visual, visual.images, compressor, stage)
+        if visual.videos:
+            vision = self.video_output(visual, compressor.reads(), run, stage)
+            tokens += self._tokens(vision, visual, visual.videos, compressor, stage)
+        return tokens
+
+    def _tokens(
+        self,
+        vision: VisionOutput,
+        visual: VisualInputs,
+        shapes: Sequence[VisionShape],
+        compressor: Compressor,
+        stage: Stage,
+    ) -> list[Tensor]:
+        num_crops = [shape.num_crops for shape in shapes]
+        if compressor.scope == "image":
+            first = vision.first_stock_row
+            with stage("projector"):
+                rows = self.projector(vision.hidden[:, first:])
+            ends = list(itertools.accumulate(num_crops))
+            wholes = []
+            with stage("splice"):
+                for number, (shape, end) in enumerate(zip(shapes, ends, strict=True)):
+                    own = slice(end - shape.num_crops, end)
+                    index = self.whole_index(visual, number) if shape.kind == "image" else None
+                    wholes.append(self._whole(vision, rows, own, shape, index))
+            if compressor.is_vanilla:  # nothing is selected, so there is nothing to time
+                return [compressor(whole).tokens[0] for whole in wholes]
+            with stage("selection"):
+                return [compressor(whole).tokens[0] for whole in wholes]
+        with stage("selection"):
+            compressed = compressor(vision)
+        tokens = compressed.tokens
+        if compressor.space == "tower":
+            with stage("projector"):
+                tokens = self.projector(tokens)
+        parts = zip(tokens.split(num_crops), compressed.source_index.split(num_crops), strict=True)
+        with stage("splice"):
+            if shapes[0].kind == "video":
+                return [own.flatten(0, 1) for own, _kept in parts]
+            return [self.pack(visual, number, own, kept) for number, (own, kept) in enumerate(parts)]
+
+    def _whole(
+        self, vision: VisionOutput, rows: Tensor, own: slice, shape: VisionShape, index: Tensor | None
+    ) -> VisionOutput:
+        """One image (or video) as the unmodified model packs it, every signal packed alike; ``rows`` are projected."""
+        first = vision.first_stock_row
+
+        def packed(values: Tensor, newline: Tensor | None) -> Tensor:
+            flat = values[own].flatten(0, 1)
+            if index is None:
+                return flat[None]
+            if newline is None:
+                newline = flat.new_zeros(flat.shape[1:])
+            # -1 is the last row, where the newline is.
+            return torch.cat([flat, newline[None]])[index.to(flat.device)][None]
+
+        signals = [*vision.signals]
+        signals += [Signal(name) for name in ("attention", "keys") if getattr(vision, name) is not None]
+        recorded = {signal: packed(vision.read(signal)[:, first:], None) for signal in signals}
+        hidden = packed(rows, None if index is None else self.newline(rows))
+        valid = None if vision.valid is None else packed(vision.valid[:, first:], None)
+        if index is not None:
+            shown = (index >= 0).to(hidden.device)[None]
+            valid = shown if valid is None else valid & shown
+        return VisionOutput(
+            hidden, False, (1, hidden.shape[1]), stock_offset=0, signals=recorded, valid=valid, whole=shape
+        )
 
 
 def check_pixel_values(pixel_values: Tensor, num_dims: int, layout: str) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vzip.compressors.base import SCORES, Compressor
-from vzip.compressors.controls import Identity
+from vzip.compressors.base import Compressor, Signal
 from vzip.errors import ConfigError
 
 from ..towers.structure import TowerGeometry
@@ -17,7 +16,7 @@ class FamilyOptions:
 
     Attributes:
         drop_padding: (LLaVA-NeXT) patches that show nothing but the padding around the picture are not selected as long
-            as their tile has enough others (they are still merged). Needs a compressor that selects by attention.
+            as their tile has enough others (they are still merged). Needs a compressor that selects by a score.
         row_newline: (LLaVA-NeXT) the model's newline token after each row of patches of the tile grid, as without
             compression; these tokens come on top of the budget. With ``drop_padding``, rows that are only padding get
             none.
@@ -37,26 +36,29 @@ class FamilyOptions:
 
 def check_fit(compressor: Compressor, geometry: TowerGeometry, options: FamilyOptions) -> None:
     """Raises ConfigError if the compressor does not fit the vision tower or the family's options."""
-    compressor.check_fits(geometry.num_patches, geometry.has_cls and not options.drop_cls)
-    check_score_layer(compressor.score_layer, geometry.num_layers)
+    compressor.num_tokens(geometry.shape(options.drop_cls))
+    for signal in compressor.reads():
+        check_layer(signal, geometry.num_layers)
     check_drop_padding(compressor, options.drop_padding)
 
 
-def check_score_layer(score_layer: int | None, num_layers: int) -> None:
+def check_layer(signal: Signal, num_layers: int) -> None:
     """Raises ConfigError if the tower has no such layer, or no attention at it."""
-    if score_layer is None or 1 <= score_layer <= num_layers or -num_layers <= score_layer <= -1:
+    layer, lowest = signal.layer, 0 if signal.name == "hidden" else 1
+    if layer is None or lowest <= layer <= num_layers or -num_layers <= layer <= -1:
         return
     raise ConfigError(
-        f"compressor.score_layer={score_layer}: the vision tower has {num_layers} layers, so 1 to {num_layers} or"
-        f" {-num_layers} to -1 (the last) are allowed, or null for the layer whose output the model uses."
+        f"layer {layer} for the signal {signal.name} (compressor.score_layer, or the method's own key): the vision"
+        f" tower has {num_layers} layers, so {lowest} to {num_layers} or {-num_layers} to -1 (the last) are allowed, or"
+        " null for the layer whose output the model uses."
     )
 
 
 def check_drop_padding(compressor: Compressor, drop_padding: bool) -> None:
-    """Raises ConfigError if padding cannot be kept from being selected because attention does not decide."""
-    if drop_padding and compressor.requires.isdisjoint(SCORES) and not isinstance(compressor, Identity):
+    """Raises ConfigError if the compressor would keep padding like anything else."""
+    if drop_padding and not (compressor.uses_valid or compressor.is_vanilla):
         raise ConfigError(
-            "model.drop_padding=True keeps padding from being selected by attention, and"
-            f" {type(compressor).__name__} does not select by attention: set drop_padding=False, or use VisionZip or"
-            " DominantOnly."
+            "model.drop_padding=True keeps padding from being selected, and"
+            f" {type(compressor).__name__} does not look at what is selected: set drop_padding=False, or use a method"
+            " that selects by a score, such as VisionZip or DominantOnly."
         )

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from vzip.compressors.base import VisionOutput
+from vzip.compressors.base import Signal, VisionOutput
 from vzip.errors import ConfigError
 
 BYTES_PER_GIB = 1024**3
 # Read at every miss, whatever the run asks for, so that a vanilla run serves the compressed ones after it.
-USUAL = frozenset({"attention", "keys"})
+USUAL = frozenset({Signal("attention"), Signal("keys")})
 
 
 @dataclass
@@ -62,28 +61,28 @@ class TowerCache:
         self,
         pixel_values: Tensor,
         place: Hashable,
-        requires: frozenset[str],
-        run: Callable[[frozenset[str]], VisionOutput],
+        signals: frozenset[Signal],
+        run: Callable[[frozenset[Signal]], VisionOutput],
     ) -> VisionOutput:
         """The tower's output for a batch of crops, from here or from the tower.
 
         Args:
             pixel_values: ``[N, 3, h, w]``.
-            place: which tower and layers; outputs of different places are kept apart.
-            requires: what must have been read, as for ``run_tower``.
+            place: which tower and select layer; outputs of different places are kept apart.
+            signals: what must have been recorded, as for ``run_tower``.
             run: runs the tower and reads what it is told to.
 
         Returns:
-            what ``run`` returns, on the same device; beyond ``requires`` it may hold more.
+            what ``run`` returns, on the same device; beyond ``signals`` it may hold more.
         """
         key = (place, tuple(pixel_values.shape), pixel_values.dtype, _digest(pixel_values))
         found = self._kept.get(key)
-        if found is not None and requires <= _read(found[0]):
+        if found is not None and signals <= _read(found[0]):
             self.num_hits += len(pixel_values)
             return _to(found[0], found[1])
         self.num_misses += len(pixel_values)
         already = frozenset() if found is None else _read(found[0])
-        vision = run(requires | already | USUAL)
+        vision = run(signals | already | USUAL)
         self._keep(key, vision)
         return vision
 
@@ -100,19 +99,20 @@ def _digest(pixel_values: Tensor) -> bytes:
     return hashlib.blake2b(data, digest_size=32).digest()
 
 
-def _tensors(vision: VisionOutput) -> dict[str, Tensor]:
-    named = {f.name: getattr(vision, f.name) for f in fields(vision)}
-    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+def _recorded(vision: VisionOutput) -> dict[Signal, Tensor]:
+    named = {Signal("attention"): vision.attention, Signal("keys"): vision.keys}
+    return {**{signal: value for signal, value in named.items() if value is not None}, **vision.signals}
 
 
-def _read(vision: VisionOutput) -> frozenset[str]:
-    return frozenset(_tensors(vision)) - {"hidden"}
+def _read(vision: VisionOutput) -> frozenset[Signal]:
+    return frozenset(_recorded(vision))
 
 
 def _size(vision: VisionOutput) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(vision).values())
+    return vision.hidden.nbytes + sum(value.nbytes for value in _recorded(vision).values())
 
 
 def _to(vision: VisionOutput, device: torch.device) -> VisionOutput:
-    moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in _tensors(vision).items()}
-    return replace(vision, **moved)
+    moved = {signal: value.to(device) for signal, value in _recorded(vision).items()}
+    attention, keys = moved.pop(Signal("attention"), None), moved.pop(Signal("keys"), None)
+    return replace(vision, hidden=vision.hidden.to(device), attention=attention, keys=keys, signals=moved)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
 
+from vzip.compressors.base import VisionShape
 from vzip.errors import PromptError, UnsupportedModelError, nearest
 
 
@@ -50,6 +51,10 @@ class TowerGeometry:
     def num_patches(self) -> int:
         """Patch tokens, without CLS."""
         return self.grid[0] * self.grid[1]
+
+    def shape(self, drop_cls: bool = False) -> VisionShape:
+        """Of an image of one crop, CLS being the family's to leave out."""
+        return VisionShape("image", 1, self.grid, self.has_cls and not drop_cls, num_vanilla=self.num_patches)
 
     def num_layers_to_run(self, select_layer: int) -> int:
         """Layers that must run so that ``hidden_states[select_layer]`` exists (index 0 is the input of layer 1).

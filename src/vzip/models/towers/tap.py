@@ -1,4 +1,4 @@
-"""Running a vision tower up to the select layer and reading one layer's queries and keys on the way.
+"""Running a vision tower up to the select layer and reading some layers' queries and keys on the way.
 
 The tower keeps its own attention kernel (SDPA, flash): attention is one softmax row computed from the projections, so
 no map is built, no list of hidden states is kept, and layers after the last one that is read do not run.
@@ -7,13 +7,13 @@ no map is built, no list of hidden states is kept, and layers after the last one
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from vzip.compressors.base import VisionOutput
+from vzip.compressors.base import Signal, VisionOutput
 from vzip.errors import UnsupportedModelError
 from vzip.ops.attention import cls_attention, key_norms, mean_keys, received_attention
 
@@ -43,9 +43,8 @@ def run_tower(
     tower: Tower,
     pixel_values: Tensor,
     select_layer: int,
-    requires: frozenset[str] = frozenset(),
+    signals: Iterable[Signal] = (),
     stock_offset: int | None = None,
-    score_layer: int | None = None,
 ) -> VisionOutput:
     """Encodes crops up to the select layer.
 
@@ -57,63 +56,84 @@ def run_tower(
         pixel_values: ``[N, 3, h, w]``.
         select_layer: index into the tower's hidden states, as ``config.vision_feature_layer``: -2 is the output of the
             second-last layer, 0 the input of the first.
-        requires: names of ``Compressor.REQUIRABLE`` as needed; nothing else is read.
+        signals: what a method reads, of any layers; nothing else is recorded. Where a layer is a later one than the
+            select layer, the layers up to it run for its sake; the output stays the select layer's. ``projected`` is
+            not the tower's to record.
         stock_offset: handed on to ``VisionOutput``.
-        score_layer: the layer that scores and keys are read at, an index as ``select_layer``; None: the select layer.
-            Where it is a later one, the layers up to it run for the scores' sake; the output stays the select layer's.
 
     Returns:
-        ``VisionOutput`` with ``hidden [N, L, D]``, scores ``[N, P]`` and ``keys [N, L, d]`` as asked for.
+        ``VisionOutput`` with ``hidden [N, L, D]`` and the signals.
 
     Raises:
         PromptError: pixels of a wrong shape.
         UnsupportedModelError: no such layer, or attention asked for at layer 0, before any attention.
     """
     num_layers = tower.geometry.num_layers_to_run(select_layer)
-    scored = num_layers if score_layer is None else tower.geometry.num_layers_to_run(score_layer)
-    if requires and scored == 0:
-        raise UnsupportedModelError(
-            f"vision_feature_layer={select_layer if score_layer is None else score_layer} is the input of the first"
-            " layer, where there is no attention to select tokens by; use a layer from 1 up, or compressor=none."
-        )
+    recorded = [signal for signal in signals if signal.name != "projected" and signal != Signal("hidden")]
+    layer_of = {s: tower.geometry.num_layers_to_run(select_layer if s.layer is None else s.layer) for s in recorded}
+    for signal, layer in layer_of.items():
+        if layer == 0 and signal.name != "hidden":
+            raise UnsupportedModelError(
+                f"vision_feature_layer={select_layer if signal.layer is None else signal.layer} is the input of the"
+                " first layer, where there is no attention to select tokens by; use a layer from 1 up, or"
+                " compressor=none."
+            )
     hidden = selected = tower.embed(pixel_values)
+    states = {0: hidden}
     projections: dict[str, Tensor] = {}
-    scale = 1.0
     with ExitStack() as stack:
-        if requires:
-            query_projection, key_projection, scale = tower.attention_of(scored - 1)
-            stack.enter_context(_record_output(key_projection, "keys", projections))
-            if requires & {"attention", "received_attention"}:
-                stack.enter_context(_record_output(query_projection, "queries", projections))
-        for index in range(max(num_layers, scored if requires else 0)):
+        for layer in sorted({layer_of[signal] for signal in recorded if signal.name != "hidden"}):
+            query_projection, key_projection, _ = tower.attention_of(layer - 1)
+            stack.enter_context(_record_output(key_projection, f"keys{layer}", projections))
+            if any(layer_of[s] == layer and s.name in ("attention", "received_attention") for s in recorded):
+                stack.enter_context(_record_output(query_projection, f"queries{layer}", projections))
+        for index in range(max([num_layers, *layer_of.values()])):
             hidden = tower.layers[index](hidden, None)
+            if index + 1 in layer_of.values():
+                states[index + 1] = hidden
             if index + 1 == num_layers:
                 selected = hidden
-    read = {name: _READERS[name](projections, tower, scale) for name in sorted(requires)}
-    return VisionOutput(selected, tower.geometry.has_cls, tower.geometry.grid, stock_offset=stock_offset, **read)
+    values = {}
+    for signal, layer in layer_of.items():
+        if signal.name == "hidden":
+            values[signal] = states[layer]
+        else:
+            keys, queries = projections[f"keys{layer}"], projections.get(f"queries{layer}")
+            values[signal] = _READERS[signal.name](tower, layer, keys, queries)
+    return VisionOutput(
+        selected,
+        tower.geometry.has_cls,
+        tower.geometry.grid,
+        attention=values.pop(Signal("attention"), None),
+        keys=values.pop(Signal("keys"), None),
+        stock_offset=stock_offset,
+        signals=values,
+    )
 
 
-def _attention(projections: dict[str, Tensor], tower: Tower, scale: float) -> Tensor:
+def _attention(tower: Tower, layer: int, keys: Tensor, queries: Tensor | None) -> Tensor:
+    assert queries is not None
     if not tower.geometry.has_cls:
-        return _received_attention(projections, tower, scale)
-    return cls_attention(projections["queries"], projections["keys"], tower.num_heads, scale)
+        return _received_attention(tower, layer, keys, queries)
+    return cls_attention(queries, keys, tower.num_heads, tower.attention_of(layer - 1)[2])
 
 
-def _received_attention(projections: dict[str, Tensor], tower: Tower, scale: float) -> Tensor:
-    received = received_attention(projections["queries"], projections["keys"], tower.num_heads, scale)
+def _received_attention(tower: Tower, layer: int, keys: Tensor, queries: Tensor | None) -> Tensor:
+    assert queries is not None
+    received = received_attention(queries, keys, tower.num_heads, tower.attention_of(layer - 1)[2])
     return received[:, int(tower.geometry.has_cls) :]
 
 
-def _key_norms(projections: dict[str, Tensor], tower: Tower, scale: float) -> Tensor:
-    return key_norms(projections["keys"], tower.num_heads)[:, int(tower.geometry.has_cls) :]
+def _key_norms(tower: Tower, _layer: int, keys: Tensor, _queries: Tensor | None) -> Tensor:
+    return key_norms(keys, tower.num_heads)[:, int(tower.geometry.has_cls) :]
 
 
-def _keys(projections: dict[str, Tensor], tower: Tower, scale: float) -> Tensor:
-    return mean_keys(projections["keys"], tower.num_heads)
+def _keys(tower: Tower, _layer: int, keys: Tensor, _queries: Tensor | None) -> Tensor:
+    return mean_keys(keys, tower.num_heads)
 
 
-# What can be read, by its name in ``Compressor.REQUIRABLE``.
-_READERS: Mapping[str, Callable[[dict[str, Tensor], Tower, float], Tensor]] = {
+# What a layer's projections give, by the signal's name.
+_READERS: Mapping[str, Callable[[Tower, int, Tensor, Tensor | None], Tensor]] = {
     "attention": _attention,
     "received_attention": _received_attention,
     "key_norms": _key_norms,

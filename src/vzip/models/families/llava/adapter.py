@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from ..base import check_pixel_values
+from vzip.compressors.base import VisionShape
+
+from ..base import VisualInputs, check_pixel_values
 from ..llava_base import LlavaBase
 
 
@@ -16,23 +18,18 @@ class LlavaAdapter(LlavaBase):
 
     model_class = LlavaForConditionalGeneration
 
-    def expanded_lengths(
-        self, num_images: int, image_sizes: Tensor | None, tile_grids: Tensor | None = None
-    ) -> list[int]:
-        num_rows = self.geometry.num_patches + int(self.geometry.has_cls)
-        return [num_rows - self.stock_offset] * num_images
+    def image_shapes(self, tensors: Mapping[str, Tensor]) -> list[VisionShape]:
+        pixel_values = tensors.get("pixel_values")
+        if pixel_values is None:
+            return []
+        self.check_pixels(pixel_values)
+        num_vanilla = self.geometry.num_patches + int(self.geometry.has_cls) - self.stock_offset
+        has_cls = self.geometry.has_cls and not self.options.drop_cls
+        return [VisionShape("image", 1, self.geometry.grid, has_cls, num_vanilla)] * len(pixel_values)
 
-    def crops(
-        self, pixel_values: Tensor, image_sizes: Tensor | None, tile_grids: Tensor | None = None
-    ) -> tuple[Tensor, list[int]]:
+    def check_pixels(self, pixel_values: Tensor) -> None:
+        """Raises PromptError for pixels of a shape that no processor of this family makes."""
         check_pixel_values(pixel_values, 4, "[images, 3, height, width]")
-        return pixel_values, [1] * pixel_values.shape[0]
 
-    def pack(
-        self,
-        crops: Sequence[Tensor],
-        image_sizes: Tensor | None,
-        kept: Sequence[Tensor] | None = None,
-        tile_grids: Tensor | None = None,
-    ) -> list[Tensor]:
-        return [image.flatten(0, 1) for image in crops]
+    def image_crops(self, visual: VisualInputs) -> Tensor:
+        return visual.tensors["pixel_values"]

@@ -7,23 +7,23 @@ the tiles stitched together, the padding cut off, a newline token after each row
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 from transformers import LlavaNextForConditionalGeneration
 
-from vzip.compressors.base import SCORES, VisionOutput
+from vzip.compressors.base import VisionShape
 from vzip.errors import PromptError, UnsupportedModelError
 from vzip.media.images import Preprocess
 from vzip.models.families.llava_next.anyres import hf_grid, placement, prepare_crops
 
 from ...devices import fetch_parameter
 from ...towers.structure import TowerGeometry
-from ..base import check_pixel_values
+from ..base import VisualInputs, check_pixel_values
 from ..llava_base import LlavaBase
 
 Grid = tuple[int, int]
@@ -33,6 +33,7 @@ class LlavaNextAdapter(LlavaBase):
     """Several crops an image, and a newline token."""
 
     model_class = LlavaNextForConditionalGeneration
+    input_names = ("pixel_values", "image_sizes", "tile_grids")
     has_tiles = True
 
     @classmethod
@@ -52,10 +53,8 @@ class LlavaNextAdapter(LlavaBase):
             )
         return geometry
 
-    @property
-    def newline(self) -> Tensor:
-        """The newline token ``[d_text]``."""
-        return fetch_parameter(self.model.get_submodule("model"), "image_newline")
+    def newline(self, like: Tensor) -> Tensor:
+        return fetch_parameter(self.model.get_submodule("model"), "image_newline").to(like)
 
     @property
     def pinpoints(self) -> list[list[int]]:
@@ -67,71 +66,78 @@ class LlavaNextAdapter(LlavaBase):
     ) -> dict[str, Tensor]:
         return prepare_crops(images, image_processor, preprocess, self.pinpoints, self.geometry.image_size)
 
-    def expanded_lengths(
-        self, num_images: int, image_sizes: Tensor | None, tile_grids: Tensor | None = None
-    ) -> list[int]:
-        lengths = []
-        for size, grid in self._layouts(num_images, image_sizes, tile_grids):
-            rows, cols = unpadded(size, *self._stitched(grid))
-            lengths.append(self.geometry.num_patches + len(rows) * (len(cols) + 1))
-        return lengths
+    def image_shapes(self, tensors: Mapping[str, Tensor]) -> list[VisionShape]:
+        if "pixel_values" not in tensors:
+            return []
+        num_images, max_crops = self._check_pixels(tensors["pixel_values"]).shape[:2]
+        geometry, shapes = self.geometry, []
+        for size, grid in self._layouts(num_images, tensors.get("image_sizes"), tensors.get("tile_grids")):
+            num_crops, num_vanilla = 1 + grid[0] * grid[1], self._num_vanilla(size, grid)
+            num_newlines = len(self._newline_rows(size, grid))
+            if max_crops == 1:  # no processor writes it: an image given as its base crop alone
+                num_crops, num_vanilla, num_newlines = 1, geometry.num_patches + 1, 1
+            # Hugging Face's processor writes as many as its own rule asks for, however the image was cut.
+            num_written = self._num_vanilla(size, hf_grid(*size, self.pinpoints, geometry.image_size))
+            shapes.append(
+                VisionShape("image", num_crops, geometry.grid, geometry.has_cls, num_vanilla, num_newlines, num_written)
+            )
+        return shapes
 
-    def crops(
-        self, pixel_values: Tensor, image_sizes: Tensor | None, tile_grids: Tensor | None = None
-    ) -> tuple[Tensor, list[int]]:
-        check_pixel_values(pixel_values, 5, "[images, max_crops, 3, height, width]")
-        num_images, max_crops = pixel_values.shape[:2]
-        layouts = self._layouts(num_images, image_sizes, tile_grids)
-        if max_crops == 1:  # no processor writes it: a picture given as its base crop alone
-            return pixel_values.flatten(0, 1), [1] * num_images
-        needed = [1 + rows * cols for _, (rows, cols) in layouts]
-        self._check_crops(pixel_values, layouts, needed)
-        return torch.cat([own[:count] for own, count in zip(pixel_values, needed, strict=True)]), needed
+    def _num_vanilla(self, size: Grid, grid: Grid) -> int:
+        rows, cols = unpadded(size, *self._stitched(grid))
+        return self.geometry.num_patches + len(rows) * (len(cols) + 1)
 
-    def pack(
-        self,
-        crops: Sequence[Tensor],
-        image_sizes: Tensor | None,
-        kept: Sequence[Tensor] | None = None,
-        tile_grids: Tensor | None = None,
-    ) -> list[Tensor]:
-        images = []
-        for number, (size, grid) in enumerate(self._layouts(len(crops), image_sizes, tile_grids)):
-            own = crops[number]
-            newline = self.newline.to(own)
-            if len(own) == 1:
-                images.append(torch.cat([own[0], newline[None]]))
-            elif kept is None:
-                images.append(torch.cat([own[0], self._stitch(own[1:], size, grid, newline)]))
-            else:
-                images.append(torch.cat([own[0], self._interleave(own[1:], kept[number][1:], size, grid, newline)]))
-        return images
+    def image_crops(self, visual: VisualInputs) -> Tensor:
+        pixel_values = visual.tensors["pixel_values"]
+        needed = [shape.num_crops for shape in visual.images]
+        if pixel_values.shape[1] > 1:
+            self._check_crops(pixel_values, self._layouts_of(visual), needed)
+        return torch.cat([own[:count] for own, count in zip(pixel_values, needed, strict=True)])
 
-    def num_added_tokens(
-        self, num_crops: Sequence[int], image_sizes: Tensor | None, tile_grids: Tensor | None = None
-    ) -> list[int]:
-        layouts = self._layouts(len(num_crops), image_sizes, tile_grids)
-        newlines = [len(self._newline_rows(size, grid)) for size, grid in layouts]
-        return [1 if count == 1 else rows for count, rows in zip(num_crops, newlines, strict=True)]
+    def whole_index(self, visual: VisualInputs, number: int) -> Tensor | None:
+        """As Hugging Face packs: the base crop, then the tiles stitched, their padding cut off, a newline a line."""
+        num_patches, (tile_rows, tile_cols) = self.geometry.num_patches, self.geometry.grid
+        base = torch.arange(num_patches)
+        if visual.images[number].num_crops == 1:
+            return torch.cat([base, torch.tensor([-1])])
+        size, grid = self._layouts_of(visual)[number]
+        tiles = num_patches + torch.arange(grid[0] * grid[1] * num_patches)
+        stitched = tiles.view(*grid, tile_rows, tile_cols).transpose(1, 2).reshape(self._stitched(grid))
+        rows, cols = unpadded(size, *self._stitched(grid))
+        stitched = stitched[rows.start : rows.stop, cols.start : cols.stop]
+        return torch.cat([base, functional.pad(stitched, (0, 1), value=-1).flatten()])
 
-    def hide_padding(
-        self, vision: VisionOutput, num_crops: Sequence[int], image_sizes: Tensor | None, tile_grids: Tensor | None
-    ) -> VisionOutput:
-        scores = {name: getattr(vision, name) for name in SCORES if getattr(vision, name) is not None}
-        if not self.options.drop_padding or not scores:
-            return vision
+    def pack(self, visual: VisualInputs, number: int, tokens: Tensor, kept: Tensor) -> Tensor:
+        newline = self.newline(tokens)
+        if len(tokens) == 1:
+            return torch.cat([tokens[0], newline[None]])
+        size, grid = self._layouts_of(visual)[number]
+        return torch.cat([tokens[0], self._interleave(tokens[1:], kept[1:], size, grid, newline)])
+
+    def valid_units(self, visual: VisualInputs) -> Tensor | None:
+        if not self.options.drop_padding:
+            return None
         (tile_rows, tile_cols), masks = self.geometry.grid, []
-        for count, (size, grid) in zip(num_crops, self._layouts(len(num_crops), image_sizes, tile_grids), strict=True):
-            mask = torch.zeros(count, self.geometry.num_patches, dtype=torch.bool)  # the base crop has no padding
-            if count > 1:
+        for shape, (size, grid) in zip(visual.images, self._layouts_of(visual), strict=True):
+            # The base crop has no padding.
+            mask = torch.ones(shape.num_crops, self.geometry.num_patches, dtype=torch.bool)
+            if shape.num_crops > 1:
                 rows, cols = self._pictured(size, grid)
-                stitched = torch.ones(self._stitched(grid), dtype=torch.bool)
-                stitched[rows.start : rows.stop, cols.start : cols.stop] = False
+                stitched = torch.zeros(self._stitched(grid), dtype=torch.bool)
+                stitched[rows.start : rows.stop, cols.start : cols.stop] = True
                 tiles = stitched.view(grid[0], tile_rows, grid[1], tile_cols).transpose(1, 2)
-                mask[1:] = tiles.reshape(count - 1, -1)
+                mask[1:] = tiles.reshape(shape.num_crops - 1, -1)
             masks.append(mask)
-        hidden = torch.cat(masks).to(vision.hidden.device)
-        return replace(vision, **{name: score.masked_fill(hidden, -math.inf) for name, score in scores.items()})
+        patches = functional.pad(torch.cat(masks), (int(self.geometry.has_cls), 0), value=True)
+        return patches.to(visual.tensors["pixel_values"].device)
+
+    def _check_pixels(self, pixel_values: Tensor) -> Tensor:
+        check_pixel_values(pixel_values, 5, "[images, max_crops, 3, height, width]")
+        return pixel_values
+
+    def _layouts_of(self, visual: VisualInputs) -> list[tuple[Grid, Grid]]:
+        tensors = visual.tensors
+        return self._layouts(len(visual.images), tensors.get("image_sizes"), tensors.get("tile_grids"))
 
     def _layouts(
         self, num_images: int, image_sizes: Tensor | None, tile_grids: Tensor | None
@@ -181,14 +187,6 @@ class LlavaNextAdapter(LlavaBase):
         if not self.options.row_newline:
             return range(0)
         return self._pictured(size, grid)[0] if self.options.drop_padding else range(self._stitched(grid)[0])
-
-    def _stitch(self, tiles: Tensor, size: Grid, grid: Grid, newline: Tensor) -> Tensor:
-        """Uncompressed tiles ``[T, P, d]`` as Hugging Face packs them: stitched, unpadded, a newline a row."""
-        rows, cols = unpadded(size, *self._stitched(grid))
-        width = tiles.shape[-1]
-        whole = tiles.view(*grid, *self.geometry.grid, width).transpose(1, 2).reshape(*self._stitched(grid), width)
-        whole = whole[rows.start : rows.stop, cols.start : cols.stop]
-        return torch.cat([whole, newline.expand(len(rows), 1, width)], dim=1).flatten(0, 1)
 
     def _interleave(self, tiles: Tensor, kept: Tensor, size: Grid, grid: Grid, newline: Tensor) -> Tensor:
         """Compressed tiles ``[T, K, d]`` in reading order; ``kept [T, num_kept]`` are rows of the tower."""

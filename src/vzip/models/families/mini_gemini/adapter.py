@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vzip.compressors.base import VisionOutput
+from vzip.compressors.base import SCORES, Signal, VisionOutput
 from vzip.errors import PromptError, UnsupportedModelError
 
 from ...towers.structure import TowerGeometry
-from ..base import check_pixel_values
+from ..base import Stage, TowerRun, VisualInputs, no_stage
 from ..llava.adapter import LlavaAdapter
 from . import MiniGeminiForConditionalGeneration
 from .published import find_published
@@ -61,23 +61,32 @@ class MiniGeminiAdapter(LlavaAdapter):
         published = find_published(directory)
         return super().load_processor(directory) if published is None else published.processor()
 
-    def crops(
-        self, pixel_values: Tensor, image_sizes: Tensor | None, tile_grids: Tensor | None = None
-    ) -> tuple[Tensor, list[int]]:
-        check_pixel_values(pixel_values, 4, "[images, 3, height, width]")
-        side = self.model.config.high_res_image_size
+    def check_pixels(self, pixel_values: Tensor) -> None:
+        super().check_pixels(pixel_values)
+        side = self.image_side
         if tuple(pixel_values.shape[1:]) != (3, side, side):
             raise PromptError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}: this model takes [images, 3, {side}, {side}], the"
                 " high-resolution picture, and scales it down for the other tower itself. Prepare pictures with the"
                 " checkpoint's own processor, or with preprocess_images."
             )
-        return super().crops(pixel_values, image_sizes, tile_grids)
 
-    def run_tower(self, pixel_values: Tensor, requires: frozenset[str], score_layer: int | None = None) -> VisionOutput:
-        """Both towers on pictures ``[N, 3, h, w]``: attention and keys of the low-resolution one, hidden mined."""
-        vision = super().run_tower(self.low_res(pixel_values), requires, score_layer)
-        return self.mined(vision, self.high_res(pixel_values))
+    def image_output(
+        self, visual: VisualInputs, signals: frozenset[Signal], run: TowerRun | None = None, stage: Stage = no_stage
+    ) -> VisionOutput:
+        """Both towers on images: scores and keys of the low-resolution one, its rows mined."""
+        vision = super().image_output(visual, signals, run, stage)
+        with stage("high_res_tower"):
+            highres = self.high_res(self.image_crops(visual))
+        with stage("mining"):
+            return self.mined(vision, highres)
+
+    @property
+    def image_side(self) -> int:
+        return self.model.config.high_res_image_size
+
+    def image_pixels(self, visual: VisualInputs) -> Tensor:
+        return self.low_res(self.image_crops(visual))
 
     def low_res(self, pixel_values: Tensor) -> Tensor:
         """The pictures as the low-resolution tower takes them."""
@@ -94,5 +103,12 @@ class MiniGeminiAdapter(LlavaAdapter):
         mined = model.mine(vision.hidden[:, 1:], highres)
         if not self.options.drop_cls:
             return replace(vision, hidden=torch.cat([vision.hidden[:, :1], mined], dim=1))
-        keys = None if vision.keys is None else vision.keys[:, 1:]
-        return replace(vision, hidden=mined, keys=keys, has_cls=False, stock_offset=0)
+        rows = {signal: value for signal, value in vision.signals.items() if signal.name not in SCORES}
+        return replace(
+            vision,
+            hidden=mined,
+            keys=None if vision.keys is None else vision.keys[:, 1:],
+            signals={**vision.signals, **{signal: value[:, 1:] for signal, value in rows.items()}},
+            has_cls=False,
+            stock_offset=0,
+        )

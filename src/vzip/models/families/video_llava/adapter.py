@@ -6,7 +6,8 @@ other. Without compression a frame keeps its CLS token and a picture does not, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,12 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import LlavaProcessor, VideoLlavaForConditionalGeneration
 
-from vzip.compressors.base import Compressor
+from vzip.compressors.base import Signal, VisionOutput, VisionShape
 from vzip.errors import PromptError
 from vzip.media.images import Preprocess
 from vzip.media.video import VideoSource, prepare_videos
 
 from ...towers.structure import Tower, find_tower
+from ..base import Stage, TowerRun, VisualInputs, no_stage
 from ..llava.adapter import LlavaAdapter
 
 _LAYOUT = "[videos, frames, 3, height, width]"
@@ -29,6 +31,7 @@ class VideoLlavaAdapter(LlavaAdapter):
     """An image tower and a video tower of the same kind, one projector, any language model."""
 
     model_class = VideoLlavaForConditionalGeneration
+    input_names = ("pixel_values", "pixel_values_images", "pixel_values_videos")
     has_video = True
     # All rows of the tower: Hugging Face's class cuts CLS off pictures only, whatever its select strategy.
     frame_offset: ClassVar[int] = 0
@@ -66,21 +69,38 @@ class VideoLlavaAdapter(LlavaAdapter):
     def prepare_videos(self, videos: Sequence[VideoSource], image_processor: Any, num_frames: int) -> dict[str, Tensor]:
         return {"pixel_values_videos": prepare_videos(videos, image_processor, num_frames)}
 
-    def video_lengths(self, pixel_values_videos: Tensor) -> list[int]:
+    def read_inputs(self, **processor_outputs: Tensor | None) -> VisualInputs:
+        """Raises PromptError also where images are given under both of their names."""
+        images = processor_outputs.pop("pixel_values_images", None)
+        if images is not None:
+            if processor_outputs.get("pixel_values") is not None:
+                raise PromptError(
+                    "pixel_values and pixel_values_images are two names of the same images: give one of them."
+                )
+            processor_outputs["pixel_values"] = images
+        return super().read_inputs(**processor_outputs)
+
+    def video_shapes(self, tensors: Mapping[str, Tensor]) -> list[VisionShape]:
+        pixel_values_videos = tensors.get("pixel_values_videos")
+        if pixel_values_videos is None:
+            return []
         if pixel_values_videos.ndim != 5 or pixel_values_videos.shape[1] == 0:
             raise PromptError(
                 f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}: this model takes {_LAYOUT} with at"
                 " least one frame, as preprocess_videos and its Hugging Face processor return them."
             )
         num_videos, num_frames = pixel_values_videos.shape[:2]
-        num_rows = self.geometry.num_patches + int(self.geometry.has_cls)
-        return [num_frames * (num_rows - self.frame_offset)] * num_videos
+        geometry = self.geometry
+        num_rows = geometry.num_patches + int(geometry.has_cls) - self.frame_offset
+        return [VisionShape("video", num_frames, geometry.grid, geometry.has_cls, num_frames * num_rows)] * num_videos
 
-    def encode_videos(self, pixel_values_videos: Tensor, compressor: Compressor) -> list[Tensor]:
-        num_videos = len(self.video_lengths(pixel_values_videos))
-        frames = pixel_values_videos.flatten(0, 1)
-        vision = self.run_through_cache(
-            self.frame_tower, frames, compressor.requires, self.frame_offset, compressor.score_layer
-        )
-        projected = self.projector(compressor(vision).tokens)
-        return list(projected.reshape(num_videos, -1, projected.shape[-1]))
+    def video_output(
+        self, visual: VisualInputs, signals: frozenset[Signal], run: TowerRun | None = None, stage: Stage = no_stage
+    ) -> VisionOutput:
+        pixels = self.video_pixels(visual)
+        with stage("tower"):
+            vision = (run or self.run_tower)(self.frame_tower, pixels, signals, self.frame_offset)
+        return replace(vision, project=self.projector)
+
+    def video_pixels(self, visual: VisualInputs) -> Tensor:
+        return visual.tensors["pixel_values_videos"].flatten(0, 1)
