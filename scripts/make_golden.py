@@ -22,7 +22,10 @@ PATTERNS = (
     "llava_next_tiny/*",
     "image_preprocessing.safetensors",
     "mini_gemini_mining.safetensors",
+    "rivals/inputs/p[0-9]*",
 )
+# Of the other methods' outputs only those of methods that are built.
+RIVALS = ("divprune", "fastervlm", "vscan_stage1")
 TARGET = Path(__file__).resolve().parents[1] / "tests" / "golden"
 
 
@@ -33,7 +36,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with tests/golden instead of copying")
     arguments = parser.parse_args()
     failures = 0
-    for pattern in PATTERNS:
+    for pattern in (*PATTERNS, *(f"rivals/cases/{method}_p*" for method in RIVALS)):
         sources = sorted(arguments.oracle_dir.glob(pattern))
         if not sources:
             print(f"missing: nothing in {arguments.oracle_dir} matches {pattern}", file=sys.stderr)

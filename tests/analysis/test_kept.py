@@ -23,9 +23,8 @@ def test_kept_patches_are_bright(family: str) -> None:
     seen = draw_kept(vzip.CompressedVlm(vlm.model, vzip.Identity(), vlm.processor), PICTURE)
     assert sheet.size == (2 * seen.width + 8, seen.height)
     inputs = vlm.preprocess_images([PICTURE])
-    crops, _ = vlm.adapter.crops(inputs["pixel_values"], inputs.get("image_sizes"), inputs.get("tile_grids"))
     with torch.no_grad():
-        vision = vlm.adapter.run_tower(crops, vlm.compressor.requires)
+        vision = vlm.adapter.image_output(vlm.adapter.read_inputs(**inputs), vlm.compressor.reads())
         kept = vlm.compressor(vision).source_index[0] - int(vision.has_cls)
     rows, cols = vision.grid
     bright, plain = np.asarray(sheet, float)[:, : seen.width], np.asarray(seen, float)

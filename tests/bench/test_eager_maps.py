@@ -25,7 +25,7 @@ def tower_of(kind: str = "clip") -> torch.nn.Module:
 def test_same_output_as_our_tower(kind: str, select_layer: int) -> None:
     tower = tower_of(kind)
     with torch.inference_mode():
-        ours = run_tower(find_tower(tower), tiny.pixels(3), select_layer, COMPRESSOR.requires)
+        ours = run_tower(find_tower(tower), tiny.pixels(3), select_layer, COMPRESSOR.reads())
         theirs = EagerMaps(tower, select_layer).encode(tiny.pixels(3))
         for name in ("hidden", "attention", "keys"):
             left, right = getattr(ours, name), getattr(theirs, name)

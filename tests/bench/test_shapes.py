@@ -67,7 +67,7 @@ def test_default_prompts_are_the_papers(name: str, num_crops: int, vanilla: int,
     model = shapes.resolve(name)
     assert model.num_crops == num_crops
     meta = shapes.build_meta(model, torch.bfloat16)
-    assert visuals_of(adapter_for_model(meta), num_crops).vanilla_tokens() == vanilla
+    assert sum(s.num_vanilla for s in visuals_of(adapter_for_model(meta), num_crops).shapes()) == vanilla
     found, counts = BenchSettings().token_budget(model)
     assert (found, counts.num_tokens * num_crops) == (budget, compressed)
 

@@ -9,7 +9,7 @@ import torch
 from tests import reference
 
 import vzip
-from vzip.compressors import VisionOutput
+from vzip.compressors import Signal, VisionOutput
 from vzip.errors import ConfigError
 from vzip.ops.select import random_indices
 
@@ -22,7 +22,8 @@ def vision_output(has_cls: bool) -> VisionOutput:
     length = NUM_PATCHES + has_cls
     hidden, keys = (torch.randn(2, length, width, generator=generator, dtype=torch.float64) for width in (5, 4))
     attention, received, norms = (torch.rand(2, NUM_PATCHES, generator=generator) for _ in range(3))
-    return VisionOutput(hidden, has_cls, (5, 8), attention, keys, received_attention=received, key_norms=norms)
+    signals = {Signal("received_attention"): received, Signal("key_norms"): norms}
+    return VisionOutput(hidden, has_cls, (5, 8), attention, keys, signals=signals)
 
 
 @pytest.mark.parametrize("has_cls", [True, False], ids=["cls", "no_cls"])
@@ -48,7 +49,7 @@ def test_options_equal_plain_loops(has_cls: bool, options: dict[str, Any]) -> No
     for crop in range(2):
         tokens, kept, merged = reference.visionzip(
             vision.hidden[crop, first:].tolist(),
-            getattr(vision, compressor.score)[crop].tolist(),
+            vision.read_patches(Signal(compressor.score))[crop].tolist(),
             vision.keys[crop, first:].tolist(),
             BUDGET.num_dominant,
             BUDGET.num_contextual,
@@ -65,9 +66,10 @@ def test_options_equal_plain_loops(has_cls: bool, options: dict[str, Any]) -> No
 
 
 def test_only_what_the_score_needs_is_read() -> None:
-    assert vzip.VisionZip(BUDGET).requires == {"attention", "keys"}
-    assert vzip.VisionZip(BUDGET, score="key_norms").requires == {"key_norms", "keys"}
-    with pytest.raises(ValueError, match="received_attention is None"):
+    assert vzip.VisionZip(BUDGET).reads() == {Signal("attention"), Signal("keys")}
+    early = vzip.VisionZip(BUDGET, score="key_norms", score_layer=3)
+    assert early.reads() == {Signal("key_norms", 3), Signal("keys", 3)}
+    with pytest.raises(ValueError, match=r"received_attention.* was not recorded"):
         bare = VisionOutput(torch.zeros(1, 41, 5), True, (5, 8), torch.zeros(1, 40), torch.zeros(1, 41, 4))
         vzip.VisionZip(BUDGET, score="received_attention")(bare)
 
@@ -76,9 +78,10 @@ def test_without_cls_every_token_may_be_contextual_and_one_token_less_fits() -> 
     all_merged = vzip.VisionZip(vzip.TokenBudget(0, 4), keep_cls=False)(vision_output(True))
     assert all_merged.source_index.shape == (2, 0) and all_merged.num_tokens == 4
     whole = vzip.TokenBudget(NUM_PATCHES, 1)
-    vzip.VisionZip(whole).check_fits(NUM_PATCHES, has_cls=True)
+    shape = vision_output(True).shape
+    assert vzip.VisionZip(whole).num_tokens(shape) == NUM_PATCHES + 1
     with pytest.raises(ConfigError, match="has 40 to choose from"):
-        vzip.VisionZip(whole, keep_cls=False).check_fits(NUM_PATCHES, has_cls=True)
+        vzip.VisionZip(whole, keep_cls=False).num_tokens(shape)
 
 
 @pytest.mark.parametrize(

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests import reference
+from tests import methods, reference
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vzip
-from vzip.compressors import CompressedTokens, Compressor, VisionOutput
+from vzip.compressors import CompressedTokens, Compressor, Signal, VisionOutput
 from vzip.errors import ConfigError
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 COMPRESSORS = [
-    vzip.VisionZip(BUDGET),
+    *(methods.build(name, BUDGET) for name in methods.METHODS),
     vzip.VisionZip(BUDGET, merge_rule="mean"),
     vzip.VisionZip(vzip.TokenBudget(1, 5)),
     vzip.VisionZip(vzip.TokenBudget(4, 0)),
     vzip.RandomTokens(BUDGET, seed=3),
-    vzip.UniformTokens(BUDGET),
-    vzip.DominantOnly(BUDGET),
-    vzip.ContextualOnly(BUDGET),
-    vzip.Identity(),
+    vzip.DivPrune(BUDGET, centered=True),
 ]
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 with_and_without_cls = pytest.mark.parametrize("has_cls", [True, False], ids=["cls", "no_cls"])
@@ -39,12 +38,20 @@ def vision_output(has_cls=True, num_crops=4, grid=(5, 8), dtype=torch.float32, s
         grid=grid,
         attention=torch.rand(num_crops, num_patches, generator=generator).to(device),
         keys=torch.randn(num_crops, length, 4, generator=generator).to(device),
+        signals={Signal("attention", 6): torch.rand(num_crops, num_patches, generator=generator).to(device)},
+        project=lambda rows: rows * 0.5,
     )
 
 
 def crop_of(vision: VisionOutput, number: int) -> VisionOutput:
     part = slice(number, number + 1)
-    return VisionOutput(vision.hidden[part], vision.has_cls, vision.grid, vision.attention[part], vision.keys[part])
+    return replace(
+        vision,
+        hidden=vision.hidden[part],
+        attention=vision.attention[part],
+        keys=vision.keys[part],
+        signals={signal: value[part] for signal, value in vision.signals.items()},
+    )
 
 
 def golden_names() -> list[str]:
@@ -106,16 +113,23 @@ def test_count_type_and_indices(compressor, has_cls, dtype):
     vision = vision_output(has_cls, dtype=dtype)
     result = compressor(vision)
     budget = getattr(compressor, "budget", None)
-    assert result.num_tokens == (40 if budget is None else budget.num_tokens)
+    assert result.num_tokens == (40 if budget is None else budget.num_tokens) == compressor.num_tokens(vision.shape)
     assert result.tokens.dtype == dtype and torch.isfinite(result.tokens).all()
     num_kept = result.source_index.shape[1]
     for crop in range(4):
         kept = result.source_index[crop].tolist()
         assert kept == sorted(set(kept))
-        assert torch.equal(result.tokens[crop, :num_kept], vision.hidden[crop, kept])
         merged_into = set(result.merge_index[crop].tolist()) - {-1}
-        assert merged_into == set(range(result.num_tokens - num_kept))  # each contextual token has at least its target
         assert all(result.merge_index[crop, row] == -1 for row in kept)
+        if num_kept < result.num_tokens:
+            assert merged_into == set(
+                range(result.num_tokens - num_kept)
+            )  # each contextual token has at least its target
+            merged_into = set()
+        rows = vision.hidden if compressor.space == "tower" else vision.read(Signal("projected"))
+        for number, row in enumerate(kept):
+            if number not in merged_into:
+                assert torch.equal(result.tokens[crop, number], rows[crop, row])
 
 
 @every_compressor
@@ -140,7 +154,7 @@ def test_no_host_synchronisation(compressor, has_cls):
             _ = vision.attention.sum().item()  # the guard bites
     with mode:
         result = compressor(vision)
-    assert result.tokens.shape[1] == compressor.num_tokens(vision)
+    assert result.tokens.shape[1] == compressor.num_tokens(vision.shape)
 
 
 class CountCalls(TorchDispatchMode):
@@ -195,7 +209,7 @@ def test_gradients_through_kept_and_merged_tokens(compressor):
 def test_identity_is_what_the_stock_model_uses(has_cls):
     vision = vision_output(has_cls)
     result = vzip.Identity()(vision)
-    assert torch.equal(result.tokens, vision.hidden[:, int(has_cls) :])
+    assert torch.equal(result.tokens, vision.read(Signal("projected"))[:, int(has_cls) :])
     for offset in (0, 1):
         given = VisionOutput(vision.hidden, has_cls, vision.grid, stock_offset=offset)
         assert torch.equal(vzip.Identity()(given).tokens, vision.hidden[:, offset:])
@@ -254,11 +268,11 @@ class _Wrong(Compressor):
     def __init__(self, tokens, rows=3):
         self.tokens, self.rows = tokens, rows
 
-    def num_tokens(self, vision):
+    def num_tokens(self, shape):
         return 3
 
-    def check_fits(self, num_patches, has_cls):
-        pass
+    def select(self, vision):
+        raise AssertionError("compress does it all here")
 
     def compress(self, vision):
         index = torch.full((4, 41), -1)
@@ -281,11 +295,15 @@ def test_the_base_class_holds_methods_to_their_promise(tokens, message):
 
 
 def test_unknown_requirement_and_missing_input_are_named():
-    with pytest.raises(TypeError, match="attentions"):
-        type("Bad", (vzip.Compressor,), {"requires": frozenset({"attentions"})})
+    with pytest.raises(ConfigError, match=r"signal 'attentions'.*did you mean 'attention'"):
+        Signal("attentions")
+    with pytest.raises(ConfigError, match=r"layer 1\.5 of signal keys: must be a whole number"):
+        Signal("keys", 1.5)
     bare = VisionOutput(torch.zeros(1, 41, 6), True, (5, 8))
-    with pytest.raises(ValueError, match="requires"):
+    with pytest.raises(ValueError, match="was not recorded: name it in the compressor's `reads`"):
         vzip.VisionZip(BUDGET)(bare)
+    with pytest.raises(TypeError, match="scope='image' needs space='projected'"):
+        type("Bad", (vzip.Compressor,), {"scope": "image"})
 
 
 def test_autocast_does_not_change_which_tokens_stay():

@@ -87,8 +87,10 @@ def test_a_trained_tower_selects_the_same_patches(device: str) -> None:
     for place in ("cpu", device):
         vlm = vzip.load_vlm("vzip/tiny", dtype="float32", device_map={"": place})
         with full_float32():
-            output = vlm.adapter.run_tower(pixels.to(place), frozenset({"attention", "keys"}))
-        read[place], kept[place] = output.need_attention().cpu(), vzip.VisionZip(PAPER)(output).source_index.cpu()
+            visual = vlm.adapter.read_inputs(pixel_values=pixels.to(place))
+            output = vlm.adapter.image_output(visual, vzip.VisionZip(PAPER).reads())
+        assert output.attention is not None
+        read[place], kept[place] = output.attention.cpu(), vzip.VisionZip(PAPER)(output).source_index.cpu()
     torch.testing.assert_close(read[device], read["cpu"], rtol=1e-3, atol=1e-5)
     for crop in range(len(pixels)):
         lowest = read["cpu"][crop].sort(descending=True).values[52]

@@ -10,10 +10,11 @@ from tests import tiny
 from tests.gpu.kit import each_device, each_half
 from transformers import AutoModel
 
+from vzip.compressors import Signal
 from vzip.models.towers.structure import find_tower
 from vzip.models.towers.tap import run_tower
 
-BOTH = frozenset({"attention", "keys"})
+BOTH = frozenset({Signal("attention"), Signal("keys")})
 Kind = Literal["clip", "siglip"]
 each_kind = pytest.mark.parametrize("kind", ["clip", "siglip"])
 

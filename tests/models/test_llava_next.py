@@ -9,6 +9,7 @@ from tests import tiny
 from tests.tiny import IMAGE_TOKEN, NEXT_CROPS
 
 import vzip
+from vzip.compressors import VisionShape
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError
 from vzip.models.families.llava_next.adapter import LlavaNextAdapter
 from vzip.results.token_count import TokenCountError, check_token_counts
@@ -29,10 +30,9 @@ def wrapped(model, compressor=None, **options):
 def packed_by_a_loop(vlm, inputs, number, grid, newline_rows=()):
     """One picture's visual tokens, written out: base crop, lines of patches through all tiles, CLS, contextual."""
     crops = inputs["pixel_values"][number, : 1 + grid[0] * grid[1]]
-    vision = vlm.adapter.run_tower(crops, vlm.compressor.requires)
-    size = None if "image_sizes" not in inputs else inputs["image_sizes"][number : number + 1]
-    grids = None if "tile_grids" not in inputs else inputs["tile_grids"][number : number + 1]
-    compressed = vlm.compressor(vlm.adapter.hide_padding(vision, [len(crops)], size, grids))
+    visual = vlm.adapter.read_inputs(**{name: value[number : number + 1] for name, value in inputs.items()})
+    vision = vlm.adapter.image_output(visual, vlm.compressor.reads())
+    compressed = vlm.compressor(vision)
     tokens, kept = vlm.adapter.projector(compressed.tokens), compressed.source_index.tolist()
     first_patch = int(vision.has_cls)
     out = list(tokens[0])
@@ -99,11 +99,10 @@ def test_row_newline_ends_every_line(model):
 
 def stitched_patches(vlm, inputs):
     """(rows, cols) in the 2 x 2 grid of the patches kept of picture 0's tiles."""
-    vision = vlm.adapter.run_tower(inputs["pixel_values"][0], vlm.compressor.requires)
-    seen = vlm.adapter.hide_padding(vision, [5], inputs["image_sizes"], None)
-    patches = vlm.compressor(seen).source_index[1:, 1:] - 1
+    vision = vlm.adapter.image_output(vlm.adapter.read_inputs(**inputs), vlm.compressor.reads())
+    patches = vlm.compressor(vision).source_index[1:, 1:] - 1
     tile = torch.arange(4)[:, None]
-    return tile // 2 * 8 + patches // 8, tile % 2 * 8 + patches % 8, vision, seen
+    return tile // 2 * 8 + patches // 8, tile % 2 * 8 + patches % 8, vision.valid
 
 
 @torch.no_grad()
@@ -111,11 +110,11 @@ def test_drop_padding_selects_no_patch_of_mere_padding(model):
     # 180 x 240 on 224 x 224: scaled by 14/15 to 168 x 224, so 28 rows of padding above and below: two rows of patches.
     inputs = tiny.some_of(tiny.next_inputs(4), 3, 4)
     plain, strict = wrapped(model), wrapped(model, drop_padding=True)
-    rows, _, vision, seen = stitched_patches(plain, inputs)
-    assert ((rows < 2) | (rows >= 14)).any() and seen is vision  # the published code keeps padding here
-    rows, _, vision, seen = stitched_patches(strict, inputs)
+    rows, _, valid = stitched_patches(plain, inputs)
+    assert ((rows < 2) | (rows >= 14)).any() and valid is None  # the published code keeps padding here
+    rows, _, valid = stitched_patches(strict, inputs)
     assert rows.min() >= 2 and rows.max() < 14
-    assert torch.equal(seen.attention[0], vision.attention[0])  # the base crop has no padding
+    assert valid[0].all() and valid[1:, 0].all()  # the base crop has no padding, and CLS is none
     image = strict.encode_images(**inputs)[0]
     assert len(image) == 5 * 23
     torch.testing.assert_close(image, packed_by_a_loop(strict, inputs, 0, (2, 2)), rtol=0, atol=1e-5)
@@ -127,7 +126,7 @@ def test_drop_padding_selects_no_patch_of_mere_padding(model):
 @torch.no_grad()
 def test_drop_padding_beside_a_tall_picture(model):
     inputs = tiny.some_of(tiny.next_inputs(4), 3, 4) | {"image_sizes": torch.tensor([[240, 180]])}
-    _, cols, _, _ = stitched_patches(wrapped(model, drop_padding=True), inputs)
+    _, cols, _ = stitched_patches(wrapped(model, drop_padding=True), inputs)
     assert cols.min() >= 2 and cols.max() < 14
 
 
@@ -156,7 +155,7 @@ def test_the_papers_budgets_are_per_crop(dominant, contextual, total):
     budget = vzip.TokenBudget(dominant, contextual)
     assert budget.num_tokens * 5 == total
     with pytest.raises(ConfigError, match=r"per crop.*577 to choose from.*for each crop"):
-        vzip.VisionZip(vzip.TokenBudget(540, 100)).check_fits(576, True)
+        vzip.VisionZip(vzip.TokenBudget(540, 100)).num_tokens(VisionShape("image", 5, (24, 24), True, 2880))
 
 
 def test_text_and_pictures_to_answers_by_both_rules(model):
@@ -226,8 +225,7 @@ def test_the_evaluations_count_check_agrees_and_sees_a_difference(model, options
         vlm, inputs = wrapped(model, compressor, **options), tiny.next_inputs(4)
         counts = [len(image) for image in vlm.encode_images(**inputs)]
         vlm.last_num_visual_tokens = list(counts)
-        extra = [inputs["image_sizes"]]
-        assert check_token_counts(vlm, inputs["pixel_values"], [1, 3], *extra) == [counts[:1], counts[1:]]
+        assert check_token_counts(vlm, inputs, [1, 3], [0, 0]) == [counts[:1], counts[1:]]
         vlm.last_num_visual_tokens[2] += 1
         with pytest.raises(TokenCountError, match=str(counts[2])):
-            check_token_counts(vlm, inputs["pixel_values"], [1, 3], *extra)
+            check_token_counts(vlm, inputs, [1, 3], [0, 0])

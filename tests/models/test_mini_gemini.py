@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ConvNextConfig, ConvNextModel, LlamaConfig, SiglipVisionConfig
 
 import vzip
+from vzip.compressors import Signal
 from vzip.errors import PromptError, UnsupportedModelError
 from vzip.models.families import MiniGeminiAdapter
 from vzip.models.families.mini_gemini import (
@@ -164,12 +165,13 @@ def test_patches_are_mined_before_selection_and_cls_is_not(model):
     assert torch.equal(small, model.model.low_res(pixels))
     mined = mined_by_loops(model.model.patch_info_mining, whole[:, 1:], model.model.high_res_tower(pixels))
     assert mined.abs().mean() > 0.1 * whole[:, 1:].abs().mean()  # not a detail of the result
-    vision = vlm.adapter.run_tower(pixels, vlm.compressor.requires)
+    vision = vlm.adapter.image_output(vlm.adapter.read_inputs(pixel_values=pixels), vlm.compressor.reads())
     assert torch.equal(vision.hidden[:, 0], whole[:, 0])
     torch.testing.assert_close(vision.hidden[:, 1:], whole[:, 1:] + mined, rtol=0, atol=1e-4)
     plain = tiny.llava()
     plain.load_state_dict({name: model.state_dict()[name] for name in plain.state_dict()})
-    of_llava = vzip.CompressedVlm(plain, vlm.compressor).adapter.run_tower(small, vlm.compressor.requires)
+    llava = vzip.CompressedVlm(plain, vlm.compressor).adapter
+    of_llava = llava.image_output(llava.read_inputs(pixel_values=small), vlm.compressor.reads())
     torch.testing.assert_close(vision.attention, of_llava.attention)
     torch.testing.assert_close(vision.keys, of_llava.keys)
     tokens = model.model.multi_modal_projector(vlm.compressor(vision).tokens)[0]
@@ -221,10 +223,12 @@ def test_without_cls_the_budget_is_of_mined_patches_alone():
     model = tiny_mini_gemini.mini_gemini()
     inputs, ids = tiny_mini_gemini.inputs(2), prompt([5, "image", 7, "image"])
     whole = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET))
-    with_cls = whole.adapter.run_tower(**inputs, requires=whole.compressor.requires)
+    reads = whole.compressor.reads() | {Signal("keys", 1)}
+    with_cls = whole.adapter.image_output(whole.adapter.read_inputs(**inputs), reads)
     stock = vzip.CompressedVlm(model, vzip.Identity()).forward(ids, **inputs).logits
     vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), drop_cls=True)
-    vision = vlm.adapter.run_tower(**inputs, requires=vlm.compressor.requires)
+    vision = vlm.adapter.image_output(vlm.adapter.read_inputs(**inputs), reads)
+    assert torch.equal(vision.read(Signal("keys", 1)), with_cls.read_patches(Signal("keys", 1)))
     assert torch.equal(vision.hidden, with_cls.hidden[:, 1:]) and torch.equal(vision.keys, with_cls.keys[:, 1:])
     assert torch.equal(vision.attention, with_cls.attention)
     best = with_cls.attention.topk(6).indices.sort().values

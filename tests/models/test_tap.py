@@ -9,12 +9,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
-from vzip.compressors.base import Compressor
+from vzip.compressors.base import SCORES, SIGNALS, Signal
 from vzip.errors import PromptError, UnsupportedModelError
 from vzip.models.towers.structure import check_select_layer, find_tower, geometry_from_config
 from vzip.models.towers.tap import run_tower
 
-BOTH = frozenset({"attention", "keys"})
+BOTH = frozenset({Signal("attention"), Signal("keys")})
 
 
 def tower_of(kind, num_layers=4, attention="sdpa"):
@@ -53,18 +53,25 @@ def test_every_score_of_any_layer_equals_eager_beside_the_select_layers_output(k
     sdpa, eager = tower_of(kind).double(), tower_of(kind, attention="eager").double()
     eager.load_state_dict(sdpa.state_dict())
     pixels = tiny.pixels(2).double()
-    vision = run_tower(find_tower(sdpa), pixels, -2, Compressor.REQUIRABLE, score_layer=score_layer)
+    vision = run_tower(
+        find_tower(sdpa), pixels, -2, [Signal(name, score_layer) for name in SIGNALS if name != "projected"]
+    )
     stock = eager(pixels, output_attentions=True, output_hidden_states=True)
     layer = {None: 2, -1: 3}.get(score_layer, (score_layer or 0) - 1)
     maps, first = stock.attentions[layer], int(kind == "clip")
     received = maps.mean(dim=(1, 2))[:, first:]
-    torch.testing.assert_close(vision.received_attention, received, rtol=0, atol=2e-6)
+    read = {name: vision.read_patches(Signal(name, score_layer)) for name in (*SCORES, "keys")}
+    torch.testing.assert_close(read["received_attention"], received, rtol=0, atol=2e-6)
     expected = maps[:, :, 0, 1:].sum(dim=1) if first else received
-    torch.testing.assert_close(vision.attention, expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(read["attention"], expected, rtol=0, atol=2e-6)
     block = eager.encoder.layers[layer]
     keys = block.self_attn.k_proj(block.layer_norm1(stock.hidden_states[layer])).view(2, -1, 4, 8)
-    torch.testing.assert_close(vision.keys, keys.mean(dim=2), rtol=0, atol=1e-5)
-    torch.testing.assert_close(vision.key_norms, keys.norm(dim=-1).mean(dim=2)[:, first:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(read["keys"], keys.mean(dim=2)[:, first:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(read["key_norms"], keys.norm(dim=-1).mean(dim=2)[:, first:], rtol=0, atol=1e-5)
+    of_layer = vision.read(Signal("hidden", score_layer))
+    torch.testing.assert_close(
+        of_layer, stock.hidden_states[-2 if score_layer is None else score_layer], rtol=0, atol=1e-5
+    )
     torch.testing.assert_close(vision.hidden, stock.hidden_states[-2], rtol=0, atol=1e-5)
 
 
@@ -138,7 +145,7 @@ def test_sdpa_stays_on_and_no_attention_map_exists(kind):
 @torch.no_grad()
 def test_only_what_is_required_is_read():
     tower = find_tower(tower_of("clip"))
-    keys_only = run_tower(tower, tiny.pixels(1), -2, frozenset({"keys"}))
+    keys_only = run_tower(tower, tiny.pixels(1), -2, frozenset({Signal("keys")}))
     assert keys_only.attention is None and keys_only.keys is not None
     nothing = run_tower(tower, tiny.pixels(1), -2)
     assert nothing.attention is None and nothing.keys is None

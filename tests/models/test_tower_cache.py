@@ -81,7 +81,7 @@ def test_a_full_cache_keeps_what_it_has() -> None:
     vlm.encode_images(pictures[0])
     one = vlm.adapter.tower_cache.num_bytes
     # hidden, attention and keys of 65 rows and 64 patches: what the cache says it holds is what it holds.
-    vision = vlm.adapter.run_tower(pictures[0], vlm.compressor.requires)
+    vision = vlm.adapter.image_output(vlm.adapter.read_inputs(pixel_values=pictures[0]), vlm.compressor.reads())
     assert one == sum(t.nbytes for t in (vision.hidden, vision.attention, vision.keys))
     vlm.adapter.tower_cache = cache = TowerCache(2.5 * one / BYTES_PER_GIB)
     for _ in range(2):

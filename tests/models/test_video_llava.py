@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tests import tiny
-from tests.data.test_video import write
+from tests.media.test_video import write
 from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN
 from transformers import CLIPVisionConfig, VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
@@ -137,7 +137,7 @@ def test_the_papers_counts_at_the_papers_size():
         pixels = torch.randn(1, vlm.num_frames, 3, 224, 224)
         embeds = vlm.prepare(torch.tensor([[7, 5, 8, 9]]), pixel_values_videos=pixels).inputs_embeds
         assert vlm.last_num_visual_tokens == [compressed] and embeds.shape[1] == 3 + compressed
-        assert vlm.adapter.video_lengths(pixels) == [vanilla]
+        assert [s.num_vanilla for s in vlm.adapter.read_inputs(pixel_values_videos=pixels).videos] == [vanilla]
 
 
 @torch.no_grad()
@@ -216,7 +216,7 @@ def test_bad_input_is_named(model, clips):
         (one, {"pixel_values_videos": values[0]}, r"\(3, 3, 112, 112\).*\[videos, frames, 3, height, width\]"),
         (one, {"pixel_values_videos": values[:1, :0]}, r"\(1, 0, 3, 112, 112\).*at least one frame"),
         (one, {"pixel_values_videos": values[:1, ..., :56]}, r"this vision tower takes \[crops, 3, 112, 112\]"),
-        (one, {"pixel_values": values[0], "pixel_values_images": values[0]}, "two names of the same pictures"),
+        (one, {"pixel_values": values[0], "pixel_values_images": values[0]}, "two names of the same images"),
     ]
     for ids, wrong, message in cases:
         with pytest.raises(PromptError, match=message):
@@ -253,11 +253,11 @@ def test_the_evaluations_count_check_sees_a_difference(model):
         vlm = wrapped(model, compressor)
         ids = torch.tensor([[IMAGE_TOKEN, IMAGE_TOKEN, 5], [6, 7, 5]])
         vlm.prepare(ids, **pictures, pixel_values_videos=videos)
-        arguments = (vlm, pictures["pixel_values"], [2, 0], None, None, videos, [1, 1])
+        arguments = (vlm, {**pictures, "pixel_values_videos": videos}, [2, 0], [1, 1])
         assert check_token_counts(*arguments) == [[picture, picture, video], [video]]
         vlm.last_num_visual_tokens[3] += 1
         with pytest.raises(TokenCountError, match=str(video + 1)):
             check_token_counts(*arguments)
         vlm.last_num_visual_tokens.pop()
-        with pytest.raises(TokenCountError, match="2 pictures and 2 videos were asked about, 3 entered"):
+        with pytest.raises(TokenCountError, match="2 images and 2 videos were asked about, 3 entered"):
             check_token_counts(*arguments)

@@ -10,7 +10,7 @@ from tests import reference
 from torch.overrides import TorchFunctionMode
 
 from vzip.ops.attention import cls_attention, key_norms, mean_keys, received_attention
-from vzip.ops.merge import assign_to_targets, merge_rows, target_positions
+from vzip.ops.merge import assign_to_targets, combine_rows, target_positions
 from vzip.ops.select import dominant_rows, gather_rows, random_indices, remaining_rows, top_indices, uniform_indices
 
 CPU = torch.device("cpu")
@@ -150,15 +150,18 @@ def test_target_positions_are_as_published(num_rows, num_contextual):
 
 def test_both_merge_rules_by_hand():
     hidden = torch.tensor([[[1.0], [3.0], [5.0], [10.0]]])
-    assignment = torch.tensor([[0, 0, 1, 0]])  # targets are rows 0 and 2; nothing joins row 2
-    assert merge_rows(hidden, assignment, 2, "sum").flatten().tolist() == [1 + (3 + 10) / 2, 5.0]
-    assert merge_rows(hidden, assignment, 2, "mean").flatten().tolist() == [pytest.approx((1 + 3 + 10) / 3), 5.0]
+    places, joins = torch.tensor([[0, 2]]), torch.tensor([[-1, 0, -1, 0]])  # rows 1 and 3 join row 0, nothing row 2
+    assert combine_rows(hidden, places, joins, "sum").flatten().tolist() == [1 + (3 + 10) / 2, 5.0]
+    assert combine_rows(hidden, places, joins, "mean").flatten().tolist() == [pytest.approx((1 + 3 + 10) / 3), 5.0]
+    kept_first, dropped = torch.tensor([[1, 0]]), torch.tensor([[-1, -1, -1, 1]])
+    assert combine_rows(hidden, kept_first, dropped, "mean", first=1).flatten().tolist() == [3.0, (1 + 10) / 2]
 
 
 def test_sums_of_half_precision_run_in_float32():
     hidden = torch.full((1, 4000, 1), 1.0, dtype=torch.float16)
     hidden[0, 1] = 0.25
-    assignment = torch.zeros(1, 4000, dtype=torch.int64)
-    merged = merge_rows(hidden, assignment, 1, "mean")
+    joins = torch.zeros(1, 4000, dtype=torch.int64)
+    joins[0, 0] = -1
+    merged = combine_rows(hidden, torch.zeros(1, 1, dtype=torch.int64), joins, "mean")
     assert merged.dtype == torch.float16
     assert merged.item() == pytest.approx((3999 + 0.25) / 4000, abs=6e-4)

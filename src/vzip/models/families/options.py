@@ -58,7 +58,7 @@ def check_drop_padding(compressor: Compressor, drop_padding: bool) -> None:
     """Raises ConfigError if the compressor would keep padding like anything else."""
     if drop_padding and not (compressor.uses_valid or compressor.is_vanilla):
         raise ConfigError(
-            "model.drop_padding=True keeps padding from being selected, and"
-            f" {type(compressor).__name__} does not look at what is selected: set drop_padding=False, or use a method"
-            " that selects by a score, such as VisionZip or DominantOnly."
+            "model.drop_padding=True keeps padding from being selected by attention, and"
+            f" {type(compressor).__name__} does not select by attention or another score: set drop_padding=False, or"
+            " use a method that does, such as VisionZip or DominantOnly."
         )
