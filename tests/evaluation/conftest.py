@@ -132,6 +132,7 @@ class ScriptedVlm:
         self.compressor = vzip.VisionZip(vzip.TokenBudget(5, 2))
         self.preprocess, self.name_or_path, self.revision = "hf", "", None
         self.adapter = SimpleNamespace(video_token_id=None, tower_cache=None)
+        self.adapter.tokens_per_crop = lambda compressor: compressor.budget.num_tokens
         self.script = script
         self.measured = measured
         self.last_num_visual_tokens: list[int] = []
@@ -150,6 +151,9 @@ class ScriptedVlm:
         num_images = sum(len(pictures) for pictures in images)
         inputs = {"texts": texts, "images": images}
         return inputs | ({"pixel_values": torch.ones(num_images, 3, 4, 4)} if num_images else {})
+
+    def expected_num_visual_tokens(self, images: list[list[Image.Image]], **_inputs: Any) -> list[int]:
+        return [self.compressor.budget.num_tokens for pictures in images for _ in pictures]
 
     def generate(self, texts: list[str], images: list[list[Image.Image]], **kwargs: Any) -> torch.Tensor:
         kwargs.pop("pixel_values", None)

@@ -133,13 +133,16 @@ class CompressedVlm(InputBuilder, nn.Module):
         visual = self.adapter.read_inputs(pixel_values_videos=pixel_values_videos)
         return self.adapter.encode(visual, self._compressor)
 
-    def expected_num_visual_tokens(self, **processor_outputs: Tensor | None) -> list[int]:
+    def expected_num_visual_tokens(self, **inputs: Any) -> list[int]:
         """Visual tokens that the compressor will make of each image, then of each video; nothing is encoded.
+
+        Args:
+            **inputs: as for ``generate``; what no family's processor returns with images and videos is left alone.
 
         Raises:
             PromptError, UnsupportedModelError: as ``prepare``.
         """
-        shapes = self.adapter.read_inputs(**processor_outputs).shapes
+        shapes = self.adapter.read_inputs(**_split(inputs)[0]).shapes
         return [self._compressor.num_visual_tokens(shape) for shape in shapes]
 
     def prepare(

@@ -23,7 +23,7 @@ def check_token_counts(
 
     Args:
         vlm: the wrapper that has just generated.
-        inputs: what it was given; what its family's processor does not return is left alone.
+        inputs: what it was given.
         num_images, num_videos: how many each question has, in order.
 
     Raises:
@@ -35,8 +35,7 @@ def check_token_counts(
             f"{sum(num_images)} images and {sum(num_videos)} videos were asked about, {len(measured)} entered the"
             f" language model: {measured}"
         )
-    seen = {name: value for name, value in inputs.items() if name in vlm.adapter.input_names}
-    expected = vlm.expected_num_visual_tokens(**seen)
+    expected = vlm.expected_num_visual_tokens(**inputs)
     if measured != expected:
         raise TokenCountError(
             f"{type(vlm.compressor).__name__} should pass {expected} visual tokens to the language model, one number an"
