@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.report.test_compare import record, run_main
-from tests.report.test_paired import compared, samples
+from tests.results.test_paired import compared, samples
 from tests.report.test_table_fill import put
 
 from vzip.results.averages import average_retention, recovered_share
