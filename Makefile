@@ -20,6 +20,7 @@ help:  ## this list
 install: $(STAMP)  ## create .venv with everything, each version as in lock.txt (about three minutes; nothing to do the second time)
 
 $(STAMP): pyproject.toml lock.txt
+	@command -v $(PYTHON) >/dev/null || { echo "PYTHON=$(PYTHON): not found; name a Python 3.11 or newer."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "vzip needs Python >= 3.11 and '$(PYTHON)' is older: make install PYTHON=python3.11"; exit 1; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -9,9 +9,17 @@ set -u
 cd "$(dirname "$0")/.." || exit 2
 small=
 if [ "${1:-}" = --small ]; then small=1; shift; fi
+case ${1:-} in -*) echo "$1: no option; --small is the only one." >&2; exit 2 ;; esac
 if [ $# -ne 1 ]; then sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
 PYTHON=${PYTHON:-$(command -v python3)}
+"$PYTHON" -c '' 2>/dev/null || { echo "PYTHON=$PYTHON: cannot be run; name a Python 3.11 or newer." >&2; exit 2; }
 case $1 in /*) out=$1 ;; *) out=$OLDPWD/$1 ;; esac
+if [ -z "$small" ]; then
+  "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+    echo "torch of $PYTHON sees no GPU: use --small, or PYTHON=... with a CUDA build." >&2
+    exit 2
+  }
+fi
 mkdir -p "$out" || exit 2
 if [ -n "$(ls -A "$out")" ]; then
   echo "$out: is not empty; records are never overwritten, so give a new folder." >&2
@@ -51,10 +59,6 @@ if [ -n "$small" ]; then
   train_words='weights=random device=cpu repeats=1 warmup=0 batch_size=2 prompt_tokens=32'
   memory_words='device=cpu batch_size=2 prompt_tokens=32 num_new_tokens=4'
 else
-  "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
-    echo "torch of $PYTHON sees no GPU: use --small, or PYTHON=... with a CUDA build." >&2
-    exit 2
-  }
   marked=gpu long=
   llava=llava15_7b next=llava_next_7b larger=llava_next_13b
   bench_words='weights=random device=cuda dtype=bfloat16 repeats=12 warmup=2 num_new_tokens=8'

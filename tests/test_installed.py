@@ -11,6 +11,7 @@ from vzip.errors import ConfigError, MissingPackageError
 
 REQUIRES = [
     "torch>=2.6",
+    "hydra-core>=1.3",
     'av>=15; extra == "eval"',
     'loguru; extra == "eval"',
     'av>=15; extra == "video"',
@@ -56,6 +57,8 @@ def test_the_working_directory_is_never_taken_for_them(of_a_wheel: Path, monkeyp
         ("torch", None, "torch, which is not installed: pip install 'vzip'."),
         ("lmms_eval.api", None, "lmms-eval, which is not installed: pip install 'vzip[eval]' && pip install --no-deps"),
         ("hydra_plugins.hydra_joblib_launcher", None, "hydra-joblib-launcher, which is not installed: pip install"),
+        ("hydra", None, "hydra-core, which is not installed: pip install 'vzip'."),
+        ("omegaconf", None, "hydra-core, which is not installed"),
         ("yours", None, "yours, which is not installed: it is none of vzip's own requirements"),
     ],
 )

@@ -12,7 +12,8 @@ stop_and_requeue() {
   exit 0
 }
 
-srun "${PYTHON:-.venv/bin/python}" "$@" &
+# srun does not take over --cpus-per-task from sbatch (since SLURM 22.05).
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${PYTHON:-.venv/bin/python}" "$@" &
 step=$!
 trap stop_and_requeue USR1
 wait "$step"

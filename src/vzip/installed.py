@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import re
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ _PACKAGE = Path(__file__).resolve().parent
 COPY = _PACKAGE / "_checkout"
 # lmms-eval's own pins clash with the rest: it is installed without them, after the extra that holds what it needs.
 _WITHOUT_ITS_PINS = {"lmms-eval": "eval"}
+# Imported by another name than the requirement has that brings it.
+_IMPORTED_AS = {"hydra": "hydra-core", "omegaconf": "hydra-core", "PIL": "pillow", "yaml": "pyyaml"}
 
 
 def checkout() -> Path:
@@ -62,6 +65,13 @@ def missing_package(
     return MissingPackageError(f"{what} needs the package {package}, {why}: {_command(package, extra)}{instead}.")
 
 
+def check_quantization(quantization: str | None) -> None:
+    """Raises MissingPackageError where a quantized model is asked for and bitsandbytes is not installed."""
+    if quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+        what = f"model.quantization={quantization}"
+        raise missing_package(what, "bitsandbytes", otherwise="set model.quantization=null")
+
+
 def is_missing(package: str) -> bool:
     """Whether a distribution is one of vzip's requirements and not installed."""
     return package in _requirements() and not any(metadata.distributions(name=package))
@@ -103,6 +113,7 @@ def _command(package: str, extra: str | None) -> str:
 
 def _distribution(module: str) -> str:
     """The requirement that a dotted module name belongs to, or its first part."""
+    module = _IMPORTED_AS.get(module.split(".")[0], module)
     parts = [part.replace("_", "-") for part in module.split(".")]
     return next((part for part in parts if part in _requirements()), parts[0])
 

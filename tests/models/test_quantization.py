@@ -15,6 +15,7 @@ from tests.families import FAMILIES
 from transformers import LlavaForConditionalGeneration
 
 import vzip
+from vzip import installed
 from vzip.errors import ConfigError, MissingPackageError
 from vzip.models import load
 from vzip.models.families import adapter_for_model
@@ -45,7 +46,7 @@ def test_without_bitsandbytes_it_is_named_before_weights_are_read(checkpoint, mo
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", read)
-    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(installed.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingPackageError, match=f"model.quantization={name} needs the package bitsandbytes"):
         vzip.load_vlm(checkpoint, quantization=name)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from tests.report.test_compare import record, run_main
-from tests.results.test_paired import compared, samples
 from tests.report.test_table_fill import put
+from tests.results.test_paired import compared, samples
 
 from vzip.results.averages import average_retention, recovered_share
 from vzip.results.paired import Paired

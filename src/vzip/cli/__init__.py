@@ -68,7 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VzipError as error:
         return log.tell_error(error)
     sys.argv = [script, *words[1:]]
-    runpy.run_path(script, run_name="__main__")  # tells of errors itself
+    try:
+        with optional_packages(f"`vzip {words[0]}`"):
+            runpy.run_path(script, run_name="__main__")  # tells of errors itself
+    except VzipError as error:
+        return log.tell_error(error)
     return 0
 
 

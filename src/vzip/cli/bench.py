@@ -25,6 +25,7 @@ from vzip.bench import report, settings, shapes
 from vzip.bench.run import BenchResult, measure
 from vzip.bench.settings import MEMORY, PASSES, TRAIN
 from vzip.errors import MissingPackageError, RunExistsError
+from vzip.results.files import check_writable
 
 if TYPE_CHECKING:
     from vzip.bench.training import SideResult
@@ -62,6 +63,7 @@ def main(args: argparse.Namespace) -> int:
         raise RunExistsError(
             f"{directory} already holds a {path.name}; give another one as out=DIR, or overwrite=true to replace it"
         )
+    check_writable(directory)
     console = Console()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("passes" if mode is PASSES else "steps", total=None)

@@ -20,7 +20,8 @@ from vzip.config.same_run import same_run
 from vzip.config.schema import AUTO
 from vzip.config.validate import BUILT_IN, TRAINED, VIDEO, build_compressor, validate
 from vzip.errors import CheckpointError, ConfigError, RunExistsError, nearest
-from vzip.installed import program
+from vzip.installed import check_quantization, program
+from vzip.results.files import check_writable
 
 if TYPE_CHECKING:
     from vzip.compressors import Compressor
@@ -140,10 +141,12 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
         ConfigError: naming every problem of the configuration.
         CheckpointError: as ``check_assembled``.
         RunExistsError: the run directory holds a record and ``overwrite`` is false.
+        RunWriteError: the run directory cannot be written.
     """
     directory = config_dir()
     config = full_is_vanilla(resolved(cfg), directory) if of_sweep else resolved(cfg)
     validate(config)
+    check_quantization(config["model"]["quantization"])
     check_assembled(config["model"])
     train = config["train"]
     if train["name"] != "none" and "kind" not in train:
@@ -171,6 +174,8 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
                 f"{run_dir} already holds a record (run.json){' of other settings' if of_sweep else ''}: set"
                 " overwrite=true to replace it, or paths.run_dir=DIR to write elsewhere."
             )
+    if not config["dry_run"]:
+        check_writable(run_dir)
     cache_gib = evaluation["tower_cache_gib"]
     asked = {key: value for key, value in evaluation["gen_kwargs"].items() if value is not None}
     include_path = evaluation["include_path"]

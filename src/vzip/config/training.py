@@ -13,7 +13,7 @@ from vzip.config.options import RECIPE_GROUP, config_dir
 from vzip.config.run_directory import RESULT_KEYS, training_directory
 from vzip.config.validate import TRAINED, build_compressor, validate
 from vzip.errors import ConfigError
-from vzip.installed import program
+from vzip.installed import check_quantization, program
 
 if TYPE_CHECKING:
     from vzip.data.collate import TrainingSet
@@ -45,6 +45,7 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
             f"train={train['name']} needs data to train on, but data={data['name']}: choose data=llava_json"
             " data.json=FILE, data=llava_mix665k_tenth or data=scenes_dialogues."
         )
+    check_quantization(config["model"]["quantization"])
     check_assembled(config["model"])
     return config
 

@@ -29,6 +29,7 @@ from vzip.demo.questions import (
 from vzip.demo.render import render
 from vzip.demo.scenes import TEST_SEEDS, Scene, sample_scene
 from vzip.errors import ManifestError
+from vzip.results.files import make_folder
 
 NUM_PICTURES = 400
 QUESTIONS_PER_TASK = 400
@@ -121,9 +122,10 @@ def prepare(directory: Path | str | None = None) -> Path:
 
     Raises:
         ManifestError: the pictures generated here are not the benchmark's, or the folder holds something else.
+        RunWriteError: the folder cannot be written; ``paths.scenes_dir`` or ``$VZIP_CACHE`` name another.
     """
     folder = Path(directory) if directory else default_folder()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         marker = folder / "digest.txt"
         if not marker.exists():

@@ -43,6 +43,19 @@ def replace_file(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Raises RunWriteError where a folder, or what is there of the way to it, cannot be written; makes nothing."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _write_error(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there)))
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it; RunWriteError if that cannot be."""
+    with naming_the_file(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def naming_the_file(path: Path) -> Iterator[None]:
     """Turns what the system says of a full disk, a lost mount or missing rights into a RunWriteError."""

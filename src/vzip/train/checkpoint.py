@@ -23,6 +23,7 @@ from vzip.models.weights.tuned import (
     remove_tree,
     write_tuned,
 )
+from vzip.results.files import make_folder
 
 from .settings import LaunchSettings
 
@@ -141,7 +142,7 @@ class CheckpointStore:
             for path in (self._begun, self.run_dir / "metrics.jsonl"):
                 path.unlink(missing_ok=True)
         if not self._begun.is_file():
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(self.run_dir)
             self._begun.write_text(json.dumps(_plain(self.identity), indent=1) + "\n", encoding="utf-8")
 
     def latest(self) -> tuple[Path, int] | None:

@@ -26,6 +26,7 @@ from vzip.data.collate import Collator, TrainingSet
 from vzip.data.conversations import find_template
 from vzip.models.vlm import CompressedVlm
 from vzip.models.weights.tuned import describe, save_tuned
+from vzip.results.files import check_writable
 from vzip.results.provenance import code_state, hardware, versions
 
 from .checkpoint import CheckpointStore, trained_tensors, trim_metrics
@@ -94,9 +95,11 @@ def prepare(plan: TrainPlan) -> Course:
         ManifestError, ConfigError: data that is missing or broken, or too little of it.
         RunExistsError: the run is finished, its directory another run's, or its checkpoint one of another launcher.
         MissingPackageError: a tracker is not installed.
+        RunWriteError: the run's directory cannot be written.
     """
     for name in plan.train.trackers:
         check_tracker(name)
+    check_writable(plan.run_dir)
     data = plan.load_data()
     training, validation = hold_out(len(data), plan.train.num_validation_samples, plan.seed)
     schedule = StepSchedule(data, training, plan.train, plan.seed)

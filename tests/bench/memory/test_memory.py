@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.bench.memory.conftest import CPU, both, settings, tiny_shape, wide_shape
 from tests.families import FAMILIES
-from tests.memory.conftest import CPU, both, settings, tiny_shape, wide_shape
 from tests.tiny import Family
 
 import vzip

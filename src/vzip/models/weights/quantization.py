@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from vzip.errors import ConfigError
-from vzip.installed import missing_package
+from vzip.installed import check_quantization
 
 QUANTIZATIONS = ("8bit", "4bit")
 
@@ -30,9 +29,7 @@ def quantization_config(
     Raises:
         MissingPackageError: bitsandbytes is not installed.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        what = f"model.quantization={quantization}"
-        raise missing_package(what, "bitsandbytes", otherwise="set model.quantization=null")
+    check_quantization(quantization)
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(unquantized))
     return BitsAndBytesConfig(
