@@ -12,8 +12,9 @@ stop_and_requeue() {
   exit 0
 }
 
-# srun does not take over --cpus-per-task from sbatch (since SLURM 22.05).
-srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${PYTHON:-.venv/bin/python}" "$@" &
+# Since SLURM 22.05 srun takes --cpus-per-task from here and not from sbatch.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+srun "${PYTHON:-.venv/bin/python}" "$@" &
 step=$!
 trap stop_and_requeue USR1
 wait "$step"

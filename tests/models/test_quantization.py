@@ -65,7 +65,7 @@ def test_everything_but_the_language_model_is_left_alone(family) -> None:
 
 
 def test_the_settings_name_what_is_left_alone_and_the_dtype(monkeypatch) -> None:
-    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(installed.importlib.util, "find_spec", lambda _: object())
     model = tiny.llava()
     for name in quantization.QUANTIZATIONS:
         settings = load._quantization_settings(type(adapter_for_model(model)), model.config, name, "bfloat16")

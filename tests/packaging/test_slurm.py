@@ -22,10 +22,13 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     """The environment of a job on one machine: srun starts the program, scontrol notes what it is asked."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    for name, text in (("srun", 'exec "$@"'), ("scontrol", f'echo "$@" >> {tmp_path}/scontrol.log')):
+    for name, text in (
+        ("srun", f'echo "$SRUN_CPUS_PER_TASK" > {tmp_path}/cpus; exec "$@"'),
+        ("scontrol", f'echo "$@" >> {tmp_path}/scontrol.log'),
+    ):
         (commands / name).write_text(f"#!/bin/sh\n{text}\n")
         (commands / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": sys.executable}
+    job = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": sys.executable, "SLURM_CPUS_PER_TASK": "6"}
     return {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src"), **job}
 
 
@@ -62,6 +65,7 @@ def test_time_limit_and_requeue(script: Path, slurm: dict[str, str], tmp_path: P
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=30) == 0
     assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n" and kept.read_text() == "."
+    assert (tmp_path / "cpus").read_text() == "6\n"
 
     assert start(script, [str(program), str(kept), "0"], slurm).wait(timeout=30) == 0
     assert kept.read_text() == "....." and (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
