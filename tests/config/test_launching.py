@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from tests.config.test_bad_input import ROOT, Run, run, script  # noqa: F401  run is a fixture
+from tests.config.kit import ROOT, Run, script
 
 import vzip.train.launch
 from vzip.config.build import EvaluationPlan, evaluation_plan
@@ -78,7 +78,7 @@ def test_settings_reach_the_evaluation():
         (["-m", "budget=64tok,32tok", "launcher.num_processes=2"], "a job of a sweep is one process"),
     ],
 )
-def test_refusals(run: Run, monkeypatch, words, message):  # noqa: F811
+def test_refusals(run: Run, monkeypatch, words, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, shown = run(*words)
     assert code != 0 and message in shown

@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import pytest
 from rich.console import Console
+from tests.records import record, run_main
 
 from vzip.cli import compare as comparison
 from vzip.errors import ConfigError, ManifestError
 from vzip.report.table import print_record
 from vzip.report.table_files import read_table
 from vzip.results.record import Run, primary_scores, read_record, read_samples, score_of
-
-
-def record(compressor="VisionZip", scores=(0.6, 0.7), **change):
-    def task(metrics, primary, unit):
-        entries = {k: {"value": v, "standard_error": e, "standard_error_source": "x"} for k, (v, e) in metrics.items()}
-        return {"primary_metric": primary, "unit": unit, "chance": None, "num_samples": 50, "metrics": entries}
-
-    return {
-        "schema_version": 1,
-        "kind": "evaluation",
-        "created": "2026-01-01",
-        "config": {"recipe": "mine"},
-        "gen_kwargs": {},
-        "system_prompt": None,
-        "limit": None,
-        "model": {"name_or_path": "m", "revision": None, "class": "L", "dtype": "float16", "preprocess": "llava"},
-        "compressor": {"name": compressor, "settings": compressor},
-        "visual_tokens": {"budget_per_crop": 64, "measured_min": 64, "measured_max": 64, "num_images": 100},
-        "tasks": {
-            "gqa": task({"exact_match": (scores[0], 0.01)}, "exact_match", "fraction"),
-            "mme": task({"p": (100 * scores[1], None), "c": (30.0, None)}, "p+c", "points"),
-        },
-        "data": {"gqa": {"questions_sha256": "g"}, "mme": {"questions_sha256": "m"}},
-        "wall_time_s": 3.2,
-        "peak_memory_gib": {"process": 1.0, "cuda": None},
-        "provisional": False,
-        "provisional_reasons": [],
-    } | change
-
 
 TABLE = {
     "name": "mine",
@@ -74,12 +45,6 @@ def tree(tmp_path):
     put("broken/none-full/seed0", {"kind": "bench"})
     (tmp_path / "mine.json").write_text(json.dumps(TABLE))
     return put("mine/visionzip-64tok/seed0", record()), tmp_path
-
-
-def run_main(*args):
-    parser = argparse.ArgumentParser()
-    comparison.add_arguments(parser)
-    return comparison.main(parser.parse_args([str(arg) for arg in args]))
 
 
 def as_run(path):
