@@ -32,7 +32,8 @@ _OFFLINE = (
 def check_data(manager: TaskManager, tasks: Sequence[str]) -> None:
     """Makes one short request if a task's data comes from the hub; lmms-eval would try for minutes.
 
-    What has answered once in this process is not asked again. With ``HF_HUB_OFFLINE=1`` nothing is asked: what is not in the cache is an error when it is loaded.
+    What has answered once in this process is not asked again. With ``HF_HUB_OFFLINE=1`` nothing is asked: what is not
+    in the cache is an error when it is loaded.
 
     Raises:
         ManifestError: the hub cannot be reached, or a task wants a token and there is none.
