@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,14 +35,10 @@ def test_the_launcher_starts_the_processes(monkeypatch, tmp_path):
     for launcher in ("ddp", "zero2_8gpu"):  # a training's words do for its evaluation too
         monkeypatch.setattr(sys, "argv", ["eval.py", f"launcher={launcher}", "budget=32tok"])
         script("eval").main()
-    assert [command[1:5] for command in started] == [
-        ["-m", "torch.distributed.run", "--nproc_per_node=8", "--standalone"]
-    ] * 2
-    assert [Path(command[5]).name for command in started] == ["eval.py"] * 2
-    assert [command[6:] for command in started] == [
-        ["launcher=ddp", "budget=32tok"],
-        ["launcher=zero2_8gpu", "budget=32tok"],
-    ]
+    for command, launcher in zip(started, ("ddp", "zero2_8gpu"), strict=True):
+        before, _, words = " ".join(command).partition("eval.py ")
+        assert "torch.distributed.run" in before and "--nproc_per_node=8" in before
+        assert words == f"launcher={launcher} budget=32tok"
     assert len(checked) == 2 and not list(tmp_path.iterdir())
 
 
