@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from vzip.config.build import launch_of, resolved
-from vzip.config.options import RECIPE_GROUP, config_dir, groups, header, options
+from vzip.config.options import RECIPE_GROUP, config_dir, groups, header, option_values, options
 from vzip.config.run_directory import run_directory, training_directory
 from vzip.config.training import checked, tuning_plan
 from vzip.config.validate import build_compressor, find_problems
@@ -151,6 +152,14 @@ def test_every_option_composes_and_is_valid(group: str, option: str) -> None:
     assert find_problems(config) == []
     assert config[group].get("name", option) == option
     assert header(CONFIGS / group / f"{option}.yaml"), "the first line says what the option is"
+
+
+def test_what_all_models_share_is_no_option() -> None:
+    with pytest.raises(MissingConfigException) as raised:
+        compose("eval", ["model=none_of_these"])
+    shown = str(raised.value)
+    assert "model_base" not in shown and all(f"\t{name}\n" in shown for name in options(CONFIGS, "model"))
+    assert option_values(CONFIGS, "model", "tiny")["quantization"] is None, "the shared keys count as the option's own"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
