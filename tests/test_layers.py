@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,3 +150,10 @@ def test_import_vzip_alone_loads_not_even_torch():
 
 def _environment() -> dict[str, str]:
     return {"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"}
+
+
+def test_no_test_module_imports_another():
+    """What several need is in a file of its own beside them."""
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        others = re.findall(r"^\s*from (tests\.(?:\w+\.)*test_\w+) import", path.read_text(), re.MULTILINE)
+        assert not others, f"{path} imports {others}"

@@ -2,53 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
-
-import vzip
-from vzip.config.options import config_dir
-from vzip.models import model_cache as reuse
-
-ROOT = config_dir().parent
-Run = Callable[..., tuple[int, str]]
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs eval.py or train.py in an empty directory, where loading a model is a failure."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(vzip, "load_vlm", refuse, raising=False)
-    monkeypatch.setattr(reuse, "load_vlm", refuse)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str, name: str = "eval") -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
-        try:
-            script(name).main()
-        except SystemExit as end:
-            return int(end.code or 0), capfd.readouterr().err
-        return 0, capfd.readouterr().err
-
-    return run
-
+from tests.config.kit import Run
 
 MESSAGES = {
     ("eval.limt=3",): ["eval.limt: no such key (did you mean 'eval.limit'?); keys of eval:"],

@@ -9,51 +9,11 @@ from pathlib import Path
 
 import pytest
 from tests import mgm_layout, tiny, tiny_mini_gemini
-from tests.config.test_bad_input import script
-from tests.media.test_video import write
+from tests.config.kit import script
+from tests.media.clips import write
 
 pytest.importorskip("lmms_eval")
 datasets = pytest.importorskip("datasets")
-
-
-@pytest.fixture
-def command(tmp_path: Path) -> list[str]:
-    """A tiny random checkpoint, a folder with one task, and the words that name both."""
-    from PIL import Image
-
-    processor = tiny.processor()
-    checkpoint = tmp_path / "my-checkpoint"
-    tiny.llava(vocab_size=len(processor.tokenizer)).save_pretrained(checkpoint)
-    processor.save_pretrained(checkpoint)
-    tasks = tmp_path / "my-tasks"
-    tasks.mkdir()
-    rows = [{"image": Image.new("RGB", (30, 20), (60 * i, 0, 0)), "question": "red?", "answer": "no"} for i in range(3)]
-    features = datasets.Features(
-        {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
-    )
-    datasets.Dataset.from_list(rows, features=features).to_parquet(tasks / "rows.parquet")
-    (tasks / "utils.py").write_text(
-        "def visual(doc):\n    return [doc['image']]\n\n\n"
-        "def text(doc, lmms_eval_specific_kwargs=None):\n    return doc['question']\n"
-    )
-    (tasks / "mine.yaml").write_text(
-        f"task: mine\ndataset_path: parquet\ndataset_kwargs: {{data_files: {{test: {tasks / 'rows.parquet'}}}}}\n"
-        "test_split: test\noutput_type: generate_until\ndoc_to_visual: !function utils.visual\n"
-        "doc_to_text: !function utils.text\ndoc_to_target: answer\ngeneration_kwargs: {max_new_tokens: 3}\n"
-        "metric_list:\n  - {metric: exact_match, aggregation: mean, higher_is_better: true}\n"
-    )
-    return [
-        "eval.py",
-        "model=llava_local",
-        f"model.name_or_path={checkpoint}",
-        f"eval.include_path={tasks}",
-        "eval.tasks=[mine]",
-        "eval.batch_size=2",
-        "budget.num_dominant=6",
-        "budget.num_contextual=2",
-        "model.device_map=null",
-        f"paths.runs_dir={tmp_path / 'runs'}",
-    ]
 
 
 def test_ones_own_model_and_task(

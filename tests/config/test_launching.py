@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from tests.config.test_bad_input import ROOT, Run, run, script  # noqa: F401  run is a fixture
+from tests.config.kit import ROOT, Run, script
 
 import vzip.train.launch
 from vzip.config.build import EvaluationPlan, evaluation_plan
@@ -36,14 +35,10 @@ def test_the_launcher_starts_the_processes(monkeypatch, tmp_path):
     for launcher in ("ddp", "zero2_8gpu"):  # a training's words do for its evaluation too
         monkeypatch.setattr(sys, "argv", ["eval.py", f"launcher={launcher}", "budget=32tok"])
         script("eval").main()
-    assert [command[1:5] for command in started] == [
-        ["-m", "torch.distributed.run", "--nproc_per_node=8", "--standalone"]
-    ] * 2
-    assert [Path(command[5]).name for command in started] == ["eval.py"] * 2
-    assert [command[6:] for command in started] == [
-        ["launcher=ddp", "budget=32tok"],
-        ["launcher=zero2_8gpu", "budget=32tok"],
-    ]
+    for command, launcher in zip(started, ("ddp", "zero2_8gpu"), strict=True):
+        before, _, words = " ".join(command).partition("eval.py ")
+        assert "torch.distributed.run" in before and "--nproc_per_node=8" in before
+        assert words == f"launcher={launcher} budget=32tok"
     assert len(checked) == 2 and not list(tmp_path.iterdir())
 
 
@@ -78,7 +73,7 @@ def test_settings_reach_the_evaluation():
         (["-m", "budget=64tok,32tok", "launcher.num_processes=2"], "a job of a sweep is one process"),
     ],
 )
-def test_refusals(run: Run, monkeypatch, words, message):  # noqa: F811
+def test_refusals(run: Run, monkeypatch, words, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, shown = run(*words)
     assert code != 0 and message in shown

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from tests.config.test_bad_input import script
+from tests.config.kit import script
 
 from vzip.config.build import chat_plan, resolved
 from vzip.config.options import config_dir, option_values, options

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.config.test_bad_input import Run, run  # noqa: F401  a fixture
+from tests.config.kit import Run
 
 if importlib.util.find_spec("lmms_eval") is None:
     pytest.skip("needs lmms-eval", allow_module_level=True)
@@ -42,7 +42,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("words", list(PLANS))
-def test_a_dry_run_tells_the_plan_and_leaves_nothing(words: str, run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_a_dry_run_tells_the_plan_and_leaves_nothing(words: str, run: Run, tmp_path: Path) -> None:
     code, said = run("dry_run=true", *words.split())
     assert code == 0, said
     for part in PLANS[words]:
@@ -52,7 +52,7 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(words: str, run: Run, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_refuses_what_the_run_would(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_a_dry_run_refuses_what_the_run_would(run: Run, tmp_path: Path) -> None:
     code, said = run("dry_run=true", "model=video_llava_7b")
     assert code == 2 and "136 = 8 frames x 17, of 2,056 a video" in said and "paths.video_root=null" in said
     assert "at least 93,977 questions: tgif_qa_zero_shot unknown" in said
@@ -65,7 +65,7 @@ def test_a_dry_run_refuses_what_the_run_would(run: Run, tmp_path: Path) -> None:
     assert code == 2 and "already holds a record" in said
 
 
-def test_tasks_of_ones_own_are_looked_for(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_tasks_of_ones_own_are_looked_for(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "mine.yaml").write_text("task: mine\ndataset_path: json\noutput_type: generate_until\n")
@@ -76,7 +76,7 @@ def test_tasks_of_ones_own_are_looked_for(run: Run, tmp_path: Path) -> None:  # 
     assert [path.name for path in tmp_path.iterdir()] == ["tasks"]
 
 
-def test_of_several_processes_the_first_tells(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_of_several_processes_the_first_tells(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     code, said = run("dry_run=true")
     assert code == 0 and "the plan:" not in said

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from tests.config.test_bad_input import script
+from tests.config.kit import script
 
 import vzip
 import vzip.evaluation.run

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from tests import tiny
 
-from vzip.data.conversations import IGNORED_LABEL, chat, encode, find_template, place_images, plain, truncate, vicuna_v1
+from vzip.data.conversations import chat, encode, find_template, place_images, plain, truncate, vicuna_v1
 from vzip.data.llava_record import Turn
 from vzip.errors import ConfigError, PromptError
+from vzip.models.splice import IGNORED_LABEL
 
 IMAGE = tiny.IMAGE_TOKEN
 

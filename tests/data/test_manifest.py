@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
+from vzip import cli
 from vzip.data.manifest import load_manifest, manifest_folder
 from vzip.errors import ManifestError
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "download_data.py"
 NAMES = ("llava_v1_5_mix665k", "llava_pretrain_558k", "open_llava_next_mix1m")
 
 
@@ -106,22 +104,18 @@ def test_a_broken_manifest_is_named_with_all_its_problems(tmp_path, good):
         load_manifest("llava_v15_mix665k")
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("download_data", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def download(*words: str) -> int:
+    return cli.main(["data", "download", *words])
 
 
-def test_the_download_script_lists_chooses_and_refuses(script, capsys, tmp_path, monkeypatch):
+def test_the_download_lists_chooses_and_refuses(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    assert script.main(["--list", "--only", "gqa"]) == 0
+    assert download("--list", "--only", "gqa") == 0
     text = capsys.readouterr().out
     assert "gqa/images.zip" in text and "21.82" in text and "coco" not in text.partition("gqa")[2]
-    assert script.main(["--root", str(tmp_path), "--only", "cocoa"]) == 2
+    assert download("--root", str(tmp_path), "--only", "cocoa") == 2
     assert "no such source (did you mean 'coco'?)" in capsys.readouterr().err
-    assert script.main([]) == 2
+    assert download() == 2
     assert "--root DIR is missing" in capsys.readouterr().err
-    assert script.main(["open_llava_next_mix1m", "--root", str(tmp_path), "--only", "sam"]) == 1
+    assert download("open_llava_next_mix1m", "--root", str(tmp_path), "--only", "sam") == 1
     assert "sam: to be fetched by hand. From https://" in capsys.readouterr().out

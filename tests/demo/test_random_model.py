@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.config.test_bad_input import script
-from tests.media.test_video import write
+from tests.config.kit import script
+from tests.media.clips import write
 
 from vzip import cli
 from vzip.demo import random_model

@@ -22,12 +22,13 @@ def chat(text: str) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def judge_of(tmp_path):
+def judge_of(tmp_path, monkeypatch):
     """Makes a judge of an endpoint, with short pauses; all share one cache."""
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
     made = []
 
     def make(url: str, key: str | None = KEY, model: str = "judge", **options) -> Judge:
-        defaults = {"max_wait_s": 0.01, "num_workers": 4}
+        defaults = {"num_workers": 4}
         judge = Judge(JudgeSettings(model, url), ReplyCache(tmp_path / "cache.sqlite"), key=key, **defaults | options)
         made.append(judge)
         return judge
@@ -86,9 +87,10 @@ class TestTrouble:
             Answer(status=0),
             Answer(body="<html>maintenance</html>"),
             Answer(body='{"choices": []}'),
+            Answer(body='{"choi', headers={"Content-Type": "application/json"}),
             Answer("too late", delay_s=0.6),
         ],
-        ids=["429", "500", "dropped", "html", "no choices", "slow"],
+        ids=["429", "500", "dropped", "html", "no choices", "half", "slow"],
     )
     def test_what_may_pass_is_tried_again(self, judge_of, bad):
         with running(lambda request, number: bad if number < 2 else Answer("yes")) as endpoint:
@@ -101,7 +103,7 @@ class TestTrouble:
         pauses = []
         with running(lambda request, number: limited if number == 0 else Answer("yes")) as endpoint:
             judge = judge_of(endpoint.url)
-            monkeypatch.setattr(judge._retrying, "sleep", pauses.append)
+            monkeypatch.setattr("openai._base_client.time", SimpleNamespace(sleep=pauses.append))
             judge.ask(chat("a"))
         assert pauses == [7.0]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import io
 import json
 import math
@@ -20,7 +19,6 @@ from vzip.cli import judge as judge_cli
 from vzip.cli.judge import estimate_tokens
 from vzip.errors import ConfigError, JudgeError, ManifestError, RunExistsError
 from vzip.evaluation.benchmarks.judge_prompts import read_prompt
-from vzip.evaluation.judge.client import Judge
 
 KEY = "sk-secret-0123456789"
 MSVD, TGIF = "msvd_qa_zero_shot", "tgif_qa_zero_shot"
@@ -67,7 +65,7 @@ def run(tmp_path, monkeypatch) -> Path:
     """A finished run of two benchmarks, its answers in no particular order, and a key in the environment."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("VZIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("vzip.evaluation.judge.client.Judge", functools.partial(Judge, max_wait_s=0.01))
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
     record = {
         "schema_version": 1,
         "model": {},

@@ -29,6 +29,7 @@ def check(monkeypatch: pytest.MonkeyPatch):
         port = server.getsockname()[1]
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    task_data._ask_hub.cache_clear()
 
     def run(**files: dict[str, Any]) -> None:
         index = {
@@ -59,6 +60,22 @@ def test_a_hub_out_of_reach_is_named_with_the_way_out(check):
 def test_offline_nothing_is_asked(check, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     check(b={"dataset_path": "org/set"})
+
+
+def test_what_has_answered_is_not_asked_again(check, monkeypatch):
+    asked: list[str] = []
+
+    def answer(path: str, timeout: float) -> None:
+        asked.append(path)
+        if len(asked) == 1:
+            raise ConnectionError("not yet")
+
+    monkeypatch.setattr(task_data, "HfApi", lambda: SimpleNamespace(dataset_info=answer))
+    with pytest.raises(ManifestError, match="not yet"):
+        check(a={"dataset_path": "org/set"})
+    for _ in range(2):  # before the model is loaded, and where the run begins
+        check(a={"dataset_path": "org/set"})
+    assert asked == ["org/set", "org/set"]
 
 
 def test_a_task_that_wants_a_token_says_how_to_log_in(check, monkeypatch):

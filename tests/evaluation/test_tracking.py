@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from tests.evaluation.conftest import IMAGE_SIZE, picture
-from tests.report.test_compare import record
-from tests.report.test_table_fill import COMPRESSED, VANILLA, put
+from tests.records import COMPRESSED, VANILLA, put, record
 
 import vzip
 from vzip.analysis.plots import plot_retention

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from tests import tiny
 from tests.evaluation.fake_endpoint import Answer, running
-from tests.media.test_video import write
+from tests.media.clips import write
 
 import vzip
 from vzip.cli import judge as judge_cli

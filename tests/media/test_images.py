@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 from safetensors import safe_open
+from tests.media.images import picture
 from transformers.models.clip import CLIPImageProcessor
 
 import vzip.media.images as images_module
@@ -20,13 +21,6 @@ SIZE = {"height": 336, "width": 336}
 PROCESSOR = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=SIZE)
 BICUBIC = int(Image.Resampling.BICUBIC)
 MEAN_COLOUR = (122, 116, 104)
-
-
-def picture(width: int, height: int) -> Image.Image:
-    y, x = np.mgrid[0:height, 0:width]
-    red, green = 255 * x // max(1, width - 1), 255 * y // max(1, height - 1)
-    blue = 200 * ((x // 7 + y // 5) % 2) + (3 * x * y) % 40
-    return Image.fromarray(np.stack([red, green, blue], axis=-1).astype(np.uint8))
 
 
 @pytest.mark.parametrize("number", range(5))

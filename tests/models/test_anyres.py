@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from tests.media.test_images import picture
+from tests.media.images import picture
 from transformers import LlavaNextImageProcessor
 
 from vzip.errors import ConfigError, ImageError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests import tiny, tiny_mini_gemini
-from tests.isolation.test_isolation import changed, snapshot
+from tests.isolation.snapshot import changed, snapshot
 from tests.tiny import IMAGE_TOKEN
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode

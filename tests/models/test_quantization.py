@@ -6,12 +6,12 @@ import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from tests import mgm_layout, tiny, tiny_mini_gemini
 from tests.families import FAMILIES
+from tests.models.quantizable import blocks_of_64
 from transformers import LlavaForConditionalGeneration
 
 import vzip
@@ -19,19 +19,9 @@ from vzip import installed
 from vzip.errors import ConfigError, MissingPackageError
 from vzip.models import load
 from vzip.models.families import adapter_for_model
-from vzip.models.weights import from_config as fresh
 from vzip.models.weights import quantization
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
-
-
-def blocks_of_64(model: torch.nn.Module) -> Any:
-    """The model in bfloat16, its language model in sizes that bitsandbytes' blocks of 64 divide."""
-    config = model.config
-    config.text_config.hidden_size, config.text_config.intermediate_size = 64, 128
-    config.text_config.head_dim = 16
-    torch.manual_seed(0)
-    return fresh.new_model(config).to(torch.bfloat16)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tests import tiny
-from tests.media.test_video import write
+from tests.media.clips import write
 from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN
 from transformers import CLIPVisionConfig, VideoLlavaConfig, VideoLlavaForConditionalGeneration
 

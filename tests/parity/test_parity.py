@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.families import FAMILIES
-from tests.isolation.test_isolation import changed, snapshot
+from tests.isolation.snapshot import changed, snapshot
 from tests.tiny import Family, some_of
 from transformers import CLIPVisionConfig, LlamaConfig
 

@@ -2,64 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tests.records import record, run_main
 
 from vzip.cli import compare as comparison
 from vzip.errors import ConfigError, ManifestError
-from vzip.report.expected import read_expected
 from vzip.report.table import print_record
-from vzip.results.record import Run, primary_scores, read_record, read_samples, score_of, unit_factor
+from vzip.report.table_files import read_table
+from vzip.results.record import Run, primary_scores, read_record, read_samples, score_of
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def record(compressor="VisionZip", scores=(0.6, 0.7), **change):
-    def task(metrics, primary, unit):
-        entries = {k: {"value": v, "standard_error": e, "standard_error_source": "x"} for k, (v, e) in metrics.items()}
-        return {"primary_metric": primary, "unit": unit, "chance": None, "num_samples": 50, "metrics": entries}
-
-    return {
-        "schema_version": 1,
-        "kind": "evaluation",
-        "created": "2026-01-01",
-        "config": {"recipe": "mine"},
-        "gen_kwargs": {},
-        "system_prompt": None,
-        "limit": None,
-        "model": {"name_or_path": "m", "revision": None, "class": "L", "dtype": "float16", "preprocess": "llava"},
-        "compressor": {"name": compressor, "settings": compressor},
-        "visual_tokens": {"budget_per_crop": 64, "measured_min": 64, "measured_max": 64, "num_images": 100},
-        "tasks": {
-            "gqa": task({"exact_match": (scores[0], 0.01)}, "exact_match", "fraction"),
-            "mme": task({"p": (100 * scores[1], None), "c": (30.0, None)}, "p+c", "points"),
-        },
-        "data": {"gqa": {"questions_sha256": "g"}, "mme": {"questions_sha256": "m"}},
-        "wall_time_s": 3.2,
-        "peak_memory_gib": {"process": 1.0, "cuda": None},
-        "provisional": False,
-        "provisional_reasons": [],
-    } | change
-
-
-def expected(rows, **top):
-    blank = {"tolerance": None, "source": "Table 1", "protocol": "as there"}
-    return {"recipe": "mine", "vanilla": "mine_vanilla", **top, "rows": [blank | row for row in rows]}
-
-
-ROWS = [
-    {"task": "gqa", "metric": "exact_match", "value": 55.0, "unit": "percent", "tolerance": 1.0},
-    {"task": "mme", "metric": "p+c", "value": 110, "unit": "points"},
-    {"task": "pope", "metric": "f", "value": 1, "unit": "percent"},
-]
-VANILLA_ROWS = [
-    {"task": "gqa", "metric": "exact_match", "value": 61.9, "unit": "percent"},
-    {"task": "mme", "metric": "p+c", "value": 200, "unit": "points"},
-]
+TABLE = {
+    "name": "mine",
+    "title": "Mine",
+    "source": "Table X",
+    "own_columns": {"p+c": {"title": "P", "unit": "points", "task": "mme", "metric": "p+c", "protocol": "as there"}},
+    "columns": ["gqa", "p+c", "vizwiz"],
+    "average_over": [],
+    "rows": [
+        {"tokens": 576, "method": "vanilla", "run": "+exp=mine_vanilla", "values": [61.9, 200, 50]},
+        {"tokens": 64, "method": "ours", "run": "+exp=mine", "values": [55, 110, 1], "tolerance": [1, None, None]},
+    ],
+}
 
 
 @pytest.fixture
@@ -77,15 +43,8 @@ def tree(tmp_path):
     put("limited/none-full/seed0", record("Identity", (0.2, 0.2), limit=5, created="2027"))
     put("questions/none-full/seed0", record("Identity", created="2027", data={"gqa": {"questions_sha256": "x"}}))
     put("broken/none-full/seed0", {"kind": "bench"})
-    for name, rows in (("mine", ROWS), ("mine_vanilla", VANILLA_ROWS)):
-        (tmp_path / f"{name}.expected.json").write_text(json.dumps(expected(rows)))
+    (tmp_path / "mine.json").write_text(json.dumps(TABLE))
     return put("mine/visionzip-64tok/seed0", record()), tmp_path
-
-
-def run_main(*args):
-    parser = argparse.ArgumentParser()
-    comparison.add_arguments(parser)
-    return comparison.main(parser.parse_args([str(arg) for arg in args]))
 
 
 def as_run(path):
@@ -96,37 +55,65 @@ def test_numbers(tree):
     run, folder = tree
     vanilla = comparison.find_vanilla(read_record(run), run)
     assert vanilla == folder / "runs/eval/mine_vanilla/none-full/seed0/run.json"
-    rows = comparison.compare(
-        as_run(run / "run.json"),
-        read_expected(folder / "mine.expected.json"),
-        as_run(vanilla),
-        read_expected(folder / "mine_vanilla.expected.json"),
-    )
-    gqa, mme, pope = rows
+    table = read_table(str(folder / "mine.json"))
+    gqa, mme, vizwiz = comparison.compare(as_run(run / "run.json"), table, table.row("64, ours"), as_run(vanilla))
     assert gqa.measured == pytest.approx(60.0) and gqa.difference == pytest.approx(5.0)
     assert gqa.standard_error == pytest.approx(1.0) and gqa.verdict == "off"
     assert gqa.measured_retention == pytest.approx(0.6 / 0.8)
     assert gqa.expected_retention == pytest.approx(55 / 61.9)
     assert mme.measured == pytest.approx(100.0) and mme.difference == pytest.approx(-10.0) and mme.verdict == "-"
     assert mme.measured_retention == pytest.approx(0.5) and mme.expected_retention == pytest.approx(0.55)
-    assert (pope.measured, pope.difference, pope.verdict) == (None, None, "missing")
+    assert (vizwiz.measured, vizwiz.difference, vizwiz.verdict) == (None, None, "missing")
 
 
 def test_printed(tree, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     run, folder = tree
-    assert run_main(run, "--expected", folder / "mine.expected.json") == 1
+    assert run_main(run, "--expected", folder / "mine.json") == 1
     out = capsys.readouterr().out
-    for text in ("60.00", "+5.00", "75.0 %", " ~ ", "88.9 %", "off", "missing", "Table 1", "none-full"):
+    for text in (
+        "60.00",
+        "+5.00",
+        "75.0 %",
+        " ~ ",
+        "88.9 %",
+        "off",
+        "missing",
+        'mme: Table X, row "64, ours". as there.',
+        "none-full",
+    ):
         assert text in out, text
 
 
 def test_within_tolerance(tree, capsys):
     run, folder = tree
-    wide = json.loads((folder / "mine.expected.json").read_text())
-    wide["rows"][0]["tolerance"] = 5.0001
-    (folder / "wide.expected.json").write_text(json.dumps(wide))
-    assert run_main(run / "run.json", "--expected", folder / "wide.expected.json") == 0
+    wide = TABLE | {"rows": [TABLE["rows"][0], TABLE["rows"][1] | {"tolerance": [5.0001, None, None]}]}
+    (folder / "wide.json").write_text(json.dumps(wide))
+    assert run_main(run / "run.json", "--expected", folder / "wide.json") == 0
+
+
+def test_a_run_without_a_recipe_is_held_against_the_row_that_is_named(tree, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    run, folder = tree
+    (run / "run.json").write_text(json.dumps(record(config={"recipe": None})))
+    assert run_main(run, "--expected", folder / "mine.json", "--row", "64, ours") == 1
+    assert "Mine, 64, ours: measured beside expected" in capsys.readouterr().out
+    assert run_main(run, "--expected", "1", "--row", "64, VisionZip") == 0
+    assert "55.1" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"no such row .did you mean '64, VisionZip'.*576, vanilla"):
+        run_main(run, "--expected", "1", "--row", "64, VisonZip")
+    with pytest.raises(ManifestError, match=r"was not made by a recipe.*--row LABEL"):
+        run_main(run, "--expected", folder / "mine.json")
+    with pytest.raises(ConfigError, match="--expected TABLE"):
+        run_main(run, "--row", "64, VisionZip")
+
+
+@pytest.mark.parametrize("recipe", ["tiny_64tok", "llava15_7b_64tok_split"])
+def test_a_recipe_without_published_numbers_is_said(tree, recipe):
+    run, _ = tree
+    (run / "run.json").write_text(json.dumps(record(config={"recipe": recipe})))
+    with pytest.raises(ManifestError, match=f"recipe {recipe} has no numbers in any table"):
+        run_main(run)
 
 
 def test_a_vanilla_run_of_another_pillow_is_said(tree, capsys):
@@ -134,7 +121,7 @@ def test_a_vanilla_run_of_another_pillow_is_said(tree, capsys):
     for path, version in ((run, "13.0.0"), (folder / "runs/eval/mine_vanilla/none-full/seed0", "12.3.0")):
         changed = json.loads((path / "run.json").read_text()) | {"versions": {"pillow": version}}
         (path / "run.json").write_text(json.dumps(changed))
-    run_main(run, "--expected", folder / "mine.expected.json")
+    run_main(run, "--expected", folder / "mine.json")
     told = " ".join(capsys.readouterr().out.split())
     assert "this run and the vanilla run: images resized by Pillow 13.0.0 and 12.3.0" in told
 
@@ -142,44 +129,24 @@ def test_a_vanilla_run_of_another_pillow_is_said(tree, capsys):
 def test_no_vanilla_run_is_said(tree, capsys):
     run, folder = tree
     (folder / "runs/eval/mine_vanilla/none-full/seed0/run.json").unlink()
-    run_main(run, "--expected", folder / "mine.expected.json")
+    run_main(run, "--expected", folder / "mine.json")
     assert "none found" in capsys.readouterr().out
 
 
-def test_the_recipe_of_the_record_is_found(tree, monkeypatch, capsys):
+def test_the_table_of_the_users_own_recipe_is_found(tree, monkeypatch, capsys):
     run, folder = tree
     (folder / "configs" / "exp").mkdir(parents=True)
-    (folder / "mine.expected.json").rename(folder / "configs/exp/mine.expected.json")
+    (folder / "mine.json").rename(folder / "configs/exp/mine.json")
     monkeypatch.chdir(folder)
     assert run_main(run) == 1
     assert "mine: measured beside expected" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "is not JSON"),
-        ("{}", "list 'rows'"),
-        (json.dumps({"rows": [{"task": "x"}]}), r"row 0: missing keys \['metric'"),
-        (json.dumps(expected([ROWS[0] | {"extra": 1}])), r"unknown keys \['extra'\]"),
-        (json.dumps(expected([ROWS[0] | {"value": "55"}])), "value is '55'"),
-        (json.dumps(expected([ROWS[0] | {"tolerance": -1}])), "0 or more"),
-        (json.dumps(expected([ROWS[0] | {"unit": "%"}])), "unit is '%'"),
-        (json.dumps(expected([ROWS[0], ROWS[0]])), "stands there twice"),
-    ],
-)
-def test_bad_expectations(tmp_path, content, message):
-    path = tmp_path / "a.expected.json"
-    path.write_text(content)
-    with pytest.raises(ManifestError, match=message):
-        read_expected(path)
 
 
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(ManifestError, match=r"holds no run\.json"):
         run_main(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps(record(config=None)))
-    with pytest.raises(ManifestError, match="--expected FILE"):
+    with pytest.raises(ManifestError, match="--expected TABLE"):
         run_main(tmp_path)
     with pytest.raises(ConfigError, match="leave out --expected"):
         run_main(tmp_path, tmp_path, "--expected", "x")
@@ -187,10 +154,9 @@ def test_what_is_not_there_is_named(tmp_path):
 
 def test_units_that_cannot_be_converted(tree):
     run, folder = tree
-    rows = [{"task": "mme", "metric": "p+c", "value": 1, "unit": "percent"}]
-    (folder / "bad.expected.json").write_text(json.dumps(expected(rows)))
+    (folder / "bad.json").write_text(json.dumps(TABLE).replace('"points"', '"percent"'))
     with pytest.raises(ManifestError, match="expected in percent, but the record has points"):
-        comparison.compare(as_run(run / "run.json"), read_expected(folder / "bad.expected.json"))
+        run_main(run, "--expected", folder / "bad.json")
 
 
 @pytest.mark.parametrize(
@@ -246,14 +212,3 @@ def test_scores_that_are_not_the_papers_are_marked(capsys):
     assert "not the paper's metric, which a judge model adds (python -m vzip judge): gqa" in capsys.readouterr().out
     print_record(record(), Console(width=200))
     assert "judge" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "exp").glob("*.expected.json")), ids=lambda path: path.name)
-def test_the_recipes_expectations_are_readable_and_comparable(path):
-    from vzip.evaluation.benchmarks.protocols import PROTOCOLS
-
-    expectation = read_expected(path)
-    assert path.with_name(f"{expectation.recipe}.yaml").is_file()
-    for row in expectation.rows:
-        assert row.task in PROTOCOLS
-        unit_factor(PROTOCOLS[row.task].unit, row.unit, row.task)

@@ -1,4 +1,4 @@
-"""The paper's tables: complete, consistent with themselves, and the one source of the recipes' expected numbers."""
+"""The paper's tables: complete, consistent with themselves."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ import pytest
 
 from vzip.errors import ConfigError, ManifestError
 from vzip.evaluation.benchmarks.protocols import PROTOCOLS
-from vzip.report.expected import read_expected
 from vzip.report.paper_tables import AVERAGE, PaperTable, Row
 from vzip.report.table_files import read_table, table_names
 from vzip.results.record import unit_factor
 
-ROOT = Path(__file__).resolve().parents[2]
 PAPER = [name for name in table_names() if name.isdigit()]
 TABLES = [read_table(name) for name in PAPER]
-EXPECTED = [read_expected(path) for path in sorted((ROOT / "configs" / "exp").glob("*.expected.json"))]
 
 
 def half_digit(value: float) -> float:
@@ -111,30 +108,6 @@ def test_marks_between_tables_are_true() -> None:
     assert found == 9
 
 
-@pytest.mark.parametrize("expectation", EXPECTED, ids=lambda expectation: expectation.recipe)
-def test_a_recipes_expected_numbers_are_the_tables(expectation) -> None:
-    """Value, unit, metric and source of each row; the wording of the protocol is the recipe's own."""
-    cells = {cell.source: [] for table in TABLES for cell in table.cells()}
-    for table in TABLES:
-        for cell in table.cells():
-            cells[cell.source].append((cell, table.column(cell.benchmark)))
-    (source,) = {row.source for row in expectation.rows}
-    assert {cell.command[2] for cell, _ in cells[source] if cell.command} == {f"+exp={expectation.recipe}"}
-    runnable = [(cell, column) for cell, column in cells[source] if cell.command and column.task in PROTOCOLS]
-    assert [(row.task, row.metric, row.value, row.unit) for row in expectation.rows] == [
-        (column.task, column.metric, cell.value, cell.unit) for cell, column in runnable
-    ]
-
-
-def test_the_expected_retention_is_against_the_same_row() -> None:
-    by_source = {cell.source: (table, cell) for table in TABLES for cell in table.cells()}
-    for expectation in EXPECTED:
-        table, cell = by_source[expectation.rows[0].source]
-        row = table.row(f"{cell.tokens}, {cell.method}")
-        assert row.base is not None
-        assert table.row(row.base).run == (f"+exp={expectation.vanilla}",)
-
-
 @pytest.mark.parametrize("name", table_names())
 def test_metrics_are_those_of_the_protocol(name: str) -> None:
     for column in read_table(name).columns:
@@ -145,12 +118,12 @@ def test_metrics_are_those_of_the_protocol(name: str) -> None:
         assert column.metric in (protocol.primary, "seed_image")
 
 
-ROWS = '[{"tokens": 4, "method": "vanilla", "run": "a", "values": [1]}]'
+ROW = {"tokens": 4, "method": "vanilla", "run": "a", "values": [1]}
 
 
 def own(**change: object) -> str:
     content = {"name": "x", "title": "t", "source": "s", "columns": ["gqa"], "average_over": ["gqa"]}
-    return json.dumps(content | {"rows": json.loads(ROWS)} | change)
+    return json.dumps(content | {"rows": [ROW]} | change)
 
 
 @pytest.mark.parametrize(
@@ -160,11 +133,17 @@ def own(**change: object) -> str:
         ("[]", "is not a table"),
         (own(columns=["gqe"]), r"column 'gqe' is not known \(did you mean 'gqa'\?\)"),
         (own(average_over=["pope"]), "average_over names 'pope'"),
-        (own(rows=json.loads(ROWS) * 2), "row '4, vanilla' is named and must stand there exactly once"),
+        (own(rows=[ROW, ROW]), "row '4, vanilla' is named and must stand there exactly once"),
         (own(base="5, vanilla"), "row '5, vanilla' is named"),
         (own(rows=[{"tokens": 4, "method": "vanilla"}]), "either run .* or none"),
         (own(rows=[{"tokens": 4, "method": "vanilla", "run": "a", "values": [1, 2]}]), "2 numbers for 1 columns"),
         (own(rows=[{"method": "vanilla"}]), "KeyError 'tokens'"),
+        (own(columns=["gqa", "gqa"]), "column 'gqa' stands there twice"),
+        (own(own_columns={"gqa": {"title": "G", "unit": "%"}}), "column 'gqa': unit is '%', must be one of percent"),
+        (own(own_columns={"gqa": {"title": "G"}}), "missing 1 required positional argument: 'unit'"),
+        (own(rows=[ROW | {"values": ["55"]}]), "row '4, vanilla': gqa is '55', must be a number or null"),
+        (own(rows=[ROW | {"tolerance": [-1]}]), "tolerance has -1, must be 0 or more"),
+        (own(rows=[ROW | {"tolerence": [1]}]), r"'tolerence' is no key of a row \(did you mean 'tolerance'\?\)"),
     ],
 )
 def test_bad_tables(tmp_path: Path, content: str, message: str) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tests.report.test_compare import record, run_main
-from tests.report.test_table_fill import COMPRESSED, VANILLA, put
+from tests.records import COMPRESSED, VANILLA, put, record, run_main
 
 from vzip.cli import main
 from vzip.errors import ConfigError, ManifestError

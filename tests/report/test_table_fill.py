@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tests.report.test_compare import record
+from tests.records import COMPRESSED, VANILLA, put, record
 
 from vzip.errors import ManifestError
 from vzip.report.costs import find_benches
@@ -45,25 +45,12 @@ OWN = {
         },
     ],
 }
-VANILLA, COMPRESSED = [1.0] * 40 + [0.0] * 10, [1.0] * 20 + [0.0] * 30
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> PaperTable:
     (tmp_path / "mine.json").write_text(json.dumps(OWN))
     return read_table(str(tmp_path / "mine.json"))
-
-
-def put(folder: Path, name: str, content: dict[str, Any], scores: list[float]) -> Run:
-    run = folder / "runs" / "eval" / name / "x-y" / "seed0"
-    run.mkdir(parents=True)
-    (run / "run.json").write_text(json.dumps(content))
-    rows = [
-        {"task": "gqa", "doc_id": i, "question": "q", "target": "t", "answer": f"{s}", "scores": {"exact_match": s}}
-        for i, s in enumerate(scores)
-    ]
-    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Run(run / "run.json", content)
 
 
 def put_bench(

@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.report.test_compare import record, run_main
-from tests.report.test_table_fill import put
-from tests.results.test_paired import compared, samples
+from tests.records import compared, put, record, run_main, samples
 
 from vzip.results.averages import average_retention, recovered_share
 from vzip.results.paired import Paired

@@ -9,40 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.records import compared, samples, scored
 
 from vzip.errors import ConfigError, ManifestError
-from vzip.results.paired import Paired, compare_task, match
+from vzip.results.paired import compare_task, match
 from vzip.results.record import same_judge
 from vzip.results.stats import mcnemar_p, percentile_interval
 
 DRAW = random.Random(11)
 VANILLA = [float(DRAW.random() < 0.8) for _ in range(150)]
 COMPRESSED = [v if DRAW.random() < 0.85 else float(DRAW.random() < 0.4) for v in VANILLA]
-
-
-def record(scores: list[float], error: float | None = 0.03) -> dict[str, Any]:
-    metric = {"exact_match": {"value": float(np.mean(scores)), "standard_error": error}}
-    return {"tasks": {"gqa": {"metrics": metric, "num_samples": len(scores)}}}
-
-
-def samples(scores: list[float]) -> list[dict[str, Any]]:
-    return [
-        {
-            "doc_id": i,
-            "filter_index": 0,
-            "question": f"q{i}",
-            "target": "yes",
-            "answer": f"a{s:g}",
-            "scores": {"exact_match": s},
-        }
-        for i, s in enumerate(scores)
-    ]
-
-
-def compared(ours: list[float], base: list[float], *rows: Any, **settings: Any) -> Paired:
-    found = compare_task(record(ours), record(base), "gqa", "exact_match", *rows, **settings)
-    assert found is not None
-    return found
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (5, 5), (1, 9), (12, 3), (0, 6), (40, 61)])
@@ -145,7 +121,7 @@ def test_without_answers_the_two_errors_give_a_wider_interval() -> None:
     mean_c, mean_v = np.mean(COMPRESSED), np.mean(VANILLA)
     error = mean_c / mean_v * np.hypot(0.03 / mean_c, 0.03 / mean_v)
     assert loose.low == pytest.approx(mean_c / mean_v - 1.96 * error, abs=0.3 * error)
-    none = compare_task(record(COMPRESSED, None), record(VANILLA), "gqa", "exact_match")
+    none = compare_task(scored(COMPRESSED, None), scored(VANILLA), "gqa", "exact_match")
     assert none is not None and none.low is None and not none.outside_noise
 
 
@@ -156,8 +132,8 @@ def test_answers_that_do_not_give_the_records_number_are_not_used() -> None:
 
 
 def test_nothing_to_compare() -> None:
-    assert compare_task(record(VANILLA), record([0.0, 0.0]), "gqa", "exact_match") is None
-    assert compare_task(record(VANILLA), record(VANILLA), "pope", "exact_match") is None
+    assert compare_task(scored(VANILLA), scored([0.0, 0.0]), "gqa", "exact_match") is None
+    assert compare_task(scored(VANILLA), scored(VANILLA), "pope", "exact_match") is None
     with pytest.raises(ConfigError, match="confidence=1"):
         percentile_interval(np.ones(3), 1)
 

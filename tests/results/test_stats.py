@@ -97,24 +97,6 @@ def test_an_aggregate_gets_whole_rows():
     assert (low, high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
 
 
-def test_groups_are_drawn_whole_and_count_anew():
-    def mme(rows):
-        pairs: dict[object, list[float]] = {}
-        for row in rows:
-            pairs.setdefault(row["pair"], []).append(row["score"])
-        assert all(len(scores) == 2 for scores in pairs.values()), "a group was torn or drawn into itself"
-        return sum(50 * sum(s) + 100 * (sum(s) == 2) for s in pairs.values()) / len(pairs)
-
-    rows = rows_of([{"pair": i // 2, "score": float(i % 3 > 0)} for i in range(80)])
-    # Per-pair scores are independent draws, so the error is theirs over the root of their number.
-    per_pair = [mme(rows[i : i + 2]) for i in range(0, 80, 2)]
-    formula = np.std(per_pair) / math.sqrt(40)
-    measured = bootstrap_standard_error(rows, mme, cluster_key="pair", num_resamples=3000)
-    assert measured == pytest.approx(formula, rel=0.06)
-    point, low, high = retention_interval({"t": (rows, rows)}, {"t": mme}, 50, cluster_keys={"t": "pair"})
-    assert (point, low, high) == (1.0, 1.0, 1.0)
-
-
 def test_many_questions_are_drawn_in_blocks(monkeypatch):
     whole = retention_interval({"t": (COMPRESSED, VANILLA)}, num_resamples=300)
     monkeypatch.setattr("vzip.results.stats._MAX_INDICES", 1000)
@@ -145,10 +127,8 @@ def test_errors_of_clustered_scores():
     assert np.isnan(clustered_standard_error(scores, ["one"] * 12))
     # Against the spread of the mean over resampled clusters of unequal sizes.
     labels = [0] * 5 + [1] * 3 + [2] * 2 + [3, 4]
-    rows = np.array([{"score": score, "label": label} for score, label in zip(scores, labels, strict=True)])
-    many = np.concatenate([[{**row, "label": (copy, row["label"])} for row in rows] for copy in range(40)])
-    resampled = bootstrap_standard_error(
-        many, lambda drawn: float(np.mean([row["score"] for row in drawn])), cluster_key="label", num_resamples=400
-    )
-    values, names = [row["score"] for row in many], [row["label"] for row in many]
-    assert clustered_standard_error(np.array(values), names) == pytest.approx(resampled, rel=0.12)
+    clusters = [scores[np.array(labels) == label] for label in range(5)] * 40
+    draws = np.random.default_rng(1).integers(0, len(clusters), size=(400, len(clusters)))
+    resampled = np.std([np.concatenate([clusters[i] for i in draw]).mean() for draw in draws], ddof=1)
+    values, names = np.concatenate(clusters), np.repeat(range(200), [len(cluster) for cluster in clusters]).tolist()
+    assert clustered_standard_error(values, names) == pytest.approx(resampled, rel=0.12)

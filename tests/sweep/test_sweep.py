@@ -15,8 +15,7 @@ import hydra.utils
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from tests.config.test_bad_input import script
-from tests.config.test_end_to_end import command
+from tests.config.kit import command, script
 
 import vzip
 import vzip.evaluation.run

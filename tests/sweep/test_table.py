@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.config.test_end_to_end import command  # noqa: F401  the fixture: a tiny checkpoint and a task
+from tests.config.kit import command  # noqa: F401  the fixture: a tiny checkpoint and a task
 
 from vzip.cli import main
 from vzip.errors import ConfigError

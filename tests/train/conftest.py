@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.train.commands import words
 from tests.train.kit import make_plan
 
 from vzip.train.loop import TrainPlan
+
+__all__ = ["plan", "words"]
 
 
 @pytest.fixture

@@ -8,50 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from tests.train.kit import SETTINGS
+from tests.train.machines import CPU, GIB, gpus, needs, option, preset
 
-from vzip.config.options import config_dir
 from vzip.errors import ConfigError
 from vzip.train import choosing
 from vzip.train.choosing import Device, DoesNotFitError, Place, choose_launch, find_place, several_strategies
-from vzip.train.settings import LaunchSettings, TrainSettings
+from vzip.train.settings import TrainSettings
 
-GIB = 2**30
-CPU = Device("CPU", 16 * GIB)
 LLAVA = dataclasses.replace(SETTINGS, samples_per_step=128, max_length=2048, precision="bfloat16")
-
-
-def option(name: str) -> dict[str, Any]:
-    loaded = OmegaConf.to_container(OmegaConf.load(config_dir() / "launcher" / f"{name}.yaml"))
-    assert isinstance(loaded, dict)
-    return {str(key): value for key, value in loaded.items()}
-
-
-def preset(name: str) -> LaunchSettings:
-    return LaunchSettings(**{key: value for key, value in option(name).items() if key != "name"})
-
-
-def gpus(count: int, gib: float, name: str = "GPU") -> Place:
-    return Place((Device(name, int(gib * GIB)),) * count, CPU, num_cores=64)
-
-
-def needs(base_gib: float, trained_gib: float = 0.0) -> Any:
-    """An estimate that grows with the batch as that of LLaVA-1.5-7B: 1.62 GiB a conversation of 2048 tokens, or 9.03.
-
-    ``base_gib`` are weights, ``trained_gib`` what ZeRO shares out.
-    """
-    asked: list[LaunchSettings] = []
-
-    def estimate(launch: LaunchSettings, num_processes: int) -> int:
-        asked.append(launch)
-        each = 1.62 if launch.gradient_checkpointing else 9.03
-        shared = trained_gib / num_processes if launch.uses_deepspeed else trained_gib
-        weights = base_gib / num_processes if launch.strategy == "zero3" else base_gib
-        return int((weights + shared + each * launch.batch_size) * GIB)
-
-    estimate.asked = asked  # type: ignore[attr-defined]  # for the test that counts
-    return estimate
 
 
 def choose(place: Place, estimate: Any, train: TrainSettings = LLAVA, shared: Any = None, **asked: Any) -> Any:

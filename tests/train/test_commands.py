@@ -4,72 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
-from PIL import Image
 from tests import tiny
 from tests.assembly import save_language_model, save_tower
-from tests.config.test_bad_input import script
+from tests.train.commands import composed, run
 from transformers import LlavaForConditionalGeneration
 
 import vzip
 from vzip.cli.merge import merge
 from vzip.config.build import evaluation_plan
-from vzip.config.options import config_dir
 from vzip.config.training import checked, tuning_plan
 from vzip.demo.dialogues import SceneDialogues, scene_of
 from vzip.errors import ConfigError
 from vzip.models.assemble import assemble
 from vzip.train import launch
-
-
-@pytest.fixture
-def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A tiny random checkpoint (``model``), eight samples in LLaVA's format, and the words that name both."""
-    processor = tiny.processor()
-    tiny.llava(vocab_size=len(processor.tokenizer)).save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    records: list[dict[str, Any]] = []
-    for number in range(8):
-        Image.new("RGB", (30, 20), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
-        turns = [{"from": "human", "value": "<image>\nred?"}, {"from": "gpt", "value": f"{number}"}]
-        records.append({"id": f"r{number}", "image": f"{number}.png", "conversations": turns})
-    (tmp_path / "data.json").write_text(json.dumps(records))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VZIP_CACHE", str(tmp_path / "cache"))
-    return [
-        "model=llava_local",
-        f"model.name_or_path={tmp_path / 'model'}",
-        "budget.num_dominant=6",
-        "budget.num_contextual=3",
-        "data=llava_json",
-        "data.json=data.json",
-        "train=projector",
-        "train.samples_per_step=4",
-        "train.precision=float32",
-        "train.learning_rate=0.01",
-        "launcher.device=cpu",
-    ]
-
-
-def composed(words: list[str], primary: str = "train") -> DictConfig:
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return compose(primary, words)
-
-
-def run(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
-    try:
-        script(name).main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def test_train_then_evaluate_with_the_same_words(
@@ -178,7 +130,7 @@ def test_several_processes(words: list[str], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(launch, "run_command", note)
     assert run("train", ["-m", *words, *TWO, "seed=1,2"], monkeypatch) == 0
     assert [command[-1] for command in started] == ["seed=1", "seed=2"], "a sweep goes on after its first job"
-    assert started[0][1:4] == ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    assert {"torch.distributed.run", "--nproc_per_node=2"} <= set(started[0])
 
 
 def test_trained_needs_a_training(words: list[str], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tests import tiny, tiny_mini_gemini
-from tests.media.test_video import write
+from tests.media.clips import write
 from tests.train.kit import BUDGET
 
 import vzip

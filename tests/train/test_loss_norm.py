@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.train.kit import LAUNCH, SETTINGS, Samples, load_model
-from tests.train.test_loop import curve, finish
+from tests.train.runs import curve, finish
 
 from vzip.data.collate import Collator
 from vzip.data.conversations import vicuna_v1

@@ -22,11 +22,12 @@ import vzip
 from vzip.bench.shapes import resolve
 from vzip.cli.merge import merge
 from vzip.data.collate import Collator, TrainingSample
-from vzip.data.conversations import IGNORED_LABEL, vicuna_v1
+from vzip.data.conversations import vicuna_v1
 from vzip.data.llava_record import Turn
 from vzip.data.llava_set import LlavaSet
 from vzip.data.order import draw_steps, split_step
 from vzip.errors import CheckpointError, ConfigError, ManifestError, MissingPackageError, PromptError
+from vzip.models.splice import IGNORED_LABEL
 from vzip.models.weights.tuned import apply_tuned, describe, save_tuned
 from vzip.train.distributed import check_devices, deepspeed_config
 from vzip.train.launch import LaunchError, launch_command, run_command

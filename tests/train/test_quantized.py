@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from tests import tiny
-from tests.models.test_quantization import blocks_of_64
-from tests.train.test_commands import run, words  # noqa: F401  the fixture: data and a checkpoint, replaced here
+from tests.models.quantizable import blocks_of_64
+from tests.train.commands import run
 
 import vzip
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_the_projector_alone_moves_and_fits_the_unquantized_model(
     quantization: str,
-    words: list[str],  # noqa: F811
+    words: list[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:

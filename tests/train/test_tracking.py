@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from tests.train.kit import dying_at
-from tests.train.test_loop import finish, kill_after, metrics
+from tests.train.runs import finish, kill_after, metrics
 
 from vzip.errors import CheckpointError, MissingPackageError
 from vzip.results.wandb_runs import wandb_mode

@@ -1,6 +1,6 @@
 """A record beside what its recipe must produce, or beside another record.
 
-  python -m vzip compare RUN            against its recipe's expected numbers and our own vanilla run
+  python -m vzip compare RUN            against its recipe's row in the paper's tables and our own vanilla run
   python -m vzip compare RUN OTHER      any two runs: scores, paired statistics on the same questions, settings; and how
                                         much of what OTHER loses against vanilla RUN has won back
 
@@ -18,9 +18,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vzip.errors import ConfigError, ManifestError
-from vzip.installed import checkout
-from vzip.report.expected import Expectation, ExpectedRow, read_expected
+from vzip.errors import ConfigError, ManifestError, nearest
+from vzip.report.paper_tables import Column, PaperTable, Row
+from vzip.report.table_files import read_table, row_of_recipe, table_names
 from vzip.report.two_runs import lay_out_pair, pillow_remarks
 from vzip.results.layout import print_layout
 from vzip.results.paired import Paired, compare_task
@@ -35,24 +35,24 @@ from vzip.results.record import (
     unit_factor,
 )
 
-_SUFFIX = ".expected.json"
-
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row: numbers in the expectation's unit, retentions as shares of 1; None where there is nothing to compare.
+    """One score: numbers in the column's unit, retentions as shares of 1; None where there is nothing to compare.
 
     Attributes:
-        expected: the row of the expectation.
+        column: what was measured.
+        expected: the table's number.
         measured, standard_error: ours.
         difference: measured - expected.
-        expected_retention: expected / expected of the vanilla recipe.
+        expected_retention: expected / the number in the table's row for vanilla.
         measured_retention: measured / our own vanilla run.
         paired: the uncertainty of that, and how often both runs gave the same answer; None without a vanilla run.
         verdict: "ok" or "off" by the tolerance, "-" without one, "missing" where the record lacks the task.
     """
 
-    expected: ExpectedRow
+    column: Column
+    expected: float
     measured: float | None
     standard_error: float | None
     difference: float | None
@@ -65,25 +65,31 @@ class Comparison:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m vzip compare`."""
     parser.add_argument("run", type=Path, help="run directory, or its run.json")
-    parser.add_argument("other", type=Path, nargs="?", help="another run, to compare with instead of the expectation")
-    parser.add_argument("--expected", type=Path, help=f"NAME{_SUFFIX}; by default that of the record's recipe")
+    parser.add_argument("other", type=Path, nargs="?", help="another run, to compare with instead of a table")
+    parser.add_argument(
+        "--expected",
+        metavar="TABLE",
+        help="table (python -m vzip table), or a .json file of one's own in its form; by default the recipe's",
+    )
+    parser.add_argument("--row", metavar="LABEL", help="row of it, '64, VisionZip'; by default that of the recipe")
     parser.add_argument("--vanilla", type=Path, help="run to take retention from; by default searched in the runs tree")
 
 
 def main(args: argparse.Namespace) -> int:
     """Prints the comparison. Returns 0, or 1 if a number is out of its tolerance."""
-    if args.other is not None and args.expected is not None:
-        raise ConfigError("compare RUN OTHER holds two runs against each other; leave out --expected.")
+    if args.other is not None and (args.expected or args.row) is not None:
+        raise ConfigError("compare RUN OTHER holds two runs against each other; leave out --expected and --row.")
+    if args.row is not None and args.expected is None:
+        raise ConfigError(f"--row {args.row}: say of which table, --expected TABLE.")
     run = _run(args.run)
     vanilla_path = args.vanilla or find_vanilla(run.record, args.run)
     vanilla = None if vanilla_path is None else _run(vanilla_path)
     if args.other is not None:
         print_layout(lay_out_pair(run, _run(args.other), vanilla), Console())
         return 0
-    path = args.expected or find_expected(run.record, args.run)
-    expectation = read_expected(path)
-    rows = compare(run, expectation, vanilla, _expectation_of_vanilla(expectation, path))
-    _print(run.record, expectation, rows, vanilla_path)
+    table, row = find_row(run, args.expected, args.row)
+    rows = compare(run, table, row, vanilla)
+    _print(run.record, table, row, rows, vanilla_path)
     if vanilla is not None:
         for remark in pillow_remarks(run.record, vanilla.record, "this run and the vanilla run"):
             print(remark)
@@ -94,62 +100,75 @@ def _run(path: Path) -> Run:
     return Run(record_path(path), read_record(path))
 
 
-def compare(
-    run: Run, expectation: Expectation, vanilla: Run | None = None, of_vanilla: Expectation | None = None
-) -> list[Comparison]:
-    """Compares a record with an expectation.
+def compare(run: Run, table: PaperTable, row: Row, vanilla: Run | None = None) -> list[Comparison]:
+    """Compares a record with a row of a table.
 
     Args:
         run: the run.
-        expectation: what it must produce.
+        table, row: what it must produce.
         vanilla: our own uncompressed run of the same model and questions, for the measured retention.
-        of_vanilla: what that one must produce, for the expected retention.
 
     Raises:
-        ManifestError: units that cannot be converted, e.g. an expectation in percent for a metric in points.
+        ManifestError: units that cannot be converted, e.g. a column in percent for a metric in points.
     """
-    return [_compare_row(row, run, vanilla, of_vanilla) for row in expectation.rows]
+    return [_compare_score(run, table, row, column, vanilla) for column in table.scores(row)]
 
 
-def _compare_row(row: ExpectedRow, run: Run, vanilla: Run | None, of_vanilla: Expectation | None) -> Comparison:
-    score = score_of(run.record, row.task, row.metric)
-    expected_base = None if of_vanilla is None else of_vanilla.find(row.task, row.metric)
-    expected_retention = row.value / expected_base.value if expected_base and expected_base.value else None
+def _compare_score(run: Run, table: PaperTable, row: Row, column: Column, vanilla: Run | None) -> Comparison:
+    assert column.task is not None and column.metric is not None  # table.scores
+    expected, expected_retention = row.values[column.key], table.ratio(row, column)
+    score = score_of(run.record, column.task, column.metric)
     if score is None:
-        return Comparison(row, None, None, None, expected_retention, None, "missing")
-    factor = unit_factor(run.record["tasks"][row.task]["unit"], row.unit, f"{row.task} {row.metric}")
-    measured = score.value * factor
-    difference = measured - row.value
+        return Comparison(column, expected, None, None, None, expected_retention, None, "missing")
+    factor = unit_factor(run.record["tasks"][column.task]["unit"], column.unit, f"{column.task} {column.metric}")
+    difference = score.value * factor - expected
     paired = None
     if vanilla is not None and vanilla.path.resolve() != run.path.resolve():
-        ours, theirs = answers_of(run, row.task), answers_of(vanilla, row.task)
-        paired = compare_task(run.record, vanilla.record, row.task, row.metric, ours, theirs)
+        ours, theirs = answers_of(run, column.task), answers_of(vanilla, column.task)
+        paired = compare_task(run.record, vanilla.record, column.task, column.metric, ours, theirs)
+    tolerance = row.tolerance.get(column.key)
     return Comparison(
-        row,
-        measured,
+        column,
+        expected,
+        score.value * factor,
         None if score.standard_error is None else score.standard_error * factor,
         difference,
         expected_retention,
         None if paired is None else paired.retention,
-        "-" if row.tolerance is None else ("ok" if abs(difference) <= row.tolerance else "off"),
+        "-" if tolerance is None else ("ok" if abs(difference) <= tolerance else "off"),
         paired,
     )
 
 
-def find_expected(record: Mapping[str, Any], run: Path) -> Path:
-    """The expectation beside the recipe that the record names.
+def find_row(run: Run, table: str | None = None, label: str | None = None) -> tuple[PaperTable, Row]:
+    """The numbers that a run must produce.
+
+    Args:
+        run: the run; without a label its recipe is looked for.
+        table: name or file of the table; None: the package's, then the user's own, ``configs/exp/*.json``.
+        label: the row of it.
 
     Raises:
-        ManifestError: the record names no recipe, or its recipe has no expectation.
+        ConfigError: the table has no such row, or there is no such table.
+        ManifestError: the record names no recipe, or no table has numbers for it.
     """
-    recipe = (record.get("config") or {}).get("recipe")
+    if table is not None and label is not None:
+        content = read_table(table)
+        labels = [row.label for row in content.rows]
+        if label not in labels:
+            raise ConfigError(
+                f"--row {label}: table {table} has no such row{nearest(label, labels)}: {'; '.join(labels)}."
+            )
+        return content, content.row(label)
+    recipe = (run.record.get("config") or {}).get("recipe")
+    say = "say what to compare with, --expected TABLE --row LABEL (as in --expected 1 --row '64, VisionZip')."
     if not recipe:
-        raise ManifestError(f"{run} was not made by a recipe (+exp=NAME): say what to compare with, --expected FILE.")
-    for place in (checkout(), Path.cwd()):  # ours, or a recipe of the user's own
-        expected = place / "configs" / "exp" / f"{recipe}{_SUFFIX}"
-        if expected.is_file():
-            return expected
-    raise ManifestError(f"recipe {recipe} has no configs/exp/{recipe}{_SUFFIX}: name another with --expected FILE.")
+        raise ManifestError(f"{run.path} was not made by a recipe (+exp=NAME): {say}")
+    own = (str(path) for path in sorted(Path.cwd().glob("configs/exp/*.json")))
+    found = row_of_recipe(recipe, [*table_names(), *own] if table is None else [table])
+    if found is None:
+        raise ManifestError(f"recipe {recipe} has no numbers in {f'table {table}' if table else 'any table'}: {say}")
+    return found
 
 
 def find_vanilla(record: Mapping[str, Any], run: Path) -> Path | None:
@@ -163,16 +182,12 @@ def find_vanilla(record: Mapping[str, Any], run: Path) -> Path | None:
     return None if newest is None else newest.path
 
 
-def _expectation_of_vanilla(expectation: Expectation, path: Path) -> Expectation | None:
-    if expectation.vanilla is None:
-        return None
-    beside = Path(path).with_name(f"{expectation.vanilla}{_SUFFIX}")
-    return read_expected(beside) if beside.is_file() else None
-
-
-def _print(record: Mapping[str, Any], expectation: Expectation, rows: list[Comparison], vanilla: Path | None) -> None:
+def _print(
+    record: Mapping[str, Any], expected: PaperTable, row: Row, scores: list[Comparison], vanilla: Path | None
+) -> None:
     console = Console()
-    table = Table(title=f"{expectation.recipe}: measured beside expected", title_justify="left")
+    title = (record.get("config") or {}).get("recipe") or f"{expected.title}, {row.label}"
+    table = Table(title=f"{title}: measured beside expected", title_justify="left")
     for name in ("task", "metric", "unit"):
         table.add_column(name, overflow="fold")
     for name in (
@@ -187,25 +202,26 @@ def _print(record: Mapping[str, Any], expectation: Expectation, rows: list[Compa
     ):
         table.add_column(name, justify="right")
     table.add_column("verdict")
-    for row in rows:
+    for score in scores:
         table.add_row(
-            row.expected.task,
-            row.expected.metric,
-            row.expected.unit,
-            f"{row.expected.value:g}",
-            _number(row.measured),
-            _number(row.standard_error),
-            _number(row.difference, sign=True),
-            _percent(row.expected_retention),
-            _percent(row.measured_retention),
-            _interval(row.paired),
-            _percent(None if row.paired is None else row.paired.agreement),
-            row.verdict,
+            score.column.task,
+            score.column.metric,
+            score.column.unit,
+            f"{score.expected:g}",
+            _number(score.measured),
+            _number(score.standard_error),
+            _number(score.difference, sign=True),
+            _percent(score.expected_retention),
+            _percent(score.measured_retention),
+            _interval(score.paired),
+            _percent(None if score.paired is None else score.paired.agreement),
+            score.verdict,
         )
     console.print(table)
-    for row in rows:
-        console.print(f"{row.expected.task}: {row.expected.source}. {row.expected.protocol}.", markup=False)
-    if any(row.paired is not None for row in rows):
+    for score in scores:
+        protocol = f" {score.column.protocol}." if score.column.protocol else ""
+        console.print(f'{score.column.task}: {expected.source}, row "{row.label}".{protocol}', markup=False)
+    if any(score.paired is not None for score in scores):
         console.print(
             "same: share of questions to which the vanilla run gave the same answer; ~: not from the same questions"
         )

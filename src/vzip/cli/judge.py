@@ -115,7 +115,7 @@ def main(args: argparse.Namespace, console: Console | None = None) -> int:
         for kind in map(judged_task, run.tasks)
     }
     run.tasks = open_tasks(run, settings, overwrite=args.overwrite)
-    from vzip.evaluation.judge.client import Judge  # only here: it needs httpx, the options above do not
+    from vzip.evaluation.judge.client import Judge  # only here: it needs openai, the options above do not
 
     with contextlib.ExitStack() as stack:
         cache = stack.enter_context(closing(ReplyCache(args.cache or cache_folder() / "judge.sqlite")))

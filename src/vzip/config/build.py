@@ -22,6 +22,7 @@ from vzip.config.validate import BUILT_IN, TRAINED, VIDEO, build_compressor, val
 from vzip.errors import CheckpointError, ConfigError, RunExistsError, nearest
 from vzip.installed import check_quantization, program
 from vzip.results.files import check_writable
+from vzip.results.record import RECORD_NAME
 
 if TYPE_CHECKING:
     from vzip.compressors import Compressor
@@ -87,7 +88,7 @@ class EvaluationPlan:
     def as_it_stands_now(self) -> EvaluationPlan:
         """The plan, or that it is done: another job that runs at the same time may have been this very run."""
         run_dir = self.evaluation["run_dir"]
-        if self.finished is not None or self.evaluation["overwrite"] or not (run_dir / "run.json").exists():
+        if self.finished is not None or self.evaluation["overwrite"] or not (run_dir / RECORD_NAME).exists():
             return self
         return replace(self, finished=same_run(run_dir, self.evaluation["resolved_config"]))
 
@@ -167,7 +168,7 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
     model, evaluation = config["model"], config["eval"]
     model |= tuned_record(projector) | adapter_record(model["adapter_path"])
     finished = None
-    if (run_dir / "run.json").exists() and not config["overwrite"]:
+    if (run_dir / RECORD_NAME).exists() and not config["overwrite"]:
         finished = same_run(run_dir, config) if of_sweep else None
         if finished is None:
             raise RunExistsError(

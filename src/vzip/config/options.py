@@ -36,14 +36,15 @@ def options(directory: Path, group: str) -> list[str]:
 
 
 def option_values(directory: Path, group: str, name: str) -> dict[str, Any]:
-    """What an option's file sets, on top of the options that its defaults list builds on; nothing if there is no file.
+    """What an option's file sets, on top of the files that its defaults list builds on; nothing if there is no file.
 
     Interpolations stay as they are written. What a file overrides in other groups is not its own.
 
     Raises:
         ConfigError: a file that is no mapping.
     """
-    path = directory / group / f"{name}.yaml"
+    relative = name.removesuffix("@_here_")
+    path = directory / (f"{relative[1:]}.yaml" if relative.startswith("/") else f"{group}/{relative}.yaml")
     if not path.is_file():
         return {}
     loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)

@@ -16,6 +16,7 @@ from vzip.config.validate import BUILT_IN, VIDEO
 from vzip.errors import VzipError
 from vzip.evaluation.benchmarks.judged import JUDGED_TASKS
 from vzip.evaluation.benchmarks.question_counts import known_counts, num_questions
+from vzip.results.record import RECORD_NAME
 
 if TYPE_CHECKING:
     from vzip.bench.shapes import BenchModel
@@ -49,7 +50,7 @@ def preview(plan: EvaluationPlan) -> str:
         "benchmarks": f"{_total(plan)}: {', '.join(listed)}",
         "judge": f"scores {', '.join(judged)} afterwards, by the next line" if judged else "not needed",
         **({"": f"python -m vzip judge {run_dir}"} if judged else {}),
-        "record": str(run_dir / "run.json"),
+        "record": str(run_dir / RECORD_NAME),
     }
     return "\n".join(["the plan:", *(_row(heading, text) for heading, text in rows.items())])
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from vzip.errors import ImageError, PromptError, UnsupportedModelError, VideoError
 from vzip.media.images import load_image
 from vzip.media.video import VideoSource, load_video
+from vzip.models.splice import IGNORED_LABEL
 
-from .conversations import IGNORED_LABEL, Encoded, Template, encode, truncate
+from .conversations import Encoded, Template, encode, truncate
 from .llava_record import Turn
 
 

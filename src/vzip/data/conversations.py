@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vzip.errors import ConfigError, PromptError, nearest
+from vzip.models.splice import IGNORED_LABEL
 
 from .llava_record import IMAGE_PLACEHOLDER, Turn
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vzip.results import provenance
+from vzip.results.record import SCHEMA_VERSION
 
 from .answering.answers import count_sizes
 from .benchmarks.catalog import task_config
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from .answering.questions import Key
     from .lmms_eval.model import VzipLmms
 
-SCHEMA_VERSION = 1
 # What lmms-eval logs about a sample beside its scores.
 _NOT_SCORES = frozenset(
     {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "input_media"}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vzip.errors import ConfigError, RunExistsError, nearest
 from vzip.results import provenance
 from vzip.results.files import naming_a_full_disk, naming_the_file, write_json, write_jsonl
+from vzip.results.record import RECORD_NAME, SAMPLES_NAME
 from vzip.results.wandb_runs import check_wandb
 
 from .answering.batching import BatchSize, check_batch_size
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from .lmms_eval.model import OnProblem
 
-RECORD_NAME = "run.json"
-SAMPLES_NAME = "samples.jsonl"
 _PICTURES_PER_TASK = 2  # shown by a tracker
 
 

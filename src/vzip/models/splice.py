@@ -17,7 +17,7 @@ from torch.nn import functional
 from vzip.errors import PromptError
 
 PaddingSide = Literal["left", "right"]
-IGNORED_LABEL = -100
+IGNORED_LABEL = -100  # torch's cross entropy leaves it out
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from vzip.installed import program
 
 AVERAGE = "average"  # stands for the average where a column is named
+# Shares of 100 and of 1, and a benchmark's own scale.
+SCORE_UNITS = ("percent", "fraction", "points")
 # Units in which less is better; their ratio is a factor saved, not a retention.
 COST_UNITS = ("s", "ms", "h", "MB")
 
@@ -22,12 +24,13 @@ class Column:
 
     Attributes:
         key, title: its name here and in the paper.
-        unit: "percent", "points" or one of ``COST_UNITS``.
+        unit: one of ``SCORE_UNITS`` or ``COST_UNITS``.
         task, metric: lmms-eval's names of what produces it; of a cost, the one task that the run must consist of.
         cost: the field of a record that holds a cost, with a dot between nested names.
         bench: the stage of ``python -m vzip bench`` that holds it.
         training: what of a training holds it: "hours", or "memory_gib" of one GPU.
         none: why nothing here produces it.
+        protocol: how the paper's number was made, and what differs here.
     """
 
     key: str
@@ -39,6 +42,7 @@ class Column:
     bench: str | None = None
     training: str | None = None
     none: str | None = None
+    protocol: str | None = None
 
     @property
     def is_cost(self) -> bool:
@@ -61,6 +65,9 @@ class Row:
         bench: the words for ``python -m vzip bench`` that measure it; empty where no column asks for that.
         train: for each call of train.py that the row tells of its words, in order; empty likewise. ``{before}`` stands
             for the tuned weights of the call before.
+        tolerance: by column the largest difference that counts as reproduced; absent: not judged. The paper states no
+            spread, so its tables have none.
+        values_of: the table that the values are taken from, or None.
     """
 
     tokens: int
@@ -73,6 +80,8 @@ class Row:
     base: str | None
     bench: tuple[str, ...] = ()
     train: tuple[tuple[str, ...], ...] = ()
+    tolerance: Mapping[str, float] = field(default_factory=dict)
+    values_of: str | None = None
 
     @property
     def label(self) -> str:
@@ -132,6 +141,10 @@ class PaperTable:
     def column(self, key: str) -> Column:
         """The column of a key."""
         return next(column for column in self.columns if column.key == key)
+
+    def scores(self, row: Row) -> tuple[Column, ...]:
+        """The columns of which a row gives a number that an evaluation measures."""
+        return tuple(column for column in self.columns if column.metric and column.key in row.values)
 
     def reason(self, row: Row, column: Column) -> str | None:
         """Why no run here gives this cell; None where one does."""

@@ -6,16 +6,18 @@ A number stands in one file only: a row with ``values_of`` takes its numbers fro
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from vzip.errors import ConfigError, ManifestError, nearest
 
-from .paper_tables import Column, Mismatch, PaperTable, Row
+from .paper_tables import COST_UNITS, SCORE_UNITS, Column, Mismatch, PaperTable, Row
 
 FOLDER = Path(__file__).parent / "tables"
+_ROW = frozenset((*(field.name for field in fields(Row)), "extra"))
 
 
 def table_names() -> list[str]:
@@ -49,6 +51,16 @@ def read_table(name: str) -> PaperTable:
         ) from error
 
 
+def row_of_recipe(recipe: str, names: Iterable[str]) -> tuple[PaperTable, Row] | None:
+    """The row of scores that a recipe, and no other override, produces; None where no table has one.
+
+    A table with numbers of its own goes before one that takes them over, one with an average before one without.
+    """
+    rows = [(table, row) for table in map(read_table, names) for row in table.rows]
+    found = [(table, row) for table, row in rows if row.run == (f"+exp={recipe}",) and table.scores(row)]
+    return min(found, key=lambda pair: (pair[1].values_of is not None, not pair[0].average_over), default=None)
+
+
 @cache
 def _columns() -> dict[str, Column]:
     return {key: Column(key, **entry) for key, entry in _load(FOLDER / "columns.json").items()}
@@ -67,6 +79,11 @@ def _table(path: Path, content: dict[str, Any], known: Mapping[str, Column]) -> 
     for key in content["columns"]:
         if key not in known:
             raise ManifestError(f"{path}: column {key!r} is not known{nearest(key, known)}; see own_columns.")
+        if content["columns"].count(key) > 1:
+            raise ManifestError(f"{path}: column {key!r} stands there twice.")
+        if known[key].unit not in (*SCORE_UNITS, *COST_UNITS):
+            units = ", ".join((*SCORE_UNITS, *COST_UNITS))
+            raise ManifestError(f"{path}, column {key!r}: unit is {known[key].unit!r}, must be one of {units}.")
     columns = tuple(known[key] for key in content["columns"])
     vanilla = next((f"{r['tokens']}, vanilla" for r in content["rows"] if r["method"] == "vanilla"), None)
     base = content.get("base", vanilla)
@@ -100,7 +117,14 @@ def _row(path: Path, row: dict[str, Any], columns: tuple[Column, ...], base: str
     label = f"{row['tokens']}, {row['method']}"
     if ("run" in row) == ("none" in row):
         raise ManifestError(f"{path}, row {label!r}: must have either run (words for eval.py) or none (why not).")
+    for key in sorted(row.keys() - _ROW):
+        raise ManifestError(f"{path}, row {label!r}: {key!r} is no key of a row{nearest(key, _ROW)}.")
     keys = [column.key for column in columns]
+    tolerance = _by_column(path, label, keys, row.get("tolerance"))
+    if min(tolerance.values(), default=0) < 0:
+        raise ManifestError(
+            f"{path}, row {label!r}: tolerance has {min(tolerance.values())}, must be 0 or more, or null."
+        )
     values = dict(row.get("extra", {}))
     if "values_of" in row:
         of = read_table(row["values_of"]).row(label).values
@@ -116,6 +140,8 @@ def _row(path: Path, row: dict[str, Any], columns: tuple[Column, ...], base: str
         row.get("base", base),
         tuple(row.get("bench", "").split()),
         tuple(tuple(words.split()) for words in row.get("train", ())),
+        tolerance,
+        row.get("values_of"),
     )
 
 
@@ -124,4 +150,7 @@ def _by_column(path: Path, label: str, keys: list[str], numbers: list[float | No
         return {}
     if len(numbers) != len(keys):
         raise ManifestError(f"{path}, row {label!r}: {len(numbers)} numbers for {len(keys)} columns.")
+    for key, number in zip(keys, numbers, strict=True):
+        if isinstance(number, bool) or not isinstance(number, int | float | None):
+            raise ManifestError(f"{path}, row {label!r}: {key} is {number!r}, must be a number or null.")
     return {key: number for key, number in zip(keys, numbers, strict=True) if number is not None}

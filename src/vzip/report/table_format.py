@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from vzip.evaluation.benchmarks.protocols import protocol_of
 from vzip.results.layout import Layout, Piece
+from vzip.results.paired import UNPAIRED
 
 from .paper_tables import Mismatch, PaperTable
 from .table_fill import FilledAverage, FilledCell, FilledRow
@@ -25,7 +26,6 @@ RETENTION = (
 )
 SAVED = "of a cost, retention is the factor saved against our own vanilla run on the same machine"
 AGREEMENT = "same answers: share of questions to which our vanilla run gave the same answer, right or wrong, in percent"
-UNPAIRED = "~: not from the same questions but from two standard errors, which is too wide"
 PARTIAL = "Avg of n/m: over the n columns that ours has; its difference is to the paper's numbers over the same columns"
 CSV_FIELDS = [
     "table",

@@ -9,7 +9,7 @@ from typing import Any
 from vzip.errors import ManifestError
 from vzip.results.averages import Share, average_retention, recovered_share
 from vzip.results.layout import Layout, Piece
-from vzip.results.paired import Paired, compare_task
+from vzip.results.paired import UNPAIRED, Paired, compare_task
 from vzip.results.record import Run, Score, answers_of, metrics_of, score_of
 
 # What says how a run was made; the rest of a record is its result.
@@ -36,7 +36,6 @@ _LEGEND = (
     "only B, only A: questions that only that run answered rightly; p: McNemar's exact test; same: answers that are the"
     " same, in percent",
 )
-_UNPAIRED = "~: not from the same questions but from two standard errors, which is too wide"
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def lay_out_pair(run: Run, other: Run, vanilla: Run | None = None) -> Layout:
     if vanilla is not None and vanilla.path.resolve() not in (run.path.resolve(), other.path.resolve()):
         remarks.append(_won_back(run, other, vanilla))
     if any(pair.paired is not None and pair.paired.low is not None and not pair.paired.is_paired for pair in pairs):
-        remarks.append(_UNPAIRED)
+        remarks.append(UNPAIRED)
     remarks += dict.fromkeys(pair.unpaired_because for pair in pairs if pair.unpaired_because is not None)
     for name, record, reference in (("A", run.record, other.record), ("B", other.record, run.record)):
         only = [task for task in record["tasks"] if task not in reference["tasks"]]

@@ -24,6 +24,10 @@ SIGNIFICANCE = 0.05
 Rows = Sequence[Mapping[str, Any]]
 
 
+# What a mark "~" at an interval says.
+UNPAIRED = "~: not from the same questions but from two standard errors, which is too wide"
+
+
 @dataclass(frozen=True)
 class Paired:
     """One task and metric of two runs.

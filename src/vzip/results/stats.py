@@ -45,7 +45,6 @@ def bootstrap_standard_error(
     rows: np.ndarray,
     aggregate: Aggregate,
     *,
-    cluster_key: str | None = None,
     num_resamples: int = 200,
     seed: int = 0,
 ) -> float:
@@ -54,16 +53,11 @@ def bootstrap_standard_error(
     Args:
         rows: one entry a question, any type (object arrays of dicts are fine).
         aggregate: rows -> score.
-        cluster_key: see ``retention_interval``.
         num_resamples: how often to draw.
         seed: of the draws.
     """
-    units = _units(rows, cluster_key)
-    values = [
-        aggregate(_take(rows, draw, units, cluster_key))
-        for block in _draws(len(units), num_resamples, np.random.default_rng(seed))
-        for draw in block
-    ]
+    blocks = _draws(len(rows), num_resamples, np.random.default_rng(seed))
+    values = [aggregate(rows[draw]) for block in blocks for draw in block]
     return float(np.std(values, ddof=1))
 
 
@@ -73,7 +67,6 @@ def retention_interval(
     num_resamples: int = 2000,
     seed: int = 0,
     confidence: float = 0.95,
-    cluster_keys: Mapping[str, str] | None = None,
 ) -> tuple[float, float, float]:
     """Retention (compressed score / vanilla score, averaged over tasks) with a percentile bootstrap interval.
 
@@ -84,8 +77,6 @@ def retention_interval(
         num_resamples: how often to draw.
         seed: of the draws; a task's draws do not depend on which other tasks there are.
         confidence: of the interval, between 0 and 1.
-        cluster_keys: for each task whose questions are scored in groups (MME: two a picture), the key of its rows that
-            names the group. A group is drawn whole; drawn twice it counts as two groups, under new names.
 
     Returns:
         (point, low, high); 1.0 is "as good as vanilla".
@@ -97,10 +88,7 @@ def retention_interval(
         raise ConfigError("retention needs at least one task that both runs have.")
     points, resampled = [], []
     for task, (compressed, vanilla) in per_task.items():
-        key = (cluster_keys or {}).get(task)
-        point, ratios = resampled_retention(
-            task, compressed, vanilla, (aggregate or {}).get(task), num_resamples, seed, cluster_key=key
-        )
+        point, ratios = resampled_retention(task, compressed, vanilla, (aggregate or {}).get(task), num_resamples, seed)
         points.append(point)
         resampled.append(ratios)
     low, high = percentile_interval(np.mean(resampled, axis=0), confidence)
@@ -114,8 +102,6 @@ def resampled_retention(
     aggregate: Aggregate | None = None,
     num_resamples: int = 2000,
     seed: int = 0,
-    *,
-    cluster_key: str | None = None,
 ) -> tuple[float, NDArray[np.float64]]:
     """Retention on one task, and ``[num_resamples]`` bootstrap values of it, not finite where vanilla scored 0.
 
@@ -134,8 +120,7 @@ def resampled_retention(
     if base == 0:
         raise ConfigError(f"task {task}: the vanilla score is 0, so retention is not defined. Leave the task out.")
     rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
-    ratios = _resampled_ratios(compressed, vanilla, score, cluster_key, num_resamples, rng)
-    return score(compressed) / base, ratios
+    return score(compressed) / base, _resampled_ratios(compressed, vanilla, score, num_resamples, rng)
 
 
 def percentile_interval(resampled: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
@@ -186,48 +171,24 @@ def _resampled_ratios(
     compressed: np.ndarray,
     vanilla: np.ndarray,
     score: Aggregate,
-    cluster_key: str | None,
     num_resamples: int,
     rng: np.random.Generator,
 ) -> NDArray[np.float64]:
     """``[num_resamples]`` ratios; not finite where vanilla scored 0."""
-    units = _units(vanilla, cluster_key)
     tops: list[np.ndarray] = []
     bottoms: list[np.ndarray] = []
-    for block in _draws(len(units), num_resamples, rng):
+    for block in _draws(len(vanilla), num_resamples, rng):
         for rows, scores in ((compressed, tops), (vanilla, bottoms)):
             if score is _mean:  # the common case, a whole block at once
                 scores.append(rows[block].mean(axis=1, dtype=np.float64))
             else:
-                scores.append(np.array([score(_take(rows, draw, units, cluster_key)) for draw in block], dtype=float))
+                scores.append(np.array([score(rows[draw]) for draw in block], dtype=float))
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.concatenate(tops) / np.concatenate(bottoms)
 
 
-def _draws(num_units: int, num_resamples: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-    """Blocks ``[b, num_units]`` of unit indices drawn with replacement, ``num_resamples`` rows in all."""
-    step = max(1, _MAX_INDICES // num_units)
+def _draws(num_questions: int, num_resamples: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """Blocks ``[b, num_questions]`` of indices drawn with replacement, ``num_resamples`` rows in all."""
+    step = max(1, _MAX_INDICES // num_questions)
     for start in range(0, num_resamples, step):
-        yield rng.integers(0, num_units, size=(min(step, num_resamples - start), num_units))
-
-
-def _units(rows: np.ndarray, cluster_key: str | None) -> list[list[int]]:
-    """The rows that are drawn together: each alone, or all of one label."""
-    if cluster_key is None:
-        return [[row] for row in range(len(rows))]
-    by_label: dict[object, list[int]] = {}
-    for index, row in enumerate(rows):
-        by_label.setdefault(row[cluster_key], []).append(index)
-    return list(by_label.values())
-
-
-def _take(rows: np.ndarray, draw: NDArray[np.int64], units: list[list[int]], cluster_key: str | None) -> np.ndarray:
-    """The rows of the drawn units; groups under new names, since an aggregate tells groups apart by their name."""
-    if cluster_key is None:
-        return rows[draw]
-    renamed: list[dict[str, object]] = []
-    for order, unit in enumerate(draw):
-        renamed += [{**dict(rows[index]), cluster_key: order} for index in units[unit]]
-    taken = np.empty(len(renamed), dtype=object)
-    taken[:] = renamed
-    return taken
+        yield rng.integers(0, num_questions, size=(min(step, num_resamples - start), num_questions))

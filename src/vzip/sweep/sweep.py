@@ -216,9 +216,9 @@ def distinct_words(words: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
 
 def _run(run_dir: Path) -> Any:
     """The record of a finished evaluation; None for a training."""
-    from vzip.results.record import Run, read_record, record_path
+    from vzip.results.record import RECORD_NAME, Run, read_record
 
-    path = record_path(run_dir) if run_dir.is_dir() else run_dir / "run.json"
+    path = run_dir / RECORD_NAME
     return Run(path, read_record(path)) if path.is_file() else None
 
 

@@ -13,9 +13,9 @@ from vzip.bench import shapes
 from vzip.bench.shapes import BenchModel
 from vzip.compressors import Compressor
 from vzip.data.collate import Batch
-from vzip.data.conversations import IGNORED_LABEL
 from vzip.errors import ConfigError
 from vzip.models.families import Adapter, FamilyOptions
+from vzip.models.splice import IGNORED_LABEL
 from vzip.models.vlm import CompressedVlm
 
 from .quantized import quantize

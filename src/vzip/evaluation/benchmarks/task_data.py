@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,8 @@ _OFFLINE = (
 def check_data(manager: TaskManager, tasks: Sequence[str]) -> None:
     """Makes one short request if a task's data comes from the hub; lmms-eval would try for minutes.
 
-    With ``HF_HUB_OFFLINE=1`` nothing is asked: what is not in the cache is an error when it is loaded.
+    What has answered once in this process is not asked again. With ``HF_HUB_OFFLINE=1`` nothing is asked: what is not
+    in the cache is an error when it is loaded.
 
     Raises:
         ManifestError: the hub cannot be reached, or a task wants a token and there is none.
@@ -43,9 +45,7 @@ def check_data(manager: TaskManager, tasks: Sequence[str]) -> None:
         return
     name, path = remote[0][0], remote[0][1]["dataset_path"]
     try:
-        HfApi().dataset_info(path, timeout=TIMEOUT_S)
-    except HfHubHTTPError:
-        pass  # an answer; what it means for this data set is seen when it is loaded
+        _ask_hub(path)
     except (HttpError, OSError) as error:
         raise ManifestError(
             f"task {name}: its data set {path} is on the hub, which cannot be reached"
@@ -54,6 +54,13 @@ def check_data(manager: TaskManager, tasks: Sequence[str]) -> None:
     wanting = [name for name, config in remote if (config.get("dataset_kwargs") or {}).get("token") is True]
     if wanting and get_token() is None:
         raise ManifestError(f"task {wanting[0]}: its data set {path} is on the hub, and {_LOGIN}")
+
+
+@functools.cache  # an error is not kept
+def _ask_hub(path: str) -> None:
+    # An error's status is an answer too: what it means for this data set is seen when it is loaded.
+    with contextlib.suppress(HfHubHTTPError):
+        HfApi().dataset_info(path, timeout=TIMEOUT_S)
 
 
 @contextlib.contextmanager

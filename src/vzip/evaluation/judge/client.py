@@ -6,24 +6,13 @@ a cached reply or a message, and is struck out of what a server says.
 
 from __future__ import annotations
 
-import ssl
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
-import httpx
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    stop_after_attempt,
-    stop_when_event_set,
-    wait_random_exponential,
-)
-from tenacity.nap import sleep_using_event
+import openai
 
 from vzip.errors import JudgeError
 
@@ -48,6 +37,7 @@ class Reply:
         served_model: the model's exact name by the endpoint's word.
         num_prompt_tokens, num_reply_tokens: by the endpoint's word, unusable replies included.
         cached: it was asked for earlier.
+        refused: asking again is of no use.
     """
 
     text: str
@@ -56,14 +46,11 @@ class Reply:
     num_prompt_tokens: int = 0
     num_reply_tokens: int = 0
     cached: bool = False
+    refused: bool = False
 
 
-class _TryAgain(Exception):
-    """The endpoint failed in a way that may pass; ``after_s`` is the pause that it asks for."""
-
-    def __init__(self, message: str, after_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.after_s = after_s
+class _Ended(openai.OpenAIError):
+    """The asking as a whole has ended; of all errors its own are the ones that the client does not try again."""
 
 
 class Judge:
@@ -75,8 +62,8 @@ class Judge:
         key: see ``read_key``.
         num_workers: requests under way at once.
         num_asks: how often a question is asked that gets no usable reply.
-        num_attempts: how often a request is sent that fails in a way that may pass.
-        max_wait_s: longest pause between attempts, unless the endpoint asks for more.
+        num_attempts: how often a request is sent that fails in a way that may pass, about a minute in all; a pause that
+            the endpoint asks for is kept up to two minutes.
         timeout_s: how long one request may take.
     """
 
@@ -88,27 +75,20 @@ class Judge:
         key: str | None = None,
         num_workers: int = 8,
         num_asks: int = 3,
-        num_attempts: int = 8,
-        max_wait_s: float = 60.0,
+        num_attempts: int = 12,
         timeout_s: float = 60.0,
     ) -> None:
         self.settings, self.cache = settings, cache
         self.num_workers, self.num_asks = num_workers, num_asks
         self._key = key
+        self._headers = {} if key else {"Authorization": openai.Omit()}
         self._stop = threading.Event()
-        self._backoff = wait_random_exponential(max=max_wait_s)
-        self._retrying = Retrying(
-            retry=retry_if_exception_type((_TryAgain, httpx.TransportError)),
-            stop=stop_after_attempt(num_attempts) | stop_when_event_set(self._stop),
-            wait=self._wait,
-            sleep=sleep_using_event(self._stop),
-            reraise=True,
-        )
-        self._client = httpx.Client(
-            verify=_certificates(),
+        self._client = openai.OpenAI(
+            base_url=settings.base_url,
+            api_key=key or "none",
+            max_retries=num_attempts - 1,
             timeout=timeout_s,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            limits=httpx.Limits(max_connections=num_workers),
+            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._check_on]}),
         )
 
     def close(self) -> None:
@@ -143,9 +123,9 @@ class Judge:
         for _ in range(self.num_asks):
             reply = self._send(messages)
             spent = [spent[0] + reply.num_prompt_tokens, spent[1] + reply.num_reply_tokens]
-            if reply.problem is not None:
+            if reply.refused:
                 break
-            if usable(reply.text):
+            if reply.problem is None and usable(reply.text):
                 entry = {"text": reply.text, "served_model": reply.served_model}
                 self.cache.put(ReplyCache.key(self._request(messages)), entry)
                 return replace(reply, num_prompt_tokens=spent[0], num_reply_tokens=spent[1])
@@ -205,32 +185,35 @@ class Judge:
         body = self._request(messages)
         url = f"{body.pop('base_url').rstrip('/')}/chat/completions"
         try:
-            return self._retrying(self._post, url, body)
-        except (_TryAgain, httpx.HTTPError) as error:
-            raise JudgeError(f"{url}: {str(error) or type(error).__name__}") from error
-
-    def _wait(self, state: RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome else None
-        return max(self._backoff(state), error.after_s if isinstance(error, _TryAgain) else 0.0)
-
-    def _post(self, url: str, body: dict[str, Any]) -> Reply:
-        response = self._client.post(url, json=body)
-        status = response.status_code
-        said = f"HTTP {status} {self._shown(response.text)}"
-        if status in (408, 409, 425, 429) or status >= 500:
-            raise _TryAgain(said, _seconds(response.headers.get("Retry-After")))
-        if status in (401, 403, 404):
-            raise JudgeError(f"{url} refuses ({said}). Check {KEY_VARIABLE}, --base-url and --model {body['model']}.")
-        if status != 200:
-            return Reply("", f"refused: {said}")
+            content = self._client.chat.completions.create(**body, extra_headers=self._headers)
+        except openai.APIStatusError as error:
+            status = error.status_code
+            said = f"HTTP {status} {self._shown(error.response.text)}"
+            if status in (401, 403, 404):
+                check = f"Check {KEY_VARIABLE}, --base-url and --model {body['model']}."
+                raise JudgeError(f"{url} refuses ({said}). {check}") from error
+            if status in (408, 409, 429) or status >= 500:
+                raise JudgeError(f"{url}: {said}") from error
+            return Reply("", f"refused: {said}", refused=True)
+        except openai.OpenAIError as error:
+            raise JudgeError(f"{url}: {self._shown(str(error.__cause__ or error))}") from error
+        except ValueError as error:
+            return Reply("", f"not a chat completion: {error}")
         try:
-            content = response.json()
-            text = content["choices"][0]["message"]["content"] or ""
-            usage = content.get("usage") or {}
-            num_sent, num_received = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
-            return Reply(self._struck(str(text)), None, content.get("model"), num_sent, num_received)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise _TryAgain(f"not a chat completion: {self._shown(response.text)}") from error
+            text = content.choices[0].message.content or ""
+            usage = content.usage
+            counts = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
+            return Reply(self._struck(text), None, content.model, *counts)
+        except (
+            LookupError,
+            TypeError,
+            AttributeError,
+        ):  # the client reads JSON as it comes, and other text as a string
+            return Reply("", f"not a chat completion: {self._shown(str(content))}")
+
+    def _check_on(self, request: object) -> None:
+        if self._stop.is_set():
+            raise _Ended
 
     def _shown(self, text: str) -> str:
         return self._struck(" ".join(text.split()))[:_NUM_CHARACTERS_SHOWN]
@@ -238,14 +221,3 @@ class Judge:
     def _struck(self, text: str) -> str:
         """The text without the key: servers repeat what they were given."""
         return text.replace(self._key, "***") if self._key else text
-
-
-@cache
-def _certificates() -> ssl.SSLContext:
-    """httpx's own, read once a process."""
-    return httpx.create_ssl_context()
-
-
-def _seconds(retry_after: str | None) -> float:
-    """Of a Retry-After header; 0 where there is none, or a date."""
-    return float(retry_after) if retry_after and retry_after.isdigit() else 0.0
