@@ -20,6 +20,7 @@ ROOMS = [
     ["installed"],
     ["ops", "media"],
     ["compressors"],
+    ["methods"],
     ["models.environment", "models.devices", "models.hub"],
     ["models.towers"],
     ["models.families"],

@@ -71,3 +71,17 @@ def entries() -> list[Entry]:
         else Entry(**{**entry, "says": (entry["says"],)})
         for entry in listed
     ]
+
+
+def shown_files() -> dict[str, str]:
+    """The files that README shows whole, by the path in their first line."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"^```(?:python|yaml)\n# ((?:src|configs)/\S+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+
+
+def write_files(root: str | Path) -> None:
+    """Writes them, below ``root``."""
+    for name, text in shown_files().items():
+        target = Path(root) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
