@@ -8,12 +8,14 @@ import resource
 import shutil
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.evaluation.killed_run import Runs
+from tqdm import tqdm
 
 from vzip.errors import RunWriteError
 from vzip.evaluation.answering import resume
@@ -156,6 +158,9 @@ class TestFullDisk:
         with pytest.raises(RunWriteError, match=f"{tmp_path}: cannot be written .No space left on device"):
             start(vlm, include_path, tmp_path)
         assert not (tmp_path / "run.json").exists() and (tmp_path / PARTIAL).exists()
+        # A bar that could not be drawn has kept tqdm's lock, which threads of the next run would wait for.
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(takes_and_gives_back, tqdm.get_lock()).result()
 
     def test_a_run_goes_on_when_there_is_room(self, vlm, include_path, tmp_path, whole, monkeypatch):
         from vzip.evaluation import run
@@ -170,6 +175,13 @@ class TestFullDisk:
         record = start(vlm, include_path, tmp_path / "run")
         assert record["num_resumed_answers"] == 8
         assert_same_result(tmp_path / "run", whole)
+
+
+def takes_and_gives_back(lock: Any) -> bool:
+    taken = lock.acquire(timeout=1)
+    if taken:
+        lock.release()
+    return taken
 
 
 def start(vlm: Any, include_path: Path, run_dir: Path, **kwargs: Any) -> dict[str, Any]:

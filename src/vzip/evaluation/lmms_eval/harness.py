@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,7 @@ def run_lmms_eval(
     """
     from lmms_eval.evaluator import simple_evaluate
     from tenacity import RetryError
+    from tqdm import tqdm
 
     from .model import ShareAnsweredError
 
@@ -81,6 +83,10 @@ def run_lmms_eval(
             )
     except ShareAnsweredError:
         return None
+    except OSError:
+        # A bar that cannot be drawn, as on a full disk, keeps tqdm's lock: this process's next run would wait for it.
+        tqdm.set_lock(threading.RLock())
+        raise
     except RetryError as error:
         # lmms-eval wraps data loading and scoring in retries, which hide what went wrong.
         cause = error.last_attempt.exception()
