@@ -192,11 +192,14 @@ class TestTrouble:
 
 
 class TestKey:
-    def test_it_is_in_nothing_but_the_header(self, judge_of, tmp_path):
+    def test_it_is_in_nothing_but_the_header(self, judge_of, tmp_path, monkeypatch):
+        for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
+            monkeypatch.setenv(name, "private")
         with running(lambda request, number: Answer(f"you sent {KEY}")) as endpoint:
             judge = judge_of(endpoint.url)
             reply = judge.ask(chat("a"))
         assert endpoint.keys == [f"Bearer {KEY}"]
+        assert KEY not in repr(endpoint.headers) and "private" not in repr(endpoint.headers)
         assert reply.text == "you sent ***"
         assert KEY not in repr(judge.settings) + repr(endpoint.requests)
         assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.iterdir())
