@@ -159,6 +159,15 @@ class TestTrouble:
             assert sum(reply.cached for reply in judge_of(endpoint.url).ask_all(chats)) == asked
             assert len(endpoint.requests) == 20
 
+    def test_an_end_is_not_held_up_by_what_is_tried_again(self, judge_of):
+        def answer(request, number):
+            first = request["messages"][0]["content"] == "q0"
+            return Answer(status=401, body="wrong key", delay_s=0.1) if first else Answer(status=500, body="oops")
+
+        with running(answer) as endpoint, pytest.raises(JudgeError, match="HTTP 401"):
+            judge_of(endpoint.url, num_attempts=500).ask_all([chat(f"q{i}") for i in range(4)])
+        assert len(endpoint.requests) < 200, "the others go on through all their attempts"
+
     def test_nonsense_is_asked_again_and_then_named(self, judge_of):
         def answer(request, number):
             return Answer("what?" if "odd" in request["messages"][0]["content"] else "yes")
