@@ -14,9 +14,9 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
+from vzip.demo.render import CELL, CHARACTERS
+
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold")
-CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-CELL = 64  # pixels; one character a cell, one font a row
 
 
 def main() -> None:

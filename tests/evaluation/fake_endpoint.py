@@ -28,12 +28,13 @@ Behaviour = Callable[[dict[str, Any], int], Answer]
 
 
 class Endpoint:
-    """``requests`` and their ``keys`` as they came; ``most_at_once`` of them were under way together."""
+    """``requests`` as they came, their ``keys`` and other ``headers``; ``most_at_once`` were under way together."""
 
     def __init__(self, behaviour: Behaviour) -> None:
         self.behaviour = behaviour
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.headers: list[dict[str, str]] = []
         self.most_at_once = self._at_once = 0
         self._lock = threading.Lock()
         self.url = ""
@@ -44,6 +45,7 @@ class Endpoint:
             number = len(self.requests)
             self.requests.append(request)
             self.keys.append(handler.headers["Authorization"])
+            self.headers.append({k: v for k, v in handler.headers.items() if k.lower() != "authorization"})
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
         answer = self.behaviour(request, number)

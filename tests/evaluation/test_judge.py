@@ -159,6 +159,15 @@ class TestTrouble:
             assert sum(reply.cached for reply in judge_of(endpoint.url).ask_all(chats)) == asked
             assert len(endpoint.requests) == 20
 
+    def test_an_end_is_not_held_up_by_what_is_tried_again(self, judge_of):
+        def answer(request, number):
+            first = request["messages"][0]["content"] == "q0"
+            return Answer(status=401, body="wrong key", delay_s=0.1) if first else Answer(status=500, body="oops")
+
+        with running(answer) as endpoint, pytest.raises(JudgeError, match="HTTP 401"):
+            judge_of(endpoint.url, num_attempts=500).ask_all([chat(f"q{i}") for i in range(4)])
+        assert len(endpoint.requests) < 200, "the others go on through all their attempts"
+
     def test_nonsense_is_asked_again_and_then_named(self, judge_of):
         def answer(request, number):
             return Answer("what?" if "odd" in request["messages"][0]["content"] else "yes")
@@ -192,11 +201,14 @@ class TestTrouble:
 
 
 class TestKey:
-    def test_it_is_in_nothing_but_the_header(self, judge_of, tmp_path):
+    def test_it_is_in_nothing_but_the_header(self, judge_of, tmp_path, monkeypatch):
+        for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
+            monkeypatch.setenv(name, "private")
         with running(lambda request, number: Answer(f"you sent {KEY}")) as endpoint:
             judge = judge_of(endpoint.url)
             reply = judge.ask(chat("a"))
         assert endpoint.keys == [f"Bearer {KEY}"]
+        assert KEY not in repr(endpoint.headers) and "private" not in repr(endpoint.headers)
         assert reply.text == "you sent ***"
         assert KEY not in repr(judge.settings) + repr(endpoint.requests)
         assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.iterdir())

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vzip.demo.scenes import COLORS, LETTER_PITCH, SHAPES, SIGN_HEIGHT, SIGN_MARGIN, WORDS, Scene, Sign, Thing
 
-CELL = 64
+CELL = 64  # pixels of the atlas (scripts/make_glyphs.py): a column a character, a row a font
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 # Outward normals of a regular pentagon standing on an edge (sin, cos of 36 + 72 k degrees), rounded once and for all.
 PENTAGON = ((0.0, 1.0), (0.9511, 0.3090), (0.5878, -0.8090), (-0.5878, -0.8090), (-0.9511, 0.3090))

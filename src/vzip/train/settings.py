@@ -13,10 +13,7 @@ Part = Literal["projector", "language_model", "vision_tower"]
 Strategy = Literal["single", "ddp", "zero2", "zero3"]
 Precision = Literal["float32", "bfloat16"]
 LossNorm = Literal["tokens", "samples"]
-PARTS: tuple[str, ...] = get_args(Part)
-STRATEGIES: tuple[str, ...] = get_args(Strategy)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
-TRACKERS = ("wandb", "tensorboard")
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,9 @@ class Judge:
         self.settings, self.cache = settings, cache
         self.num_workers, self.num_asks = num_workers, num_asks
         self._key = key
-        self._headers = {} if key else {"Authorization": openai.Omit()}
+        # The client would take these from the environment, for whatever endpoint.
+        left_out = ("OpenAI-Organization", "OpenAI-Project", *(() if key else ("Authorization",)))
+        self._headers = dict.fromkeys(left_out, openai.Omit())
         self._stop = threading.Event()
         self._client = openai.OpenAI(
             base_url=settings.base_url,
