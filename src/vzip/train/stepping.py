@@ -25,17 +25,19 @@ class DivergedError(VzipError, ArithmeticError):
     """The loss or the gradient is no finite number."""
 
 
-class Laps:
+class StepTimer:
     """Where a step's time goes: each call of ``lap`` adds the time since the last one to a name, in milliseconds.
 
-    A lap ends where a number is read back from the device, so that work still under way there is not counted later.
+    A lap waits for the device, so that work still under way there is not counted later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.ms: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._device, self._last = device, time.perf_counter()
 
     def lap(self, name: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         self.ms[name] = self.ms.get(name, 0.0) + 1000 * (now - self._last)
         self._last = now
@@ -138,9 +140,9 @@ class Stepper:
         Raises:
             DivergedError: naming the samples; the weights are those before the step.
         """
-        laps = Laps()
+        timer = StepTimer(self.accelerator.device)
         mine = list(islice(batches, self.accumulation))
-        laps.lap("data_ms")
+        timer.lap("data_ms")
         # What is random in a model (dropout) depends on the step alone, so a resumed run draws the same.
         torch.manual_seed((self.seed * 1_000_003 + step) * 1_009 + self.accelerator.process_index)
         rate = learning_rate_factor(step, num_steps, self.settings.warmup_fraction)
@@ -154,11 +156,11 @@ class Stepper:
                 sum(self._count(batch) for batch in mine),
             ]
         )
-        loss, norm = self._backward(mine, counts[3], laps)
+        loss, norm = self._backward(mine, counts[3], timer)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        laps.lap("update_ms")
-        seconds = sum(laps.ms.values()) / 1000
+        timer.lap("update_ms")
+        seconds = sum(timer.ms.values()) / 1000
         memory = peak_memory_gib()
         return {
             "loss": loss,
@@ -169,7 +171,7 @@ class Stepper:
             "num_skipped": int(counts[2]),
             "samples_per_s": round(self.settings.samples_per_step / seconds, 2),
             "target_tokens_per_s": round(counts[0] / seconds, 1),
-            **{name: round(ms, 1) for name, ms in laps.ms.items()},
+            **{name: round(ms, 1) for name, ms in timer.ms.items()},
             "peak_memory_gib": memory["cuda"] or memory["process"],
         }
 
@@ -190,13 +192,13 @@ class Stepper:
             return nats.sum()
         return (nats / nats.new_tensor(batch.num_targets_by_sample).clamp(min=1)).sum()
 
-    def _backward(self, mine: list[Batch], divisor: float, laps: Laps) -> tuple[float, float]:
+    def _backward(self, mine: list[Batch], divisor: float, timer: StepTimer) -> tuple[float, float]:
         """Gradients of the step's loss; returns the loss and the gradient's norm before clipping.
 
         Args:
             mine: this process's batches.
             divisor: the sum of ``_count`` over the whole step.
-            laps: times.
+            timer: of the step.
         """
         # Processes' gradients are averaged and accumulate() divides by the batches: both are undone here, so that what
         # remains is the sum over the whole step divided by the step's divisor.
@@ -209,9 +211,9 @@ class Stepper:
                 self._refuse_infinite(nats, batch)
                 added = self._added(nats, batch)
                 summed += added.item()
-                laps.lap("forward_ms")
+                timer.lap("forward_ms")
                 self.accelerator.backward(added * scale)
-                laps.lap("backward_ms")
+                timer.lap("backward_ms")
                 if self.accelerator.sync_gradients:
                     limit = self.settings.max_grad_norm or float("inf")
                     trained = [p for group in self.optimizer.param_groups for p in group["params"]]
