@@ -20,7 +20,7 @@ from vzip.bench.memory.estimate import estimate_training
 from vzip.bench.memory.measure import real_stepper
 from vzip.bench.memory.model_shape import ModelShape
 from vzip.bench.memory.workload import Workload, num_visual_tokens, training_batch
-from vzip.bench.run import SCHEMA_VERSION, environment
+from vzip.bench.run import Measurement, environment, resolved_settings
 from vzip.bench.settings import BenchSettings
 from vzip.bench.shapes import BenchModel
 from vzip.bench.timing import StageTimes, Stopwatch, Timing, run_interleaved
@@ -74,48 +74,37 @@ class StepResult(WorkResult):
 
 
 @dataclass(frozen=True)
-class SideResult:
-    """A measurement of training or of memory: as ``vzip.bench.run.BenchResult``.
+class SideResult(Measurement):
+    """A measurement of training or of memory.
 
     Attributes:
-        kind: ``train`` or ``memory``.
-        model, settings, resolved, environment, notes: as there.
-        methods: by name a ``StepResult``, or a ``WorkResult`` of ``training`` and one of ``inference``.
+        kind: ``train``, whose methods have a ``StepResult`` each, or ``memory``: a ``WorkResult`` of ``training`` and
+            one of ``inference``.
     """
 
     kind: str
-    model: str
-    settings: dict[str, Any]
-    resolved: dict[str, Any]
-    environment: dict[str, Any]
-    methods: dict[str, Any]
-    notes: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain values for ``json.dump``."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
 def side_result(
     kind: str, settings: BenchSettings, model: BenchModel, methods: dict[str, Any], note: str
 ) -> SideResult:
     """What was measured, with what ``auto`` came to and where it was measured."""
-    budget_name, budget = settings.token_budget(model)
-    resolved = {
-        "device": str(settings.torch_device),
-        "dtype": str(settings.torch_dtype).removeprefix("torch."),
-        "budget": budget_name,
-        "num_dominant": budget.num_dominant,
-        "num_contextual": budget.num_contextual,
-        "weights": settings.weights_of(model),
-        "num_parameters": sum(p.numel() for p in shapes.build_meta(model, settings.torch_dtype).parameters()),
-        "trained": "projector",
-        "gradient_checkpointing": True,
-        "samples_per_step": settings.batch_size,
-        "text_tokens": settings.prompt_tokens,
-    }
-    where = environment(settings.torch_device)
-    return SideResult(kind, model.name, asdict(settings), resolved, where, methods, [note])
+    built = shapes.build_meta(model, settings.torch_dtype)
+    return SideResult(
+        kind=kind,
+        model=model.name,
+        settings=asdict(settings),
+        resolved={
+            **resolved_settings(settings, model, built),
+            "trained": "projector",
+            "gradient_checkpointing": True,
+            "samples_per_step": settings.batch_size,
+            "text_tokens": settings.prompt_tokens,
+        },
+        environment=environment(settings.torch_device),
+        methods=methods,
+        notes=[note],
+    )
 
 
 def train_settings(settings: BenchSettings) -> tuple[TrainSettings, LaunchSettings]:

@@ -16,9 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from vzip.data.collate import Batch, Collator, TrainingSample, TrainingSet
 from vzip.data.order import draw_steps, split_step
 from vzip.errors import VzipError
+from vzip.models.vlm import CompressedVlm
 from vzip.results.provenance import peak_memory_gib
 
+from .objective import AnswerLoss
 from .settings import LaunchSettings, TrainSettings, learning_rate_factor
+from .trainable import parameter_groups
 
 
 class DivergedError(VzipError, ArithmeticError):
@@ -121,6 +124,17 @@ class Stepper:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.settings, self.launch, self.seed = settings, launch, seed
         self.accumulation = launch.accumulation(settings.samples_per_step, accelerator.num_processes)
+
+    @classmethod
+    def of(
+        cls, accelerator: Accelerator, vlm: CompressedVlm, settings: TrainSettings, launch: LaunchSettings, seed: int
+    ) -> Stepper:
+        """Of a model that ``prepare_training`` has seen: its loss and AdamW, prepared by the accelerator."""
+        groups = parameter_groups(vlm, settings)
+        adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        shared = accelerator.num_processes > 1 and (not settings.only_projector or launch.strategy == "zero3")
+        model, optimizer = accelerator.prepare(AnswerLoss(vlm, always_whole=shared), adamw)
+        return cls(accelerator, model, optimizer, settings, launch, seed)
 
     def lists(self, schedule: StepSchedule, start: int) -> list[list[int]]:
         """Samples of each of this process's batches, from step ``start`` on."""

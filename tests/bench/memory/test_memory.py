@@ -17,9 +17,10 @@ from vzip.bench.memory import measure
 from vzip.bench.memory.estimate import BUCKET_NUMBERS, BUCKETS, GATHERED, estimate_inference, estimate_training
 from vzip.bench.memory.live_bytes import ACTIVATIONS, CACHE, GRADIENTS, OPTIMIZER, WEIGHTS, LiveBytes
 from vzip.bench.memory.model_shape import ModelShape
-from vzip.bench.memory.workload import Workload, prepare_training, tensors_of, training_batch
+from vzip.bench.memory.workload import Workload, tensors_of, training_batch
 from vzip.train.objective import AnswerLoss
 from vzip.train.settings import LoraSettings
+from vzip.train.trainable import prepare_training
 
 LORA = LoraSettings(r=4, alpha=8, dropout=0.1, target_modules=("q_proj", "down_proj"), learning_rate=None)
 EVERYTHING = ("projector", "language_model", "vision_tower")

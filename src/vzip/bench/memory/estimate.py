@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,11 +17,11 @@ from vzip.models.vlm import CompressedVlm
 from vzip.train.distributed import has_cuda
 from vzip.train.objective import AnswerLoss
 from vzip.train.settings import LaunchSettings, Strategy, TrainSettings
-from vzip.train.trainable import parameter_groups
+from vzip.train.trainable import parameter_groups, prepare_training
 
 from .live_bytes import ACTIVATIONS, CACHE, GRADIENTS, OPTIMIZER, WEIGHTS, LiveBytes
 from .model_shape import ModelShape
-from .workload import Workload, prepare_training, prompts, tensors_of, training_batch
+from .workload import Workload, prompts, tensors_of, training_batch
 
 BUCKETS, GATHERED = "communication buffers", "weights gathered from the others"
 # DeepSpeed's defaults (0.19, runtime/zero), in numbers, which vzip.train.distributed.deepspeed_config leaves alone.
@@ -109,7 +110,7 @@ def estimate_inference(shape: ModelShape, dtype: torch.dtype, load: Workload) ->
     return live.peak
 
 
-def _fill(vlm: CompressedVlm, live: LiveBytes, inputs: Any) -> None:
+def _fill(vlm: CompressedVlm, live: LiveBytes, inputs: Iterable[Tensor]) -> None:
     """Turns a model on the meta device into one that computes without content, in place."""
     vlm.model.to_empty(device=torch.device("cpu"))
     vlm.model.tie_weights()  # to_empty gives each user of a shared weight its own

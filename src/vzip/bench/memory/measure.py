@@ -17,12 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 from vzip.bench.device_memory import storage_bytes
 from vzip.models.vlm import CompressedVlm
 from vzip.train.distributed import build_accelerator
-from vzip.train.objective import AnswerLoss
 from vzip.train.settings import LaunchSettings, TrainSettings
 from vzip.train.stepping import Stepper
-from vzip.train.trainable import parameter_groups
+from vzip.train.trainable import prepare_training
 
-from .workload import Workload, prepare_training, prompts, tensors_of, training_batch
+from .workload import Workload, prompts, tensors_of, training_batch
 
 
 def measure_training(vlm: CompressedVlm, train: TrainSettings, launch: LaunchSettings, load: Workload) -> int:
@@ -46,12 +45,10 @@ def measure_training(vlm: CompressedVlm, train: TrainSettings, launch: LaunchSet
 
 
 def real_stepper(vlm: CompressedVlm, train: TrainSettings, launch: LaunchSettings) -> Stepper:
-    """What takes the steps, put together as ``vzip.train.loop.train`` does for one process."""
+    """What takes the steps of one process."""
     accelerator = build_accelerator(train, launch, 1)
     prepare_training(vlm, train, launch)
-    adamw = torch.optim.AdamW(parameter_groups(vlm, train), lr=train.learning_rate, weight_decay=train.weight_decay)
-    model, optimizer = accelerator.prepare(AnswerLoss(vlm), adamw)
-    return Stepper(accelerator, model, optimizer, train, launch, seed=0)
+    return Stepper.of(accelerator, vlm, train, launch, seed=0)
 
 
 def measure_inference(vlm: CompressedVlm, load: Workload) -> int:

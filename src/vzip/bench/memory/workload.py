@@ -13,8 +13,6 @@ from vzip.errors import ConfigError
 from vzip.models.families import Adapter
 from vzip.models.vlm import CompressedVlm
 from vzip.results.token_count import expected_token_counts, expected_video_counts
-from vzip.train.settings import LaunchSettings, TrainSettings
-from vzip.train.trainable import choose_trainable
 
 LEAST_TEXT = 3  # tokens: one before the image, one after it, one to learn
 
@@ -105,10 +103,3 @@ def training_batch(vlm: CompressedVlm, load: Workload) -> Batch:
 def tensors_of(batch: Batch) -> list[Tensor]:
     """All tensors of a batch."""
     return [batch.input_ids, batch.attention_mask, batch.labels, *batch.pictures.values()]
-
-
-def prepare_training(vlm: CompressedVlm, train: TrainSettings, launch: LaunchSettings) -> None:
-    """Freezes, converts and checkpoints as ``vzip.train.loop.train`` does."""
-    choose_trainable(vlm, train, in_float32=not launch.uses_deepspeed)
-    if launch.gradient_checkpointing:
-        vlm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
