@@ -13,13 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-PURPOSES = WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, CACHE = (
-    "weights",
-    "gradients",
-    "optimizer states",
-    "activations",
-    "key-value cache",
-)
+WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer states"
+ACTIVATIONS, CACHE = "activations", "key-value cache"
+PURPOSES = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, CACHE)  # in a table's order
 
 _ASK_FOR_NUMBER = torch.ops.aten._local_scalar_dense.default
 _ASK_FOR_DEVICE = torch.ops.prim.device.default  # half of all calls
