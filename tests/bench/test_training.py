@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tests.bench.conftest import bench_model
 
 import vzip
@@ -21,6 +23,7 @@ from vzip.bench.memory.model_shape import ModelShape
 from vzip.bench.settings import MEMORY, TRAIN, parse
 from vzip.bench.training import NUM_SAMPLES, measure_training_steps
 from vzip.cli import bench as cli
+from vzip.config.options import config_dir
 from vzip.errors import ConfigError, RunExistsError
 from vzip.train.stepping import Stepper
 
@@ -98,6 +101,15 @@ def test_a_measured_model_is_gone_afterwards() -> None:
         del vlm
         gc.collect()
         assert alive() is None
+
+
+def test_the_step_is_that_of_train_projector() -> None:
+    projector = yaml.safe_load((config_dir() / "train" / "projector.yaml").read_text())
+    expected = {name: value for name, value in projector.items() if name not in ("name", "kind")}
+    expected |= {"parts": ("projector",), "trackers": (), "samples_per_step": 2, "precision": "float32"}
+    train, launch = training.train_settings(parse(WORDS, TRAIN))
+    assert dataclasses.asdict(train) == expected and type(train.learning_rate) is float
+    assert (launch.batch_size, launch.device, launch.gradient_checkpointing) == (2, "cpu", True)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ class ModelShape:
             for module in list(vlm.adapter.language_model.modules()):
                 for name, linear in module.named_children():
                     if isinstance(linear, nn.Linear):
-                        setattr(module, name, QuantizedLinear(linear, self.quantization))
+                        module.set_submodule(name, QuantizedLinear(linear, self.quantization))
         return vlm
 
     def with_random_weights(self, device: torch.device, dtype: torch.dtype) -> CompressedVlm:
