@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from tests import tiny
+from tests.bench.memory.conftest import wide_shape
 from transformers import PreTrainedModel
 
 from vzip import cli
@@ -134,6 +136,26 @@ def test_the_built_in_model_measured() -> None:
     plan = memory_plan(["+exp=tiny_64tok", "data.num_questions=2", "launcher.batch_size=1"], length=80)
     assert plan.load.num_dialogues == 2
     assert estimate(plan).total() == pytest.approx(measure(plan), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_quantized_models_measured(quantization: str, tmp_path: Path) -> None:
+    shape = wide_shape()
+    shape.config.text_config.num_hidden_layers = shape.config.vision_config.num_hidden_layers = 2
+    shape.with_random_weights(torch.device("cpu"), torch.bfloat16).model.save_pretrained(tmp_path)
+    tiny.processor().save_pretrained(tmp_path)
+    model = ["model=llava_local", f"model.name_or_path={tmp_path}", f"model.quantization={quantization}"]
+    on_cpu = ["launcher=inline", "launcher.device=cpu", "launcher.batch_size=1", "train.samples_per_step=2"]
+    training = [*model, "budget=64tok", *TRAINING[3:6], "launcher.gradient_checkpointing=true", *on_cpu]
+    plans = (
+        memory_plan(training, length=200),
+        memory_plan([*training, "model.dtype=bfloat16"], inference=True, length=200, num_new_tokens=3),
+    )
+    for plan in plans:
+        assert estimate(plan).total() == pytest.approx(measure(plan), rel=0.05)
 
 
 @pytest.mark.slow

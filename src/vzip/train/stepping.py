@@ -227,6 +227,7 @@ class Stepper:
                 summed += added.item()
                 timer.lap("forward_ms")
                 self.accelerator.backward(added * scale)
+                del nats, added  # with the graph, in which bitsandbytes' 8-bit layers still keep their inputs
                 timer.lap("backward_ms")
                 if self.accelerator.sync_gradients:
                     limit = self.settings.max_grad_norm or float("inf")
