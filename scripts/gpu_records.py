@@ -161,19 +161,18 @@ def _train_rows(record: Mapping[str, Any]) -> Rows:
         yield (
             f"{name}: samples/s, peak GiB (estimate), hours for 66.5k",
             f"{method['num_visual_tokens']} + {record['resolved']['text_tokens']}",
-            f"{method['samples_per_s']:.2f}, {method['peak_memory_bytes'] / GIB:.2f} "
-            f"({method['estimated_memory_bytes'] / GIB:.2f}), {method['projected_hours']:.2f}",
+            f"{method['samples_per_s']:.2f}, {method['measured_bytes'] / GIB:.2f} "
+            f"({sum(method['estimated_bytes'].values()) / GIB:.2f}), {method['projected_hours']:.2f}",
         )
 
 
 def _memory_rows(record: Mapping[str, Any]) -> Rows:
-    for name, method in record["methods"].items():
-        for work in ("training", "inference"):
-            peak = method[work]
+    for name, works in record["methods"].items():
+        for work, peak in works.items():
             estimated = sum(peak["estimated_bytes"].values())
             yield (
                 f"{name}, {work}: measured GiB, estimated",
-                f"{method['num_visual_tokens']} of {peak['num_tokens']}",
+                f"{peak['num_visual_tokens']} of {peak['num_tokens']}",
                 f"{peak['measured_bytes'] / GIB:.3f}, {estimated / GIB:.3f} "
                 f"({estimated / peak['measured_bytes'] - 1:+.1%})",
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import subprocess
@@ -12,16 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+import yaml
 from tests.bench.conftest import bench_model
 
 import vzip
 from vzip.bench import training
 from vzip.bench.memory.measure import measure_inference, measure_training
-from vzip.bench.memory.workload import ModelShape
+from vzip.bench.memory.model_shape import ModelShape
 from vzip.bench.settings import MEMORY, TRAIN, parse
 from vzip.bench.training import NUM_SAMPLES, measure_training_steps
 from vzip.cli import bench as cli
+from vzip.config.options import config_dir
 from vzip.errors import ConfigError, RunExistsError
 from vzip.train.stepping import Stepper
 
@@ -42,8 +44,6 @@ def test_training_is_measured_in_turn_by_the_real_step(
 
     def step(self: Stepper, number: int, num_steps: int, batches: object) -> dict:
         metrics = real(self, number, num_steps, batches)  # type: ignore[arg-type]
-        if not isinstance(self.accelerator, Accelerator):
-            return metrics  # of the estimate
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         assert trained and all("projector" in name for name in trained)
         assert self.model.vlm.model.is_gradient_checkpointing
@@ -64,7 +64,7 @@ def test_training_is_measured_in_turn_by_the_real_step(
         assert len(step_ms["samples_ms"]) == 2 and method["stages"]["forward"]["median_ms"] < step_ms["median_ms"]
         assert method["samples_per_s"] == pytest.approx(2 / (step_ms["median_ms"] / 1000))
         assert method["projected_hours"] == pytest.approx(NUM_SAMPLES * step_ms["median_ms"] / 1000 / 2 / 3600)
-        assert method["peak_memory_bytes"] > method["estimated_memory_bytes"] > 0 and method["loss"] > 0
+        assert method["measured_bytes"] > sum(method["estimated_bytes"].values()) > 0 and method["loss"] > 0
     about = result["environment"]
     assert about["command"].startswith("python -m vzip") and about["versions"]["torch"] and about["hardware"]["cpu"]
     assert len(about["code"]["source_sha256"]) == 64
@@ -93,7 +93,7 @@ def test_a_measured_model_is_gone_afterwards() -> None:
     """Or the next one's peak on a GPU, where the allocator counts everything, would hold it too."""
     shape = ModelShape(bench_model().config, vzip.VisionZip(vzip.TokenBudget(12, 4)))
     settings = parse(WORDS[1:], MEMORY)
-    load, (train, launch) = training.load_of(settings, shape, 2), training.train_settings(settings)
+    load, (train, launch) = training.load_of(settings, shape, 2)[0], training.train_settings(settings)
     for work in (lambda vlm: measure_inference(vlm, load), lambda vlm: measure_training(vlm, train, launch, load)):
         vlm = shape.with_random_weights(torch.device("cpu"), torch.float32)
         alive = weakref.ref(vlm.model)
@@ -101,6 +101,15 @@ def test_a_measured_model_is_gone_afterwards() -> None:
         del vlm
         gc.collect()
         assert alive() is None
+
+
+def test_the_step_is_that_of_train_projector() -> None:
+    projector = yaml.safe_load((config_dir() / "train" / "projector.yaml").read_text())
+    expected = {name: value for name, value in projector.items() if name not in ("name", "kind")}
+    expected |= {"parts": ("projector",), "trackers": (), "samples_per_step": 2, "precision": "float32"}
+    train, launch = training.train_settings(parse(WORDS, TRAIN))
+    assert dataclasses.asdict(train) == expected and type(train.learning_rate) is float
+    assert (launch.batch_size, launch.device, launch.gradient_checkpointing) == (2, "cpu", True)
 
 
 @pytest.mark.parametrize(
@@ -155,4 +164,5 @@ sys.exit(cli.main(["bench", *sys.argv[1:]]))
     words = [flag, f"model={checkpoint}", *WORDS[flag == "--memory" :], *few, f"out={tmp_path}"]
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / f"{flag[2:]}.json").read_text())["methods"]["vzip"]["num_visual_tokens"] == 16
+    method = json.loads((tmp_path / f"{flag[2:]}.json").read_text())["methods"]["vzip"]
+    assert (method if flag == "--train" else method["training"])["num_visual_tokens"] == 16

@@ -20,7 +20,7 @@ from vzip.data.conversations import vicuna_v1
 from vzip.data.order import split_step
 from vzip.train.loop import train
 from vzip.train.objective import AnswerLoss, ModelView
-from vzip.train.stepping import Laps, Stepper
+from vzip.train.stepping import Stepper, StepTimer
 from vzip.train.trainable import choose_trainable
 
 STEP = np.arange(8)  # sample 0 and 7 ask twice, 0 and 5 have no image, all have answers of other lengths
@@ -100,7 +100,7 @@ def test_loss_and_gradient(loss_norm: str, batch_size: int, num_processes: int, 
                 batch.pictures["pixel_values"] = batch.pictures["pixel_values"].double()
         split.append((stepper, batches))
     divisor = sum(stepper._count(batch) for stepper, batches in split for batch in batches)
-    loss = sum(stepper._backward(batches, divisor, Laps())[0] for stepper, batches in split)
+    loss = sum(stepper._backward(batches, divisor, StepTimer(torch.device("cpu")))[0] for stepper, batches in split)
     assert loss == pytest.approx(expected, rel=1e-10)
     for parameter, gradient in zip(vlm.adapter.projector.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)

@@ -1,12 +1,13 @@
 """The memory that training and answering take at their worst moment, estimated and measured on this machine.
 
-The same two functions as ``python -m vzip memory --measure``, from the bench's words, which need no Hydra.
+The same two functions as ``python -m vzip memory --measure``, from the bench's settings, which need no Hydra.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -14,45 +15,8 @@ from vzip.bench import shapes
 from vzip.bench.device_memory import refuse_if_too_large, release_unused
 from vzip.bench.memory.estimate import estimate_inference, estimate_training
 from vzip.bench.memory.measure import measure_inference, measure_training
-from vzip.bench.memory.workload import ModelShape, visual_tokens
-from vzip.bench.run import environment
 from vzip.bench.settings import BenchSettings
-from vzip.bench.training import SideResult, compressors, load_of, resolved, train_settings
-
-
-@dataclass(frozen=True)
-class WorkPeak:
-    """One kind of work.
-
-    Attributes:
-        num_tokens: of each conversation or prompt, visual ones counted.
-        estimated_bytes: by what they are for.
-        measured_bytes: on a GPU what torch allocated at most, on a CPU likewise, by its profiler.
-    """
-
-    num_tokens: int
-    estimated_bytes: dict[str, int]
-    measured_bytes: int
-
-    @property
-    def error(self) -> float:
-        """How far the estimate is off, as a share of what was measured."""
-        return sum(self.estimated_bytes.values()) / self.measured_bytes - 1
-
-
-@dataclass(frozen=True)
-class MemoryMethodResult:
-    """What was measured of one method.
-
-    Attributes:
-        num_visual_tokens: of each image.
-        training: an optimizer step that is not the first.
-        inference: ``num_new_tokens`` after each prompt.
-    """
-
-    num_visual_tokens: int
-    training: WorkPeak
-    inference: WorkPeak
+from vzip.bench.training import SideResult, WorkResult, load_of, method_shapes, side_result, train_settings
 
 
 def measure_peaks(
@@ -65,40 +29,23 @@ def measure_peaks(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device, dtype, (train, launch) = settings.torch_device, settings.torch_dtype, train_settings(settings)
-    plans = []
-    for name, compressor in compressors(settings, model).items():
+    works = []
+    for name, shape in method_shapes(settings, model).items():
         log(f"estimating {name}")
-        shape = ModelShape(model.config, compressor)
-        loads = load_of(settings, shape), load_of(settings, shape, settings.num_new_tokens)
-        training = estimate_training(shape, train, launch, loads[0], 1, device.type == "cuda")
-        plans.append((name, shape, loads, training, estimate_inference(shape, dtype, loads[1])))
-        refuse_if_too_large(max(training.total, plans[-1][-1].total), device, f"model={model.name}")
-    results, done = {}, 0
-    for name, shape, loads, training, answering in plans:
-        log(f"measuring {name}")
-        measured = []
-        for work in (
-            lambda shape=shape, load=loads[1]: measure_inference(shape.with_random_weights(device, dtype), load),
-            lambda shape=shape, load=loads[0]: measure_training(
-                shape.with_random_weights(device, dtype), train, launch, load
-            ),
-        ):
-            measured.append(work())
-            release_unused(device)  # the model that it was measured on
-            done += 1
-            on_step(done, 2 * len(plans))
-        results[name] = MemoryMethodResult(
-            num_visual_tokens=visual_tokens(shape, loads[0]),
-            training=WorkPeak(loads[0].length, dict(training.num_bytes), measured[1]),
-            inference=WorkPeak(loads[1].length, dict(answering.num_bytes), measured[0]),
-        )
-    num_parameters = sum(p.numel() for p in shapes.build_meta(model, dtype).parameters())
-    return SideResult(
-        kind="memory",
-        model=model.name,
-        settings=asdict(settings),
-        resolved={**resolved(settings, model, num_parameters), "weights": "random"},
-        environment=environment(device),
-        methods=results,
-        notes=[f"{settings.batch_size} conversations or prompts at once"],
-    )
+        load, num_visual = load_of(settings, shape)
+        prompts, _ = load_of(settings, shape, settings.num_new_tokens)
+        step = partial(measure_training, train=train, launch=launch, load=load)
+        estimated = estimate_training(shape, train, launch, load)
+        answering = partial(measure_inference, load=prompts), estimate_inference(shape, dtype, prompts)
+        for work, measure, peak in (("inference", *answering), ("training", step, estimated)):
+            refuse_if_too_large(peak.total(), device, f"model={model.name}")
+            works.append((name, work, shape, measure, peak, num_visual, load.length))
+    results: dict[str, dict[str, WorkResult]] = {name: {} for name in settings.methods}
+    for done, (name, work, shape, measure, peak, num_visual, length) in enumerate(works):
+        log(f"measuring {name}, {work}")
+        measured = measure(shape.with_random_weights(device, dtype))
+        release_unused(device)  # the model that it was measured on
+        results[name][work] = WorkResult(num_visual, length, dict(peak), measured)
+        on_step(done + 1, len(works))
+    note = f"{settings.batch_size} conversations or prompts at once"
+    return side_result("memory", replace(settings, weights="random"), model, results, note)

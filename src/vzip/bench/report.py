@@ -16,7 +16,6 @@ from vzip.bench.timing import Timing
 from vzip.installed import missing_package
 
 if TYPE_CHECKING:
-    from vzip.bench.peaks import WorkPeak
     from vzip.bench.training import SideResult
 
 MIB = 1024**2
@@ -106,8 +105,9 @@ def _training_table(result: SideResult) -> Table:
     table.add_row("  forward in it", *(_time(m.stages["forward"]) for m in methods))
     table.add_row("samples a second", *(f"{m.samples_per_s:.2f}" for m in methods))
     table.add_row("projected hours", *(f"{m.projected_hours:.2f}" for m in methods))
-    table.add_row("peak memory, GiB", *(f"{m.peak_memory_bytes / GIB:.2f}" for m in methods))
-    table.add_row("  tensors, estimated", *(f"{m.estimated_memory_bytes / GIB:.2f}" for m in methods))
+    table.add_row("peak memory, GiB", *(f"{m.measured_bytes / GIB:.2f}" for m in methods))
+    estimated = (sum(m.estimated_bytes.values()) for m in methods)
+    table.add_row("  tensors, estimated", *(f"{num_bytes / GIB:.2f}" for num_bytes in estimated))
     table.add_row("loss", *(f"{m.loss:.3f}" for m in methods))
     table.caption = f"peak memory is {_MEMORY_WORDS[methods[0].memory_kind]}"
     return table
@@ -115,17 +115,16 @@ def _training_table(result: SideResult) -> Table:
 
 def _memory_table(result: SideResult) -> Table:
     table = Table("", "visual tokens", "tokens in all", "measured, GiB", "estimated, GiB", "off by")
-    for name, method in result.methods.items():
-        works: dict[str, WorkPeak] = {"training": method.training, "inference": method.inference}
+    for name, works in result.methods.items():
         for work, peak in works.items():
             estimated = sum(peak.estimated_bytes.values())
             table.add_row(
                 f"{name}, {work}",
-                str(method.num_visual_tokens),
+                str(peak.num_visual_tokens),
                 str(peak.num_tokens),
                 f"{peak.measured_bytes / GIB:.3f}",
                 f"{estimated / GIB:.3f}",
-                f"{peak.error:+.1%}",
+                f"{estimated / peak.measured_bytes - 1:+.1%}",
             )
     return table
 

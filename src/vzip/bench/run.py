@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from vzip.bench import flops, operations, shapes, workload
 from vzip.bench.device_memory import PeakMemory, kv_cache_formula_bytes
@@ -61,16 +62,14 @@ class MethodResult:
 
 
 @dataclass(frozen=True)
-class BenchResult:
-    """A whole measurement; ``to_json`` is what is written.
+class Measurement:
+    """A whole measurement, of whatever kind; ``to_json`` is what is written.
 
     Attributes:
         model: its name.
         settings: as given, with what ``auto`` came to under ``resolved``.
         resolved: device, dtype, budget, weights and crops in effect.
         environment: command, code, versions and hardware.
-        agreement: vzip against eager_maps before the measurement, or None where one of them is left out.
-        selection_overlap: share of dominant tokens that both kept in the measured dtype, or None likewise.
         methods: results by name.
         notes: what a reader must know.
     """
@@ -79,10 +78,26 @@ class BenchResult:
     settings: dict[str, Any]
     resolved: dict[str, Any]
     environment: dict[str, Any]
+    methods: dict[str, Any]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values for ``json.dump``."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class BenchResult(Measurement):
+    """A measurement of passes.
+
+    Attributes:
+        agreement: vzip against eager_maps before the measurement, or None where one of them is left out.
+        selection_overlap: share of dominant tokens that both kept in the measured dtype, or None likewise.
+    """
+
+    methods: dict[str, MethodResult]
     agreement: Agreement | None
     selection_overlap: float | None
-    methods: dict[str, MethodResult]
-    notes: list[str]
 
     def ratios(self) -> dict[str, float]:
         """The numbers the measurement is made for, from medians; only those its methods allow."""
@@ -111,8 +126,7 @@ class BenchResult:
     def to_json(self) -> dict[str, Any]:
         """Returns plain values for ``json.dump``."""
         return {
-            "schema_version": SCHEMA_VERSION,
-            **asdict(self),
+            **super().to_json(),
             "ratios": self.ratios(),
             "conventions": {"flops": flops.CONVENTION, "stages": STAGES, "times": "median and quartiles, milliseconds"},
         }
@@ -191,7 +205,12 @@ def measure(
     return BenchResult(
         model=model.name,
         settings=asdict(settings),
-        resolved=_resolved(settings, model, w),
+        resolved={
+            **resolved_settings(settings, model, w.model),
+            "num_crops": w.visuals.num_crops,
+            "prompt": w.visuals.describe(),
+            "tower_only": model.tower_only,
+        },
         environment=environment(w.device),
         agreement=agreement,
         selection_overlap=overlap,
@@ -231,19 +250,17 @@ def _expected_cache_bytes(w: Workload, num_prompt_tokens: int) -> int:
     )
 
 
-def _resolved(settings: BenchSettings, model: shapes.BenchModel, w: Workload) -> dict[str, Any]:
+def resolved_settings(settings: BenchSettings, model: shapes.BenchModel, built: nn.Module) -> dict[str, Any]:
+    """What ``auto`` came to, and the size of the model that was built."""
     name, budget = settings.token_budget(model)
     return {
-        "device": str(w.device),
-        "dtype": str(w.dtype).removeprefix("torch."),
+        "device": str(settings.torch_device),
+        "dtype": str(settings.torch_dtype).removeprefix("torch."),
         "budget": name,
         "num_dominant": budget.num_dominant,
         "num_contextual": budget.num_contextual,
-        "num_crops": w.visuals.num_crops,
-        "prompt": w.visuals.describe(),
         "weights": settings.weights_of(model),
-        "tower_only": model.tower_only,
-        "num_parameters": sum(p.numel() for p in w.model.parameters()),
+        "num_parameters": sum(p.numel() for p in built.parameters()),
     }
 
 

@@ -12,18 +12,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import yaml
 
 from vzip.bench import shapes, workload
 from vzip.bench.device_memory import PeakMemory, refuse_if_too_large
 from vzip.bench.memory.estimate import estimate_training
 from vzip.bench.memory.measure import real_stepper
-from vzip.bench.memory.workload import ModelShape, Workload, training_batch, visual_tokens
-from vzip.bench.run import SCHEMA_VERSION, environment
+from vzip.bench.memory.model_shape import ModelShape
+from vzip.bench.memory.workload import Workload, num_visual_tokens, training_batch
+from vzip.bench.run import Measurement, environment, resolved_settings
 from vzip.bench.settings import BenchSettings
 from vzip.bench.shapes import BenchModel
 from vzip.bench.timing import StageTimes, Stopwatch, Timing, run_interleaved
 from vzip.compressors import Compressor, Identity, VisionZip
 from vzip.errors import ConfigError
+from vzip.installed import checkout
 from vzip.models.families import FamilyOptions, adapter_class_for_config
 from vzip.models.vlm import CompressedVlm
 from vzip.train.settings import LaunchSettings, TrainSettings
@@ -31,86 +34,84 @@ from vzip.train.settings import LaunchSettings, TrainSettings
 NUM_SAMPLES = 66_500
 """The tenth of LLaVA-1.5's 665 298 conversations that the paper fine-tunes on."""
 
-STAGES = {
-    "step": "one optimizer step from a batch on the host to updated weights",
-    "forward": "of it, until the loss is known",
-}
+
+@dataclass(frozen=True)
+class WorkResult:
+    """What was measured of one kind of work: an optimizer step, or answering.
+
+    Attributes:
+        num_visual_tokens: of each image.
+        num_tokens: of each conversation or prompt, visual ones counted.
+        estimated_bytes: the peak by ``vzip.bench.memory``, by what it is for.
+        measured_bytes: the peak, weights included: what torch allocated at most (a step on a CPU: ``memory_kind``).
+    """
+
+    num_visual_tokens: int
+    num_tokens: int
+    estimated_bytes: dict[str, int]
+    measured_bytes: int
 
 
 @dataclass(frozen=True)
-class TrainMethodResult:
-    """What was measured of training one method.
+class StepResult(WorkResult):
+    """What was measured of an optimizer step.
 
     Attributes:
-        stages: of ``STAGES``.
-        num_visual_tokens: of each image.
-        num_tokens: of each conversation, visual ones counted.
+        stages: ``step``, from a batch on the host to updated weights, and ``forward``, of it, until the loss is known.
         loss: of the last step, in nats a token.
         samples_per_s: conversations a second, by the median step.
         projected_hours: of ``NUM_SAMPLES`` conversations on this one device.
-        peak_memory_bytes, peak_memory_added_bytes, memory_kind: as in ``vzip.bench.run.MethodResult``, of a step.
-        estimated_memory_bytes: the same peak by ``vzip.bench.memory``, weights included.
+        added_bytes: of the measured ones, what came on top of what was in use before the step.
+        memory_kind: how they were measured, as in ``vzip.bench.run.MethodResult``.
     """
 
     stages: dict[str, Timing]
-    num_visual_tokens: int
-    num_tokens: int
     loss: float
     samples_per_s: float
     projected_hours: float
-    peak_memory_bytes: int
-    peak_memory_added_bytes: int
+    added_bytes: int
     memory_kind: str
-    estimated_memory_bytes: int
 
 
 @dataclass(frozen=True)
-class SideResult:
-    """A measurement of training or of memory: as ``vzip.bench.run.BenchResult``.
+class SideResult(Measurement):
+    """A measurement of training or of memory.
 
     Attributes:
-        kind: ``train`` or ``memory``.
-        model, settings, resolved, environment, notes: as there.
-        methods: results by name.
+        kind: ``train``, whose methods have a ``StepResult`` each, or ``memory``: a ``WorkResult`` of ``training`` and
+            one of ``inference``.
     """
 
     kind: str
-    model: str
-    settings: dict[str, Any]
-    resolved: dict[str, Any]
-    environment: dict[str, Any]
-    methods: dict[str, Any]
-    notes: list[str]
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain values for ``json.dump``."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+def side_result(
+    kind: str, settings: BenchSettings, model: BenchModel, methods: dict[str, Any], note: str
+) -> SideResult:
+    """What was measured, with what ``auto`` came to and where it was measured."""
+    built = shapes.build_meta(model, settings.torch_dtype)
+    return SideResult(
+        kind=kind,
+        model=model.name,
+        settings=asdict(settings),
+        resolved={
+            **resolved_settings(settings, model, built),
+            "trained": "projector",
+            "gradient_checkpointing": True,
+            "samples_per_step": settings.batch_size,
+            "text_tokens": settings.prompt_tokens,
+        },
+        environment=environment(settings.torch_device),
+        methods=methods,
+        notes=[note],
+    )
 
 
 def train_settings(settings: BenchSettings) -> tuple[TrainSettings, LaunchSettings]:
-    """As ``configs/train/projector.yaml`` has it, a step of one batch on one device."""
-    train = TrainSettings(
-        parts=("projector",),
-        reset_projector=False,
-        template="vicuna_v1",
-        max_length=2048,
-        learning_rate=2e-5,
-        tower_learning_rate=None,
-        weight_decay=0.0,
-        warmup_fraction=0.03,
-        num_epochs=1,
-        num_steps=None,
-        samples_per_step=settings.batch_size,
-        max_grad_norm=1.0,
-        precision="bfloat16" if settings.torch_dtype == torch.bfloat16 else "float32",
-        save_every=100,
-        keep_last=2,
-        num_validation_samples=0,
-        trackers=(),
-        lora=None,
-        loss_norm="tokens",
-        tf32=False,
-    )
+    """``train=projector``, a step of one batch on one device."""
+    projector = yaml.safe_load((checkout() / "configs/train/projector.yaml").read_text(encoding="utf-8"))
+    precision = "bfloat16" if settings.torch_dtype == torch.bfloat16 else "float32"
+    train = TrainSettings.of_group({**projector, "precision": precision, "samples_per_step": settings.batch_size})
     launch = LaunchSettings(
         num_threads=None,
         device=settings.torch_device.type,
@@ -124,8 +125,8 @@ def train_settings(settings: BenchSettings) -> tuple[TrainSettings, LaunchSettin
     return train, launch
 
 
-def compressors(settings: BenchSettings, model: BenchModel) -> dict[str, Compressor]:
-    """Each method's.
+def method_shapes(settings: BenchSettings, model: BenchModel) -> dict[str, ModelShape]:
+    """Each method's model, without weights.
 
     Raises:
         ConfigError: a vision tower alone, or a budget that does not fit it.
@@ -136,20 +137,19 @@ def compressors(settings: BenchSettings, model: BenchModel) -> dict[str, Compres
             f"model={model.name} is a vision tower alone, which neither trains nor answers; choose a whole model"
             f" ({shapes.TINY}, {', '.join(name for name in shapes.SHAPES if name != model.name)})"
         )
-    found: dict[str, Compressor] = {"vanilla": Identity(), "vzip": VisionZip(settings.token_budget(model)[1])}
+    known: dict[str, Compressor] = {"vanilla": Identity(), "vzip": VisionZip(settings.token_budget(model)[1])}
     for name in settings.methods:
-        adapter_class_for_config(model.config).check_settings(model.config, found[name], FamilyOptions())
-    return {name: found[name] for name in settings.methods}
+        adapter_class_for_config(model.config).check_settings(model.config, known[name], FamilyOptions())
+    return {name: ModelShape(model.config, known[name]) for name in settings.methods}
 
 
-def load_of(settings: BenchSettings, shape: ModelShape, num_new_tokens: int = 0) -> Workload:
-    """The batch of a method.
+def load_of(settings: BenchSettings, shape: ModelShape, num_new_tokens: int = 0) -> tuple[Workload, int]:
+    """The batch of a method, and the visual tokens of each image.
 
     Raises:
         ConfigError: a conversation longer than the language model's positions.
     """
-    load = Workload(settings.batch_size, 1, 0)
-    num_visual = visual_tokens(shape, load)
+    num_visual = num_visual_tokens(shape.on_meta_device(torch.float32))
     length = num_visual + settings.prompt_tokens
     allowed = shape.config.text_config.max_position_embeddings
     if length + num_new_tokens > allowed:
@@ -158,7 +158,7 @@ def load_of(settings: BenchSettings, shape: ModelShape, num_new_tokens: int = 0)
             f" {length + num_new_tokens}, and the language model has {allowed} positions; lower prompt_tokens or"
             " num_new_tokens, or leave vanilla out of methods"
         )
-    return Workload(settings.batch_size, 1, length, num_new_tokens)
+    return Workload(settings.batch_size, 1, length, num_new_tokens), num_visual
 
 
 def measure_training_steps(
@@ -171,22 +171,19 @@ def measure_training_steps(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device, (train, launch) = settings.torch_device, train_settings(settings)
-    methods = compressors(settings, model)
     log("estimating the memory of a step")
-    loads, estimates = {}, {}
-    for name, compressor in methods.items():
-        shape = ModelShape(model.config, compressor)
-        loads[name] = load_of(settings, shape)
-        estimates[name] = estimate_training(shape, train, launch, loads[name], 1, device.type == "cuda").total
-    refuse_if_too_large(max(estimates.values()), device, f"training model={model.name}")
+    methods, loads, estimates = method_shapes(settings, model), {}, {}
+    for name, shape in methods.items():
+        loads[name], _ = load_of(settings, shape)
+        estimates[name] = estimate_training(shape, train, launch, loads[name])
+    refuse_if_too_large(max(peak.total() for peak in estimates.values()), device, f"training model={model.name}")
 
     log(f"building {model.name} on {device} in {train.precision}")
-    vlm = CompressedVlm(workload.build_model(settings, model)[0], next(iter(methods.values())))
-    num_parameters = sum(parameter.numel() for parameter in vlm.model.parameters())
-    stepper, _ = real_stepper(vlm, train, launch)
+    vlm = CompressedVlm(workload.build_model(settings, model)[0], next(iter(methods.values())).compressor)
+    stepper = real_stepper(vlm, train, launch)
     batches = {}
-    for name, compressor in methods.items():
-        vlm.compressor = compressor
+    for name, shape in methods.items():
+        vlm.compressor = shape.compressor
         batches[name] = training_batch(vlm, loads[name])
     num_steps = len(methods) * (settings.warmup + settings.repeats + 1)
     done = 0
@@ -194,7 +191,7 @@ def measure_training_steps(
 
     def step_once(name: str) -> StageTimes:
         nonlocal done
-        vlm.compressor = methods[name]
+        vlm.compressor = methods[name].compressor
         watch = Stopwatch(device)
         with watch.stage("step"):
             metrics = stepper.step(done, num_steps, iter([batches[name]]))
@@ -214,44 +211,17 @@ def measure_training_steps(
         with PeakMemory(device) as peak:
             step_once(name)
         samples_per_s = 1000 * settings.batch_size / timings[name]["step"].median_ms
-        results[name] = TrainMethodResult(
-            stages=timings[name],
+        results[name] = StepResult(
             num_visual_tokens=batches[name].num_visual_tokens[0],
             num_tokens=loads[name].length,
+            estimated_bytes=dict(estimates[name]),
+            measured_bytes=peak.peak_bytes,
+            stages=timings[name],
             loss=losses[name],
             samples_per_s=samples_per_s,
             projected_hours=NUM_SAMPLES / samples_per_s / 3600,
-            peak_memory_bytes=peak.peak_bytes,
-            peak_memory_added_bytes=peak.peak_bytes - peak.start_bytes,
+            added_bytes=peak.peak_bytes - peak.start_bytes,
             memory_kind=peak.kind,
-            estimated_memory_bytes=estimates[name],
         )
-    return SideResult(
-        kind="train",
-        model=model.name,
-        settings=asdict(settings),
-        resolved=resolved(settings, model, num_parameters),
-        environment=environment(device),
-        methods=results,
-        notes=[
-            f"hours are for {NUM_SAMPLES} conversations of this length on one device; data is ready before each step"
-        ],
-    )
-
-
-def resolved(settings: BenchSettings, model: BenchModel, num_parameters: int) -> dict[str, Any]:
-    """What ``auto`` came to."""
-    name, budget = settings.token_budget(model)
-    return {
-        "device": str(settings.torch_device),
-        "dtype": str(settings.torch_dtype).removeprefix("torch."),
-        "budget": name,
-        "num_dominant": budget.num_dominant,
-        "num_contextual": budget.num_contextual,
-        "weights": settings.weights_of(model),
-        "num_parameters": num_parameters,
-        "trained": "projector",
-        "gradient_checkpointing": True,
-        "samples_per_step": settings.batch_size,
-        "text_tokens": settings.prompt_tokens,
-    }
+    note = f"hours are for {NUM_SAMPLES} conversations of this length on one device; data is ready before each step"
+    return side_result("train", settings, model, results, note)

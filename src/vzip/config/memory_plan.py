@@ -1,7 +1,8 @@
-"""From words to what ``python -m vzip memory`` estimates and measures; nothing is loaded to find out."""
+"""From overrides to what ``python -m vzip memory`` estimates and measures; nothing is loaded to find out."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +19,10 @@ from vzip.errors import ConfigError
 from vzip.evaluation.answering.batching import AUTO, AUTO_ON_GPU
 
 if TYPE_CHECKING:
-    from vzip.bench.memory.ledger import Peak
-    from vzip.bench.memory.workload import ModelShape, Workload
+    from vzip.bench.memory.model_shape import ModelShape
+    from vzip.bench.memory.workload import Workload
     from vzip.models.vlm import CompressedVlm
-    from vzip.train.settings import LaunchSettings
+    from vzip.train.settings import LaunchSettings, TrainSettings
 
 TEXT_TOKENS = 256  # of a prompt where nothing else is said
 NEW_TOKENS = 128
@@ -35,89 +36,69 @@ class MemoryPlan:
         config: the composed configuration.
         shape: the model without weights.
         load: what is on a device at once.
-        num_visual: visual tokens of each picture (or video).
-        trains: a training; else an inference.
+        num_visual: visual tokens of each image (or video).
+        train: the training's settings; None: an inference.
+        launch: on what it is carried out.
     """
 
     config: Mapping[str, Any]
     shape: ModelShape
     load: Workload
     num_visual: int
-    trains: bool
-
-    @property
-    def dtype(self) -> Any:
-        """Of the weights that do not train."""
-        from vzip.models.load import DTYPES
-        from vzip.models.weights.quantization import compute_dtype
-
-        name = self.config["train"]["precision"] if self.trains else self.config["model"]["dtype"]
-        return compute_dtype(DTYPES[name], self.shape.config)
+    train: TrainSettings | None
+    launch: LaunchSettings
 
     @property
     def num_processes(self) -> int:
         """Over all machines."""
-        launcher = self.config["launcher"]
-        return int(launcher["num_processes"] * (launcher["num_machines"] or 1))
+        return self.launch.num_processes * (self.launch.num_machines or 1)
 
     @property
-    def halves(self) -> bool:
+    def fits_batch(self) -> bool:
         """Whether the batch is to be as large as fits."""
-        return not self.trains and self.config["eval"]["batch_size"] == AUTO
-
-    @property
-    def on_cuda(self) -> bool:
-        """Whether the devices are GPUs; they need not be here."""
-        import torch
-
-        device = self.config["launcher"]["device"]
-        return device == "cuda" or (device == "auto" and torch.cuda.is_available())
-
-    @property
-    def is_here(self) -> bool:
-        """Whether the checkpoint itself lies on this machine."""
-        from vzip.models.load import resolve_checkpoint
-
-        return isinstance(resolve_checkpoint(self.config["model"]["name_or_path"]), Path)
+        return self.train is None and self.config["eval"]["batch_size"] == AUTO
 
 
 def memory_plan(
-    words: list[str], inference: bool = False, length: int | None = None, num_new_tokens: int | None = None
+    overrides: list[str], inference: bool = False, length: int | None = None, num_new_tokens: int | None = None
 ) -> MemoryPlan:
-    """Composes the words as train.py would.
+    """Composes overrides as train.py would.
 
     Args:
-        words: ``group=option``, ``key=value``, ``+exp=RECIPE``.
+        overrides: ``group=option``, ``key=value``, ``+exp=RECIPE``.
         inference: of a recipe that trains.
-        length: see ``vzip.bench.memory.workload.Workload``; None: the training's longest, or a prompt of 256 words.
+        length: see ``Workload``; None: the training's longest, or a prompt of 256 text tokens.
         num_new_tokens: of an answer; None: the configuration's, or 128.
 
     Raises:
-        ConfigError: naming every problem of the words; a length or number that cannot be.
+        ConfigError: naming every problem of the overrides; a length or number that cannot be.
         CheckpointError: a checkpoint whose configuration is not to be had.
         UnsupportedModelError: a model of another kind.
     """
-    from vzip.bench.memory.workload import check_length, visual_tokens
+    import torch
 
-    config = _composed(words)
-    trains = "kind" in config["train"] and not inference
-    _check_asked(config["train"], trains, inference, length, num_new_tokens)
-    shape = model_shape(config["model"], config["compressor"])
-    load = _load(config, trains, length, num_new_tokens)
-    num_visual = visual_tokens(shape, load)
-    load = replace(load, length=load.length or num_visual + TEXT_TOKENS)
-    check_length(load.length, num_visual)
-    return MemoryPlan(config, shape, load, num_visual, trains)
+    from vzip.bench.memory.workload import Workload, check_length, num_visual_tokens
 
-
-def _composed(words: list[str]) -> dict[str, Any]:
-    directory = config_dir()
-    check_overrides(words, directory, "train")
-    with initialize_config_dir(config_dir=str(directory), version_base="1.3"):
-        config = resolved(compose("train", words))
+    check_overrides(overrides, config_dir(), "train")
+    with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
+        config = resolved(compose("train", overrides))
     validate(config)
     config["launcher"] = one_process(config["launcher"])
-    return config
+    trains = "kind" in config["train"] and not inference
+    _check_asked(config["train"], trains, inference, length, num_new_tokens)
+    train, launch = settings_of(config) if trains else (None, launch_of(config))
+    shape = model_shape(config["model"], config["compressor"])
+    num_frames = None if trains else config["model"]["num_frames"]
+    num_visual = num_visual_tokens(shape.on_meta_device(torch.float32), num_frames)
+    if train is not None:
+        load = _training_load(config, launch.batch_size, length or train.max_length)
+    else:
+        evaluation = config["eval"]
+        count = AUTO_ON_GPU if evaluation["batch_size"] == AUTO else evaluation["batch_size"]
+        wanted = num_new_tokens or evaluation["gen_kwargs"]["max_new_tokens"] or NEW_TOKENS
+        load = Workload(count, 1, length or num_visual + TEXT_TOKENS, wanted, num_frames)
+    check_length(load.length, num_visual)
+    return MemoryPlan(config, shape, load, num_visual, train, launch)
 
 
 def _check_asked(
@@ -140,18 +121,11 @@ def _check_asked(
         raise ConfigError(f"--length={length}: conversations are cut at train.max_length={train['max_length']}.")
 
 
-def _load(config: Mapping[str, Any], trains: bool, length: int | None, num_new_tokens: int | None) -> Workload:
-    """What is on a device at once; length 0 stands for a prompt whose picture is not known yet."""
+def _training_load(config: Mapping[str, Any], batch_size: int, length: int) -> Workload:
     from vzip.bench.memory.workload import Workload
 
-    if trains:
-        data = config["data"]
-        per_picture = data["num_questions"] if data.get("kind") == "scenes" else 1
-        return Workload(launch_of(config).batch_size, per_picture, length or config["train"]["max_length"])
-    evaluation = config["eval"]
-    wanted = num_new_tokens or evaluation["gen_kwargs"]["max_new_tokens"] or NEW_TOKENS
-    count = AUTO_ON_GPU if evaluation["batch_size"] == AUTO else evaluation["batch_size"]
-    return Workload(count, 1, length or 0, wanted, config["model"]["num_frames"])
+    data = config["data"]
+    return Workload(batch_size, data["num_questions"] if data.get("kind") == "scenes" else 1, length)
 
 
 def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> ModelShape:
@@ -160,7 +134,7 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
     Raises:
         ConfigError, CheckpointError, UnsupportedModelError: as ``memory_plan``.
     """
-    from vzip.bench.memory.workload import ModelShape
+    from vzip.bench.memory.model_shape import ModelShape
     from vzip.bench.shapes import SHAPES
     from vzip.models.families import FamilyOptions, adapter_class_for_config
     from vzip.models.hub import Checkpoint
@@ -198,64 +172,60 @@ def training_estimate(config: Mapping[str, Any]) -> Callable[[LaunchSettings, in
         ConfigError, CheckpointError, UnsupportedModelError: as ``memory_plan``.
     """
     from vzip.bench.memory.estimate import estimate_training
-    from vzip.bench.memory.workload import Workload
 
     shape = model_shape({**config["model"], "adapter_path": None}, config["compressor"])
-    train, data = settings_of(config)[0], config["data"]
-    per_picture = data["num_questions"] if data["kind"] == "scenes" else 1
+    train = settings_of(config)[0]
 
     def needs(launch: LaunchSettings, num_processes: int) -> int:
-        load = Workload(launch.batch_size, per_picture, train.max_length)
-        return estimate_training(shape, train, launch, load, num_processes, launch.device == "cuda").total
+        load = _training_load(config, launch.batch_size, train.max_length)
+        return estimate_training(shape, train, launch, load, num_processes).total()
 
     return needs
 
 
-def estimate(plan: MemoryPlan) -> Peak:
-    """The peak by what it is for; nothing is loaded. Raises as ``vzip.bench.memory.estimate``."""
+def estimate(plan: MemoryPlan) -> Counter[str]:
+    """The peak, bytes by what they are for; nothing is loaded. Raises as ``vzip.bench.memory.estimate``."""
     from vzip.bench.memory.estimate import estimate_inference, estimate_training
 
-    if not plan.trains:
-        return estimate_inference(plan.shape, plan.dtype, plan.load)
-    train, launch = settings_of(plan.config)
-    return estimate_training(plan.shape, train, launch, plan.load, plan.num_processes, plan.on_cuda)
+    if plan.train is None:
+        return estimate_inference(plan.shape, _dtype(plan), plan.load)
+    return estimate_training(plan.shape, plan.train, plan.launch, plan.load, plan.num_processes)
 
 
-def estimate_halving(plan: MemoryPlan, device_bytes: float) -> tuple[MemoryPlan, Peak]:
+def estimate_fitting(plan: MemoryPlan, device_bytes: float) -> tuple[MemoryPlan, Counter[str]]:
     """The peak of an inference, its batch halved until it fits, as ``eval.batch_size=auto`` does on such a device."""
-    while (peak := estimate(plan)).total > device_bytes and plan.load.num_pictures > 1:
-        plan = replace(plan, load=replace(plan.load, num_pictures=(plan.load.num_pictures + 1) // 2))
+    while (peak := estimate(plan)).total() > device_bytes and plan.load.num_images > 1:
+        plan = replace(plan, load=replace(plan.load, num_images=(plan.load.num_images + 1) // 2))
     return plan, peak
-
-
-def measure(plan: MemoryPlan) -> int:
-    """Bytes at the peak of a real step or answer on this machine, with random weights where there is no checkpoint."""
-    from vzip.bench.memory.measure import measure_inference, measure_training
-
-    vlm = _real_model(plan)
-    if not plan.trains:
-        return measure_inference(vlm, plan.load)
-    train, launch = settings_of(plan.config)
-    num_batches = min(2, launch.accumulation(train.samples_per_step, 1))  # further ones leave what the second left
-    return measure_training(vlm, replace(train, samples_per_step=num_batches * launch.batch_size), launch, plan.load)
 
 
 def check_measurable(plan: MemoryPlan) -> None:
     """Refuses, before anything is built, what one process on this machine cannot do."""
     from vzip.train.distributed import uses_cuda
 
-    launcher, model = plan.config["launcher"], plan.config["model"]
-    uses_cuda(launcher["device"])
-    if plan.trains and (plan.num_processes > 1 or launcher["strategy"] != "single"):
+    launcher, quantization = plan.config["launcher"], plan.shape.quantization
+    uses_cuda(plan.launch.device)
+    if plan.train is not None and (plan.num_processes > 1 or plan.launch.strategy != "single"):
         raise ConfigError(
             f"--measure with launcher={launcher['name']}: only a single process is measured. Add launcher=inline, or"
             " leave --measure out."
         )
-    if model["quantization"] is not None and not plan.is_here:
+    if quantization is not None and not _is_here(plan):
         raise ConfigError(
-            f"--measure with model.quantization={model['quantization']}: bitsandbytes quantizes a checkpoint while it"
-            " is read, so it must be here: model.name_or_path=DIR."
+            f"--measure with model.quantization={quantization}: bitsandbytes quantizes a checkpoint while it is read,"
+            " so it must be here: model.name_or_path=DIR."
         )
+
+
+def measure(plan: MemoryPlan) -> int:
+    """Bytes at the peak of a real step or answer on this machine, with random weights where there is no checkpoint."""
+    from vzip.bench.memory.measure import measure_inference, measure_training
+
+    vlm, train, launch = _real_model(plan), plan.train, plan.launch
+    if train is None:
+        return measure_inference(vlm, plan.load)
+    num_batches = min(2, launch.accumulation(train.samples_per_step, 1))  # further ones leave what the second left
+    return measure_training(vlm, replace(train, samples_per_step=num_batches * launch.batch_size), launch, plan.load)
 
 
 def _real_model(plan: MemoryPlan) -> CompressedVlm:
@@ -264,10 +234,26 @@ def _real_model(plan: MemoryPlan) -> CompressedVlm:
     import vzip
     from vzip.train.distributed import uses_cuda
 
-    if plan.is_here:
-        model = {**plan.config["model"], "projector": None}
-        if plan.trains:
-            return tuning_plan({**plan.config, "model": model}).load_model(plan.config["train"]["precision"])
-        return vzip.load_vlm(**load_arguments(model), compressor=plan.shape.compressor)
-    device = torch.device("cuda" if uses_cuda(plan.config["launcher"]["device"]) else "cpu")
-    return plan.shape.with_random_weights(device, plan.dtype)
+    if not _is_here(plan):
+        device = torch.device("cuda" if uses_cuda(plan.launch.device) else "cpu")
+        return plan.shape.with_random_weights(device, _dtype(plan))
+    model = {**plan.config["model"], "projector": None}
+    if plan.train is not None:
+        return tuning_plan({**plan.config, "model": model}).load_model(plan.train.precision)
+    return vzip.load_vlm(**load_arguments(model), compressor=plan.shape.compressor)
+
+
+def _is_here(plan: MemoryPlan) -> bool:
+    """Whether the checkpoint itself lies on this machine."""
+    from vzip.models.load import resolve_checkpoint
+
+    return isinstance(resolve_checkpoint(plan.config["model"]["name_or_path"]), Path)
+
+
+def _dtype(plan: MemoryPlan) -> Any:
+    """Of the weights that do not train."""
+    from vzip.models.load import DTYPES
+    from vzip.models.weights.quantization import compute_dtype
+
+    name = plan.config["model"]["dtype"] if plan.train is None else plan.train.precision
+    return compute_dtype(DTYPES[name], plan.shape.config)

@@ -121,15 +121,9 @@ def settings_of(config: Mapping[str, Any]) -> tuple[TrainSettings, LaunchSetting
     Raises:
         ConfigError: settings of ``train`` that contradict one another.
     """
-    from vzip.train.settings import LoraSettings, TrainSettings
+    from vzip.train.settings import TrainSettings
 
-    train = {key: value for key, value in config["train"].items() if key not in ("name", "kind")}
-    for key in ("parts", "trackers"):
-        train[key] = tuple(train[key])
-    if train["lora"] is not None:
-        lora = {**train["lora"], "target_modules": tuple(train["lora"]["target_modules"])}
-        train["lora"] = LoraSettings(**lora)
-    return TrainSettings(**train), launch_of(config)
+    return TrainSettings.of_group(config["train"]), launch_of(config)
 
 
 def data_loader(data: Mapping[str, Any], cache: str | None = None) -> Callable[[], TrainingSet]:

@@ -70,13 +70,13 @@ def _of_model(config: Mapping[str, Any], plan: TrainPlan) -> tuple[str, str]:
     """What trains, and the visual tokens of an image; from the model's shape alone."""
     import torch
 
-    from vzip.bench.memory.workload import Workload, blank_pictures, num_visual_tokens
+    from vzip.bench.memory.workload import num_visual_tokens
     from vzip.config.memory_plan import model_shape
     from vzip.train.trainable import choose_trainable
 
     shape = model_shape({**config["model"], "adapter_path": None}, config["compressor"])
-    vlm = shape.on_paper(torch.bfloat16)
-    most = num_visual_tokens(vlm, blank_pictures(vlm.adapter, Workload(1, 1, 1)))
+    vlm = shape.on_meta_device(torch.bfloat16)
+    most = num_visual_tokens(vlm)
     trained = choose_trainable(vlm, plan.train, in_float32=False).removeprefix("training ")
     return trained, f"up to {most}" if vlm.adapter.has_tiles else str(most)
 

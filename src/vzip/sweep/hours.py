@@ -152,7 +152,7 @@ _WORK: dict[str, ModelWork] = {}
 
 def model_work(config: Mapping[str, Any]) -> ModelWork:
     """What a configuration's model does for one prompt; from shapes alone."""
-    from vzip.bench.memory.workload import Workload, blank_pictures, num_visual_tokens
+    from vzip.bench.memory.workload import blank_images, num_visual_tokens
     from vzip.config.memory_plan import model_shape
     from vzip.models.load import DTYPES
 
@@ -160,22 +160,22 @@ def model_work(config: Mapping[str, Any]) -> ModelWork:
     key = json.dumps([model, compressor], sort_keys=True, default=str)
     if key not in _WORK:
         shape = model_shape(model, compressor)
-        vlm = shape.on_paper(DTYPES["float16"])  # type: ignore[arg-type]  # a dtype, not "auto"
-        pictures = blank_pictures(vlm.adapter, Workload(1, 1, 0, num_frames=model["num_frames"]))
-        num_visual = num_visual_tokens(vlm, pictures)
+        vlm = shape.on_meta_device(DTYPES["float16"])  # type: ignore[arg-type]  # a dtype, not "auto"
+        images = blank_images(vlm.adapter, num_frames=model["num_frames"])
+        num_visual = num_visual_tokens(vlm, model["num_frames"])
         weights = sum(p.numel() * p.element_size() for p in vlm.adapter.language_model.parameters())
         text = vlm.model.config.get_text_config()
-        _WORK[key] = ModelWork(text, _vision_operations(vlm, pictures, num_visual), num_visual, weights)
+        _WORK[key] = ModelWork(text, _vision_operations(vlm, images, num_visual), num_visual, weights)
     return _WORK[key]
 
 
-def _vision_operations(vlm: CompressedVlm, pictures: Mapping[str, Any], num_visual: int) -> int:
+def _vision_operations(vlm: CompressedVlm, images: Mapping[str, Any], num_visual: int) -> int:
     from vzip.bench import flops
     from vzip.models.families import MiniGeminiAdapter
 
     adapter, config = vlm.adapter, vlm.model.config
     geometry = adapter.geometry
-    shape = next(tensor.shape for name, tensor in pictures.items() if name.startswith("pixel_values"))
+    shape = next(tensor.shape for name, tensor in images.items() if name.startswith("pixel_values"))
     num_layers = geometry.num_layers_to_run(adapter.select_layer)
     operations = flops.tower_formula(
         config.vision_config,

@@ -32,11 +32,11 @@ from vzip.results.provenance import code_state, hardware, versions
 from .checkpoint import CheckpointStore, trained_tensors, trim_metrics
 from .distributed import build_accelerator, check_devices
 from .launch import num_processes_in_all
-from .objective import AnswerLoss, ModelView
+from .objective import ModelView
 from .settings import LaunchSettings, TrainSettings
 from .stepping import Stepper, StepSchedule, load_batches
 from .tracking import Tracker, check_tracker
-from .trainable import choose_trainable, lora_arguments, parameter_groups
+from .trainable import lora_arguments, prepare_training
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +150,7 @@ def train(plan: TrainPlan) -> Path:
         "num_processes": accelerator.num_processes,
         "launcher": asdict(launch),
     }
-    _say(accelerator, choose_trainable(vlm, settings, in_float32=not launch.uses_deepspeed))
-    if launch.gradient_checkpointing:
-        vlm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _say(accelerator, prepare_training(vlm, settings, launch))
 
     # What steps.
     collator = Collator(
@@ -165,12 +163,8 @@ def train(plan: TrainPlan) -> Path:
         plan.skip_unreadable,
         vlm.adapter.video_token_id,
     )
-    adamw = torch.optim.AdamW(
-        parameter_groups(vlm, settings), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    always_whole = accelerator.num_processes > 1 and (not settings.only_projector or launch.strategy == "zero3")
-    model, optimizer = accelerator.prepare(AnswerLoss(vlm, always_whole), adamw)
-    stepper = Stepper(accelerator, model, optimizer, settings, launch, plan.seed)
+    stepper = Stepper.of(accelerator, vlm, settings, launch, plan.seed)
+    model, optimizer = stepper.model, stepper.optimizer
 
     # Where an earlier run stopped.
     step, best = 0, math.inf

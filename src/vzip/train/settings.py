@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from vzip.data.conversations import TEMPLATES
 from vzip.errors import ConfigError
@@ -93,6 +94,15 @@ class TrainSettings:
     def only_projector(self) -> bool:
         """Whether nothing but the projector trains, as in the paper's fine-tuning."""
         return self.lora is None and set(self.parts) == {"projector"}
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any]) -> TrainSettings:
+        """From the ``train`` group as it is read from YAML; raises ConfigError for settings that contradict another."""
+        given = {key: value for key, value in group.items() if key not in ("name", "kind")}
+        lora = given["lora"]
+        if lora is not None:
+            lora = LoraSettings(**{**lora, "target_modules": tuple(lora["target_modules"])})
+        return cls(**{**given, "parts": tuple(given["parts"]), "trackers": tuple(given["trackers"]), "lora": lora})
 
     def __post_init__(self) -> None:
         assert self.template in TEMPLATES and self.precision in PRECISIONS

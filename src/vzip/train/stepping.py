@@ -16,26 +16,31 @@ from torch.utils.data import DataLoader, Dataset
 from vzip.data.collate import Batch, Collator, TrainingSample, TrainingSet
 from vzip.data.order import draw_steps, split_step
 from vzip.errors import VzipError
+from vzip.models.vlm import CompressedVlm
 from vzip.results.provenance import peak_memory_gib
 
+from .objective import AnswerLoss
 from .settings import LaunchSettings, TrainSettings, learning_rate_factor
+from .trainable import parameter_groups
 
 
 class DivergedError(VzipError, ArithmeticError):
     """The loss or the gradient is no finite number."""
 
 
-class Laps:
+class StepTimer:
     """Where a step's time goes: each call of ``lap`` adds the time since the last one to a name, in milliseconds.
 
-    A lap ends where a number is read back from the device, so that work still under way there is not counted later.
+    A lap waits for the device, so that work still under way there is not counted later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.ms: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._device, self._last = device, time.perf_counter()
 
     def lap(self, name: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         self.ms[name] = self.ms.get(name, 0.0) + 1000 * (now - self._last)
         self._last = now
@@ -120,6 +125,17 @@ class Stepper:
         self.settings, self.launch, self.seed = settings, launch, seed
         self.accumulation = launch.accumulation(settings.samples_per_step, accelerator.num_processes)
 
+    @classmethod
+    def of(
+        cls, accelerator: Accelerator, vlm: CompressedVlm, settings: TrainSettings, launch: LaunchSettings, seed: int
+    ) -> Stepper:
+        """Of a model that ``prepare_training`` has seen: its loss and AdamW, prepared by the accelerator."""
+        groups = parameter_groups(vlm, settings)
+        adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        shared = accelerator.num_processes > 1 and (not settings.only_projector or launch.strategy == "zero3")
+        model, optimizer = accelerator.prepare(AnswerLoss(vlm, always_whole=shared), adamw)
+        return cls(accelerator, model, optimizer, settings, launch, seed)
+
     def lists(self, schedule: StepSchedule, start: int) -> list[list[int]]:
         """Samples of each of this process's batches, from step ``start`` on."""
         process, count = self.accelerator.process_index, self.accelerator.num_processes
@@ -138,9 +154,9 @@ class Stepper:
         Raises:
             DivergedError: naming the samples; the weights are those before the step.
         """
-        laps = Laps()
+        timer = StepTimer(self.accelerator.device)
         mine = list(islice(batches, self.accumulation))
-        laps.lap("data_ms")
+        timer.lap("data_ms")
         # What is random in a model (dropout) depends on the step alone, so a resumed run draws the same.
         torch.manual_seed((self.seed * 1_000_003 + step) * 1_009 + self.accelerator.process_index)
         rate = learning_rate_factor(step, num_steps, self.settings.warmup_fraction)
@@ -154,11 +170,11 @@ class Stepper:
                 sum(self._count(batch) for batch in mine),
             ]
         )
-        loss, norm = self._backward(mine, counts[3], laps)
+        loss, norm = self._backward(mine, counts[3], timer)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        laps.lap("update_ms")
-        seconds = sum(laps.ms.values()) / 1000
+        timer.lap("update_ms")
+        seconds = sum(timer.ms.values()) / 1000
         memory = peak_memory_gib()
         return {
             "loss": loss,
@@ -169,7 +185,7 @@ class Stepper:
             "num_skipped": int(counts[2]),
             "samples_per_s": round(self.settings.samples_per_step / seconds, 2),
             "target_tokens_per_s": round(counts[0] / seconds, 1),
-            **{name: round(ms, 1) for name, ms in laps.ms.items()},
+            **{name: round(ms, 1) for name, ms in timer.ms.items()},
             "peak_memory_gib": memory["cuda"] or memory["process"],
         }
 
@@ -190,13 +206,13 @@ class Stepper:
             return nats.sum()
         return (nats / nats.new_tensor(batch.num_targets_by_sample).clamp(min=1)).sum()
 
-    def _backward(self, mine: list[Batch], divisor: float, laps: Laps) -> tuple[float, float]:
+    def _backward(self, mine: list[Batch], divisor: float, timer: StepTimer) -> tuple[float, float]:
         """Gradients of the step's loss; returns the loss and the gradient's norm before clipping.
 
         Args:
             mine: this process's batches.
             divisor: the sum of ``_count`` over the whole step.
-            laps: times.
+            timer: of the step.
         """
         # Processes' gradients are averaged and accumulate() divides by the batches: both are undone here, so that what
         # remains is the sum over the whole step divided by the step's divisor.
@@ -209,9 +225,10 @@ class Stepper:
                 self._refuse_infinite(nats, batch)
                 added = self._added(nats, batch)
                 summed += added.item()
-                laps.lap("forward_ms")
+                timer.lap("forward_ms")
                 self.accelerator.backward(added * scale)
-                laps.lap("backward_ms")
+                del nats, added  # with the graph, in which bitsandbytes' 8-bit layers still keep their inputs
+                timer.lap("backward_ms")
                 if self.accelerator.sync_gradients:
                     limit = self.settings.max_grad_norm or float("inf")
                     trained = [p for group in self.optimizer.param_groups for p in group["params"]]

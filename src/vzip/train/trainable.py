@@ -12,7 +12,7 @@ from vzip.models.freeze import initialise_anew, train_projector_only
 from vzip.models.vlm import CompressedVlm
 from vzip.models.weights.lora_training import add_lora, is_lora, peft_arguments
 
-from .settings import TrainSettings
+from .settings import LaunchSettings, TrainSettings
 
 
 def module_of(vlm: CompressedVlm, part: str) -> list[nn.Module]:
@@ -23,6 +23,14 @@ def module_of(vlm: CompressedVlm, part: str) -> list[nn.Module]:
     if part == "vision_tower":
         return [adapter.vision_tower]
     return [adapter.language_model, adapter.model.get_output_embeddings()]
+
+
+def prepare_training(vlm: CompressedVlm, settings: TrainSettings, launch: LaunchSettings) -> str:
+    """Chooses what trains and how it is kept, and checkpoints gradients; returns and raises as ``choose_trainable``."""
+    line = choose_trainable(vlm, settings, in_float32=not launch.uses_deepspeed)
+    if launch.gradient_checkpointing:
+        vlm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return line
 
 
 def choose_trainable(vlm: CompressedVlm, settings: TrainSettings, in_float32: bool) -> str:

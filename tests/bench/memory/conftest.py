@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import vzip
 from vzip.bench.memory.estimate import estimate_inference, estimate_training
-from vzip.bench.memory.ledger import Peak
 from vzip.bench.memory.measure import measure_inference, measure_training
-from vzip.bench.memory.workload import ModelShape, Workload
+from vzip.bench.memory.model_shape import ModelShape
+from vzip.bench.memory.workload import Workload
 from vzip.train.settings import LaunchSettings, TrainSettings
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def wide_shape(compressor: Any = None) -> ModelShape:
 
 def settings(load: Workload, **changes: Any) -> tuple[TrainSettings, LaunchSettings]:
     """Two batches of this load a step; keyword arguments change whichever object has them."""
-    changes = {"batch_size": load.num_pictures, "samples_per_step": 2 * load.num_pictures, **changes}
+    changes = {"batch_size": load.num_images, "samples_per_step": 2 * load.num_images, **changes}
     train = {f.name for f in dataclasses.fields(SETTINGS)} & set(changes)
     launch = {f.name for f in dataclasses.fields(LAUNCH)} & set(changes)
     return (
@@ -59,7 +60,7 @@ def settings(load: Workload, **changes: Any) -> tuple[TrainSettings, LaunchSetti
     )
 
 
-def both(shape: ModelShape, load: Workload, trains: bool = True, **changes: Any) -> tuple[Peak, int]:
+def both(shape: ModelShape, load: Workload, trains: bool = True, **changes: Any) -> tuple[Counter[str], int]:
     """The estimate and the measured peak of the same work."""
     train, launch = settings(load, **changes)
     dtype = getattr(torch, train.precision)
