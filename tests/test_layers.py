@@ -19,6 +19,7 @@ ROOMS = [
     ["installed"],
     ["ops", "media"],
     ["compressors"],
+    ["pruners"],
     ["models.environment", "models.devices", "models.hub"],
     ["models.towers"],
     ["models.families"],

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from .models.load import load_vlm
     from .models.vlm import CompressedVlm
+    from .pruners import FastV, Pruner
 
 __version__ = "0.1.0"
 
@@ -33,7 +34,9 @@ __all__ = [
     "Compressor",
     "ContextualOnly",
     "DominantOnly",
+    "FastV",
     "Identity",
+    "Pruner",
     "RandomTokens",
     "TokenBudget",
     "UniformTokens",
@@ -45,6 +48,7 @@ __all__ = [
 _HOME_OF = {name: ".compressors" for name in __all__}
 _HOME_OF["CompressedVlm"] = ".models.vlm"
 _HOME_OF["load_vlm"] = ".models.load"
+_HOME_OF |= {name: ".pruners" for name in ("FastV", "Pruner")}
 
 
 def __getattr__(name: str) -> Any:

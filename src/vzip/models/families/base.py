@@ -21,10 +21,12 @@ from vzip.compressors.controls import Identity
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError
 from vzip.media.images import Preprocess, prepare_pictures
 from vzip.media.video import VideoSource
+from vzip.pruners.base import Decoder, Pruner
 
 from ..towers.cache import TowerCache
 from ..towers.structure import Tower, TowerGeometry, find_tower
 from ..towers.tap import run_tower
+from .decoder import LlamaDecoder
 from .options import FamilyOptions, check_fit
 
 
@@ -108,6 +110,13 @@ class Adapter(ABC):
         check_fit(compressor, geometry, options)
 
     @classmethod
+    def check_pruner(cls, config: Any, pruner: Pruner) -> None:
+        """Raises ConfigError or UnsupportedModelError for a pruner that the language model cannot have."""
+        text_config = config.get_text_config()
+        LlamaDecoder.check_config(text_config)
+        pruner.check_fits(text_config)
+
+    @classmethod
     def load_model(cls, directory: Path, config: Any, **settings: Any) -> Any:
         """What ``from_pretrained`` of the Hugging Face class returns for these settings; raises what it raises."""
         return cls.model_class.from_pretrained(directory, config=config, **settings)
@@ -146,6 +155,11 @@ class Adapter(ABC):
     @abstractmethod
     def language_model(self) -> nn.Module:
         """The language model, without its head."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """The language model's layers, for pruners; see ``check_pruner`` for which are served."""
+        return LlamaDecoder(self.language_model)
 
     @property
     def embed_tokens(self) -> nn.Module:
