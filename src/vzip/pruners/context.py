@@ -73,11 +73,11 @@ class CacheStages:
     """What the layers of one key-value cache hold; goes with the cache from turn to turn of a dialogue.
 
     Attributes:
-        stages: by the first layer that each is true of; empty: nothing was computed yet.
+        stages: by the first layer that each is true of; empty: the cache is.
     """
 
     def __init__(self, num_cached: int = 0) -> None:
-        """Of one prompt whose first ``num_cached`` tokens every layer holds."""
+        """Of a cache of one prompt, of which every layer holds ``num_cached`` tokens."""
         self.stages: dict[int, Stage] = {}
         if num_cached:
             self.stages[0] = Stage.whole(torch.full((1, num_cached), TEXT))
@@ -99,9 +99,10 @@ class CacheStages:
         for first, stage in self.stages.items():
             self.stages[first] = stage.first(int((stage.column[0] < num_tokens).sum()))
         for index, layer in enumerate(cache.layers):
-            held = self.of_layer(index).column.shape[1] if self.stages else num_tokens
-            if int(layer.get_seq_length()) > held:
-                layer.crop(held - int(layer.get_seq_length()))
+            kept = self.of_layer(index).column.shape[1] if self.is_pruned else num_tokens
+            surplus = int(layer.get_seq_length()) - kept
+            if surplus > 0:
+                layer.crop(-surplus)
 
 
 class PrunedRun:
@@ -441,7 +442,9 @@ def refuse_generation(settings: Mapping[str, Any], of_model: Any) -> None:
         return settings[name] if settings.get(name) is not None else getattr(chosen, name, None)
 
     problems = [f"{name}={value(name)}: must be 1" for name in _SINGLE if (value(name) or 1) != 1]
-    problems += [f"{name}={value(name)}: must be left out" for name in _UNSERVED if value(name) is not None]
+    given = {name: value(name) for name in _UNSERVED if value(name) is not None}
+    shown = {name: it if isinstance(it, int | str) else type(it).__name__ for name, it in given.items()}
+    problems += [f"{name}={it}: must be left out" for name, it in shown.items()]
     if value("cache_implementation") not in _CACHES:
         problems.append(f"cache_implementation={value('cache_implementation')}: must be dynamic or static")
     if problems:
