@@ -45,6 +45,11 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
             f"train={train['name']} needs data to train on, but data={data['name']}: choose data=llava_json"
             " data.json=FILE, data=llava_mix665k_tenth or data=scenes_dialogues."
         )
+    if "_target_" in config["pruner"]:
+        raise ConfigError(
+            f"pruner={config['pruner']['name']}: nothing is dropped inside the language model while it trains; set"
+            " pruner=none, and evaluate what was trained with the pruner."
+        )
     check_assembled(config["model"])
     return config
 
