@@ -193,14 +193,14 @@ def _check_pruner(model: Mapping[str, Any], pruner: Any) -> list[str]:
         built = build_pruner(pruner)
     except ConfigError as error:
         return [str(error)]
-    folder = Path(str(model.get("name_or_path"))).expanduser()
-    if not (folder / "config.json").is_file():
-        return []  # a hub id: load_vlm looks, before it loads any weight
     from vzip.models.families import adapter_class_for_config
-    from vzip.models.load import read_config
+    from vzip.models.load import BUILT_IN_NAME, read_config, resolve_checkpoint
 
+    source = str(model.get("name_or_path"))
+    if source != BUILT_IN_NAME and not (Path(source).expanduser() / "config.json").is_file():
+        return []  # a hub id: load_vlm looks, before it loads any weight
     try:
-        config = read_config(folder)
+        config = read_config(Path(resolve_checkpoint(source)))
         adapter_class_for_config(config).check_pruner(config, built)
     except VzipError as error:
         return [str(error)]
