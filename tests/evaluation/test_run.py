@@ -239,15 +239,15 @@ class TestRecord:
         record = run_of(vlm, ["own_exact"], batch_size=3)
         pruner = record["pruner"]
         assert (pruner["name"], pruner["settings"]) == ("FastV", "FastV(K=1, keep=0.25, pooled=False)")
-        assert pruner["schedule"] == {"least": [64, 16], "most": [64, 16]}
-        assert (pruner["average_min"], pruner["average_max"]) == (40.0, 40.0) == reading.visual_tokens_of(record)
-        assert [first - second for first, second in pruner["cache_lengths"].values()] == [48, 48]
-        assert record["visual_tokens"]["measured_max"] == 64
+        assert pruner["schedule"] == {"least": [16, 4], "most": [16, 4]}
+        assert (pruner["average_min"], pruner["average_max"]) == (10.0, 10.0) == reading.visual_tokens_of(record)
+        assert [first - second for first, second in pruner["cache_lengths"].values()] == [12, 12]
+        assert record["visual_tokens"]["measured_max"] == 16
         assert reading.method_of(record) == "Identity+FastV" and not reading.is_vanilla(record)
         vlm.pruner = None
         vanilla = run_of(vlm, ["own_exact"], "vanilla")
         assert vanilla["pruner"] is None and reading.is_vanilla_of(vanilla, record)
-        assert not reading.is_vanilla_of(record, vanilla) and reading.visual_tokens_of(vanilla) == (64, 64)
+        assert not reading.is_vanilla_of(record, vanilla) and reading.visual_tokens_of(vanilla) == (16, 16)
 
     def test_no_leftovers(self, run_of, scripted, answers, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

@@ -67,19 +67,26 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
     """Refuses, before anything is allocated, what cannot be measured.
 
     Raises:
-        ConfigError: a budget that does not fit the tower, a number of crops that the family does not make, a prompt
-            longer than the language model's positions, or more memory than there is.
+        ConfigError: a budget or pruner that does not fit the model, a number of crops that the family does not make, a
+            prompt longer than the language model's positions, or more memory than there is.
         UnsupportedModelError: a vision tower there is no support for.
     """
     geometry = geometry_from_config(model.vision_config)
     _name, budget = settings.token_budget(model)
     VisionZip(budget).check_fits(geometry.num_patches, geometry.has_cls)
     meta = shapes.build_meta(model, settings.torch_dtype)
+    if "fastv" in settings.methods:
+        if model.tower_only:
+            raise ConfigError(
+                f"methods=fastv: {model.name} is a vision tower alone, and FastV drops in language models."
+            )
+        adapter_for_model(meta).check_pruner(model.config, settings.fastv())
     num_visual = 0
     if not model.tower_only:
         num_crops = settings.crops_per_prompt(model)
         visuals = visuals_of(adapter_for_model(meta), num_crops)
-        num_visual = visuals.vanilla_tokens() if "vanilla" in settings.methods else num_crops * budget.num_tokens
+        is_whole = not {"vanilla", "fastv"}.isdisjoint(settings.methods)
+        num_visual = visuals.vanilla_tokens() if is_whole else num_crops * budget.num_tokens
         longest = num_visual + settings.prompt_tokens + settings.num_new_tokens
         allowed = model.config.text_config.max_position_embeddings
         if longest > allowed:

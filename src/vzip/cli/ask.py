@@ -2,6 +2,7 @@
 
 python -m vzip ask photo.jpg "What color is the star?"
 python -m vzip ask photo.jpg "What does the sign say?" budget=32tok
+python -m vzip ask photo.jpg "What does the sign say?" compressor=none budget=full pruner=fastv pruner.keep=100
 python -m vzip ask photo.jpg "What is this?" --model llava15_7b model.device_map=auto
 python -m vzip ask clip.mp4 "What happens?" --model video_llava_7b budget=17tok model.num_frames=80
 """
@@ -58,7 +59,11 @@ def main(arguments: argparse.Namespace) -> int:
         vanilla = vlm.adapter.expanded_lengths(1, inputs.get("image_sizes"))[0]
     else:
         vanilla = vlm.adapter.video_lengths(inputs["pixel_values_videos"])[0]
-    print(f"({vlm.last_num_visual_tokens[0]} visual tokens, {vanilla} without compression)")
+    counts = f"{vlm.last_num_visual_tokens[0]} visual tokens, {vanilla} without compression"
+    if vlm.last_pruned is not None:
+        layers = vlm.last_pruned.visual_schedule[0]
+        counts += f"; {sum(layers) / len(layers):.1f} on average over the language model's layers"
+    print(f"({counts})")
     return 0
 
 

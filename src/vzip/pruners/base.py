@@ -112,11 +112,10 @@ class PromptState:
         got = self._input_of(layer)
         num_tokens = self.hidden.shape[0]
         index = torch.as_tensor(query_index, device=got.hidden.device) % num_tokens
-        cos, sin = got.position_embeddings
-        chosen = cos[..., index, :], sin[..., index, :]
-        queries = self.decoder.queries(layer, got.hidden[:, index], chosen)[0]
-        num_past = got.keys.shape[1] - num_tokens
-        rows = causal_rows(queries, got.keys, index + num_past, self.decoder.scale(layer))
+        cos, sin = (part[..., index.to(part.device), :] for part in got.position_embeddings)
+        queries = self.decoder.queries(layer, got.hidden[:, index], (cos, sin))[0]
+        num_past, device = got.keys.shape[1] - num_tokens, got.keys.device
+        rows = causal_rows(queries.to(device), got.keys, (index + num_past).to(device), self.decoder.scale(layer))
         return rows[..., num_past:].to(self.hidden.device)
 
     def keys(self, layer: int) -> Tensor:

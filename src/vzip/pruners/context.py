@@ -298,7 +298,7 @@ class _Forward:
         if is_whole and self._first == 0:
             return hidden  # nothing was dropped, here or before: the model's own mask and positions are right
         self._first = layer
-        self._embeddings = self.run.decoder.rotary(hidden, self.positions)
+        self._embeddings = self.run.decoder.rotary(hidden, self.positions.to(hidden.device))
         mask = torch.cat([past.mask, own.mask], dim=1)
         self._mask = create_causal_mask(
             self.run.decoder.config,
