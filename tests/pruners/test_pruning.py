@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests import tiny
+from tests import tiny, tiny_mini_gemini
 from tests.pruners.methods import PyramidDrop
 from tests.tiny import IMAGE_TOKEN
 from transformers import Gemma2Config, MistralConfig
 
 import vzip
+from vzip.config.options import config_dir, option_values, options
+from vzip.config.validate import build_pruner
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError
 from vzip.models.weights.from_config import family_config, new_model
 from vzip.pruners import Cut, PromptState, Pruner
@@ -375,14 +377,17 @@ def test_other_language_models(kind):
     assert vlm.generate(**inputs, max_new_tokens=6)[0].tolist() == by_plain_loops(vlm, inputs, 6)[0]
 
 
-@pytest.mark.parametrize("family", [tiny.FAMILIES[1], tiny.FAMILIES[3]], ids=str)
+@pytest.mark.parametrize("name", [name for name in options(config_dir(), "pruner") if name != "none"])
+@pytest.mark.parametrize("compressor", [vzip.Identity(), vzip.VisionZip(BUDGET)], ids=["all", "visionzip"])
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, tiny_mini_gemini.FAMILY], ids=str)
 @torch.no_grad()
-def test_other_families(family):
-    model = family.build()
-    vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), pruner=vzip.FastV(1, 0.25))
-    vlm.generate(torch.tensor([[5, family.token, 6, family.token, 7]]), **family.inputs(2), max_new_tokens=3)
+def test_every_pruner_of_the_configuration_in_every_family(family, compressor, name):
+    pruner = build_pruner(option_values(config_dir(), "pruner", name))
+    vlm = vzip.CompressedVlm(family.build(num_text_layers=4), compressor, pruner=pruner)
+    new = vlm.generate(torch.tensor([[5, family.token, 6, family.token, 7]]), **family.inputs(2), max_new_tokens=3)
+    assert new.shape == (1, 3)
     for entered, layers in zip(vlm.last_num_visual_tokens, vlm.last_pruned.visual_schedule, strict=True):
-        assert layers == [entered, round(entered / 4)]
+        assert layers == pruner.schedule(entered, 4) and layers[-1] < entered == layers[0]
 
 
 def test_visual_index_says_where_each_image_is():
