@@ -219,6 +219,8 @@ def test_training_says_what_it_cannot_do(run: Run, tmp_path: Path) -> None:
     assert code == 2 and "train=projector needs data to train on, but data=none" in message
     code, message = run("+exp=llava15_7b_64tok_stage1", name="train")
     assert code == 2 and "checkpoints/llava15_7b_untuned: no such directory" in message
+    code, message = run("train=projector", "data=scenes_dialogues", "pruner=fastv", name="train")
+    assert code == 2 and "pruner=fastv: nothing is dropped inside the language model while it trains" in message
     code, message = run("train=tiny_from_scratch", name="train")
     assert code == 2 and "compressor=visionzip (must be none), budget=64tok (must be full)" in message
     assert list(tmp_path.iterdir()) == []

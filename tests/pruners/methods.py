@@ -33,9 +33,11 @@ class PyramidDrop(Pruner):
 
 
 @dataclass(frozen=True)
-class DartPivots(Pruner):
-    """(arXiv 2502.11494) Only its choice of pivots: the largest L1 norms of the keys of the layer before."""
+class Dart(Pruner):
+    """(arXiv 2502.11494) Pivots by the L1 norms of the keys of the layer before; each claims what is least like it."""
 
+    budget: int
+    order: list[int]  # of the pivots: the authors' own is a Python set's
     num_pivots: int = 4
     chosen: list[list[int]] = field(default_factory=list)
 
@@ -51,7 +53,15 @@ class DartPivots(Pruner):
         after = state.text[state.text > state.images[0].max()]
         for group in (state.images[0], after):
             self.chosen.append(group[top_indices(norms[None, group], self.num_pivots)[0]].tolist())
-        return Cut(torch.arange(len(norms)))
+        normed = torch.nn.functional.normalize(state.decoder.norm(state.hidden), dim=-1)
+        kept = self.chosen[0].copy()
+        left = [place for place in state.images[0].tolist() if place not in kept]
+        for pivot in self.order:
+            likeness = normed[left] @ normed[pivot]
+            claimed = likeness.topk(self.budget // (2 * self.num_pivots), largest=False).indices.tolist()
+            kept += [left[place] for place in claimed]
+            left = [place for place in left if place not in kept]
+        return Cut(torch.cat([state.text, torch.tensor(kept)]).sort().values)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.pruners.methods import DartPivots, PyramidDrop, SparseVlm
+from tests.pruners.methods import Dart, PyramidDrop, SparseVlm
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 import vzip
@@ -128,8 +128,10 @@ def test_new_rows(model, weights, case, counts):
     assert_agrees(case, cuts, last, step)
 
 
-def test_keys_are_those_after_the_rotary_embedding(model, weights):
-    pruner = DartPivots()
-    run(model, pruner, 576, weights["decode_embed"])
-    expected = load_file(GOLDEN / "dart_p576_s0_k64.safetensors")["pivot_order"].tolist()
-    assert sorted(pruner.chosen[0] + pruner.chosen[1]) == sorted(expected)
+def test_keys_after_the_rotary_embedding_and_the_last_norm(model, weights):
+    case = "dart_p576_s0_k64"
+    order = load_file(GOLDEN / f"{case}.safetensors")["pivot_order"].tolist()
+    pruner = Dart(64, order)
+    last, step, _, cuts = run(model, pruner, 576, weights["decode_embed"])
+    assert sorted(pruner.chosen[0] + pruner.chosen[1]) == sorted(order)
+    assert_agrees(case, cuts, last, step)

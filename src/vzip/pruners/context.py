@@ -250,7 +250,7 @@ class _Forward:
         self.cache: Any = None
         self.cuts = run.cuts if is_prompt and bool((whole.visual_index >= 0).any()) else ()
         self.bounds = {*self.cuts, *(first for first in past if first > 0)}
-        # Of the stage that the layer entered last is in.
+        # Of the stage that is being run: its first layer (0: the model's own arguments hold), mask, position embeddings.
         self._first = 0
         self._mask: Tensor | None = None
         self._embeddings: PositionEmbeddings | None = None
@@ -294,9 +294,6 @@ class _Forward:
             own = Stage(own.visual_index, own.column, own.shift + moved)
             self.positions = self.positions - moved.to(self.positions.device)
         self.own[layer] = own
-        is_whole = own is self.own[0] and torch.equal(past.mask, self.past[0].mask)
-        if is_whole and self._first == 0:
-            return hidden  # nothing was dropped, here or before: the model's own mask and positions are right
         self._first = layer
         self._embeddings = self.run.decoder.rotary(hidden, self.positions.to(hidden.device))
         mask = torch.cat([past.mask, own.mask], dim=1)
