@@ -42,8 +42,8 @@ class CompressedVlm(InputBuilder, nn.Module):
         revision: the commit of the hub's repository that the model was loaded from, or None.
         last_num_visual_tokens: visual tokens of each image, then of each video, that entered the language model in the
             last ``prepare``, ``forward`` or ``generate``; measured on the tensors, not read from the budget.
-        pruner: drops visual tokens inside the language model, or None; may be replaced at any time. The cache that such a
-            run returns can be continued within ``vzip.pruners.context.pruning`` alone.
+        pruner: drops visual tokens inside the language model, or None; may be replaced at any time. The cache that such
+            a run returns can be continued within ``vzip.pruners.context.pruning`` alone.
         last_pruned: what the pruner's last run did (``PrunedRun``: visual tokens and cache length of each layer), or
             None.
     """

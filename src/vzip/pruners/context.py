@@ -250,7 +250,7 @@ class _Forward:
         self.cache: Any = None
         self.cuts = run.cuts if is_prompt and bool((whole.visual_index >= 0).any()) else ()
         self.bounds = {*self.cuts, *(first for first in past if first > 0)}
-        # Of the stage that is being run: its first layer (0: the model's own arguments hold), mask, position embeddings.
+        # Of the stage that is being run: first layer (0: the model's own arguments hold), mask, position embeddings.
         self._first = 0
         self._mask: Tensor | None = None
         self._embeddings: PositionEmbeddings | None = None
