@@ -21,6 +21,7 @@ ROOMS = [
     ["ops", "media"],
     ["compressors"],
     ["methods"],
+    ["pruners"],
     ["models.environment", "models.devices", "models.hub"],
     ["models.towers"],
     ["models.families"],

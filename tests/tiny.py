@@ -64,13 +64,13 @@ def sharpen(model: torch.nn.Module, tower: Literal["clip", "siglip"]) -> None:
                 parameter.mul_(4.0)
 
 
-def text_config(vocab_size: int) -> LlamaConfig:
-    """A two-layer Llama of width 32."""
+def text_config(vocab_size: int, num_layers: int = 2) -> LlamaConfig:
+    """A small Llama of width 32."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
@@ -96,11 +96,12 @@ def build(
     select_layer: Any = -2,
     num_layers: int = 4,
     vocab_size: int = 64,
+    num_text_layers: int = 2,
     seed: int = 7,  # models that do not just repeat one token
     **of_family: Any,
 ) -> Any:
     """A family's model of about 60 thousand parameters in eval mode, float32."""
-    vision, text = vision_config(tower, num_layers), text_config(vocab_size)
+    vision, text = vision_config(tower, num_layers), text_config(vocab_size, num_text_layers)
     torch.manual_seed(seed)
     config = fresh.family_config(family, vision, text, IMAGE_TOKEN, select_layer, strategy, **of_family)
     return finish(fresh.new_model(config), tower)

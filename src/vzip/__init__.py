@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from .models.load import load_vlm
     from .models.vlm import CompressedVlm
+    from .pruners import FastV, Pruner
 
 __version__ = "0.1.0"
 
@@ -37,8 +38,10 @@ __all__ = [
     "ContextualOnly",
     "DivPrune",
     "DominantOnly",
+    "FastV",
     "FasterVLM",
     "Identity",
+    "Pruner",
     "RandomTokens",
     "TokenBudget",
     "UniformTokens",
@@ -51,6 +54,7 @@ __all__ = [
 _HOME_OF = {name: ".compressors" for name in __all__}
 _HOME_OF["CompressedVlm"] = ".models.vlm"
 _HOME_OF["load_vlm"] = ".models.load"
+_HOME_OF |= {name: ".pruners" for name in ("FastV", "Pruner")}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,11 +10,16 @@ import torch
 from tests.bench.conftest import bench_model, build
 
 from vzip.bench.device_memory import kv_cache_formula_bytes, storage_bytes
+from vzip.bench.operations import count_method
+from vzip.bench.run import _expected_cache_bytes
+from vzip.bench.settings import parse
 from vzip.bench.shapes import BenchModel
 from vzip.bench.stages import METHOD_CLASSES, STAGES, preprocess, run_pass
 from vzip.bench.workload import make_pictures
+from vzip.compressors import Identity
 from vzip.errors import ConfigError
 from vzip.models.vlm import CompressedVlm
+from vzip.pruners import FastV
 
 ALL = ("vanilla", "vzip", "eager_maps")
 
@@ -75,6 +80,40 @@ def test_compressed_methods_decode_what_the_wrapper_decodes(method: str, family:
     )
     assert torch.equal(generated, passed.token_ids)
     assert passed.num_visual_tokens == num_crops * 16 and sum(vlm.last_num_visual_tokens) == 2 * num_crops * 16
+
+
+@pytest.mark.parametrize("family", [("llava", 2), ("llava_next", 3), ("video_llava", 3)], ids=str)
+def test_fastv_decodes_what_the_wrapper_decodes_and_saves_what_its_schedule_says(family: tuple[str, int]) -> None:
+    name, num_crops = family
+    model = bench_model(family=name)
+    w = build(model, num_crops=num_crops, batch_size=2, pruner="1:0.25", methods=("vanilla", "fastv"))
+    method = METHOD_CLASSES["fastv"](w)
+    passed, whole = run_pass(method), run_pass(METHOD_CLASSES["vanilla"](w))
+    vlm = CompressedVlm(w.model, Identity(), pruner=FastV(1, 0.25))
+    assert w.input_ids is not None
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(vlm.generate(w.input_ids, **preprocess(w), **settings), passed.token_ids)
+    assert (
+        passed.cached_tokens == vlm.last_pruned.cache_lengths[0]
+        and whole.cached_tokens == [whole.num_prompt_tokens] * 2
+    )
+    assert (
+        passed.cached_tokens[0] - passed.cached_tokens[1] == sum(a - b for a, b in vlm.last_pruned.visual_schedule) // 2
+    )
+    assert _expected_cache_bytes(w, method, passed) == passed.kv_cache_bytes < whole.kv_cache_bytes
+    ours, theirs = (count_method(w, model, m, passed.num_visual_tokens)["prefill"] for m in ("fastv", "vanilla"))
+    assert ours.counted == ours.formula < theirs.counted
+
+
+def test_a_pruner_that_cannot_be_measured(clip_tower: BenchModel) -> None:
+    with pytest.raises(ConfigError, match="cuts at the input of layer 2, but the language model has the layers 0 to 1"):
+        build(bench_model(), methods=("fastv",))
+    with pytest.raises(ConfigError, match="tower is a vision tower alone"):
+        build(clip_tower, methods=("fastv",), pruner="1:3")
+    for wrong in ("2", "2:x", "0:3", "2:1.5"):
+        with pytest.raises(ConfigError, match="pruner"):
+            parse([f"pruner={wrong}"])
+    assert parse(["pruner=3:166"]).fastv() == FastV(3, 166) and "fastv" not in parse([]).methods
 
 
 def test_a_picture_in_a_number_of_crops_that_is_not_made() -> None:

@@ -90,6 +90,17 @@ MESSAGES = {
     ("compressor=uniform", "compressor.merge_rule=mean"): [
         "compressor.merge_rule: compressor=uniform has no such setting; options of compressor that have it: visionzip."
     ],
+    ("pruner=fastw",): ["pruner=fastw: no such option (did you mean 'fastv'?). Available options in 'pruner':"],
+    ("pruner=fastv", "pruner.keep=2.5", "pruner.K=0"): [
+        "pruner.keep=2.5: must be a whole number of visual tokens",
+        "pruner.K=0: must",
+    ],
+    ("pruner=fastv", "pruner.K=5"): ["cuts at the input of layer 5, but the language model has the layers 0 to 4"],
+    ("pruner=fastv", "+pruner.kep=3"): ["pruner.kep: vzip.FastV has no such argument (did you mean 'keep'?)"],
+    ("pruner=fastv", "pruner._target_=vzip.Nothing"): ["cannot be imported", "it must be a class, as vzip.FastV"],
+    ("pruner.keep=3",): ["pruner.keep: pruner=none has no such setting; options of pruner that have it: fastv."],
+    ("+pruner.keep=3",): ["pruner.keep: pruner=none has no settings; add pruner=fastv"],
+    ("pruner=3",): ["pruner=3: no such option"],
     ("model.projector=nowhere",): ["model.projector=nowhere: no such directory"],
     ("model.projector=trained",): ["model.projector=trained: train=none trains no projector"],
     ("+exp=tiny_64tok_tuned",): ["visionzip-64tok/seed0/final is not there. Run `python train.py +exp=tiny_64tok"],
@@ -166,6 +177,8 @@ def test_training_says_what_it_cannot_do(run: Run, tmp_path: Path) -> None:
     assert code == 2 and "train=projector needs data to train on, but data=none" in message
     code, message = run("+exp=llava15_7b_64tok_stage1", name="train")
     assert code == 2 and "checkpoints/llava15_7b_untuned: no such directory" in message
+    code, message = run("train=projector", "data=scenes_dialogues", "pruner=fastv", name="train")
+    assert code == 2 and "pruner=fastv: nothing is dropped inside the language model while it trains" in message
     code, message = run("train=tiny_from_scratch", name="train")
     assert code == 2 and "compressor=visionzip (must be none), budget=64tok (must be full)" in message
     assert list(tmp_path.iterdir()) == []

@@ -29,6 +29,13 @@ PLANS = {
         "none, every visual token",
         "up to 2,880 = 5 crops x 576 an image",
     ],
+    "+exp=llava15_7b_fastv_64tok": [
+        "none+fastv_keep-30, every visual token enters the language model",
+        "FastV(K=2, keep=30, pooled=False): 64.1 an image on average over the layers",
+        "record         runs/paper_image/llava15_7b_fastv_64tok/none+fastv_keep-30-full/seed0/run.json",
+    ],
+    "pruner=fastv pruner.keep=0.25": ["FastV(K=2, keep=0.25, pooled=False): 35.2 an image on average over the layers"],
+    "model=llava_next_7b pruner=fastv": ["FastV(K=2, keep=0.5, pooled=False)\n"],
     "+exp=llava15_7b_128tok launcher=ddp": [
         "128 of 576 an image",
         "scores mmvet_direct, llava_bench_wild afterwards",

@@ -40,6 +40,11 @@ def config_of(*words: str) -> dict[str, Any]:
 DIRECTORIES = {
     (): "runs/scenes/tiny/visionzip-64tok/seed0",
     ("compressor=none", "budget=full", "seed=3"): "runs/scenes/tiny/none-full/seed3",
+    ("pruner=none",): "runs/scenes/tiny/visionzip-64tok/seed0",
+    ("pruner=fastv",): "runs/scenes/tiny/visionzip+fastv-64tok/seed0",
+    ("compressor=none", "budget=full", "pruner=fastv", "pruner.keep=30"): (
+        "runs/scenes/tiny/none+fastv_keep-30-full/seed0"
+    ),
     ("+exp=llava15_7b_64tok",): "runs/paper_image/llava15_7b_64tok/visionzip-64tok/seed0",
     ("+exp=llava15_7b_64tok", "budget=128tok"): "runs/paper_image/llava15_7b_64tok/visionzip-128tok/seed0",
     ("model=llava15_7b", "eval=quick"): "runs/quick_limit-500/llava15_7b/visionzip-64tok/seed0",
@@ -90,6 +95,7 @@ def test_a_changed_recipe_is_not_the_recipe(hydra_folder: None, caplog: pytest.L
         ("model.preprocess=hf", "model.preprocess=hf (recipe: llava)"),
         ("compressor.merge_rule=mean", "compressor.merge_rule=mean (recipe: sum)"),
         ("compressor=random", "compressor.name=random (recipe: visionzip)"),
+        ("pruner=fastv", "pruner.name=fastv (recipe: none)"),
         ("eval.tasks=[pope]", "eval.tasks=['pope']"),
         ("model.revision=null", "model.revision=null"),
     ):

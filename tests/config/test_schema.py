@@ -14,7 +14,7 @@ from vzip.evaluation.run import evaluate
 
 
 def test_every_group_has_rules_and_base_lists_it() -> None:
-    names = {*schema.GROUPS, schema.COMPRESSOR_OPEN_GROUP}
+    names = {*schema.GROUPS, *schema.OPEN_GROUPS}
     assert set(groups(config_dir())) == names
     base = OmegaConf.to_container(OmegaConf.load(config_dir() / "base.yaml"))
     assert isinstance(base, dict)
@@ -23,7 +23,7 @@ def test_every_group_has_rules_and_base_lists_it() -> None:
 
 
 def test_model_settings_are_those_of_load_vlm() -> None:
-    accepted = set(inspect.signature(vzip.load_vlm).parameters) - {"compressor"}
+    accepted = set(inspect.signature(vzip.load_vlm).parameters) - {"compressor", "pruner"}
     assert set(schema.GROUPS["model"]) - {"name", "num_tower_tokens", "system_prompt", "assembled_from"} == accepted
 
 

@@ -86,6 +86,10 @@ def test_arguments_reach_the_loader(monkeypatch):
         ("pretrained=X,compressor=visionzip,num_dominant=5", {}, "needs num_contextual"),
         ("pretrained=X,compressor=uniform,num_dominant=5,num_contextual=1,merge_rule=sum", {}, "no meaning"),
         ("pretrained=X,compressor=visionzip,num_dominant=0.5,num_contextual=1", {}, "whole number"),
+        ("pretrained=X,compressor=none,pruner=fastw", {}, "pruner='fastw' is not known.*did you mean 'fastv'"),
+        ("pretrained=X,compressor=none,keep=3", {}, "keep=3 has no meaning for pruner=none"),
+        ("pretrained=X,compressor=none,pruner=fastv,keep=1.5", {}, "pruner.keep=1.5"),
+        ("pretrained=X,compressor=none,pruner=fastv,kep=3", {}, "did you mean 'keep'"),
         ("pretrained=X,compressor=none", {"batch_size": "most"}, "whole number, 1 or more, or auto"),
         ("pretrained=X,compressor=none", {"max_batch_size": 8}, "max_batch_size=8"),
         ("pretrained=X,compressor=none,device_map=auto", {"device": "cpu"}, "give one of them"),
@@ -107,6 +111,19 @@ def test_counts_alone_are_visionzip_and_the_files_are_the_list(monkeypatch):
     for name in known:
         counts = {"num_dominant": 5, "num_contextual": 2} if known[name]["has_budget"] else {}
         assert model_args.build_compressor({"compressor": name, **counts}) is not None
+
+
+def test_pruners_are_those_of_the_files(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(vzip, "load_vlm", lambda name, **kwargs: seen.update(kwargs, name=name), raising=False)
+    model_args.load_from_arg_string("pretrained=X,compressor=none,pruner=fastv,keep=30", {})
+    assert seen == {"name": "X", "compressor": vzip.Identity(), "pruner": vzip.FastV(2, 30)}
+    model_args.load_from_arg_string("pretrained=X,num_dominant=54,num_contextual=10,pruner=fastv,K=3,keep=0.25", {})
+    assert seen["pruner"] == vzip.FastV(3, 0.25) and seen["compressor"].budget.num_tokens == 64
+    assert ["none", *model_args.pruners()] == sorted(options(config_dir(), "pruner"), key=lambda name: name != "none")
+    for name in model_args.pruners():
+        assert isinstance(model_args.build_pruner({"pruner": name}), vzip.Pruner)
+    assert model_args.build_pruner({}) is model_args.build_pruner({"pruner": "none"}) is None
 
 
 # What ends `lmms-eval` with which code, and a line that it prints.

@@ -123,6 +123,14 @@ class TestStore:
         }
         vlm.compressor = vzip.VisionZip(vzip.TokenBudget(4, 3))
         changed["compressor"] = resume.settings_of(vlm, config, limit=None)
+        # No pruner is no setting: what is digested is what it was before there were any.
+        assert resume.settings_of(vlm, {**config, "pruner": {"name": "none"}}, limit=None) == changed["compressor"]
+        vlm.pruner = vzip.FastV(1, 3)
+        pruned = resume.settings_of(vlm, config, limit=None)
+        vlm.pruner = vzip.FastV(1, 4)
+        others = resume.settings_of(vlm, config, limit=None)
+        assert [key for key in pruned if pruned[key] != others[key]] == ["pruner"]
+        assert pruned.keys() - usual.keys() == {"pruner"}
         for name, settings in changed.items():
             assert [key for key in usual if settings[key] != usual[key]] == [name]
 

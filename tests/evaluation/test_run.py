@@ -234,6 +234,21 @@ class TestRecord:
         undocumented = [name for name in record if f"``{name}``" not in (reading.__doc__ or "")]
         assert undocumented == [], "say what it is in vzip.results.record"
 
+    def test_a_pruner_and_what_was_measured_of_it(self, run_of, vlm, tmp_path):
+        vlm.compressor, vlm.pruner = vzip.Identity(), vzip.FastV(1, 0.25)
+        record = run_of(vlm, ["own_exact"], batch_size=3)
+        pruner = record["pruner"]
+        assert (pruner["name"], pruner["settings"]) == ("FastV", "FastV(K=1, keep=0.25, pooled=False)")
+        assert pruner["schedule"] == {"least": [16, 4], "most": [16, 4]}
+        assert (pruner["average_min"], pruner["average_max"]) == (10.0, 10.0) == reading.visual_tokens_of(record)
+        assert [first - second for first, second in pruner["cache_lengths"].values()] == [12, 12]
+        assert record["visual_tokens"]["measured_max"] == 16
+        assert reading.method_of(record) == "Identity+FastV" and not reading.is_vanilla(record)
+        vlm.pruner = None
+        vanilla = run_of(vlm, ["own_exact"], "vanilla")
+        assert vanilla["pruner"] is None and reading.is_vanilla_of(vanilla, record)
+        assert not reading.is_vanilla_of(record, vanilla) and reading.visual_tokens_of(vanilla) == (16, 16)
+
     def test_no_leftovers(self, run_of, scripted, answers, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         run_of(scripted(lambda prompt: answers[question_in(prompt)]), ["own_exact"])

@@ -41,6 +41,32 @@ def test_the_snapshot_sees_changes():
     assert changed(before, snapshot(model)) == ["model.vision_tower.encoder.layers.0.forward"]
 
 
+@pytest.mark.parametrize("fails", [None, "prompt", "decoding", "pruner"])
+def test_the_model_is_unchanged_by_a_pruner(fails, monkeypatch):
+    """Also where a layer behind the cut fails, on the prompt or later, or the pruner itself."""
+    model = tiny.llava(num_text_layers=4)
+    vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), pruner=vzip.FastV(2, 4))
+    num_calls = 0
+
+    def fail(*_):
+        nonlocal num_calls
+        num_calls += 1
+        if fails == "pruner" or num_calls == {"prompt": 1, "decoding": 3}.get(fails):
+            raise MemoryError("no room")
+
+    if fails == "pruner":
+        monkeypatch.setattr(vzip.FastV, "cut", fail)
+    model.model.language_model.layers[3].mlp.register_forward_hook(fail)
+    before = snapshot(model)
+    if fails is None:
+        vlm.forward(IDS, pixel_values=tiny.pixels(1))
+        vlm.generate(IDS, pixel_values=tiny.pixels(1), max_new_tokens=4)
+    else:
+        with pytest.raises(MemoryError, match="no room"):
+            vlm.generate(IDS, pixel_values=tiny.pixels(1), max_new_tokens=4)
+    assert changed(before, snapshot(model)) == []
+
+
 @pytest.mark.parametrize("where", [0, 2])
 def test_the_model_is_unchanged_after_an_exception_in_the_tower(where):
     """Layer 2 is the tapped one (of 4, select layer -2), so its hooks are in place when it fails."""

@@ -12,7 +12,7 @@ class Point:
     """One run: retention in percent of vanilla with the ends of its confidence interval."""
 
     method: str
-    num_tokens: int
+    num_tokens: float
     retention: float
     low: float
     high: float

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +14,7 @@ from torch import Tensor
 from vzip.bench import flops
 from vzip.bench.shapes import BenchModel, build_meta
 from vzip.bench.stages import METHOD_CLASSES, Method, Vanilla, Vzip
+from vzip.bench.visuals import Pictures
 from vzip.bench.workload import Workload, parts_of
 from vzip.compressors import VisionOutput
 from vzip.models.families import MiniGeminiAdapter
@@ -28,6 +32,10 @@ class StageFlops:
     counted: int
     formula: int | None
 
+    def __add__(self, other: StageFlops) -> StageFlops:
+        both = None if self.formula is None or other.formula is None else self.formula + other.formula
+        return StageFlops(self.counted + other.counted, both)
+
 
 def count_method(
     workload: Workload, model: BenchModel, method_name: str, num_visual_tokens: int
@@ -37,7 +45,7 @@ def count_method(
     Args:
         workload: of the measurement.
         model: what it was built from.
-        method_name: ``vanilla``, ``vzip`` or ``eager_maps``.
+        method_name: one of ``METHOD_CLASSES``. What a pruner itself computes, a row of attention, is not counted.
         num_visual_tokens: of each prompt, as the pass measured.
 
     Returns:
@@ -58,7 +66,7 @@ def count_method(
         return result
     with torch.no_grad():
         tokens = method.compressor(vision).tokens
-    return result | _language(meta, model, tokens, num_visual_tokens)
+    return result | _language(meta, model, tokens, _layers_of(meta, model, method, num_visual_tokens))
 
 
 def _tower(method: Method, model: BenchModel, pixel_values: Tensor) -> StageFlops:
@@ -99,14 +107,50 @@ def _mining(adapter: MiniGeminiAdapter, vision: VisionOutput, pixel_values: Tens
     }
 
 
-def _language(meta: Workload, model: BenchModel, tokens: Tensor, num_visual_tokens: int) -> dict[str, StageFlops]:
-    """The stages after compression; ``tokens [N, K, D]`` go to the projector."""
+def _layers_of(
+    meta: Workload, model: BenchModel, method: Method, num_visual_tokens: int
+) -> list[tuple[Workload, BenchModel, int]]:
+    """The language model as models of some of its layers each, with the visual tokens of a prompt that these read."""
+    if method.pruner is None or not isinstance(meta.visuals, Pictures):
+        return [(meta, model, num_visual_tokens)]
+    num_images = meta.visuals.num_placeholders
+    num_layers = model.config.text_config.num_hidden_layers
+    schedule = method.pruner.schedule(num_visual_tokens // num_images, num_layers) or []
+    parts = []
+    for kept, layers in itertools.groupby(schedule):
+        config = copy.deepcopy(model.config)
+        config.text_config.num_hidden_layers = len(list(layers))
+        part = replace(model, config=config)
+        parts.append((_on_meta(meta, part), part, num_images * kept))
+    return parts
+
+
+def _language(
+    meta: Workload, model: BenchModel, tokens: Tensor, parts: list[tuple[Workload, BenchModel, int]]
+) -> dict[str, StageFlops]:
+    """The stages after compression; ``tokens [N, K, D]`` go to the projector, ``parts`` are ``_layers_of``."""
     assert meta.adapter is not None
     projector, text = meta.adapter.projector, model.config.text_config
-    num_tokens = meta.settings.prompt_tokens + num_visual_tokens
     batch_size = meta.settings.batch_size
-    with torch.no_grad():
-        cache = _read(meta, num_tokens, None).past_key_values
+    head = meta.model.get_output_embeddings()
+    heads = (len(parts) - 1) * flops.count(lambda: head(tokens.new_empty(batch_size, text.hidden_size)))
+    prefill, decode = StageFlops(-heads, 0), StageFlops(-heads, 0)
+    for number, (part, of_part, num_visual) in enumerate(parts):
+        num_tokens = meta.settings.prompt_tokens + num_visual
+        with torch.no_grad():
+            cache = _read(part, num_tokens, None).past_key_values
+        formula = functools.partial(
+            flops.decoder_formula,
+            of_part.config.text_config,
+            num_logits=int(number == 0),
+            batch_size=batch_size,
+        )
+        prefill += StageFlops(
+            flops.count(functools.partial(_read, part, num_tokens, None)), formula(num_new=num_tokens, num_past=0)
+        )
+        decode += StageFlops(
+            flops.count(functools.partial(_read, part, 1, cache)), formula(num_new=1, num_past=num_tokens)
+        )
     return {
         "projector": StageFlops(
             flops.count(lambda: projector(tokens)),
@@ -116,14 +160,8 @@ def _language(meta: Workload, model: BenchModel, tokens: Tensor, num_visual_toke
                 text_dim=text.hidden_size,
             ),
         ),
-        "prefill": StageFlops(
-            flops.count(lambda: _read(meta, num_tokens, None)),
-            flops.decoder_formula(text, num_new=num_tokens, num_past=0, num_logits=1, batch_size=batch_size),
-        ),
-        "decode_per_token": StageFlops(
-            flops.count(lambda: _read(meta, 1, cache)),
-            flops.decoder_formula(text, num_new=1, num_past=num_tokens, num_logits=1, batch_size=batch_size),
-        ),
+        "prefill": prefill,
+        "decode_per_token": decode,
     }
 
 

@@ -21,6 +21,7 @@ from vzip.bench.hooks import FusedAttention
 from vzip.bench.settings import BenchSettings
 from vzip.bench.stages import METHOD_CLASSES, STAGES, EagerMapsMethod, Method, PassResult, Vzip, preprocess, run_pass
 from vzip.bench.timing import StageTimes, Timing, run_interleaved
+from vzip.bench.visuals import Pictures
 from vzip.bench.workload import Workload
 from vzip.results.provenance import code_state, hardware, source_sha256, versions
 
@@ -35,6 +36,7 @@ class MethodResult:
         stages: stage -> durations; the names are ``vzip.bench.stages.STAGES``.
         num_visual_tokens: of each prompt, counted on the tensors that entered the language model.
         num_prompt_tokens: length of the language model's input; 0 for a bare tower.
+        cached_tokens: tokens of one prompt that each layer's cache held after prefill.
         kv_cache_bytes: allocated by the cache after prefill, over the batch.
         kv_cache_formula_bytes: what it should be.
         peak_memory_bytes: largest use during a pass, weights included; see ``memory_kind``.
@@ -48,6 +50,7 @@ class MethodResult:
     stages: dict[str, Timing]
     num_visual_tokens: int
     num_prompt_tokens: int
+    cached_tokens: list[int]
     kv_cache_bytes: int
     kv_cache_formula_bytes: int
     peak_memory_bytes: int
@@ -194,8 +197,9 @@ def measure(
             stages=timings[name],
             num_visual_tokens=passed.num_visual_tokens,
             num_prompt_tokens=passed.num_prompt_tokens,
+            cached_tokens=passed.cached_tokens,
             kv_cache_bytes=passed.kv_cache_bytes,
-            kv_cache_formula_bytes=_expected_cache_bytes(w, passed.num_prompt_tokens),
+            kv_cache_formula_bytes=_expected_cache_bytes(w, method, passed),
             peak_memory_bytes=peak.peak_bytes,
             peak_memory_added_bytes=peak.peak_bytes - peak.start_bytes,
             memory_kind=peak.kind,
@@ -236,15 +240,20 @@ def fused_attention(method: Method) -> list[str]:
     return sorted(seen.names)
 
 
-def _expected_cache_bytes(w: Workload, num_prompt_tokens: int) -> int:
+def _expected_cache_bytes(w: Workload, method: Method, passed: PassResult) -> int:
     if w.adapter is None:
         return 0
-    text = w.model.config.get_text_config()
+    text, num_dropped = w.model.config.get_text_config(), 0
+    if method.pruner is not None and isinstance(w.visuals, Pictures):
+        num_images = w.visuals.num_placeholders
+        own = passed.num_visual_tokens // num_images
+        schedule = method.pruner.schedule(own, text.num_hidden_layers) or []
+        num_dropped = num_images * sum(own - kept for kept in schedule)
     return kv_cache_formula_bytes(
-        num_layers=text.num_hidden_layers,
+        num_layers=1,
         num_kv_heads=text.num_key_value_heads,
         head_dim=flops.head_width(text),
-        num_tokens=num_prompt_tokens,
+        num_tokens=text.num_hidden_layers * passed.num_prompt_tokens - num_dropped,
         batch_size=w.settings.batch_size,
         element_bytes=w.dtype.itemsize,
     )

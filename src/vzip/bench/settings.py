@@ -16,6 +16,7 @@ from vzip.bench.shapes import BenchModel
 from vzip.compressors import TokenBudget
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.models.families.mini_gemini import MiniGeminiConfig
+from vzip.pruners import FastV
 
 BUDGETS: dict[str, tuple[int, int]] = {
     "192tok": (162, 30),
@@ -27,7 +28,8 @@ BUDGETS: dict[str, tuple[int, int]] = {
 """Names of budgets: dominant and contextual tokens per crop (the paper's Tables 8 and 9) or, for 17, per frame, whose
 split the paper does not give: this is configs/budget/17tok.yaml's."""
 
-METHODS = ("vanilla", "vzip", "eager_maps")
+METHODS = ("vanilla", "vzip", "eager_maps", "fastv")
+DEFAULT_METHODS = METHODS[:3]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS = ("auto", "random", "pretrained")
 
@@ -58,14 +60,14 @@ TRAIN = Mode(
     "--train",
     "train",
     {"methods": ("vanilla", "vzip"), "batch_size": 16, "prompt_tokens": 256},
-    ("num_crops", "num_new_tokens"),
+    ("num_crops", "num_new_tokens", "pruner"),
     **_TRAINABLE,
 )
 MEMORY = Mode(
     "--memory",
     "memory",
     {"methods": ("vzip",), "batch_size": 16, "prompt_tokens": 256, "num_new_tokens": 128},
-    ("num_crops", "repeats", "warmup", "weights"),
+    ("num_crops", "repeats", "warmup", "weights", "pruner"),
     **_TRAINABLE,
 )
 MODES = (PASSES, TRAIN, MEMORY)
@@ -75,7 +77,8 @@ HELP = {
     "weights": "auto | random | pretrained (auto: random for bare shapes, pretrained for tiny and directories)",
     "budget": f"auto | {' | '.join(BUDGETS)} | D+C: dominant and contextual tokens per crop (auto: 64tok; LLaVA-NeXT: "
     "32tok; Video-LLaVA: 17tok)",
-    "methods": "comma-separated, of vanilla, vzip, eager_maps",
+    "methods": "comma-separated, of vanilla, vzip, eager_maps, fastv (every visual token enters, FastV drops)",
+    "pruner": "K:keep of the method fastv: layers that see every visual token, and how many (or what fraction) go on",
     "dtype": "auto | float32 | bfloat16 | float16 (auto: bfloat16 on a GPU, float32 on a CPU)",
     "device": "auto | cpu | cuda | cuda:N",
     "batch_size": "prompts in a batch",
@@ -99,7 +102,8 @@ class BenchSettings:
     model: str = "tiny"
     weights: str = "auto"
     budget: str = "auto"
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    pruner: str = "2:0.5"
     dtype: str = "auto"
     device: str = "auto"
     batch_size: int = 1
@@ -132,6 +136,13 @@ class BenchSettings:
         name = model.default_budget if self.budget == "auto" else self.budget
         dominant, contextual = BUDGETS[name] if name in BUDGETS else map(int, name.split("+"))
         return name, TokenBudget(num_dominant=dominant, num_contextual=contextual)
+
+    def fastv(self) -> FastV:
+        """What the method ``fastv`` drops by; ConfigError for values that cannot be."""
+        layers, _, keep = self.pruner.partition(":")
+        if not re.fullmatch(r"\d+", layers) or not re.fullmatch(r"\d+|\d*\.\d+", keep):
+            raise ConfigError(f"pruner={self.pruner}: must be K:keep, as 2:166 or 2:0.5.")
+        return FastV(int(layers), float(keep) if "." in keep else int(keep))
 
     def weights_of(self, model: BenchModel) -> str:
         """Returns ``random`` or ``pretrained``."""
@@ -240,6 +251,11 @@ def _value(key: str, text: str, problems: list[str]) -> object:
             problems.append(str(error))
     elif key == "budget":
         _check_budget(text, problems)
+    elif key == "pruner":
+        try:
+            BenchSettings(pruner=text).fastv()
+        except ConfigError as error:
+            problems.append(str(error))
     elif key == "device":
         _check_device(text, problems)
     elif key in ("dtype", "weights"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from vzip.compressors import Compressor, Identity, VisionOutput
 from vzip.models.splice import PreparedInputs, plan_splice, splice
 from vzip.models.towers.tap import run_tower
 from vzip.ops.attention import cls_attention, mean_keys, received_attention
+from vzip.pruners import Pruner
+from vzip.pruners.context import PrunedRun, pruning
 
 STAGES = {
     "preprocess": "pictures to pixel values on the device",
@@ -52,6 +55,11 @@ class Method(ABC):
     def compressor(self) -> Compressor:
         """What makes the tokens that go to the projector."""
         return self.workload.compressor
+
+    @property
+    def pruner(self) -> Pruner | None:
+        """What drops tokens inside the language model, if anything does."""
+        return None
 
 
 class Vanilla(Method):
@@ -116,7 +124,17 @@ class EagerMapsMethod(Method):
         return self.eager.encode(pixel_values)
 
 
-METHOD_CLASSES: dict[str, type[Method]] = {m.name: m for m in (Vanilla, Vzip, EagerMapsMethod)}
+class FastVMethod(Vanilla):
+    """Every visual token enters the unmodified model; FastV drops some inside the language model."""
+
+    name = "fastv"
+
+    @property
+    def pruner(self) -> Pruner:
+        return self.workload.settings.fastv()
+
+
+METHOD_CLASSES: dict[str, type[Method]] = {m.name: m for m in (Vanilla, Vzip, EagerMapsMethod, FastVMethod)}
 
 
 @dataclass(frozen=True)
@@ -128,6 +146,7 @@ class PassResult:
         num_visual_tokens: visual tokens of each prompt, counted on the tensors.
         num_prompt_tokens: length of the language model's input, or 0 for a bare tower.
         kv_cache_bytes: allocated by the cache after prefill, over the whole batch.
+        cached_tokens: tokens of one prompt that each layer then holds; empty for a bare tower.
         token_ids: int64 ``[batch_size, 1 + num_new_tokens]``, or None for a bare tower.
     """
 
@@ -135,6 +154,7 @@ class PassResult:
     num_visual_tokens: int
     num_prompt_tokens: int
     kv_cache_bytes: int
+    cached_tokens: list[int]
     token_ids: Tensor | None
 
 
@@ -158,11 +178,22 @@ def run_pass(method: Method) -> PassResult:
     if isinstance(method, Vzip):
         method.run_scoring(w.visuals.tower_inputs(inputs), watch)
     if w.adapter is None:
-        return PassResult(watch.times_ms, len(tokens[0]) * w.visuals.num_crops, 0, 0, None)
-    prepared, output = _first_token(method, tokens, watch)
+        return PassResult(watch.times_ms, len(tokens[0]) * w.visuals.num_crops, 0, 0, [], None)
+    with ExitStack() as stack:
+        return _language(method, tokens, inputs, watch, stack)
+
+
+def _language(
+    method: Method, tokens: list[Tensor], inputs: dict[str, Tensor], watch: Stopwatch, stack: ExitStack
+) -> PassResult:
+    """The stages of the language model; a pruner is at work until ``stack`` ends."""
+    w = method.workload
+    assert w.adapter is not None
+    prepared, output, run = _first_token(method, tokens, watch, stack)
     del tokens
     token_ids = output.logits[:, -1:].argmax(dim=-1)
     cache = output.past_key_values
+    cached_tokens = [int(cache.get_seq_length(layer)) for layer in range(len(cache.layers))]
     kv_cache_bytes = storage_bytes([t for layer in cache.layers for t in (layer.keys, layer.values)])
     num_visual_tokens = sum(prepared.num_visual_tokens) // w.settings.batch_size
     decoded = [token_ids]
@@ -180,19 +211,22 @@ def run_pass(method: Method) -> PassResult:
                 logits_to_keep=1,
             )
             decoded.append(output.logits[:, -1:].argmax(dim=-1))
+    if run is not None:
+        run.check_forwards(1 + w.settings.num_new_tokens)
     result_ids = torch.cat(decoded, dim=1)
     num_prompt_tokens = prepared.inputs_embeds.shape[1]
     del prepared, output, cache
+    stack.close()
     watch.times_ms["time_to_first_token"] = _time_to_first_token_ms(method, inputs)
-    return PassResult(watch.times_ms, num_visual_tokens, num_prompt_tokens, kv_cache_bytes, result_ids)
+    return PassResult(watch.times_ms, num_visual_tokens, num_prompt_tokens, kv_cache_bytes, cached_tokens, result_ids)
 
 
 def _time_to_first_token_ms(method: Method, inputs: dict[str, Tensor]) -> float:
     """Times the way from pixel values to the first token's id on the host without stopping in between."""
     watch = Stopwatch(method.workload.device)
-    with watch.stage("all"):
+    with watch.stage("all"), ExitStack() as stack:
         tokens = _visual_tokens(method, inputs, Untimed())
-        _prepared, output = _first_token(method, tokens, Untimed())
+        output = _first_token(method, tokens, Untimed(), stack)[1]
         output.logits[:, -1].argmax(dim=-1).tolist()
     return watch.times_ms["all"]
 
@@ -213,13 +247,18 @@ def _visual_tokens(method: Method, inputs: dict[str, Tensor], watch: Stopwatch |
         return list(method.compressor(vision).tokens)
 
 
-def _first_token(method: Method, tokens: list[Tensor], watch: Stopwatch | Untimed) -> tuple[PreparedInputs, Any]:
-    """From these tokens to the language model's inputs and its output on the whole prompt."""
+def _first_token(
+    method: Method, tokens: list[Tensor], watch: Stopwatch | Untimed, stack: ExitStack
+) -> tuple[PreparedInputs, Any, PrunedRun | None]:
+    """From these tokens to the language model's inputs, its output on the whole prompt, and the pruner's run."""
     w, visuals = method.workload, method.workload.visuals
     assert w.adapter is not None and w.input_ids is not None and isinstance(visuals, Pictures)
     with watch.stage("splice"):
         plan = plan_splice(w.input_ids, None, visuals.placeholder, [1] * len(tokens))
         prepared = splice(plan, w.input_ids, w.adapter.embed_tokens, tokens, visuals.placeholder)
+    run = None
+    if method.pruner is not None:
+        run = stack.enter_context(pruning(method.pruner, w.adapter.decoder, prepared.visual_index))
     with watch.stage("prefill"):
         output = w.model(
             inputs_embeds=prepared.inputs_embeds,
@@ -228,4 +267,4 @@ def _first_token(method: Method, tokens: list[Tensor], watch: Stopwatch | Untime
             use_cache=True,
             logits_to_keep=1,
         )
-    return prepared, output
+    return prepared, output, run

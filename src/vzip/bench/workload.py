@@ -67,19 +67,26 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
     """Refuses, before anything is allocated, what cannot be measured.
 
     Raises:
-        ConfigError: a budget that does not fit the tower, a number of crops that the family does not make, a prompt
-            longer than the language model's positions, or more memory than there is.
+        ConfigError: a budget or pruner that does not fit the model, a number of crops that the family does not make, a
+            prompt longer than the language model's positions, or more memory than there is.
         UnsupportedModelError: a vision tower there is no support for.
     """
     geometry = geometry_from_config(model.vision_config)
     _name, budget = settings.token_budget(model)
     VisionZip(budget).num_tokens(geometry.shape())
     meta = shapes.build_meta(model, settings.torch_dtype)
+    if "fastv" in settings.methods:
+        if model.tower_only:
+            raise ConfigError(
+                f"methods=fastv: {model.name} is a vision tower alone, and FastV drops in language models."
+            )
+        adapter_for_model(meta).check_pruner(model.config, settings.fastv())
     num_visual = 0
     if not model.tower_only:
         num_crops = settings.crops_per_prompt(model)
         visuals = visuals_of(adapter_for_model(meta), num_crops)
-        method = Identity() if "vanilla" in settings.methods else VisionZip(budget)
+        is_whole = not {"vanilla", "fastv"}.isdisjoint(settings.methods)
+        method = Identity() if is_whole else VisionZip(budget)
         num_visual = sum(method.num_visual_tokens(shape) for shape in visuals.shapes())
         longest = num_visual + settings.prompt_tokens + settings.num_new_tokens
         allowed = model.config.text_config.max_position_embeddings

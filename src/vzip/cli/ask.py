@@ -2,6 +2,7 @@
 
 python -m vzip ask photo.jpg "What color is the star?"
 python -m vzip ask photo.jpg "What does the sign say?" budget=32tok
+python -m vzip ask photo.jpg "What does the sign say?" compressor=none budget=full pruner=fastv pruner.keep=100
 python -m vzip ask photo.jpg "What is this?" --model llava15_7b model.device_map=auto
 python -m vzip ask clip.mp4 "What happens?" --model video_llava_7b budget=17tok model.num_frames=80
 """
@@ -56,7 +57,11 @@ def main(arguments: argparse.Namespace) -> int:
     print(processor.tokenizer.decode(new[0], skip_special_tokens=True).strip())
     seen = {name: value for name, value in inputs.items() if name in vlm.adapter.input_names}
     (shape,) = vlm.adapter.read_inputs(**seen).shapes
-    print(f"({vlm.last_num_visual_tokens[0]} visual tokens, {shape.num_vanilla} without compression)")
+    counts = f"{vlm.last_num_visual_tokens[0]} visual tokens, {shape.num_vanilla} without compression"
+    if vlm.last_pruned is not None:
+        layers = vlm.last_pruned.visual_schedule[0]
+        counts += f"; {sum(layers) / len(layers):.1f} on average over the language model's layers"
+    print(f"({counts})")
     return 0
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from vzip.errors import ConfigError
 from vzip.results.layout import Layout, Piece, print_layout
-from vzip.results.record import Run, find_runs, primary_scores
+from vzip.results.record import Run, find_runs, primary_scores, visual_tokens_of
 
 _HEAD = ("recipe or model", "method", "tokens", "task", "score", "± s.e.", "questions", "date", "run")
 
@@ -56,15 +56,17 @@ def main(args: argparse.Namespace) -> int:
 def entry_of(run: Run, folder: Path) -> dict[str, Any]:
     """A record in short; scores in each benchmark's own unit."""
     record, config = run.record, run.record.get("config") or {}
-    tokens = record["visual_tokens"]
+    tokens, pruner = record["visual_tokens"], (config.get("pruner") or {}).get("name", "none")
+    method = (config.get("compressor") or {}).get("name") or record["compressor"]["name"]
     return {
         "run": str(run.path.parent.relative_to(folder)),
         "recipe": config.get("recipe"),
         "model": (config.get("model") or {}).get("name") or record["model"].get("name_or_path"),
         "compressor": record["compressor"].get("settings", record["compressor"]["name"]),
-        "method": (config.get("compressor") or {}).get("name") or record["compressor"]["name"],
+        "pruner": (record.get("pruner") or {}).get("settings"),
+        "method": method if pruner == "none" else f"{method}+{pruner}",
         "budget": (config.get("budget") or {}).get("name") or tokens["budget_per_crop"],
-        "visual_tokens": [tokens["measured_min"], tokens["measured_max"]],
+        "visual_tokens": list(visual_tokens_of(record)),
         "tasks": {
             task: {
                 "metric": record["tasks"][task]["primary_metric"],

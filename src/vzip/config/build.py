@@ -18,7 +18,7 @@ from vzip.config.overrides import check_overrides
 from vzip.config.run_directory import budget_label, recipe_changes, run_directory, training_directory
 from vzip.config.same_run import same_run
 from vzip.config.schema import AUTO
-from vzip.config.validate import BUILT_IN, TRAINED, VIDEO, build_compressor, validate
+from vzip.config.validate import BUILT_IN, TRAINED, VIDEO, build_compressor, build_pruner, validate
 from vzip.errors import CheckpointError, ConfigError, RunExistsError, nearest
 from vzip.installed import check_quantization, program
 from vzip.results.files import check_writable
@@ -26,6 +26,7 @@ from vzip.results.record import RECORD_NAME
 
 if TYPE_CHECKING:
     from vzip.compressors import Compressor
+    from vzip.pruners import Pruner
     from vzip.train.settings import LaunchSettings
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,9 @@ class EvaluationPlan:
     """Everything an evaluation needs, checked, with nothing loaded.
 
     Attributes:
-        model: keyword arguments of ``vzip.load_vlm``, the compressor left out.
+        model: keyword arguments of ``vzip.load_vlm``, compressor and pruner left out.
         launch: on how many processes; each has the whole model.
-        compressor: what ``compressor=`` names, built.
+        compressor, pruner: what ``compressor=`` and ``pruner=`` name, built; None for ``pruner=none``.
         evaluation: keyword arguments of ``vzip.evaluation.run.evaluate``; ``include_path`` may still be ``built-in`` or
             ``video``.
         num_threads: CPU threads for torch; None leaves torch's choice.
@@ -58,6 +59,7 @@ class EvaluationPlan:
     scenes_dir: str | None
     video_root: str | None
     tower_cache_gib: float
+    pruner: Pruner | None = None
     finished: dict[str, Any] | None = None
 
     def include_path(self) -> str | None:
@@ -205,6 +207,7 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
         scenes_dir=config["paths"]["scenes_dir"],
         video_root=config["paths"]["video_root"],
         tower_cache_gib=cache_gib if cache_gib is not None else SWEEP_CACHE_GIB if of_sweep else 0.0,
+        pruner=build_pruner(config["pruner"]),
         finished=finished,
     )
 
@@ -322,7 +325,7 @@ def adapter_record(adapter_path: str | None) -> dict[str, Any]:
 
 
 def model_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor]:
-    """Composes ``key=value`` words as eval.py would; returns the arguments of ``vzip.load_vlm`` and the compressor.
+    """Composes ``key=value`` words as eval.py would; returns ``vzip.load_vlm``'s arguments and, apart, the compressor.
 
     Raises:
         ConfigError: naming every problem of the words; nothing has been loaded.
@@ -338,7 +341,8 @@ def chat_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor, str | N
         config = resolved(compose("eval", list(words)))
     validate(config)
     model = {**config["model"], "projector": tuned_weights(config, directory)}
-    return load_arguments(model), build_compressor(config["compressor"]), model["system_prompt"]
+    arguments = {**load_arguments(model), "pruner": build_pruner(config["pruner"])}
+    return arguments, build_compressor(config["compressor"]), model["system_prompt"]
 
 
 def unchanged_recipe(config: Mapping[str, Any], primary: str) -> str | None:

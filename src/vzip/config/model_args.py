@@ -3,7 +3,8 @@
     lmms-eval --model vzip --tasks pope --model_args \\
         pretrained=llava-hf/llava-1.5-7b-hf,num_dominant=54,num_contextual=10,dtype=float16
 
-Compressors are those of ``configs/compressor``, their settings the arguments of their classes.
+Compressors are those of ``configs/compressor``, pruners those of ``configs/pruner`` (``pruner=fastv,K=2,keep=0.25``),
+their settings the arguments of their classes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from hydra.utils import get_class
 import vzip
 from vzip import log
 from vzip.config.options import config_dir, option_values, options
+from vzip.config.schema import OPEN_GROUPS
 from vzip.config.validate import COUNTS, raise_all
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.evaluation.answering.batching import check_batch_size
@@ -25,6 +27,7 @@ from vzip.models.load import load_vlm
 
 if TYPE_CHECKING:
     from vzip.compressors import Compressor
+    from vzip.pruners import Pruner
 
 DEFAULT_COMPRESSOR = "visionzip"  # where counts are given
 _OF_ADAPTER = ("system_prompt", "batch_size")
@@ -49,10 +52,21 @@ class VzipByArguments(VzipLmms):
 
 def compressors() -> dict[str, dict[str, Any]]:
     """By name: the class, as ``_target_``, and every setting it takes but the budget, with the file's value."""
+    return _methods("compressor")
+
+
+def pruners() -> dict[str, dict[str, Any]]:
+    """The same of pruners; ``none`` is not among them."""
+    return _methods("pruner")
+
+
+def _methods(group: str) -> dict[str, dict[str, Any]]:
     directory = config_dir()
     found = {}
-    for name in options(directory, "compressor"):
-        values = option_values(directory, "compressor", name)
+    for name in options(directory, group):
+        values = option_values(directory, group, name)
+        if "_target_" not in values:
+            continue
         parameters = inspect.signature(get_class(values["_target_"])).parameters
         settings = {key: values.get(key, parameters[key].default) for key in parameters if key != "budget"}
         found[name] = {"_target_": values["_target_"], "has_budget": "budget" in parameters, "settings": settings}
@@ -100,6 +114,32 @@ def build_compressor(args: Mapping[str, Any]) -> Compressor:
     return built
 
 
+def build_pruner(args: Mapping[str, Any]) -> Pruner | None:
+    """The pruner that ``args`` name, or None.
+
+    Raises:
+        ConfigError: an unknown name, a setting without its pruner; or what its class refuses.
+    """
+    known, name = pruners(), args.get("pruner", "none")
+    if name != "none" and name not in known:
+        names = ("none", *known)
+        raise ConfigError(
+            f"model_args: pruner={name!r} is not known{nearest(str(name), names)}; allowed are {', '.join(names)}."
+        )
+    settings = {} if name == "none" else known[name]["settings"]
+    elsewhere = {key for entry in known.values() for key in entry["settings"]} - settings.keys()
+    raise_all(
+        [
+            f"model_args: {key}={args[key]!r} has no meaning for pruner={name}; take it out, or choose its pruner."
+            for key in sorted(elsewhere & args.keys())
+        ]
+    )
+    if name == "none":
+        return None
+    built: Pruner = get_class(known[name]["_target_"])(**{key: args.get(key, settings[key]) for key in settings})
+    return built
+
+
 def load_from_arg_string(arg_string: str, from_command_line: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments for ``VzipLmms`` from lmms-eval's two sources of settings.
 
@@ -115,9 +155,11 @@ def load_from_arg_string(arg_string: str, from_command_line: Mapping[str, Any]) 
 
     args: dict[str, Any] = simple_parse_args_string(arg_string)
     outside = {key: value for key, value in from_command_line.items() if value is not None}
-    of_loader = [key for key in inspect.signature(load_vlm).parameters if key not in ("name_or_path", "compressor")]
-    of_compressors = dict.fromkeys(key for entry in compressors().values() for key in entry["settings"])
-    allowed = ("pretrained", "compressor", *COUNTS, *of_compressors, *of_loader, *_OF_ADAPTER)
+    of_loader = [key for key in inspect.signature(load_vlm).parameters if key not in ("name_or_path", *OPEN_GROUPS)]
+    of_methods = dict.fromkeys(
+        key for known in (compressors(), pruners()) for e in known.values() for key in e["settings"]
+    )
+    allowed = ("pretrained", *OPEN_GROUPS, *COUNTS, *of_methods, *of_loader, *_OF_ADAPTER)
     problems = [
         f"model_args: {key}={value!r} is not known{nearest(key, allowed)}; allowed are {', '.join(allowed)}."
         for key, value in args.items()
@@ -138,6 +180,8 @@ def load_from_arg_string(arg_string: str, from_command_line: Mapping[str, Any]) 
     except ConfigError as error:
         problems.append(str(error))
     raise_all(problems)
+    if (pruner := build_pruner(args)) is not None:
+        loader["pruner"] = pruner
     compressor = build_compressor(args)
     vlm = vzip.load_vlm(str(args["pretrained"]), compressor=compressor, **loader)
     return {"vlm": vlm, "batch_size": batch_size, "system_prompt": args.get("system_prompt")}

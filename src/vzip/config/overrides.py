@@ -146,12 +146,12 @@ def _check_option(override: Override, directory: Path) -> list[str]:
 
 
 def _check_key(key: str, directory: Path, known: list[str], adds: bool) -> list[str]:
-    keys = [*schema.known_keys(), *_compressor_keys(directory)]
+    keys = [*schema.known_keys(), *_method_keys(directory)]
     if key in keys or any(k.startswith(f"{key}.") for k in keys):
         return []
-    if key.startswith("compressor.") and (adds or key.startswith("compressor.budget.")):
-        return []  # an argument that no file names yet: the compressor's class judges it
     group, dot, _ = key.partition(".")
+    if dot and group in schema.OPEN_GROUPS and (adds or key.startswith("compressor.budget.")):
+        return []  # an argument that no file names yet: the method's class judges it
     within = [k for k in keys if k.startswith(f"{group}.")]
     if not dot or not within:
         hint = nearest(key, [*known, *schema.TOP, *keys])
@@ -163,6 +163,6 @@ def _names(keys: list[str]) -> list[str]:
     return [key.partition(".")[2] for key in keys if key.count(".") == 1]
 
 
-def _compressor_keys(directory: Path) -> list[str]:
-    names = options(directory, "compressor")
-    return sorted({f"compressor.{key}" for name in names for key in option_values(directory, "compressor", name)})
+def _method_keys(directory: Path) -> list[str]:
+    named = [(group, name) for group in schema.OPEN_GROUPS for name in options(directory, group)]
+    return sorted({f"{group}.{key}" for group, name in named for key in option_values(directory, group, name)})

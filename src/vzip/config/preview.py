@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vzip.config.build import EvaluationPlan
 from vzip.config.options import config_dir
-from vzip.config.run_directory import compressor_label
+from vzip.config.run_directory import methods_label
 from vzip.config.validate import BUILT_IN, VIDEO
 from vzip.errors import VzipError
 from vzip.evaluation.benchmarks.judged import JUDGED_TASKS
@@ -47,6 +47,7 @@ def preview(plan: EvaluationPlan) -> str:
         "model": f"{model['name']} ({plan.model['name_or_path']})",
         "method": _method(plan),
         "visual tokens": visual_tokens(plan),
+        **({"pruner": pruned(plan)} if plan.pruner is not None else {}),
         "benchmarks": f"{_total(plan)}: {', '.join(listed)}",
         "judge": f"scores {', '.join(judged)} afterwards, by the next line" if judged else "not needed",
         **({"": f"python -m vzip judge {run_dir}"} if judged else {}),
@@ -75,9 +76,9 @@ def brief(plan: EvaluationPlan) -> str:
 
 def _method(plan: EvaluationPlan) -> str:
     config = plan.evaluation["resolved_config"]
-    label, budget = compressor_label(config["compressor"], config_dir()), config["budget"]
+    label, budget = methods_label(config, config_dir()), config["budget"]
     if budget["num_dominant"] is None:
-        return f"{label}, every visual token"
+        return f"{label}, every visual token{'' if plan.pruner is None else ' enters the language model'}"
     return f"{label}, {budget['num_dominant']} dominant + {budget['num_contextual']} contextual tokens a crop"
 
 
@@ -128,6 +129,20 @@ def visual_tokens(plan: EvaluationPlan) -> str:
         return f"{all_rows} = {frames} frames x {rows} a video; {image} an image"
     video = f"{kept * frames:,} = {frames} frames x {kept}, of {all_rows}"
     return f"{video} a video; {image} an image"
+
+
+def pruned(plan: EvaluationPlan) -> str:
+    """The pruner and, where the number of visual tokens is known now, what its layers attend to on average."""
+    from vzip.models.families import adapter_class_for_config
+
+    assert plan.pruner is not None
+    shape = _shape(plan.model)
+    if shape is None or adapter_class_for_config(shape.config).has_tiles:
+        return str(plan.pruner)
+    geometry = adapter_class_for_config(shape.config).check_config(shape.config)
+    entering = plan.compressor.num_tokens(geometry.shape())
+    average = plan.pruner.average(entering, shape.config.get_text_config().num_hidden_layers)
+    return f"{plan.pruner}" + ("" if average is None else f": {average:.1f} an image on average over the layers")
 
 
 def _of(kept: int | None, full: int) -> str:

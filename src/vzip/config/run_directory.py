@@ -1,8 +1,8 @@
 """Where a run's record goes, and whether the run is still its recipe.
 
-``<runs_dir>/<task>/<recipe or model>/<compressor>-<budget>/seed<k>``. Each part is the option's name as long as the
-option is as its file says; a changed setting that changes results is written out, so that no two different runs share
-a directory by accident.
+``<runs_dir>/<task>/<recipe or model>/<compressor>[+<pruner>]-<budget>/seed<k>``. Each part is the option's name as
+long as the option is as its file says; a changed setting that changes results is written out, so that no two different
+runs share a directory by accident.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from vzip.config.options import option_values
+from vzip.config.schema import OPEN_GROUPS
 from vzip.config.validate import TRAINED, show
 
 TUNED = "_tuned"  # ends the name of a recipe that evaluates what its namesake trains
 
-# Settings that change results, by group; where to run and how many at once do not.
+# Settings that change results, by group; where to run and how many at once do not. All of ``OPEN_GROUPS`` do.
 RESULT_KEYS: Mapping[str, tuple[str, ...]] = {
     "model": (
         "name_or_path",
@@ -47,7 +48,7 @@ def run_directory(config: Mapping[str, Any], directory: Path) -> Path:
     parts = (
         task_label(config["eval"], directory),
         _recipe_label(config) or model_label(config["model"], directory),
-        f"{compressor_label(config['compressor'], directory)}-{budget_label(config['budget'], directory)}",
+        f"{methods_label(config, directory)}-{budget_label(config['budget'], directory)}",
         f"seed{config['seed']}",
     )
     return Path(paths["runs_dir"]).expanduser().joinpath(*map(_safe, parts))
@@ -106,8 +107,14 @@ def model_label(model: Mapping[str, Any], directory: Path) -> str:
     return label + "".join(f"_{key}-{show(model[key])}" for key in changed)
 
 
-def compressor_label(compressor: Mapping[str, Any], directory: Path) -> str:
-    usual = option_values(directory, "compressor", compressor["name"])
+def methods_label(config: Mapping[str, Any], directory: Path) -> str:
+    """The compressor and, if there is one, the pruner."""
+    label, pruner = compressor_label(config["compressor"], directory), config["pruner"]
+    return label if "_target_" not in pruner else f"{label}+{compressor_label(pruner, directory, 'pruner')}"
+
+
+def compressor_label(compressor: Mapping[str, Any], directory: Path, group: str = "compressor") -> str:
+    usual = option_values(directory, group, compressor["name"])
     skipped = ("name", "_target_", "budget")
     changed = {
         key: value
@@ -132,11 +139,13 @@ def recipe_changes(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list
         for key in keys
         if config[group][key] != recipe[group][key]
     ]
-    # The budget inside the compressor and the control's seed repeat settings named elsewhere.
-    for key in sorted({*config["compressor"], *recipe["compressor"]} - {"_target_", "budget", "seed"}):
-        ours, theirs = config["compressor"].get(key), recipe["compressor"].get(key)
-        if ours != theirs:
-            changes.append(f"compressor.{key}={show(ours)} (recipe: {show(theirs)})")
+    for group in OPEN_GROUPS:
+        # A record from before there were pruners has none. The budget inside the compressor and the control's seed
+        # repeat settings named elsewhere.
+        mine, others = (values.get(group, {"name": "none"}) for values in (config, recipe))
+        for key in sorted({*mine, *others} - {"_target_", "budget", "seed"}):
+            if mine.get(key) != others.get(key):
+                changes.append(f"{group}.{key}={show(mine.get(key))} (recipe: {show(others.get(key))})")
     return changes
 
 

@@ -1,7 +1,7 @@
 """Every key that a configuration may hold, and the rule for its value.
 
 The YAML files carry the defaults and say what a key means; here stands what is allowed, once for evaluation and
-training. The ``compressor`` group is open: its keys are the arguments of its ``_target_``.
+training. The groups ``compressor`` and ``pruner`` are open: their keys are the arguments of their ``_target_``.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ LORA: Mapping[str, Rule] = {
 # Values that are mappings with rules of their own.
 NESTED: Mapping[str, Mapping[str, Rule]] = {"eval.gen_kwargs": GENERATION, "train.lora": LORA}
 
-COMPRESSOR_OPEN_GROUP = "compressor"
+OPEN_GROUPS = ("compressor", "pruner")
 
 
 def rules_of(group: str, values: Mapping[str, Any]) -> Mapping[str, Rule]:
@@ -243,7 +243,7 @@ def rules_of(group: str, values: Mapping[str, Any]) -> Mapping[str, Rule]:
 
 
 def known_keys() -> list[str]:
-    """Every dotted key of the schema; the open group's own keys are not among them."""
+    """Every dotted key of the schema; the open groups' own keys are not among them."""
     keys = [*TOP, *(f"{name}.{key}" for name, rules in NESTED.items() for key in rules)]
     for group, rules in GROUPS.items():
         keys += [f"{group}.{key}" for key in rules]

@@ -46,6 +46,11 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
             " data.json=FILE, data=llava_mix665k_tenth or data=scenes_dialogues."
         )
     check_quantization(config["model"]["quantization"])
+    if "_target_" in config["pruner"]:
+        raise ConfigError(
+            f"pruner={config['pruner']['name']}: nothing is dropped inside the language model while it trains; set"
+            " pruner=none, and evaluate what was trained with the pruner."
+        )
     check_assembled(config["model"])
     return config
 

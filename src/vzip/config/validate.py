@@ -41,14 +41,14 @@ def raise_all(problems: list[str]) -> None:
 def find_problems(config: Mapping[str, Any]) -> list[str]:
     """Every problem of a configuration, in the order of the keys."""
     problems: list[str] = []
-    allowed = [*schema.TOP, *schema.GROUPS, schema.COMPRESSOR_OPEN_GROUP]
+    allowed = [*schema.TOP, *schema.GROUPS, *schema.OPEN_GROUPS]
     for key, value in config.items():
         if key in schema.TOP:
             problems += _check_value(key, value, schema.TOP[key])
         elif key in schema.GROUPS:
             rules = schema.rules_of(key, value) if isinstance(value, Mapping) else {}
             problems += _check_group(key, value, rules)
-        elif key != schema.COMPRESSOR_OPEN_GROUP:
+        elif key not in schema.OPEN_GROUPS:
             problems.append(f"{key}: no such key{nearest(key, allowed)}; allowed: {', '.join(allowed)}.")
     absent = [key for key in allowed if key not in config]
     problems += [f"{key}: missing from the configuration; start from configs/base.yaml." for key in absent]
@@ -56,6 +56,7 @@ def find_problems(config: Mapping[str, Any]) -> list[str]:
         problems += _check_compressor(_with_usable_seed(config), config["budget"])
         problems += _check_budget_fits(config["model"], config["compressor"], config["budget"])
         problems += _check_family(config["model"], config["compressor"])
+        problems += _check_pruner(config["model"], config["pruner"])
         problems += _check_paths(config["model"], config["eval"])
         problems += _check_video_root(config["eval"], config["paths"])
     return problems
@@ -111,7 +112,7 @@ def _check_compressor(compressor: Mapping[str, Any], budget: Mapping[str, Any]) 
     target = compressor.get("_target_")
     if not isinstance(target, str):
         return [f"compressor={show(name)}: the file must name its class in _target_, as vzip.VisionZip."]
-    problems = _check_compressor_arguments(target, compressor)
+    problems = _check_arguments("compressor", target, compressor)
     counts = (budget.get("num_dominant"), budget.get("num_contextual"))
     if "budget" not in compressor:
         if any(count is not None for count in counts):
@@ -139,7 +140,12 @@ def _check_construction(compressor: Mapping[str, Any], counts: tuple[Any, Any]) 
     return []
 
 
-def build_compressor(compressor: Mapping[str, Any]) -> Any:
+def build_pruner(pruner: Mapping[str, Any]) -> Any:
+    """Instantiates the pruner group; None for ``pruner=none``. Raises as ``build_compressor``."""
+    return build_compressor(pruner, "pruner") if "_target_" in pruner else None
+
+
+def build_compressor(compressor: Mapping[str, Any], group: str = "compressor") -> Any:
     """Instantiates the compressor group; ``name`` is for people and run directories only.
 
     Raises:
@@ -153,24 +159,54 @@ def build_compressor(compressor: Mapping[str, Any]) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
-        raise ConfigError(f"compressor={compressor.get('name')}: {error.__cause__ or error}") from error
+        raise ConfigError(f"{group}={compressor.get('name')}: {error.__cause__ or error}") from error
 
 
-def _check_compressor_arguments(target: str, compressor: Mapping[str, Any]) -> list[str]:
+def _check_arguments(group: str, target: str, values: Mapping[str, Any]) -> list[str]:
     module_name, _, class_name = target.rpartition(".")
     try:
         built = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
-        return [f"compressor._target_={target}: cannot be imported ({error}); it must be a class, as vzip.VisionZip."]
+        example = "vzip.VisionZip" if group == "compressor" else "vzip.FastV"
+        return [f"{group}._target_={target}: cannot be imported ({error}); it must be a class, as {example}."]
     parameters = inspect.signature(built).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return []
-    unknown = [key for key in compressor if key not in parameters and key not in ("name", "_target_")]
+    unknown = [key for key in values if key not in parameters and key not in ("name", "_target_")]
     return [
-        f"compressor.{key}: {target} has no such argument{nearest(key, parameters)};"
+        f"{group}.{key}: {target} has no such argument{nearest(key, parameters)};"
         f" allowed: {', '.join(parameters) or 'none'}."
         for key in unknown
     ]
+
+
+def _check_pruner(model: Mapping[str, Any], pruner: Any) -> list[str]:
+    """Arguments and values of a pruner, and whether the language model of a checkpoint's directory can have it."""
+    if not isinstance(pruner, Mapping) or not isinstance(pruner.get("_target_", ""), str):
+        return [f"pruner={show(pruner)}: must be one of the group's options, whose file names a class in _target_."]
+    if "_target_" not in pruner:
+        extra = [key for key in pruner if key != "name"]
+        return [f"pruner.{key}: pruner={pruner.get('name')} has no settings; add pruner=fastv." for key in extra]
+    if problems := _check_arguments("pruner", pruner["_target_"], pruner):
+        return problems
+    try:
+        built = build_pruner(pruner)
+    except ConfigError as error:
+        return [str(error)]
+    from vzip.models.families import adapter_class_for_config
+    from vzip.models.load import BUILT_IN_NAME, read_config, resolve_checkpoint
+
+    source = str(model.get("name_or_path"))
+    if source != BUILT_IN_NAME and not (Path(source).expanduser() / "config.json").is_file():
+        return []  # a hub id: load_vlm looks, before it loads any weight
+    try:
+        config = read_config(Path(resolve_checkpoint(source)))
+        adapter_class_for_config(config).check_pruner(config, built)
+    except VzipError as error:
+        return [str(error)]
+    except (ValueError, OSError):
+        pass  # the check of the budget, or load_vlm, says so
+    return []
 
 
 def _check_budget_fits(model: Mapping[str, Any], compressor: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vzip.results import provenance
@@ -124,6 +124,7 @@ def build_record(
             "measured_max": max(counts, default=None),
             "num_images": len(counts),
         },
+        "pruner": _pruner_entry(vlm, [log.layers for log in lm.samples.values()]),
         "tasks": tasks,
         "data": data,
         "code": code,
@@ -142,6 +143,26 @@ def build_record(
         "peak_memory_gib": provenance.peak_memory_gib(),
         "provisional": bool(reasons),
         "provisional_reasons": reasons,
+    }
+
+
+def _pruner_entry(vlm: CompressedVlm, layers: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """What was dropped inside the language model; None without a pruner."""
+    if vlm.pruner is None:
+        return None
+    schedules = sorted({tuple(image) for one in layers if one is not None for image in one["visual_tokens"]})
+    averages = [sum(schedule) / len(schedule) for schedule in schedules]
+    lengths = list(zip(*(one["cache_lengths"] for one in layers if one is not None), strict=True))
+    return {
+        "name": type(vlm.pruner).__name__,
+        "settings": repr(vlm.pruner),
+        "schedule": {
+            "least": [min(counts) for counts in zip(*schedules, strict=True)],
+            "most": [max(counts) for counts in zip(*schedules, strict=True)],
+        },
+        "average_min": min(averages, default=None),
+        "average_max": max(averages, default=None),
+        "cache_lengths": {"least": [min(layer) for layer in lengths], "most": [max(layer) for layer in lengths]},
     }
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from vzip.analysis.kept import draw_kept
 from vzip.analysis.plots import plot_retention
 from vzip.errors import VzipError
-from vzip.results.record import RECORD_NAME, Run, is_vanilla_of, metrics_of, runs_beside, score_of
+from vzip.results.record import RECORD_NAME, Run, is_vanilla_of, method_of, metrics_of, runs_beside, score_of
 from vzip.results.sweep_summary import Job, plot_points, summarise
 from vzip.results.wandb_runs import CLOSE_SECONDS, start_wandb, trouble
 
@@ -117,7 +117,7 @@ def _line_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     """What is one line of the plot: the method, and what else was done to the model."""
     model = (record.get("config") or {}).get("model") or {}
     done = [str(model["quantization"])] if model.get("quantization") else []
-    return (str(record["compressor"]["name"]), *(["tuned"] if model.get("projector") else []), *done)
+    return (method_of(record), *(["tuned"] if model.get("projector") else []), *done)
 
 
 def _report(run_dir: Path, record: Mapping[str, Any], samples: Sequence[ShownSample], plot: Path | None) -> None:

@@ -17,6 +17,7 @@ from vzip.compressors.controls import Identity
 from vzip.errors import CheckpointError, ConfigError, VzipError, nearest
 from vzip.media.images import PREPROCESSES, Preprocess
 from vzip.media.video import check_num_frames
+from vzip.pruners.base import Pruner
 
 from .environment import refuse_broken_packages
 from .families import Adapter, FamilyOptions, adapter_class_for_config
@@ -56,6 +57,7 @@ def load_vlm(
     drop_cls: bool = False,
     adapter_path: str | Path | None = None,
     projector: str | Path | None = None,
+    pruner: Pruner | None = None,
 ) -> CompressedVlm:
     """Loads a checkpoint and wraps it.
 
@@ -75,6 +77,7 @@ def load_vlm(
         projector: directory of tuned weights that training wrote (``vzip.models.weights.tuned``); another budget than
             theirs is warned of, another base model an error.
         adapter_path: a PEFT checkpoint (LoRA), directory or hub id, put on the model (``vzip.models.weights.lora``).
+        pruner: drops visual tokens inside the language model, as ``vzip.FastV()``; None: nothing is dropped there.
 
     Returns:
         the wrapped model in eval mode, with its processor if the checkpoint has one.
@@ -101,6 +104,8 @@ def load_vlm(
     adapter_class = adapter_class_for_config(config)
     options = FamilyOptions(drop_padding, row_newline, drop_cls)
     adapter_class.check_settings(config, compressor, options, num_frames)
+    if pruner is not None:
+        adapter_class.check_pruner(config, pruner)
     if adapter_path is not None:
         check_peft_checkpoint(adapter_path)
     if projector is not None:
@@ -123,6 +128,7 @@ def load_vlm(
         apply_peft_checkpoint(model, adapter_path)
     model.eval()
     vlm = CompressedVlm(model, compressor, processor, preprocess, drop_padding, row_newline, num_frames, drop_cls)
+    vlm.pruner = pruner
     vlm.name_or_path, vlm.revision = str(source), checkpoint.commit
     if projector is not None:
         apply_tuned(vlm.adapter, compressor, projector)

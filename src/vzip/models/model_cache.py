@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vzip.compressors.base import Compressor
+from vzip.pruners.base import Pruner
 
 from .load import load_vlm
 from .towers.cache import TowerCache
@@ -29,12 +30,19 @@ class ModelKeeper:
         self._arguments: dict[str, Any] = {}
         self._vlm: CompressedVlm | None = None
 
-    def load(self, arguments: Mapping[str, Any], compressor: Compressor, tower_cache_gib: float = 0.0) -> CompressedVlm:
-        """The model with this compressor; it is the caller's until the next call.
+    def load(
+        self,
+        arguments: Mapping[str, Any],
+        compressor: Compressor,
+        tower_cache_gib: float = 0.0,
+        pruner: Pruner | None = None,
+    ) -> CompressedVlm:
+        """The model with this compressor and pruner; it is the caller's until the next call.
 
         Args:
-            arguments: keyword arguments of ``load_vlm``, the compressor left out. A model is the same if all are.
-            compressor: the method.
+            arguments: keyword arguments of ``load_vlm``, compressor and pruner left out. A model is the same if all
+                are.
+            compressor, pruner: the methods.
             tower_cache_gib: memory for the vision tower's outputs (see ``TowerCache``); 0 keeps none. Outputs kept
                 under the same limit for earlier runs of the model stay.
 
@@ -44,9 +52,9 @@ class ModelKeeper:
         if self._vlm is None or dict(arguments) != self._arguments:
             self.release()
             _LOG.info("loading %s", arguments["name_or_path"])
-            self._vlm = load_vlm(**arguments, compressor=compressor)
+            self._vlm = load_vlm(**arguments, compressor=compressor, pruner=pruner)
             self._arguments = copy.deepcopy(dict(arguments))
-        self._vlm.compressor = compressor
+        self._vlm.compressor, self._vlm.pruner = compressor, pruner
         _set_tower_cache(self._vlm, tower_cache_gib)
         return self._vlm
 

@@ -30,6 +30,7 @@ class PreparedInputs:
         position_ids: int64 ``[B, T]``, 0, 1, 2, ... over the tokens of each prompt, 0 on padding.
         labels: int64 ``[B, T]`` with -100 on visual tokens and padding, or None.
         num_visual_tokens: visual tokens that entered: for each image in order, then for each video.
+        visual_index: int64 ``[B, T]`` on the CPU: -1 text, -2 padding, else the number of the image (or video) there.
     """
 
     inputs_embeds: Tensor
@@ -37,6 +38,7 @@ class PreparedInputs:
     position_ids: Tensor
     labels: Tensor | None
     num_visual_tokens: list[int]
+    visual_index: Tensor
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,8 @@ def splice(
 
     mask = torch.stack([pad(torch.ones(length, dtype=torch.int64), 0) for length in lengths]).to(text.device)
     positions = ((mask.cumsum(dim=1) - 1) * mask).clamp(min=0)
+    sizes = [[p.stop - p.start if p.visual is None else len(visual[p.visual]) for p in pieces] for pieces in plan.rows]
+    shown = [[-1 if p.visual is None else p.visual for p in pieces] for pieces in plan.rows]
     new_labels = None
     if labels is not None:
         labels = labels.to(text.device)
@@ -256,4 +260,10 @@ def splice(
         position_ids=positions,
         labels=new_labels,
         num_visual_tokens=[tokens.shape[0] for tokens in visual],
+        visual_index=torch.stack(
+            [
+                pad(torch.tensor(row or [-1]).repeat_interleave(torch.tensor(size or [0])), -2)
+                for row, size in zip(shown, sizes, strict=True)
+            ]
+        ),
     )

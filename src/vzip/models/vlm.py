@@ -6,6 +6,8 @@ It owns the five multimodal steps (encode, score, compress, project, splice) and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from vzip.compressors.base import Compressor
 from vzip.errors import ConfigError, PromptError, nearest
 from vzip.media.images import PREPROCESSES, Preprocess
 from vzip.media.video import DEFAULT_NUM_FRAMES, check_num_frames
+from vzip.pruners.base import Pruner
+from vzip.pruners.context import PrunedRun, pruning, refuse_generation, refuse_training
 
 from .chat.session import ChatSession
 from .families import INPUT_NAMES, FamilyOptions, adapter_for_model
@@ -38,6 +42,10 @@ class CompressedVlm(InputBuilder, nn.Module):
         revision: the commit of the hub's repository that the model was loaded from, or None.
         last_num_visual_tokens: visual tokens of each image, then of each video, that entered the language model in the
             last ``prepare``, ``forward`` or ``generate``; measured on the tensors, not read from the budget.
+        pruner: drops visual tokens inside the language model, or None; may be replaced at any time. The cache that such
+            a run returns can be continued within ``vzip.pruners.context.pruning`` alone.
+        last_pruned: what the pruner's last run did (``PrunedRun``: visual tokens and cache length of each layer), or
+            None.
     """
 
     def __init__(
@@ -50,11 +58,12 @@ class CompressedVlm(InputBuilder, nn.Module):
         row_newline: bool = False,
         num_frames: int | None = None,
         drop_cls: bool = False,
+        pruner: Pruner | None = None,
     ) -> None:
         """Wraps a loaded model.
 
         Args:
-            hf_model, compressor, processor, preprocess: see the class.
+            hf_model, compressor, processor, preprocess, pruner: see the class.
             drop_padding, row_newline: see ``vzip.models.families.options.FamilyOptions`` (LLaVA-NeXT only).
             num_frames: see the class (Video-LLaVA only); None: 8, as it was trained.
             drop_cls: see ``FamilyOptions`` (Mini-Gemini only).
@@ -81,6 +90,8 @@ class CompressedVlm(InputBuilder, nn.Module):
         self.revision: str | None = None
         self.last_num_visual_tokens: list[int] = []
         self.compressor = compressor
+        self.pruner = pruner
+        self.last_pruned: PrunedRun | None = None
 
     @property
     def compressor(self) -> Compressor:
@@ -96,6 +107,30 @@ class CompressedVlm(InputBuilder, nn.Module):
             )
         self.adapter.check_compressor(compressor)
         self._compressor = compressor
+
+    @property
+    def pruner(self) -> Pruner | None:
+        """The pruner in use. Setting it checks that it fits the language model (ConfigError, UnsupportedModelError)."""
+        return self._pruner
+
+    @pruner.setter
+    def pruner(self, pruner: Pruner | None) -> None:
+        if pruner is not None:
+            if not isinstance(pruner, Pruner):
+                raise ConfigError(f"pruner={pruner!r}: must be an instance of vzip.Pruner, as vzip.FastV(), or None.")
+            self.adapter.check_pruner(self.adapter.model.config, pruner)
+        self._pruner = pruner
+
+    @contextmanager
+    def _pruning(self, prepared: PreparedInputs) -> Iterator[PrunedRun | None]:
+        """The pruner at work on prepared inputs, where there is one and something to drop."""
+        self.last_pruned = None
+        if self._pruner is None or not bool((prepared.visual_index >= 0).any()):
+            yield None
+            return
+        with pruning(self._pruner, self.adapter.decoder, prepared.visual_index) as run:
+            yield run
+        self.last_pruned = run
 
     def encode_images(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, **processor_outputs: Tensor | None
@@ -199,18 +234,25 @@ class CompressedVlm(InputBuilder, nn.Module):
                 (``use_cache``, ``logits_to_keep``, ...).
 
         Raises:
-            PromptError: as ``prepare``; or an argument that belongs to the uncompressed sequence.
+            PromptError: as ``prepare``; an argument that belongs to the uncompressed sequence; labels or a model in
+                training mode while there is a pruner.
         """
         _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values"), "forward")
+        if self._pruner is not None:
+            refuse_training(self.model.training, labels)
         outputs, settings = _split(kwargs)
         prepared = self.prepare(input_ids, attention_mask, labels, **outputs)
-        return self.model(
-            inputs_embeds=prepared.inputs_embeds,
-            attention_mask=prepared.attention_mask,
-            position_ids=prepared.position_ids,
-            labels=prepared.labels,
-            **settings,
-        )
+        with self._pruning(prepared) as run:
+            output = self.model(
+                inputs_embeds=prepared.inputs_embeds,
+                attention_mask=prepared.attention_mask,
+                position_ids=prepared.position_ids,
+                labels=prepared.labels,
+                **settings,
+            )
+            if run is not None:
+                run.check_forwards(1)
+        return output
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -225,7 +267,8 @@ class CompressedVlm(InputBuilder, nn.Module):
 
         Raises:
             PromptError: as ``prepare``; or an argument that belongs to the uncompressed sequence.
-            ConfigError: ``use_cache=False``, which Hugging Face cannot do from embeddings.
+            ConfigError: ``use_cache=False``, which Hugging Face cannot do from embeddings; while there is a pruner,
+                beams, an assistant, chunked prefill or another cache than a dynamic or static one.
         """
         _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values", "labels"), "generate")
         if kwargs.get("use_cache") is False:
@@ -235,10 +278,16 @@ class CompressedVlm(InputBuilder, nn.Module):
                 " out, or set it to True."
             )
         outputs, settings = _split(kwargs)
+        if self._pruner is not None:
+            refuse_generation(settings, self.model.generation_config)
         prepared = self.prepare(input_ids, attention_mask, padding_side="left", **outputs)
-        return self.model.generate(
-            inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **settings
-        )
+        with self._pruning(prepared) as run:
+            output = self.model.generate(
+                inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **settings
+            )
+            if run is not None:  # each new token is one forward's
+                run.check_forwards(getattr(output, "sequences", output).shape[1])
+        return output
 
     def chat(self, system_prompt: str | None = None) -> ChatSession:
         """Begins a dialogue that encodes each picture and video once and computes only what is new in each turn.

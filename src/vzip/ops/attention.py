@@ -71,6 +71,24 @@ def received_attention(
     return total / (num_heads * num_queries)
 
 
+def causal_rows(queries: Tensor, keys: Tensor, query_index: Tensor, scale: float) -> Tensor:
+    """Softmax rows of some queries of a causal language model, over the tokens up to each query's own.
+
+    Args:
+        queries: ``[H, Q, d]``.
+        keys: ``[G, L, d]``; each serves ``H / G`` neighbouring heads.
+        query_index: int64 ``[Q]``, where in 0..L-1 each query stands.
+        scale: factor on the products.
+
+    Returns:
+        float32 or float64 ``[H, Q, L]``; rows sum to 1, later tokens have 0.
+    """
+    keys = at_least_float32(keys).repeat_interleave(queries.shape[0] // keys.shape[0], dim=0)
+    products = at_least_float32(queries) @ keys.transpose(-1, -2) * scale
+    later = torch.arange(keys.shape[1], device=keys.device) > query_index[:, None]
+    return products.masked_fill(later, float("-inf")).softmax(dim=-1)
+
+
 def key_norms(keys: Tensor, num_heads: int) -> Tensor:
     """Euclidean norm of every token's unscaled key, averaged over heads: ``[N, L, H * d]`` -> ``[N, L]``."""
     return at_least_float32(keys).unflatten(-1, (num_heads, -1)).norm(dim=-1).mean(dim=-1)

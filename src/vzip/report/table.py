@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vzip.results.record import metrics_of, score_of
+from vzip.results.record import metrics_of, score_of, visual_tokens_of
 
 
 def print_record(record: Mapping[str, Any], console: Console | None = None) -> None:
@@ -21,9 +21,11 @@ def print_record(record: Mapping[str, Any], console: Console | None = None) -> N
     if not record:
         return
     console = console or Console()
+    pruner = record.get("pruner")
     tokens, compressor, model = record["visual_tokens"], record["compressor"], record["model"]
     table = Table(
-        title=f"{model['name_or_path'] or model['class']}: {compressor['settings']}",
+        title=f"{model['name_or_path'] or model['class']}: {compressor['settings']}"
+        + (f", {pruner['settings']}" if pruner else ""),
         caption=_caption(record),
         title_justify="left",
         caption_justify="left",
@@ -46,6 +48,10 @@ def print_record(record: Mapping[str, Any], console: Console | None = None) -> N
     if tokens["measured_max"] != tokens["measured_min"]:
         measured += f" to {tokens['measured_max']}"
     console.print(f"visual tokens a picture, measured: {measured} ({tokens['num_images']} pictures)")
+    if pruner:
+        least, most = visual_tokens_of(record)
+        average = f"{least}" if least == most else f"{least} to {most}"
+        console.print(f"of these the language model's layers attended to {average} on average, measured")
     unjudged = [task for task, entry in record["tasks"].items() if entry["unit"] and entry["primary_metric"] is None]
     if unjudged:
         console.print(f"not the paper's metric, which a judge model adds (python -m vzip judge): {', '.join(unjudged)}")

@@ -23,6 +23,7 @@ _SETTINGS = (
     "system_prompt",
     "model",
     "compressor",
+    "pruner",
     "data",
     "code",
     "versions",

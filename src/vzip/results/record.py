@@ -2,7 +2,9 @@
 
 Fields of a record: ``schema_version``, ``kind``, ``created``, ``config`` (resolved, or null), ``requested_tasks``,
 ``seed``, ``limit``, ``batch_size``, ``gen_kwargs``, ``include_path``, ``system_prompt``, ``model``, ``compressor``,
-``visual_tokens`` (budget per crop, measured least and most), ``tasks`` (by name: ``primary_metric``, ``unit``,
+``visual_tokens`` (budget per crop, measured least and most), ``pruner`` (null, or name, settings and, measured:
+``schedule``, the visual tokens of an image that each layer attended to, its average, and ``cache_lengths``, the tokens
+that each layer held after the prompt; least and most), ``tasks`` (by name: ``primary_metric``, ``unit``,
 ``chance``, ``num_samples``, ``metrics`` by name: ``value``, ``standard_error``, ``standard_error_source``), ``data``
 (by task: path, revision or file digests, digest of the questions), ``code`` (commit, dirty), ``versions``,
 ``hardware``, ``wall_time_s``, ``num_processes``, ``batch_sizes`` (size -> how many batches), ``tower_cache`` (crops
@@ -186,13 +188,32 @@ def primary_scores(record: Mapping[str, Any]) -> dict[str, Score]:
     return found
 
 
+def is_vanilla(record: Mapping[str, Any]) -> bool:
+    """Whether a record is of the model as it is: no compression, nothing dropped in the language model."""
+    return record["compressor"]["name"] == "Identity" and not record.get("pruner")
+
+
+def visual_tokens_of(record: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Fewest and most visual tokens of an image, measured; with a pruner, on average over the layers."""
+    pruner, tokens = record.get("pruner"), record["visual_tokens"]
+    if pruner and pruner["average_min"] is not None:
+        return round(pruner["average_min"], 1), round(pruner["average_max"], 1)
+    return tokens["measured_min"], tokens["measured_max"]
+
+
+def method_of(record: Mapping[str, Any]) -> str:
+    """The compressor's class and, if there is one, the pruner's."""
+    pruner = record.get("pruner")
+    return record["compressor"]["name"] + (f"+{pruner['name']}" if pruner else "")
+
+
 def is_vanilla_of(candidate: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
     """Whether ``candidate`` is an uncompressed run that ``record`` may be compared with.
 
     The same model in the same precision and preprocessing, the same questions of every task they share (by digest), the
     same generation settings, and the same judge where both were judged.
     """
-    if candidate["compressor"]["name"] != "Identity":
+    if not is_vanilla(candidate):
         return False
     same: list[Callable[[Mapping[str, Any]], object]] = [
         lambda r: [r["model"].get(key) for key in _OF_MODEL],

@@ -16,7 +16,17 @@ from vzip.errors import ManifestError
 from vzip.results.averages import average_retention
 from vzip.results.layout import Layout, Piece, to_markdown
 from vzip.results.paired import Paired, compare_task
-from vzip.results.record import Run, Score, answers_of, is_vanilla_of, primary_scores, unit_factor
+from vzip.results.record import (
+    Run,
+    Score,
+    answers_of,
+    is_vanilla,
+    is_vanilla_of,
+    method_of,
+    primary_scores,
+    unit_factor,
+    visual_tokens_of,
+)
 
 FILES = ("summary.md", "summary.csv", "retention.png")
 
@@ -43,7 +53,7 @@ class Job:
         words = [word for word in self.words if not word.lstrip("+").startswith("budget")]
         if words or self.run is None:
             return " ".join(words)
-        return str(self.run.record["compressor"]["name"])
+        return method_of(self.run.record)
 
 
 @dataclass(frozen=True)
@@ -73,10 +83,9 @@ class Line:
         return self.job.run
 
     @property
-    def visual_tokens(self) -> tuple[int | None, int | None]:
-        """Fewest and most visual tokens of a picture, measured."""
-        tokens = self.run.record["visual_tokens"]
-        return tokens["measured_min"], tokens["measured_max"]
+    def visual_tokens(self) -> tuple[float | None, float | None]:
+        """Fewest and most visual tokens of a picture, measured; with a pruner, on average over the layers."""
+        return visual_tokens_of(self.run.record)
 
 
 def average_score(record: Mapping[str, Any]) -> float | None:
@@ -216,7 +225,7 @@ def plot_points(lines: Sequence[Line]) -> list[Point]:
     points = []
     for line in lines:
         most = line.visual_tokens[1]
-        if line.retention is None or most is None or line.run.record["compressor"]["name"] == "Identity":
+        if line.retention is None or most is None or is_vanilla(line.run.record):
             continue
         low = line.retention if line.low is None else line.low
         high = line.retention if line.high is None else line.high

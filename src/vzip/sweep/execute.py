@@ -30,9 +30,10 @@ def run_plan(plan: EvaluationPlan) -> dict[str, Any]:
         torch.set_num_threads(plan.num_threads)
     include_path = plan.include_path()
     plan.check_tasks(include_path)
-    vlm = KEEPER.load(plan.model, plan.compressor, plan.tower_cache_gib)
+    vlm = KEEPER.load(plan.model, plan.compressor, plan.tower_cache_gib, plan.pruner)
     directory = plan.evaluation["run_dir"]
-    logger.info("evaluating %s with %s into %s", ", ".join(plan.evaluation["tasks"]), plan.compressor, directory)
+    method = plan.compressor if plan.pruner is None else f"{plan.compressor} and {plan.pruner}"
+    logger.info("evaluating %s with %s into %s", ", ".join(plan.evaluation["tasks"]), method, directory)
     return evaluate(vlm, **{**plan.evaluation, "include_path": include_path})
 
 

@@ -7,6 +7,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,11 +34,14 @@ class SampleLog:
         prompt: the text given to the tokenizer, one placeholder a picture or video.
         answer: the answer given to the scorer.
         num_visual_tokens: measured, one number a picture, then one a video.
+        layers: with a pruner, measured: ``cache_lengths`` of each layer after the prompt, and for each picture, then
+            for each video, the visual tokens that each layer attended to; else None.
     """
 
     prompt: str
     answer: str
     num_visual_tokens: list[int]
+    layers: dict[str, Any] | None = None
 
 
 class Answerer:
@@ -124,10 +128,23 @@ class Answerer:
             self.vlm, inputs, [len(one.images) for one in loaded], [len(one.videos) for one in loaded]
         )
         texts = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        layers = _layers(self.vlm, [len(one.images) for one in loaded], [len(one.videos) for one in loaded])
         return [
-            SampleLog(one.prompt, cut_at(text, settings.until), counts)
-            for one, text, counts in zip(loaded, texts, measured, strict=True)
+            SampleLog(one.prompt, cut_at(text, settings.until), counts, of_layers)
+            for one, text, counts, of_layers in zip(loaded, texts, measured, layers, strict=True)
         ]
+
+
+def _layers(vlm: CompressedVlm, num_images: list[int], num_videos: list[int]) -> list[dict[str, Any] | None]:
+    """What each layer saw of each question just answered; None where nothing was dropped inside the language model."""
+    run = vlm.last_pruned
+    if run is None:
+        return [None] * len(num_images)
+    images, videos = iter(run.visual_schedule[: sum(num_images)]), iter(run.visual_schedule[sum(num_images) :])
+    return [
+        {"cache_lengths": lengths, "visual_tokens": [*islice(images, own), *islice(videos, own_videos)]}
+        for lengths, own, own_videos in zip(run.cache_lengths, num_images, num_videos, strict=True)
+    ]
 
 
 def _seed_of(seed: int, first: LoadedQuestion) -> int:

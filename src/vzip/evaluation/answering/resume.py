@@ -44,7 +44,9 @@ def settings_of(vlm: CompressedVlm, config: Mapping[str, Any] | None, **settings
         settings: what else decides them.
     """
     model = vlm.model
-    asked = {key: value for key, value in (config or {}).items() if key not in _NOT_ASKED}
+    # A pruner that there is none of is no setting: runs from before there were any go on.
+    left_out = _NOT_ASKED if vlm.pruner is not None else (*_NOT_ASKED, "pruner")
+    asked = {key: value for key, value in (config or {}).items() if key not in left_out}
     if "eval" in asked:
         asked["eval"] = {key: value for key, value in asked["eval"].items() if key not in _NOT_ASKED_OF_EVAL}
     deciding = {
@@ -56,6 +58,7 @@ def settings_of(vlm: CompressedVlm, config: Mapping[str, Any] | None, **settings
         "preprocess": vlm.preprocess,
         "code": provenance.source_sha256(),
         "versions": provenance.versions(),
+        **({} if vlm.pruner is None else {"pruner": repr(vlm.pruner)}),
         **settings,
     }
     return {name: _digest(value) for name, value in deciding.items()}
@@ -174,7 +177,7 @@ def _read(path: Path, head: str, kept: Kept) -> list[str]:
         good.append(line)
         for answer in batch["answers"]:
             task, doc_id, copy = answer["key"]
-            log = SampleLog(answer["prompt"], answer["answer"], answer["num_visual_tokens"])
+            log = SampleLog(answer["prompt"], answer["answer"], answer["num_visual_tokens"], answer.get("layers"))
             kept.answers[task, doc_id, copy] = (answer["digest"], log)
         kept.sizes.update(batch["sizes"])
         if len(batch["sizes"]) > 1:

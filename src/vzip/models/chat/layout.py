@@ -121,6 +121,12 @@ class ChatLayout:
             embeddings[is_shown.to(embeddings.device)] = shown.to(embeddings)
         return embeddings
 
+    @staticmethod
+    def visual_index(ids: Sequence[int]) -> Tensor:
+        """int64 ``[1, T]`` of ``lay_out``'s ids: the number of the picture or video that each is of, -1: text."""
+        tokens = torch.tensor([ids])
+        return torch.where(tokens <= _FIRST_SHOWN, _FIRST_SHOWN - tokens, -1)
+
     def as_written(self, new_ids: Sequence[int]) -> list[int]:
         """An answer's ids; a placeholder among them stands for nothing shown."""
         placeholders = [token for token, _ in self.placeholders.values()]

@@ -7,7 +7,8 @@ dialogue would show it, even where a template or the tokenizer writes earlier tu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,6 +19,8 @@ from transformers import DynamicCache, PreTrainedModel, ProcessorMixin, TextStre
 from vzip.compressors.base import Compressor
 from vzip.errors import ConfigError, PromptError, nearest
 from vzip.media.video import VideoSource
+from vzip.pruners.base import Pruner
+from vzip.pruners.context import CacheStages, PrunedRun, pruning, refuse_generation
 
 from ..families import Adapter
 from .layout import ChatLayout, EncodedVisual, message
@@ -34,6 +37,9 @@ class Vlm(Protocol):
     processor: ProcessorMixin | None
 
     @property
+    def pruner(self) -> Pruner | None: ...
+
+    @property
     def device(self) -> torch.device: ...
 
     def preprocess_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]: ...
@@ -48,7 +54,8 @@ class ChatSession:
     """One dialogue; made by ``CompressedVlm.chat``.
 
     Whatever fails in a turn, or interrupts it, leaves the dialogue as it was before. If the wrapper's compressor is
-    replaced, pictures and videos that are already encoded keep their tokens.
+    replaced, pictures and videos that are already encoded keep their tokens. A pruner drops tokens of the pictures that
+    come with a turn in that turn, for good; if it is replaced, what it dropped stays dropped.
 
     Attributes:
         messages: the turns so far, as the chat template gets them.
@@ -77,6 +84,7 @@ class ChatSession:
         self.pending: list[EncodedVisual] = []
         # Without the model's configuration every layer keeps all positions, so that it can always be cut back.
         self._cache = DynamicCache()
+        self._held = CacheStages()
         self._cached_ids: list[int] = []
 
     @property
@@ -192,26 +200,40 @@ class ChatSession:
         self._cut_cache()
         device = self._vlm.device
         embeddings = self._layout.embed(ids, visuals, lambda tokens: self._vlm.adapter.embed_tokens(tokens.to(device)))
+        settings = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, **settings}
         try:
-            new_ids: list[int] = self._vlm.model.generate(
-                inputs_embeds=embeddings,  # all of it: Hugging Face leaves out what the cache holds
-                attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device),
-                past_key_values=self._cache,
-                streamer=None if on_text is None else _Streamer(self._tokenizer, on_text),
-                **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, **settings},
-            )[0].tolist()
+            with self._pruning(ids, settings) as run:
+                new_ids: list[int] = self._vlm.model.generate(
+                    inputs_embeds=embeddings,  # all of it: Hugging Face leaves out what the cache holds
+                    attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device),
+                    past_key_values=self._cache,
+                    streamer=None if on_text is None else _Streamer(self._tokenizer, on_text),
+                    **settings,
+                )[0].tolist()
+                if run is not None:
+                    run.check_forwards(len(new_ids))
             whole = [*ids, *self._layout.as_written(new_ids)]
             self._cached_ids = whole[: self._cache.get_seq_length()]  # the last one was not computed on
         finally:
             self._cut_cache()
         return new_ids
 
+    @contextmanager
+    def _pruning(self, ids: list[int], settings: dict[str, Any]) -> Iterator[PrunedRun | None]:
+        """The wrapper's pruner at work, if any; also where only an earlier turn was pruned, since the cache is."""
+        pruner = self._vlm.pruner
+        if pruner is None and not self._held.is_pruned:
+            yield None
+            return
+        refuse_generation(settings, self._vlm.model.generation_config)
+        if not self._held.is_pruned:
+            self._held = CacheStages(len(self._cached_ids))
+        with pruning(pruner, self._vlm.adapter.decoder, self._layout.visual_index(ids), self._held) as run:
+            yield run
+
     def _cut_cache(self) -> None:
         """Cuts every layer back to ``_cached_ids``; after a turn that failed half way, layers differ in length."""
-        for layer in self._cache.layers:
-            surplus = int(layer.get_seq_length()) - len(self._cached_ids)
-            if surplus > 0:
-                layer.crop(-surplus)
+        self._held.crop(self._cache, len(self._cached_ids))
 
 
 class _Streamer(TextStreamer):

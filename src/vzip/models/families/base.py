@@ -23,10 +23,12 @@ from vzip.compressors.base import Compressor, Signal, VisionOutput, VisionShape
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError, nearest
 from vzip.media.images import Preprocess, prepare_pictures
 from vzip.media.video import VideoSource
+from vzip.pruners.base import Decoder, Pruner
 
 from ..towers.cache import TowerCache
 from ..towers.structure import Tower, TowerGeometry, find_tower
 from ..towers.tap import run_tower
+from .decoder import LlamaDecoder
 from .options import FamilyOptions, check_fit
 
 # Runs a tower: the tower, pixels ``[N, 3, h, w]``, signals to record, the first row that the unmodified model uses.
@@ -150,6 +152,13 @@ class Adapter(ABC):
         check_fit(compressor, geometry, options)
 
     @classmethod
+    def check_pruner(cls, config: Any, pruner: Pruner) -> None:
+        """Raises ConfigError or UnsupportedModelError for a pruner that the language model cannot have."""
+        text_config = config.get_text_config()
+        LlamaDecoder.check_config(text_config)
+        pruner.check_fits(text_config)
+
+    @classmethod
     def load_model(cls, directory: Path, config: Any, **settings: Any) -> Any:
         """What ``from_pretrained`` of the Hugging Face class returns for these settings; raises what it raises."""
         return cls.model_class.from_pretrained(directory, config=config, **settings)
@@ -193,6 +202,11 @@ class Adapter(ABC):
     def image_side(self) -> int:
         """Side in pixels of a crop as the processor makes it."""
         return self.geometry.image_size
+
+    @property
+    def decoder(self) -> Decoder:
+        """The language model's layers, for pruners; see ``check_pruner`` for which are served."""
+        return LlamaDecoder(self.language_model)
 
     @property
     def embed_tokens(self) -> nn.Module:
