@@ -13,6 +13,7 @@ import pytest
 from vzip.bench.settings import HELP, BenchSettings, parse
 from vzip.cli import bench as cli
 from vzip.errors import ConfigError, RunExistsError
+from vzip.methods import method_files
 
 
 def run(*words: str) -> int:
@@ -39,6 +40,8 @@ def test_values_are_read() -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
+        ("compressor=fastvlm", "compressor=fastvlm: not known (did you mean 'fastervlm'?)"),
+        ("compressor=none", "compressor=none: compresses nothing; the method 'vanilla' is measured"),
         ("batchsize=2", "unknown key 'batchsize' (did you mean 'batch_size'?)"),
         ("budget", "'budget' is not of the form key=value"),
         ("budget=64", "did you mean '64tok'?"),
@@ -161,3 +164,21 @@ sys.exit(cli.main(parser.parse_args(sys.argv[1:])))
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "bench.json").read_text())["resolved"]["weights"] == "random"
+
+
+@pytest.mark.parametrize("name", [name for name, file in method_files().items() if file.has_budget])
+def test_every_method_of_the_configuration_is_measured(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    words = [f"model={checkpoint}", f"compressor={name}", "budget=12+4", "device=cpu", "repeats=1", "warmup=0"]
+    words += ["num_new_tokens=1", f"out={tmp_path}"]
+    if name == "vscan":  # its windows are read at layer 6; this tower has four
+        with pytest.raises(ConfigError, match=r"layer 6 for the signal attention.* tower has 4 layers"):
+            run(*words)
+        return
+    assert run(*words) == 0
+    methods = json.loads((tmp_path / "bench.json").read_text())["methods"]
+    assert list(methods) == ["vanilla", "vzip", *(["eager_maps"] if name == "visionzip" else [])]
+    assert methods["vzip"]["num_visual_tokens"] == 16 and methods["vanilla"]["num_visual_tokens"] == 64
+    for stage in methods["vzip"]["flops"].values():
+        assert stage["formula"] in (None, stage["counted"])
+    projected = {key: methods[key]["flops"]["projector"]["counted"] for key in ("vanilla", "vzip")}
+    assert projected["vzip"] * (1 if name == "divprune" else 4) == projected["vanilla"]

@@ -16,7 +16,7 @@ from vzip.bench.shapes import BenchModel, build_meta
 from vzip.bench.stages import METHOD_CLASSES, Method, Vanilla, Vzip
 from vzip.bench.visuals import Pictures
 from vzip.bench.workload import Workload, parts_of
-from vzip.compressors import VisionOutput
+from vzip.compressors import Signal, VisionOutput
 from vzip.models.families import MiniGeminiAdapter
 
 
@@ -64,8 +64,11 @@ def count_method(
         result["selection"] = StageFlops(flops.count(lambda: method.compressor(vision)), None)
     if meta.adapter is None:
         return result
-    with torch.no_grad():
-        tokens = method.compressor(vision).tokens
+    if method.compressor.space == "projected":  # every row goes through the projector, before the selection
+        tokens = vision.hidden[:, vision.first_stock_row :]
+    else:
+        with torch.no_grad():
+            tokens = method.compressor(vision).tokens
     return result | _language(meta, model, tokens, _layers_of(meta, model, method, num_visual_tokens))
 
 
@@ -77,8 +80,11 @@ def _tower(method: Method, model: BenchModel, pixel_values: Tensor) -> StageFlop
     formula = flops.tower_formula(config, num_layers=num_layers, num_crops=num_crops, has_cls=geometry.has_cls)
     if stops_early:
         formula += flops.scoring_formula(config, num_crops=num_crops, has_cls=geometry.has_cls)
-    has_head = config.model_type == "siglip_vision_model" and not stops_early  # pooling after the last layer
-    return StageFlops(flops.count(lambda: method.run_tower(pixel_values)), None if has_head else formula)
+    # No formula for the pooling after SigLIP's last layer, and for what other methods read, of other layers maybe.
+    has_head = config.model_type == "siglip_vision_model" and not stops_early
+    reads_otherwise = stops_early and method.compressor.reads() != {Signal("attention"), Signal("keys")}
+    counted = flops.count(lambda: method.run_tower(pixel_values))
+    return StageFlops(counted, None if has_head or reads_otherwise else formula)
 
 
 def _mining(adapter: MiniGeminiAdapter, vision: VisionOutput, pixel_values: Tensor) -> dict[str, StageFlops]:

@@ -13,8 +13,9 @@ from transformers import PretrainedConfig
 
 from vzip.bench import shapes
 from vzip.bench.shapes import BenchModel
-from vzip.compressors import TokenBudget
+from vzip.compressors import Compressor, TokenBudget
 from vzip.errors import ConfigError, VzipError, nearest
+from vzip.methods import find_method
 from vzip.models.families.mini_gemini import MiniGeminiConfig
 from vzip.pruners import FastV
 
@@ -28,6 +29,7 @@ BUDGETS: dict[str, tuple[int, int]] = {
 """Names of budgets: dominant and contextual tokens per crop (the paper's Tables 8 and 9) or, for 17, per frame, whose
 split the paper does not give: this is configs/budget/17tok.yaml's."""
 
+DEFAULT_COMPRESSOR = "visionzip"
 METHODS = ("vanilla", "vzip", "eager_maps", "fastv")
 DEFAULT_METHODS = METHODS[:3]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,6 +79,7 @@ HELP = {
     "weights": "auto | random | pretrained (auto: random for bare shapes, pretrained for tiny and directories)",
     "budget": f"auto | {' | '.join(BUDGETS)} | D+C: dominant and contextual tokens per crop (auto: 64tok; LLaVA-NeXT: "
     "32tok; Video-LLaVA: 17tok)",
+    "compressor": "what the method vzip compresses by: an option of configs/compressor",
     "methods": "comma-separated, of vanilla, vzip, eager_maps, fastv (every visual token enters, FastV drops)",
     "pruner": "K:keep of the method fastv: layers that see every visual token, and how many (or what fraction) go on",
     "dtype": "auto | float32 | bfloat16 | float16 (auto: bfloat16 on a GPU, float32 on a CPU)",
@@ -101,6 +104,7 @@ class BenchSettings:
 
     model: str = "tiny"
     weights: str = "auto"
+    compressor: str = DEFAULT_COMPRESSOR
     budget: str = "auto"
     methods: tuple[str, ...] = DEFAULT_METHODS
     pruner: str = "2:0.5"
@@ -137,6 +141,10 @@ class BenchSettings:
         dominant, contextual = BUDGETS[name] if name in BUDGETS else map(int, name.split("+"))
         return name, TokenBudget(num_dominant=dominant, num_contextual=contextual)
 
+    def method(self, model: BenchModel) -> Compressor:
+        """What the method ``vzip`` compresses by; ConfigError where there is none of that name."""
+        return find_method(self.compressor).build(self.token_budget(model)[1])
+
     def fastv(self) -> FastV:
         """What the method ``fastv`` drops by; ConfigError for values that cannot be."""
         layers, _, keep = self.pruner.partition(":")
@@ -159,6 +167,8 @@ class BenchSettings:
         name = Path(self.model).name
         dtype = str(self.torch_dtype).removeprefix("torch.")
         part = "vzip" if mode is PASSES else mode.name
+        if self.compressor != DEFAULT_COMPRESSOR:
+            part += f"-{self.compressor}"
         return Path("runs", "bench", name, f"{part}-{self.token_budget(model)[0]}-{dtype}-{self.torch_device.type}")
 
 
@@ -205,10 +215,23 @@ def parse(words: Sequence[str], mode: Mode = PASSES) -> BenchSettings:
         else:
             values[key] = _value(key, text, problems)
             _check_mode(key, text, mode, problems)
+    if (compressor := values.get("compressor", DEFAULT_COMPRESSOR)) != DEFAULT_COMPRESSOR:
+        chosen = values.setdefault("methods", tuple(m for m in _default_methods(mode) if m != "eager_maps"))
+        if isinstance(chosen, tuple) and "eager_maps" in chosen and not problems:
+            problems.append(
+                f"methods={','.join(chosen)}: eager_maps is the published way of {DEFAULT_COMPRESSOR}; leave it out"
+                f" with compressor={compressor}"
+            )
     if problems:
         raise ConfigError("\n".join(problems))
     given: dict[str, Any] = {**mode.defaults, **values}  # _value gave each key the type of its field
     return BenchSettings(**given)
+
+
+def _default_methods(mode: Mode) -> tuple[str, ...]:
+    chosen = mode.defaults.get("methods", DEFAULT_METHODS)
+    assert isinstance(chosen, tuple)
+    return chosen
 
 
 def _check_mode(key: str, text: str, mode: Mode, problems: list[str]) -> None:
@@ -251,6 +274,8 @@ def _value(key: str, text: str, problems: list[str]) -> object:
             problems.append(str(error))
     elif key == "budget":
         _check_budget(text, problems)
+    elif key == "compressor":
+        _check_compressor(text, problems)
     elif key == "pruner":
         try:
             BenchSettings(pruner=text).fastv()
@@ -265,6 +290,14 @@ def _value(key: str, text: str, problems: list[str]) -> object:
     elif not text:
         problems.append(f"{key}= is empty: {HELP[key]}")
     return text
+
+
+def _check_compressor(text: str, problems: list[str]) -> None:
+    try:
+        if not find_method(text).has_budget:
+            problems.append(f"compressor={text}: compresses nothing; the method 'vanilla' is measured beside it always")
+    except ConfigError as error:
+        problems.append(str(error))
 
 
 def _check_budget(text: str, problems: list[str]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from vzip.bench.device_memory import storage_bytes
 from vzip.bench.eager_maps import EagerMaps, select_layer_index
 from vzip.bench.hooks import recorded_outputs
+from vzip.bench.settings import DEFAULT_COMPRESSOR
 from vzip.bench.timing import StageTimes, Stopwatch, Untimed
 from vzip.bench.visuals import Pictures
 from vzip.bench.workload import Workload
@@ -175,7 +176,7 @@ def run_pass(method: Method) -> PassResult:
     with watch.stage("preprocess"):
         inputs = preprocess(w)
     tokens = _visual_tokens(method, inputs, watch)
-    if isinstance(method, Vzip):
+    if isinstance(method, Vzip) and w.settings.compressor == DEFAULT_COMPRESSOR:
         method.run_scoring(w.visuals.tower_inputs(inputs), watch)
     if w.adapter is None:
         return PassResult(watch.times_ms, len(tokens[0]) * w.visuals.num_crops, 0, 0, [], None)

@@ -24,7 +24,7 @@ from vzip.bench.run import Measurement, environment, resolved_settings
 from vzip.bench.settings import BenchSettings
 from vzip.bench.shapes import BenchModel
 from vzip.bench.timing import StageTimes, Stopwatch, Timing, run_interleaved
-from vzip.compressors import Compressor, Identity, VisionZip
+from vzip.compressors import Compressor, Identity
 from vzip.errors import ConfigError
 from vzip.installed import checkout
 from vzip.models.families import FamilyOptions, adapter_class_for_config
@@ -137,7 +137,7 @@ def method_shapes(settings: BenchSettings, model: BenchModel) -> dict[str, Model
             f"model={model.name} is a vision tower alone, which neither trains nor answers; choose a whole model"
             f" ({shapes.TINY}, {', '.join(name for name in shapes.SHAPES if name != model.name)})"
         )
-    known: dict[str, Compressor] = {"vanilla": Identity(), "vzip": VisionZip(settings.token_budget(model)[1])}
+    known: dict[str, Compressor] = {"vanilla": Identity(), "vzip": settings.method(model)}
     for name in settings.methods:
         adapter_class_for_config(model.config).check_settings(model.config, known[name], FamilyOptions())
     return {name: ModelShape(model.config, known[name]) for name in settings.methods}

@@ -16,9 +16,10 @@ from vzip.bench.device_memory import refuse_if_too_large
 from vzip.bench.settings import BenchSettings, estimate_bytes
 from vzip.bench.shapes import BenchModel
 from vzip.bench.visuals import PICTURE_SIZE, Pictures, Visuals, visuals_of
-from vzip.compressors import Compressor, Identity, VisionZip
+from vzip.compressors import Compressor, Identity
 from vzip.errors import CheckpointError, ConfigError
-from vzip.models.families import Adapter, adapter_for_model
+from vzip.models.families import Adapter, FamilyOptions, adapter_for_model
+from vzip.models.families.options import check_fit
 from vzip.models.hub import Checkpoint
 from vzip.models.load import load_vlm, resolve_checkpoint
 from vzip.models.towers.structure import geometry_from_config
@@ -72,8 +73,8 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
         UnsupportedModelError: a vision tower there is no support for.
     """
     geometry = geometry_from_config(model.vision_config)
-    _name, budget = settings.token_budget(model)
-    VisionZip(budget).num_tokens(geometry.shape())
+    compressor = settings.method(model)
+    check_fit(compressor, geometry, FamilyOptions())
     meta = shapes.build_meta(model, settings.torch_dtype)
     if "fastv" in settings.methods:
         if model.tower_only:
@@ -86,7 +87,7 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
         num_crops = settings.crops_per_prompt(model)
         visuals = visuals_of(adapter_for_model(meta), num_crops)
         is_whole = not {"vanilla", "fastv"}.isdisjoint(settings.methods)
-        method = Identity() if is_whole else VisionZip(budget)
+        method = Identity() if is_whole else compressor
         num_visual = sum(method.num_visual_tokens(shape) for shape in visuals.shapes())
         longest = num_visual + settings.prompt_tokens + settings.num_new_tokens
         allowed = model.config.text_config.max_position_embeddings
@@ -120,7 +121,7 @@ def build(settings: BenchSettings, model: BenchModel) -> Workload:
         adapter=adapter,
         visuals=visuals,
         select_layer=TOWER_ONLY_SELECT_LAYER if adapter is None else adapter.select_layer,
-        compressor=VisionZip(settings.token_budget(model)[1]),
+        compressor=settings.method(model),
         image_processor=image_processor or new_image_processor(model.config),
         pictures=pictures,
         input_ids=make_prompts(settings, visuals) if isinstance(visuals, Pictures) else None,
