@@ -1,16 +1,16 @@
-"""The methods by name, from their files in ``configs/compressor``: for who builds one without Hydra."""
+"""Methods by name, from ``configs/compressor`` and ``configs/pruner``: for who builds one without Hydra."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from vzip.compressors import Compressor, TokenBudget
+from vzip.compressors import TokenBudget
 from vzip.errors import ConfigError, nearest
 from vzip.installed import checkout
 
@@ -28,20 +28,20 @@ class MethodFile:
     """
 
     name: str
-    method: type[Compressor]
+    method: Callable[..., Any]
     settings: Mapping[str, Any]
     has_budget: bool
 
-    def build(self, budget: TokenBudget | None = None, **settings: Any) -> Compressor:
+    def build(self, budget: TokenBudget | None = None, **settings: Any) -> Any:
         """The method with this budget, and these settings in place of the file's; raises as its class does."""
-        built: Any = self.method
-        return built(**({"budget": budget} if self.has_budget else {}), **{**self.settings, **settings})
+        return self.method(**({"budget": budget} if self.has_budget else {}), **{**self.settings, **settings})
 
 
-def method_files() -> dict[str, MethodFile]:
-    """Every method by name."""
-    files = sorted((checkout() / "configs" / "compressor").glob("*.yaml"))
-    return {file.stem: _read(file.stem, yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files}
+def method_files(group: str = "compressor") -> dict[str, MethodFile]:
+    """Every method of a group by name; ``pruner=none``, which is no method, left out."""
+    files = sorted((checkout() / "configs" / group).glob("*.yaml"))
+    values = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
+    return {name: _read(name, own) for name, own in values.items() if "_target_" in own}
 
 
 def find_method(name: str) -> MethodFile:

@@ -21,6 +21,7 @@ from vzip.errors import ConfigError, UnsupportedModelError
 from vzip.evaluation.lmms_eval.model import VzipLmms
 from vzip.evaluation.lmms_eval.plugin import manifests
 from vzip.evaluation.run import evaluate
+from vzip.methods import method_files
 from vzip.results.record import read_samples
 
 
@@ -103,13 +104,16 @@ def test_bad_arguments(line, outside, message):
 def test_counts_alone_are_visionzip_and_the_files_are_the_list(monkeypatch):
     seen = {}
     monkeypatch.setattr(vzip, "load_vlm", lambda name, **kwargs: seen.update(kwargs, name=name), raising=False)
+    model_args.load_from_arg_string(
+        "pretrained=X,compressor=vscan,num_dominant=54,num_contextual=10,local_layer=-3", {}
+    )
+    assert seen.pop("compressor") == vzip.VScan(vzip.TokenBudget(54, 10), local_layer=-3)
     model_args.load_from_arg_string("pretrained=X,num_dominant=54,num_contextual=10,projector=DIR", {})
     assert seen == {"name": "X", "compressor": vzip.VisionZip(vzip.TokenBudget(54, 10)), "projector": "DIR"}
-    known = model_args.compressors()
+    known = method_files()
     assert list(known) == options(config_dir(), "compressor")
-    assert known["random"]["settings"].keys() == {"seed"} and not known["none"]["has_budget"]
     for name in known:
-        counts = {"num_dominant": 5, "num_contextual": 2} if known[name]["has_budget"] else {}
+        counts = {"num_dominant": 5, "num_contextual": 2} if known[name].has_budget else {}
         assert model_args.build_compressor({"compressor": name, **counts}) is not None
 
 
@@ -120,7 +124,7 @@ def test_pruners_are_those_of_the_files(monkeypatch):
     assert seen == {"name": "X", "compressor": vzip.Identity(), "pruner": vzip.FastV(2, 30)}
     model_args.load_from_arg_string("pretrained=X,num_dominant=54,num_contextual=10,pruner=fastv,K=3,keep=0.25", {})
     assert seen["pruner"] == vzip.FastV(3, 0.25) and seen["compressor"].budget.num_tokens == 64
-    assert ["none", *model_args.pruners()] == sorted(options(config_dir(), "pruner"), key=lambda name: name != "none")
+    assert ["none", *method_files("pruner")] == sorted(options(config_dir(), "pruner"), key=lambda name: name != "none")
     for name in model_args.pruners():
         assert isinstance(model_args.build_pruner({"pruner": name}), vzip.Pruner)
     assert model_args.build_pruner({}) is model_args.build_pruner({"pruner": "none"}) is None

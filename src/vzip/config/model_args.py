@@ -13,16 +13,14 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import get_class
-
 import vzip
 from vzip import log
-from vzip.config.options import config_dir, option_values, options
 from vzip.config.schema import OPEN_GROUPS
 from vzip.config.validate import COUNTS, raise_all
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.evaluation.answering.batching import check_batch_size
 from vzip.evaluation.lmms_eval.model import VzipLmms
+from vzip.methods import MethodFile, method_files
 from vzip.models.load import load_vlm
 
 if TYPE_CHECKING:
@@ -50,29 +48,6 @@ class VzipByArguments(VzipLmms):
             raise SystemExit(log.tell_error(error)) from error
 
 
-def compressors() -> dict[str, dict[str, Any]]:
-    """By name: the class, as ``_target_``, and every setting it takes but the budget, with the file's value."""
-    return _methods("compressor")
-
-
-def pruners() -> dict[str, dict[str, Any]]:
-    """The same of pruners; ``none`` is not among them."""
-    return _methods("pruner")
-
-
-def _methods(group: str) -> dict[str, dict[str, Any]]:
-    directory = config_dir()
-    found = {}
-    for name in options(directory, group):
-        values = option_values(directory, group, name)
-        if "_target_" not in values:
-            continue
-        parameters = inspect.signature(get_class(values["_target_"])).parameters
-        settings = {key: values.get(key, parameters[key].default) for key in parameters if key != "budget"}
-        found[name] = {"_target_": values["_target_"], "has_budget": "budget" in parameters, "settings": settings}
-    return found
-
-
 def build_compressor(args: Mapping[str, Any]) -> Compressor:
     """The compressor that ``args`` describe: VisionZip where they name none but give counts.
 
@@ -80,7 +55,7 @@ def build_compressor(args: Mapping[str, Any]) -> Compressor:
         ConfigError: naming every problem: an unknown or missing name, a missing count, a setting that this compressor
             does not have; or what its class refuses.
     """
-    known = compressors()
+    known = method_files()
     counts = {key: args[key] for key in COUNTS if key in args}
     name = args.get("compressor", DEFAULT_COMPRESSOR if counts else None)
     if name not in known:
@@ -91,27 +66,28 @@ def build_compressor(args: Mapping[str, Any]) -> Compressor:
             f" are {DEFAULT_COMPRESSOR} with 64 visual tokens a crop, compressor=none is the model without compression."
         )
     entry, problems = known[name], []
-    elsewhere = {key for other in known.values() for key in other["settings"]} - entry["settings"].keys()
+    elsewhere = {key for other in known.values() for key in other.settings} - entry.settings.keys()
     for key in sorted(elsewhere & args.keys()):
         problems.append(f"model_args: {key}={args[key]!r} has no meaning for compressor={name}; take it out.")
     missing = [key for key in COUNTS if key not in counts]
-    if not entry["has_budget"] and counts:
+    if not entry.has_budget and counts:
         problems.append(f"model_args: compressor={name} keeps every token, so {', '.join(counts)} cannot be given.")
-    elif entry["has_budget"] and missing:
+    elif entry.has_budget and missing:
         problems.append(
             f"model_args: compressor={name} needs {' and '.join(missing)}, e.g. num_dominant=54,num_contextual=10 for"
             " 64 visual tokens a crop."
         )
     raise_all(problems)
-    # The file's own values, but what it takes from elsewhere in a configuration, which there is none of here.
-    settings = {key: value for key, value in entry["settings"].items() if "${" not in str(value)}
-    settings |= {key: args[key] for key in entry["settings"] if key in args}
-    layer = settings.get("score_layer")
-    if isinstance(layer, float) and layer.is_integer():
-        settings["score_layer"] = int(layer)  # lmms-eval reads -3 as a fraction
-    budget = (vzip.TokenBudget(**counts),) if entry["has_budget"] else ()
-    built: Compressor = get_class(entry["_target_"])(*budget, **settings)
-    return built
+    return entry.build(vzip.TokenBudget(**counts) if entry.has_budget else None, **_given(entry, args))
+
+
+def _given(entry: MethodFile, args: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``args`` say of a method's own settings; lmms-eval reads -3 as a fraction, where the file has none."""
+    given = {key: args[key] for key in entry.settings if key in args}
+    for key, value in given.items():
+        if isinstance(value, float) and value.is_integer() and not isinstance(entry.settings[key], float):
+            given[key] = int(value)
+    return given
 
 
 def build_pruner(args: Mapping[str, Any]) -> Pruner | None:
@@ -120,14 +96,14 @@ def build_pruner(args: Mapping[str, Any]) -> Pruner | None:
     Raises:
         ConfigError: an unknown name, a setting without its pruner; or what its class refuses.
     """
-    known, name = pruners(), args.get("pruner", "none")
+    known, name = method_files("pruner"), args.get("pruner", "none")
     if name != "none" and name not in known:
         names = ("none", *known)
         raise ConfigError(
             f"model_args: pruner={name!r} is not known{nearest(str(name), names)}; allowed are {', '.join(names)}."
         )
-    settings = {} if name == "none" else known[name]["settings"]
-    elsewhere = {key for entry in known.values() for key in entry["settings"]} - settings.keys()
+    settings = {} if name == "none" else known[name].settings
+    elsewhere = {key for entry in known.values() for key in entry.settings} - settings.keys()
     raise_all(
         [
             f"model_args: {key}={args[key]!r} has no meaning for pruner={name}; take it out, or choose its pruner."
@@ -136,7 +112,7 @@ def build_pruner(args: Mapping[str, Any]) -> Pruner | None:
     )
     if name == "none":
         return None
-    built: Pruner = get_class(known[name]["_target_"])(**{key: args.get(key, settings[key]) for key in settings})
+    built: Pruner = known[name].build(**{key: args[key] for key in settings if key in args})
     return built
 
 
@@ -156,9 +132,7 @@ def load_from_arg_string(arg_string: str, from_command_line: Mapping[str, Any]) 
     args: dict[str, Any] = simple_parse_args_string(arg_string)
     outside = {key: value for key, value in from_command_line.items() if value is not None}
     of_loader = [key for key in inspect.signature(load_vlm).parameters if key not in ("name_or_path", *OPEN_GROUPS)]
-    of_methods = dict.fromkeys(
-        key for known in (compressors(), pruners()) for e in known.values() for key in e["settings"]
-    )
+    of_methods = [key for group in OPEN_GROUPS for file in method_files(group).values() for key in file.settings]
     allowed = ("pretrained", *OPEN_GROUPS, *COUNTS, *of_methods, *of_loader, *_OF_ADAPTER)
     problems = [
         f"model_args: {key}={value!r} is not known{nearest(key, allowed)}; allowed are {', '.join(allowed)}."
