@@ -125,7 +125,7 @@ def test_pruners_are_those_of_the_files(monkeypatch):
     model_args.load_from_arg_string("pretrained=X,num_dominant=54,num_contextual=10,pruner=fastv,K=3,keep=0.25", {})
     assert seen["pruner"] == vzip.FastV(3, 0.25) and seen["compressor"].budget.num_tokens == 64
     assert ["none", *method_files("pruner")] == sorted(options(config_dir(), "pruner"), key=lambda name: name != "none")
-    for name in model_args.pruners():
+    for name in method_files("pruner"):
         assert isinstance(model_args.build_pruner({"pruner": name}), vzip.Pruner)
     assert model_args.build_pruner({}) is model_args.build_pruner({"pruner": "none"}) is None
 
