@@ -236,6 +236,20 @@ def test_impossible_budgets_are_refused(counts):
         vzip.TokenBudget(*counts)
 
 
+def test_fractions_are_counts_of_the_crops_own_patches():
+    budget = vzip.FractionBudget(0.65, 0.05)
+    assert [budget.of(n) for n in (40, 5)] == [vzip.TokenBudget(26, 2), vzip.TokenBudget(3, 1)]
+    assert vzip.FractionBudget(0.01, 0).of(40) == vzip.TokenBudget(1, 0)
+    for has_cls in (True, False):
+        vision = vision_output(has_cls)
+        ours, counted = vzip.VisionZip(budget)(vision), vzip.VisionZip(vzip.TokenBudget(26, 2))(vision)
+        assert torch.equal(ours.tokens, counted.tokens) and torch.equal(ours.merge_index, counted.merge_index)
+        assert vzip.FasterVLM(budget)(vision).num_tokens == vzip.DivPrune(budget)(vision).num_tokens == 28
+    for wrong in ((-0.1, 0.5), (0.5, 1.5), (0, 0), (0.7, 0.4), (True, 0), ("0.5", 0)):
+        with pytest.raises(ConfigError, match=r"budget\.(dominant|contextual)="):
+            vzip.FractionBudget(*wrong)
+
+
 @pytest.mark.parametrize(
     "kind", [vzip.VisionZip, vzip.RandomTokens, vzip.UniformTokens, vzip.DominantOnly, vzip.ContextualOnly]
 )

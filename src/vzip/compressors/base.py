@@ -94,6 +94,42 @@ class TokenBudget:
         """All visual tokens per crop."""
         return self.num_dominant + self.num_contextual
 
+    def of(self, num_patches: int) -> TokenBudget:
+        """Itself, whatever the crop."""
+        return self
+
+
+@dataclass(frozen=True)
+class FractionBudget:
+    """Fractions kept of a crop's patches, rounded down, where crops differ in size (as upstream's file for Qwen2.5-VL).
+
+    Attributes:
+        dominant: of the patches, kept as they are.
+        contextual: into which all the others are merged; where it is above 0, at least one token.
+
+    Raises:
+        ConfigError: a fraction outside 0..1, or both are zero or more than one together.
+    """
+
+    dominant: float
+    contextual: float
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ConfigError(f"budget.{name}={value!r}: must be a fraction kept, 0 to 1.")
+        if not 0 < self.dominant + self.contextual <= 1:
+            raise ConfigError(
+                f"budget.dominant={self.dominant} + budget.contextual={self.contextual}: together they must be above 0"
+                " and at most 1, the fraction of the patches that is kept."
+            )
+
+    def of(self, num_patches: int) -> TokenBudget:
+        """The counts for a crop of so many patches; one token at least."""
+        num_dominant = int(self.dominant * num_patches)
+        num_contextual = max(int(self.contextual * num_patches), 1) if self.contextual else 0
+        return TokenBudget(num_dominant if num_dominant or num_contextual else 1, num_contextual)
+
 
 @dataclass(frozen=True)
 class VisionShape:
@@ -356,21 +392,21 @@ class Budgeted(Compressor):
     """A method with a ``TokenBudget``; of a whole image it has the budgets of all its crops.
 
     Attributes:
-        budget: tokens per crop.
+        budget: tokens per crop, as counts or as fractions kept.
         keeps_cls: whether CLS, where there is one, is kept too, as one of the budget.
     """
 
-    budget: TokenBudget
+    budget: TokenBudget | FractionBudget
     keeps_cls: ClassVar[bool] = False
 
     def num_tokens(self, shape: VisionShape) -> int:
+        num_tokens = self.budget.of(shape.num_patches).num_tokens
+        available = shape.num_patches + int(shape.has_cls and self.keeps_cls and self.scope == "crop")
+        check_count(num_tokens, available, ("budget.num_dominant", "budget.num_contextual"))
         if self.scope == "crop":
-            available = shape.num_patches + int(shape.has_cls and self.keeps_cls)
-            check_count(self.budget.num_tokens, available, ("budget.num_dominant", "budget.num_contextual"))
-            return self.budget.num_tokens
+            return num_tokens
         # Sizes vary: cutting padding off may leave an image fewer tokens than its crops' budgets.
-        check_count(self.budget.num_tokens, shape.num_patches, ("budget.num_dominant", "budget.num_contextual"))
-        return min(self.budget.num_tokens * shape.num_crops, shape.num_vanilla)
+        return min(num_tokens * shape.num_crops, shape.num_vanilla)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,18 @@ from vzip.errors import ConfigError, nearest
 from vzip.ops.merge import MERGE_RULES, MergeRule, assign_to_targets, target_positions
 from vzip.ops.select import dominant_rows, gather_rows, random_indices, remaining_rows
 
-from .base import SCORES, Compressor, Selection, Signal, TokenBudget, VisionOutput, VisionShape, check_count, check_seed
+from .base import (
+    SCORES,
+    Compressor,
+    FractionBudget,
+    Selection,
+    Signal,
+    TokenBudget,
+    VisionOutput,
+    VisionShape,
+    check_count,
+    check_seed,
+)
 
 TARGETS = ("uniform", "random")
 
@@ -28,7 +39,7 @@ class VisionZip(Compressor):
     its ablations.
 
     Attributes:
-        budget: tokens per crop.
+        budget: tokens per crop, as counts or as fractions kept.
         merge_rule: ``"sum"`` (target + mean of its rows; the published code) or ``"mean"`` (average of all of them).
         score: the signal that patches are selected by: ``"attention"``, ``"received_attention"`` or ``"key_norms"``;
             the highest are kept.
@@ -45,7 +56,7 @@ class VisionZip(Compressor):
 
     uses_valid: ClassVar[bool] = True
 
-    budget: TokenBudget
+    budget: TokenBudget | FractionBudget
     merge_rule: MergeRule = "sum"
     score: str = "attention"
     score_layer: int | None = None
@@ -77,26 +88,27 @@ class VisionZip(Compressor):
         return frozenset({self._score, self._keys})
 
     def num_tokens(self, shape: VisionShape) -> int:
-        keeps_cls = shape.has_cls and self.keep_cls
-        if keeps_cls and self.budget.num_dominant == 0:
+        budget, keeps_cls = self.budget.of(shape.num_patches), shape.has_cls and self.keep_cls
+        if keeps_cls and budget.num_dominant == 0:
             raise ConfigError(
                 "budget.num_dominant=0: this vision tower has a CLS token, which is always kept and counts as dominant,"
                 " so at least 1. To merge everything use compressor=contextual_only, or compressor.keep_cls=false."
             )
         available = shape.num_patches + int(keeps_cls)
-        check_count(self.budget.num_tokens, available, ("budget.num_dominant", "budget.num_contextual"))
-        return self.budget.num_tokens
+        check_count(budget.num_tokens, available, ("budget.num_dominant", "budget.num_contextual"))
+        return budget.num_tokens
 
     def select(self, vision: VisionOutput) -> Selection:
         keeps_cls = vision.has_cls and self.keep_cls
         first = int(vision.has_cls and not self.keep_cls)  # rows before it take no part
-        num_dominant, num_contextual = self.budget.num_dominant, self.budget.num_contextual
+        budget = self.budget.of(vision.num_patches)
+        num_dominant, num_contextual = budget.num_dominant, budget.num_contextual
         score = vision.read_patches(self._score)
         kept = dominant_rows(score, num_dominant, keeps_cls, vision.valid_patches) + first
         if num_contextual == 0:
             return Selection(kept)
         rest = remaining_rows(kept - first, vision.num_rows - first) + first
-        assignment, positions = self._assign(gather_rows(vision.read(self._keys), rest))
+        assignment, positions = self._assign(gather_rows(vision.read(self._keys), rest), num_contextual)
         merge_index = torch.full(vision.hidden.shape[:2], -1, dtype=torch.int64, device=rest.device)
         merge_index = merge_index.scatter(1, rest, assignment + num_dominant)
         targets = rest.index_select(1, positions)
@@ -110,9 +122,9 @@ class VisionZip(Compressor):
     def _keys(self) -> Signal:
         return Signal("keys", self.score_layer)
 
-    def _assign(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _assign(self, keys: Tensor, num_contextual: int) -> tuple[Tensor, Tensor]:
         """Each remaining row's target ``[N, R]``, and where the targets are among them ``[C]``; ``keys [N, R, d]``."""
-        num_rows, num_contextual = keys.shape[1], self.budget.num_contextual
+        num_rows = keys.shape[1]
         if self.targets == "uniform":
             positions = target_positions(num_rows, num_contextual, keys.device)
         else:
