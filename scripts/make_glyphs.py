@@ -1,7 +1,7 @@
 """Rasterises the letters that scenes are written with: DejaVu fonts (as matplotlib ships them) to one PNG atlas.
 
 The atlas is shipped, not the fonts' rendering, because FreeType's output changes between releases and the benchmark has
-to be the same picture on every machine.
+to be the same image on every machine.
 
     python scripts/make_glyphs.py src/vzip/demo/glyphs.png
 """

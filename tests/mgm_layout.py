@@ -83,7 +83,7 @@ def save_towers(zoo, clip, convnext, config):
 
 def save_tokenizer(directory):
     """A SentencePiece model in Vicuna's settings."""
-    text = ["what is in the picture? the answer is a dog.", "USER: is there a cat on the left? ASSISTANT: no"] * 20
+    text = ["what is in the image? the answer is a dog.", "USER: is there a cat on the left? ASSISTANT: no"] * 20
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text),
         model_prefix=str(directory / "tokenizer"),

@@ -122,7 +122,7 @@ def llava_next(*kind: Any, **settings: Any) -> LlavaNextForConditionalGeneration
 
 
 def video_llava(*kind: Any, video_token: int = VIDEO_TOKEN, **settings: Any) -> VideoLlavaForConditionalGeneration:
-    """A Video-LLaVA of the same parts, with a tower for pictures and one for videos."""
+    """A Video-LLaVA of the same parts, with a tower for images and one for videos."""
     return build("video_llava", *kind, video_token_index=video_token, **settings)
 
 
@@ -131,13 +131,13 @@ def pixels(num_images: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(num_images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
 
 
-# (height, width) of pictures in turn and the crops that Hugging Face makes of each; no ties between resolutions.
+# (height, width) of images in turn and the crops that Hugging Face makes of each; no ties between resolutions.
 NEXT_SIZES = [(224, 224), (100, 330), (200, 110), (180, 240)]
 NEXT_CROPS = [5, 4, 3, 5]
 
 
 def llava_inputs(num_images: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """What a processor returns for ``num_images`` pictures."""
+    """What a processor returns for ``num_images`` images."""
     return {"pixel_values": pixels(num_images, seed)}
 
 
@@ -163,14 +163,14 @@ def video_inputs(num_videos: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Family:
-    """What the parity tests need of a family; one whose pictures are videos has ``medium="video"``.
+    """What the parity tests need of a family; one whose images are videos has ``medium="video"``.
 
     Attributes:
         name: of the test, and of the folder in ``tests/golden``.
         build: a tiny model; takes ``tower``, ``strategy`` and ``select_layer``.
-        inputs: number of pictures (and a seed) -> keyword arguments of ``prepare``.
+        inputs: number of images (and a seed) -> keyword arguments of ``prepare``.
         kinds: (tower, select strategy) that the family allows.
-        crops: crops of picture 0, 1, ... as ``inputs`` makes them, in turn.
+        crops: crops of image 0, 1, ... as ``inputs`` makes them, in turn.
         config_class: Hugging Face's.
         medium: ``image`` or ``video``.
         published: whether ``tests/golden`` holds what the published code computes.
@@ -196,18 +196,18 @@ class Family:
         return "pixel_values_videos" if self.medium == "video" else "pixel_values"
 
     def encode(self, vlm: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Visual tokens of each picture."""
+        """Visual tokens of each image."""
         return vlm.encode_videos(**inputs) if self.medium == "video" else vlm.encode_images(**inputs)
 
     def tower(self, vlm: Any) -> Any:
-        """The vision tower that reads the pictures."""
+        """The vision tower that reads the images."""
         return vlm.adapter.frame_tower if self.medium == "video" else vlm.adapter.tower
 
     def num_crops(self, num_images: int) -> list[int]:
         return [self.crops[number % len(self.crops)] for number in range(num_images)]
 
     def stock_lengths(self, model: Any, inputs: dict[str, torch.Tensor]) -> list[int]:
-        """Visual tokens of each picture in the unmodified model, by its own computation."""
+        """Visual tokens of each image in the unmodified model, by its own computation."""
         with torch.no_grad():
             if self.medium == "video":
                 frames = model.model.get_video_features(**inputs).pooler_output
@@ -265,7 +265,7 @@ FAMILIES = (
 
 
 def some_of(inputs: dict[str, torch.Tensor], start: int, stop: int) -> dict[str, torch.Tensor]:
-    """The inputs of pictures start..stop alone; none: no inputs."""
+    """The inputs of images start..stop alone; none: no inputs."""
     return {key: value[start:stop] for key, value in inputs.items()} if stop > start else {}
 
 

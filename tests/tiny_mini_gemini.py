@@ -48,7 +48,7 @@ def mini_gemini(tower: str = "clip", strategy: str = "default", *kind: Any, **se
 
 
 def inputs(num_images: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """What a processor returns for ``num_images`` pictures."""
+    """What a processor returns for ``num_images`` images."""
     generator = torch.Generator().manual_seed(seed)
     return {"pixel_values": torch.randn(num_images, 3, SIDE, SIDE, generator=generator)}
 

@@ -23,11 +23,11 @@ class UnsupportedModelError(VzipError, TypeError):
 
 
 class PromptError(VzipError, ValueError):
-    """Prompt and pictures do not fit together, or a tensor has the wrong shape."""
+    """Prompt and images do not fit together, or a tensor has the wrong shape."""
 
 
 class ImageError(VzipError, ValueError):
-    """A picture that cannot be read or used."""
+    """An image that cannot be read or used."""
 
 
 class VideoError(VzipError, ValueError):

@@ -90,7 +90,7 @@ def test_two_processes_of_the_built_in_model_equal_one(tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         assert ("torch.distributed.run --nproc_per_node=2" in done.stderr) == (name == "two")
-        assert done.stdout.count("visual tokens a picture, measured: 64 (48 pictures)") == 1
+        assert done.stdout.count("visual tokens an image, measured: 64 (48 images)") == 1
         records.append(json.loads((tmp_path / name / "run.json").read_text()))
     one, two = records
     assert (one["num_processes"], two["num_processes"]) == (1, 2)

@@ -106,7 +106,7 @@ def test_a_changed_recipe_is_not_the_recipe(hydra_folder: None, caplog: pytest.L
 
 def test_a_limit_that_a_task_cannot_have_is_refused_before_the_model_is_loaded(hydra_folder: None) -> None:
     plan = evaluation_plan(compose("eval", ["eval=paper_image", "eval.tasks=[gqa,mme]", "eval.limit=7"]))
-    with pytest.raises(ConfigError, match="limit=7: mme scores 2 questions about a picture together"):
+    with pytest.raises(ConfigError, match="limit=7: mme scores 2 questions about an image together"):
         plan.check_tasks(None)
 
 

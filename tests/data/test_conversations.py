@@ -164,7 +164,7 @@ def test_truncation_never_cuts_within_a_picture(max_length: int, processor: Any)
     lengths = [5, 9]
     whole = encode(vicuna_v1(turns("<image> or <image>?", "ab"), None, processor), processor.tokenizer, IMAGE)
     cut = truncate(whole, lengths, IMAGE, max_length)
-    # A second way: every token written out as often as it counts, and cut; a picture cut in two goes altogether.
+    # A second way: every token written out as often as it counts, and cut; an image cut in two goes altogether.
     expanded: list[int] = []
     images = iter(range(2))
     for position, token in enumerate(whole.ids):

@@ -1,4 +1,4 @@
-"""`python -m vzip data verify`: what is missing, empty, cut off or no picture is named, and nothing else."""
+"""`python -m vzip data verify`: what is missing, empty, cut off or no image is named, and nothing else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sample(number: int, *names: str) -> dict:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """40 samples over 20 sound pictures in two folders, every fifth sample text-only, every seventh with two."""
+    """40 samples over 20 sound images in two folders, every fifth sample text-only, every seventh with two."""
     monkeypatch.setenv("VZIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
     rng = np.random.RandomState(0)
@@ -54,11 +54,11 @@ def verify(folder, capsys, *words) -> tuple[int, str]:
 def test_sound_data_is_sound(folder, capsys):
     code, text = verify(folder, capsys)
     assert code == 0
-    assert "all pictures are there and can be decoded" in text and "40 of 40 samples" in text
+    assert "all images are there and can be decoded" in text and "40 of 40 samples" in text
 
 
 def damage(folder) -> dict[str, str]:
-    """Breaks five pictures; returns how, by name."""
+    """Breaks five images; returns how, by name."""
     (folder / picture(1)).unlink()
     (folder / picture(2)).write_bytes(b"")
     whole = (folder / picture(3)).read_bytes()

@@ -1,4 +1,4 @@
-"""A scenes benchmark of six pictures, written out as the real one is."""
+"""A scenes benchmark of six images, written out as the real one is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vzip.demo import benchmark
 
 @pytest.fixture(scope="session")
 def small_benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first six pictures of the benchmark with their questions and task files."""
+    """The first six images of the benchmark with their questions and task files."""
     folder = tmp_path_factory.mktemp("scenes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "NUM_PICTURES", 6)

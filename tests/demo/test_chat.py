@@ -17,7 +17,7 @@ from vzip.models.chat.session import ChatSession
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two picture files of the built-in benchmark: a white cross; a black star and a green circle."""
+    """Two image files of the built-in benchmark: a white cross; a black star and a green circle."""
     folder = tmp_path_factory.mktemp("pictures")
     paths = [folder / "cross.png", folder / "two words.png"]
     for path, number in zip(paths, (0, 2), strict=True):

@@ -62,7 +62,7 @@ def test_sweep_gives_the_answers_of_eval_through_lmms_eval(tiny, small_benchmark
 
 
 def test_the_shipped_model_is_trained_and_small(tiny):
-    """A few held-out pictures: far above chance, which random weights are not (the whole table is `make demo`'s)."""
+    """A few held-out images: far above chance, which random weights are not (the whole table is `make demo`'s)."""
     folder = Path(vzip.__file__).parent / "demo" / "tiny"
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 12e6
     assert type(tiny.model).__name__ == "LlavaForConditionalGeneration"

@@ -1,4 +1,4 @@
-"""Random models of every family: written by the script, evaluated, asked about a picture and a video."""
+"""Random models of every family: written by the script, evaluated, asked about an image and a video."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vzip import cli
 from vzip.demo import random_model
 from vzip.errors import ConfigError, RunExistsError
 
-# Crops of a scene (336 x 336 pixels); crops of a picture of 672 x 672, and its visual tokens without compression.
+# Crops of a scene (336 x 336 pixels); crops of an image of 672 x 672, and its visual tokens without compression.
 # LLaVA-NeXT: base crop and two or four tiles; a newline token for each of 48 rows.
 PUBLISHED = {
     "llava": (1, 1, 576),

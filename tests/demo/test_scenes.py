@@ -1,4 +1,4 @@
-"""Scenes: what a picture shows, what is asked about it, and that both are the same everywhere."""
+"""Scenes: what an image shows, what is asked about it, and that both are the same everywhere."""
 
 import hashlib
 import itertools

@@ -20,7 +20,7 @@ INSTALLED = Path(lmms_eval_tasks.__file__).parent
 
 @dataclass
 class Outcome:
-    """What came of it: the record, its entry, the rows of samples.jsonl, and the pictures shown with each prompt."""
+    """What came of it: the record, its entry, the rows of samples.jsonl, and the images shown with each prompt."""
 
     record: dict[str, Any]
     entry: dict[str, Any]

@@ -122,7 +122,7 @@ def vlm(model: Any, processor: Any) -> Any:
 class ScriptedVlm:
     """Answers what a script says, keyed by the question in the prompt; counts tokens as told.
 
-    ``measured`` overrides the visual tokens a picture that it reports, as a faulty wrapper would.
+    ``measured`` overrides the visual tokens an image that it reports, as a faulty wrapper would.
     """
 
     def __init__(self, processor: Any, script: Callable[[str], str], measured: int | None = None) -> None:
@@ -192,7 +192,7 @@ YES_NO = [("is there a dog?", "yes"), ("is there a cat?", "no"), ("is it day?", 
 
 @pytest.fixture(scope="session")
 def include_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of lmms-eval tasks: own_exact, own_yesno (parquet), own_text (json, no picture)."""
+    """A folder of lmms-eval tasks: own_exact, own_yesno (parquet), own_text (json, no image)."""
     folder = tmp_path_factory.mktemp("tasks")
     for name, pairs in (("exact", EXACT), ("yesno", YES_NO)):
         rows = [{"id": i, "image": picture(i), "question": q, "answer": a} for i, (q, a) in enumerate(pairs)]

@@ -1,4 +1,4 @@
-"""Memory that does not suffice, sampled answers, pictures that cannot be read."""
+"""Memory that does not suffice, sampled answers, images that cannot be read."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TestMemory:
 
     def test_one_question_that_does_not_fit_is_named(self, vlm, include_path, tmp_path, monkeypatch):
         limit_memory(monkeypatch, vlm, 0)
-        with pytest.raises(DeviceMemoryError, match=r"task own_exact, question \d: .* \(1 pictures, .*smaller budget"):
+        with pytest.raises(DeviceMemoryError, match=r"task own_exact, question \d: .* \(1 images, .*smaller budget"):
             run(vlm, include_path, tmp_path / "run", batch_size=4)
         assert not (tmp_path / "run" / "run.json").exists()
 
@@ -145,7 +145,7 @@ def test_sampled_answers_depend_on_the_seed_and_on_nothing_else(vlm, include_pat
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory, include_path: Path) -> Path:
-    """own_damaged: of five pictures one is cut off and one no picture at all; own_unreadable: nothing but the first."""
+    """own_damaged: of five images one is cut off and one no image at all; own_unreadable: nothing but the first."""
     folder = tmp_path_factory.mktemp("damaged")
     (folder / "utils.py").write_text((include_path / "utils.py").read_text())
     file = io.BytesIO()
@@ -186,7 +186,7 @@ class TestPicturesThatCannotBeRead:
             ("own_damaged", 3),
         ]
         assert "truncated" in record["left_out"][0]["problem"]
-        assert "2 questions left out: their pictures or videos cannot be read" in record["provisional_reasons"]
+        assert "2 questions left out: their images or videos cannot be read" in record["provisional_reasons"]
         assert json.loads((tmp_path / "run.json").read_text())["left_out"] == record["left_out"]
 
     def test_a_task_without_any_other_question_has_no_score(self, vlm, damaged, tmp_path):

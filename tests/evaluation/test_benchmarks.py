@@ -23,12 +23,12 @@ def test_gqa(benchmarks, make_picture):
     truth = [("a", "q0?", "yes"), ("a", "q1?", "dog"), ("b", "q2?", "cat"), ("b", "q3?", "left")]
     questions = [{"imageId": i, "question": q, "answer": a, "image": make_picture(0)} for i, q, a in truth]
     said = {"q0": "Yes.", "q1": "Dog", "q2": "dog", "q3": "the left"}
-    # process_docs fetches the pictures from the hub; here they stand in the rows.
+    # process_docs fetches the images from the hub; here they stand in the rows.
     done = benchmarks.run("gqa", questions, said, "process_docs: null\n")
     assert done.value("exact_match") == 0.5, "case and punctuation do not matter, other words do"
     assert done.rows[0]["prompt"] == PROMPT.format("q0?")
     assert [row["cluster"] for row in done.rows] == ["a", "a", "b", "b"] and done.entry["cluster"] == "imageId"
-    # Picture a is 1/2 above the mean twice, picture b below it: sqrt(2 / (2 - 1) * (1 + 1)) / 4.
+    # Image a is 1/2 above the mean twice, image b below it: sqrt(2 / (2 - 1) * (1 + 1)) / 4.
     assert done.error("exact_match") == (pytest.approx(0.5), "clustered")
 
 
@@ -71,7 +71,7 @@ def test_textvqa(task, benchmarks, make_picture):
     assert list((benchmarks.folder / "run" / "submissions").iterdir()), "submission files belong into the run directory"
 
 
-# (split, picture, truth, said)
+# (split, image, truth, said)
 POPE = [
     ("adversarial", "p", "yes", "Yes"),
     ("adversarial", "p", "yes", "no"),
@@ -110,7 +110,7 @@ def test_pope(task, benchmarks, make_picture):
 
 def test_mme_sums_both_parts(benchmarks, make_picture):
     questions, said = [], {}
-    # existence: picture a both right (200), picture b one right (50); code_reasoning: one picture, one right (50).
+    # existence: image a both right (200), image b one right (50); code_reasoning: one image, one right (50).
     for category, picture, right in (
         ("existence", "a", (True, True)),
         ("existence", "b", (True, False)),
@@ -126,9 +126,9 @@ def test_mme_sums_both_parts(benchmarks, make_picture):
     assert done.value("mme_cognition_score") == 50
     total = "mme_perception_score+mme_cognition_score"
     assert done.value(total) == 175 and done.entry["primary_metric"] == total
-    # Two pictures of scores 200 and 50: drawing two gives 200, 125 or 50 with 1/4, 1/2, 1/4, so 53.03.
+    # Two images of scores 200 and 50: drawing two gives 200, 125 or 50 with 1/4, 1/2, 1/4, so 53.03.
     assert done.error("mme_perception_score") == (pytest.approx(53.03, rel=0.15), "bootstrap")
-    assert done.error("mme_cognition_score") == (None, None), "one picture has no spread"
+    assert done.error("mme_cognition_score") == (None, None), "one image has no spread"
     assert done.error(total) == (None, None)
     assert "Please answer" not in done.rows[0]["prompt"]
 

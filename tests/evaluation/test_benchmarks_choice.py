@@ -133,7 +133,7 @@ def test_seedbench(task, benchmarks, make_picture):
         assert len(done.rows) == 3 and list(done.entry["metrics"]) == ["seed_image"]
         return
     assert done.value("seed_all") == 0.5 and done.value("seed_video") == 0
-    # Two pictures of two questions: one all right, one all wrong.
+    # Two images of two questions: one all right, one all wrong.
     assert done.error("seed_all") == (pytest.approx(0.5), "clustered")
     shown = [picture.size for picture in done.pictures[done.rows[2]["prompt"]]]
     assert shown == ([(60, 41)] if task == "seedbench_frame" else [(60, 40), (60, 41), (60, 42)])
@@ -169,7 +169,7 @@ def test_mme_without_a_picture_leaves_out_its_other_question(benchmarks, make_pi
     ]
     said = {"q0": "Yes", "q1": "Yes", "q2": "Yes", "q4": "Yes", "q5": "No"}
     done = benchmarks.run("mme", questions, said, on_problem="skip")
-    assert done.value("mme_perception_score") == (200 + 50) / 2, "of two pictures, not of three"
+    assert done.value("mme_perception_score") == (200 + 50) / 2, "of two images, not of three"
     assert [row["doc_id"] for row in done.rows] == [0, 1, 4, 5]
     problems = {entry["doc_id"]: entry["problem"] for entry in done.record["left_out"]}
     assert problems[2] == "is scored together with question 3, which cannot be asked"
@@ -208,6 +208,6 @@ def test_a_picture_that_cannot_be_read_is_no_wrong_answer(benchmarks, make_pictu
 
 
 def test_half_of_mmes_questions_about_a_picture_are_refused_before_anything_is_asked(benchmarks):
-    with pytest.raises(ConfigError, match=r"limit=3: mme scores 2 questions about a picture together"):
+    with pytest.raises(ConfigError, match=r"limit=3: mme scores 2 questions about an image together"):
         evaluate(benchmarks.scripted(lambda prompt: ""), tasks=["mme"], limit=3, run_dir=benchmarks.folder / "run")
     assert not (benchmarks.folder / "run").exists()

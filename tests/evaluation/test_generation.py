@@ -94,5 +94,5 @@ def test_videos_where_the_model_takes_them():
     clip = {"url": "a.mp4", "video_start": 1}
     with pytest.raises(PromptError, match=r"returned a video as dict.*cut it out beforehand"):
         read_messages([{"role": "user", "content": [{"type": "video", "url": clip}]}], "t", 3, placeholders)
-    with pytest.raises(UnsupportedModelError, match="holds audio; with this model vzip evaluates text, pictures and"):
+    with pytest.raises(UnsupportedModelError, match="holds audio; with this model vzip evaluates text, images and"):
         read_messages([{"role": "user", "content": [{"type": "audio", "url": "a"}]}], "t", 3, placeholders)

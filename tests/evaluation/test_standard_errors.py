@@ -31,7 +31,7 @@ def test_right_or_wrong():
 
 
 def test_questions_about_one_picture_count_less():
-    # Residuals by picture: a 3 * 1/4, b -3/4.
+    # Residuals by image: a 3 * 1/4, b -3/4.
     found = completed("seed_all", letters(1, 1, 1, 0), clusters=list("aaab"), seed_all=(0.75, None))
     assert found["seed_all"] == (pytest.approx((2 * (0.75**2 + 0.75**2)) ** 0.5 / 4), "clustered")
 

@@ -1,4 +1,4 @@
-"""Picture files of every kind, and preprocessing against LLaVA's own."""
+"""Image files of every kind, and preprocessing against LLaVA's own."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_unusable_files_are_named(tmp_path, monkeypatch):
         ("empty.png", "empty"),
         ("text.jpg", "not a picture"),
         ("damaged.png", "cut off or damaged"),
-        ("absent.png", "no such picture file"),
+        ("absent.png", "no such image file"),
         (".", "is a directory"),
     ]:
         with pytest.raises(ImageError, match=message) as caught:

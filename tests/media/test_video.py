@@ -93,7 +93,7 @@ def test_a_file_from_a_phone_is_turned_upright(tmp_path):
 
 
 def cover(path):
-    """Sound with a cover picture, which formats keep as a video stream."""
+    """Sound with a cover image, which formats keep as a video stream."""
     with av.open(str(path), "w") as container:
         sound = container.add_stream("aac", rate=8000, layout="mono")
         stream = container.add_stream("mjpeg", rate=1)
@@ -192,7 +192,7 @@ def test_pixels_are_the_image_processors(tmp_path):
     assert together.shape == (2, 3, 3, 112, 112) and together.dtype == torch.float32
     for row, path in zip(together, paths, strict=True):
         for values, frame in zip(row, load_video(path, 3), strict=True):
-            # short side to 112, centre cut out, as the processor does for a picture of its own
+            # short side to 112, centre cut out, as the processor does for an image of its own
             scaled = frame.resize((round(112 * WIDTH / HEIGHT), 112), Image.Resampling.BICUBIC)
             left = (scaled.width - 112) // 2
             cut = np.asarray(scaled.crop((left, 0, left + 112, 112)), np.float64) / 255

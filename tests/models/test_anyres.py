@@ -83,7 +83,7 @@ def test_placement_holds_the_picture_inside_the_canvas():
     assert placement(3, 20000, 336, 1008) == (167, 0, 1, 1008)
     crops = crops_of(Image.new("RGB", (640, 480), "white"))["pixel_values"][0]
     black, white = [(value - np.float32(PROCESSOR.image_mean[0])) / PROCESSOR.image_std[0] for value in (0, 1)]
-    top = crops[1, 0]  # the first tile: 84 rows of padding, then the picture
+    top = crops[1, 0]  # the first tile: 84 rows of padding, then the image
     assert torch.allclose(top[:84], torch.tensor(black)) and torch.allclose(top[84:], torch.tensor(white))
 
 

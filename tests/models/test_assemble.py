@@ -99,6 +99,6 @@ def test_what_cannot_be_put_together(made: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="its tokenizer has no end token"):
         assemble(made / "tower", tmp_path / "endless", tmp_path / "out")
     save_tower(tmp_path / "bare", "siglip", with_processor=False)
-    with pytest.raises(CheckpointError, match="says how pictures enter a SigLIP"):
+    with pytest.raises(CheckpointError, match="says how images enter a SigLIP"):
         assemble(tmp_path / "bare", made / "lm", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -111,7 +111,7 @@ def in_one_pass(
     return vlm.forward(**inputs, use_cache=False).logits[0, -len(new_ids) :]
 
 
-# Questions with the pictures that come with each; sizes that LLaVA-NeXT cuts into different numbers of tiles.
+# Questions with the images that come with each; sizes that LLaVA-NeXT cuts into different numbers of tiles.
 TURNS = [
     ("What color is the star?", [picture(0)]),
     ("And how many?", []),
@@ -276,7 +276,7 @@ def test_a_placeholder_that_the_model_writes_is_no_picture(spelled_out: bool) ->
     with dictated(vlm, written):
         assert chat.ask("g", max_new_tokens=len(written)) == ""
     recorder = Recorder(vlm)
-    chat.ask("h", [picture(0)], max_new_tokens=3)  # its picture comes where the cache holds the written placeholder
+    chat.ask("h", [picture(0)], max_new_tokens=3)  # its image comes where the cache holds the written placeholder
     logits, _, _ = recorder.take()
     expected = in_one_pass(vlm, chat.messages[:-1], [picture(0)], logits.argmax(dim=-1))
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)

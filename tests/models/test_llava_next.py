@@ -28,7 +28,7 @@ def wrapped(model, compressor=None, **options):
 
 
 def packed_by_a_loop(vlm, inputs, number, grid, newline_rows=()):
-    """One picture's visual tokens, written out: base crop, lines of patches through all tiles, CLS, contextual."""
+    """One image's visual tokens, written out: base crop, lines of patches through all tiles, CLS, contextual."""
     crops = inputs["pixel_values"][number, : 1 + grid[0] * grid[1]]
     visual = vlm.adapter.read_inputs(**{name: value[number : number + 1] for name, value in inputs.items()})
     vision = vlm.adapter.image_output(visual, vlm.compressor.reads())
@@ -98,7 +98,7 @@ def test_row_newline_ends_every_line(model):
 
 
 def stitched_patches(vlm, inputs):
-    """(rows, cols) in the 2 x 2 grid of the patches kept of picture 0's tiles."""
+    """(rows, cols) in the 2 x 2 grid of the patches kept of image 0's tiles."""
     vision = vlm.adapter.image_output(vlm.adapter.read_inputs(**inputs), vlm.compressor.reads())
     patches = vlm.compressor(vision).source_index[1:, 1:] - 1
     tile = torch.arange(4)[:, None]
@@ -170,7 +170,7 @@ def test_text_and_pictures_to_answers_by_both_rules(model):
 
 
 def test_the_processors_own_call_equals_stock(model):
-    """Pictures with ties and padding, prompts as the Hugging Face processor expands them."""
+    """Images with ties and padding, prompts as the Hugging Face processor expands them."""
     vlm = wrapped(model, vzip.Identity(), preprocess="hf")
     pictures = [Image.linear_gradient("L").resize(size).convert("RGB") for size in [(100, 60), (50, 50), (300, 220)]]
     theirs = vlm.processor(text=["<image> a <image> b <image> c"], images=pictures, return_tensors="pt")
@@ -200,9 +200,9 @@ def test_bad_input_is_named(model):
         ({"pixel_values": values, "image_sizes": sizes[:1]}, r"image_sizes has shape \(1, 2\) for 2 pictures"),
         ({"pixel_values": values, "image_sizes": sizes * 0}, r"must be at least 1"),
         ({"pixel_values": values[:, 0], "image_sizes": sizes}, r"\[images, max_crops, 3, height, width\]"),
-        ({"pixel_values": values[:, :3], "image_sizes": sizes}, r"Picture 0 has 3 crops.*224 x 224.*asks for 5"),
-        ({"pixel_values": values, "image_sizes": sizes.flip(0)}, r"Picture 0 has 5 crops.*asks for 4.*1 x 3 tiles"),
-        ({**inputs, "tile_grids": torch.tensor([[2, 2], [2, 2]])}, r"Picture 1 has 4 crops.*asks for 5"),
+        ({"pixel_values": values[:, :3], "image_sizes": sizes}, r"Image 0 has 3 crops.*224 x 224.*asks for 5"),
+        ({"pixel_values": values, "image_sizes": sizes.flip(0)}, r"Image 0 has 5 crops.*asks for 4.*1 x 3 tiles"),
+        ({**inputs, "tile_grids": torch.tensor([[2, 2], [2, 2]])}, r"Image 1 has 4 crops.*asks for 5"),
         ({**inputs, "tile_grids": torch.tensor([2, 2])}, r"tile_grids has shape \(2,\)"),
     ]
     for wrong, message in cases:

@@ -44,7 +44,7 @@ def oracle(golden):
 
 
 def mined_by_loops(mining, patches, highres):
-    """One picture as the published description says it: every position of a window has a key and a value."""
+    """One image as the published description says it: every position of a window has a key and a value."""
     side = math.isqrt(patches.shape[1])
     window = highres.shape[2] // side
     result = []
@@ -86,7 +86,7 @@ def test_mining_equals_a_plain_loop_in_float64(window):
 
 
 def test_mining_projects_patches_and_not_high_resolution_positions():
-    """The published order of the sum projects all 64 x 64 positions of this picture twice."""
+    """The published order of the sum projects all 64 x 64 positions of this image twice."""
     with torch.device("meta"):
         mining, patches, highres = PatchInfoMining(32, 60), torch.empty(1, 64, 32), torch.empty(1, 60, 64, 64)
         with FlopCounterMode(display=False) as counter:
@@ -180,7 +180,7 @@ def test_patches_are_mined_before_selection_and_cls_is_not(model):
 
 @torch.no_grad()
 def test_each_tower_matters(model):
-    """The high-resolution picture cannot be told from its low-resolution copy by CLIP alone."""
+    """The high-resolution image cannot be told from its low-resolution copy by CLIP alone."""
     vlm = vzip.CompressedVlm(model, vzip.Identity())
     pixels = tiny_mini_gemini.inputs(1)["pixel_values"]
     checker = torch.tensor([1.0, -1.0]).repeat(SIDE // 2)

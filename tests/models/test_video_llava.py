@@ -1,4 +1,4 @@
-"""Video-LLaVA: frames one by one, counts, pictures and videos in one prompt, files, checkpoints, bad input."""
+"""Video-LLaVA: frames one by one, counts, images and videos in one prompt, files, checkpoints, bad input."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_each_frame_is_compressed_by_itself_in_the_video_tower(model):
     vlm, pixels = wrapped(model), tiny.video_inputs(2)["pixel_values_videos"]
     videos = vlm.encode_videos(pixels)
     as_pictures = [vlm.encode_images(frames) for frames in pixels]
-    # A wrapper whose image tower has the video tower's weights: the same frames as pictures, one by one.
+    # A wrapper whose image tower has the video tower's weights: the same frames as images, one by one.
     swapped = tiny.video_llava(vocab_size=320, video_token=5)
     swapped.model.image_tower.load_state_dict(model.model.video_tower.state_dict())
     swapped = wrapped(swapped)
@@ -200,7 +200,7 @@ def test_ask_about_a_video_and_a_picture(model, clips, tmp_path, capsys):
     assert cli.main(["ask", str(text), "hm?", *words]) == 2
     assert "text.mp4: not a video" in capsys.readouterr().err
     assert cli.main(["ask", str(clips[0]), "hm?"]) == 2  # the built-in model
-    assert "has no video tower and takes pictures only" in capsys.readouterr().err
+    assert "has no video tower and takes images only" in capsys.readouterr().err
 
 
 def test_bad_input_is_named(model, clips):

@@ -93,7 +93,7 @@ def test_identity_gives_the_stock_loss_and_gradients(family):
 
 @pytest.fixture(scope="module", params=[family for family in FAMILIES if family.published], ids=str)
 def published(request, golden, tmp_path_factory):
-    """The published code's tiny model through load_vlm, its prompt, its pictures one by one, and its numbers."""
+    """The published code's tiny model through load_vlm, its prompt, its images one by one, and its numbers."""
     family = request.param
     folder = golden / family.name
     case = json.loads((folder / "case.json").read_text())
@@ -123,7 +123,7 @@ def published(request, golden, tmp_path_factory):
 
 
 def joined(pictures):
-    """One batch of pictures of different numbers of crops."""
+    """One batch of images of different numbers of crops."""
     most = max(picture["pixel_values"].shape[1] for picture in pictures)
     together = {key: [picture[key] for picture in pictures] for key in pictures[0]}
     if together["pixel_values"][0].ndim == 5:

@@ -201,7 +201,7 @@ def test_table(capsys):
     print_record(record(provisional_reasons=["limit=5"]), console)
     print_record({}, console)
     out = capsys.readouterr().out
-    for text in ("gqa", "exact_match", "0.6", "0.01", "50", "measured: 64 (100 pictures)", "provisional: limit=5"):
+    for text in ("gqa", "exact_match", "0.6", "0.01", "50", "measured: 64 (100 images)", "provisional: limit=5"):
         assert text in out, text
 
 

@@ -27,12 +27,12 @@ def test_a_95_percent_interval_holds_the_true_retention_95_times_in_100() -> Non
 
 
 def test_questions_about_one_picture_need_its_interval_and_get_it() -> None:
-    """40 pictures of 6 questions each, which a picture makes easy or hard together."""
+    """40 images of 6 questions each, which an image makes easy or hard together."""
     rng = np.random.default_rng(SEED)
     clustered, single = [], []
     labels = np.repeat(np.arange(40), 6)
     for repeat in range(100):
-        # Compressed is as good as vanilla on average: a picture is one that it gets right, or one that it does not.
+        # Compressed is as good as vanilla on average: an image is one that it gets right, or one that it does not.
         vanilla = np.repeat(rng.random(40) < 0.7, 6) ^ (rng.random(240) < 0.1)
         compressed = np.repeat(rng.random(40) < 0.7, 6) ^ (rng.random(240) < 0.1)
         both = []
@@ -50,7 +50,7 @@ def test_questions_about_one_picture_need_its_interval_and_get_it() -> None:
         clustered.append(percentile_interval(of_pictures))
         single.append(percentile_interval(of_questions))
     assert covered(clustered, 1.0) > 0.88
-    assert covered(single, 1.0) < 0.75, "drawn alone, questions of one picture look like more evidence than they are"
+    assert covered(single, 1.0) < 0.75, "drawn alone, questions of one image look like more evidence than they are"
 
 
 def test_mcnemar_believes_chance_at_most_5_times_in_100() -> None:

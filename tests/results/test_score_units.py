@@ -71,14 +71,14 @@ def test_pope_by_splits_is_the_mean_of_lmms_evals_f1() -> None:
 def test_questions_about_one_picture_are_drawn_together() -> None:
     scores = pope(60)
     single = rows([{"pope_f1_score": s, "pope_accuracy": s, "exact_match": s["score"]} for s in scores])
-    pictures = [row | {"cluster": f"picture{i % 7}"} for i, row in enumerate(single)]
+    pictures = [row | {"cluster": f"image{i % 7}"} for i, row in enumerate(single)]
     for metric in ("pope_f1_score", "pope_accuracy", "exact_match"):
         alone, found = units(metric, single), units(metric, pictures)
         assert len(alone.by_cluster()[0]) == 60
         values, aggregate = found.by_cluster()
         assert len(values) == 7 and aggregate is not None and aggregate(values) == pytest.approx(alone.score)
         assert found.correct is not None and len(found.correct) == 60
-        # Drawing a picture twice is scoring its questions twice.
+        # Drawing an image twice is scoring its questions twice.
         by_hand = [row for number in (2, 2, 5) for row in single[number::7]]
         assert aggregate(values[[2, 2, 5]]) == pytest.approx(units(metric, by_hand).score)
 
@@ -113,7 +113,7 @@ def test_mme_is_lmms_evals() -> None:
     assert alone.score == pytest.approx(theirs.mme_aggregate_results(perception))
     total = theirs.mme_aggregate_results(perception) + theirs.mme_aggregate_results(cognition)
     assert both.score == pytest.approx(total)
-    assert len(both.values) == 40 and both.correct is None, "a picture with its two questions is one unit"
+    assert len(both.values) == 40 and both.correct is None, "an image with its two questions is one unit"
     assert units_of("p", of[:59]) is None, "half a pair is not scored"
 
 

@@ -27,10 +27,10 @@ BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 
 
 class Samples:
-    """Pictures of noise with answers of different lengths; every fifth sample is text only, every seventh asks twice.
+    """Images of noise with answers of different lengths; every fifth sample is text only, every seventh asks twice.
 
     Args:
-        broken: number of a sample whose picture is no picture.
+        broken: number of a sample whose image is no image.
     """
 
     def __init__(self, count: int = 24, broken: int | None = None) -> None:

@@ -81,8 +81,8 @@ def broken(change: Any) -> Any:
 TWO = ["launcher=zero2_2cpu", "launcher.batch_size=2"]
 # What is done to the data, further words, and what must be said; nothing of a model may be read by then.
 WRONG: dict[str, tuple[Any, list[str], str]] = {
-    "a picture is missing": (lambda folder: (folder / "3.png").unlink(), [], "r3: no such file: "),
-    "a picture is empty": (lambda folder: (folder / "3.png").write_bytes(b""), [], "r3: 0 bytes: "),
+    "an image is missing": (lambda folder: (folder / "3.png").unlink(), [], "r3: no such file: "),
+    "an image is empty": (lambda folder: (folder / "3.png").write_bytes(b""), [], "r3: 0 bytes: "),
     "no JSON": (lambda folder: (folder / "data.json").write_text("[{"), [], "not readable as JSON at byte"),
     "other JSON": (None, ["data.json=model/config.json"], "break LLaVA's format"),
     "no assistant turn": (broken(lambda turns: turns.pop()), [], "no 'gpt' turn follows a 'human' turn"),
@@ -147,4 +147,4 @@ def test_generated_dialogues() -> None:
     assert all(len(turns) == 2 and turns[0].text.startswith("<image>\n") for turns in sample.dialogues)
     again = data[1]
     assert again.dialogues == sample.dialogues
-    assert again.images[0].tobytes() == sample.images[0].tobytes()  # type: ignore[union-attr]  # pictures
+    assert again.images[0].tobytes() == sample.images[0].tobytes()  # type: ignore[union-attr]  # images

@@ -24,7 +24,7 @@ from vzip.models.weights.tuned import read_tensors
 from vzip.train.loop import train
 from vzip.train.objective import AnswerLoss, ModelView
 
-# Model and processor; crops of a picture of 60 x 40 pixels.
+# Model and processor; crops of an image of 60 x 40 pixels.
 FAMILIES = {
     "llava_next": (tiny.llava_next, tiny.next_processor, 3),
     "video_llava": (lambda **size: tiny.video_llava(video_token=5, **size), tiny.video_processor, 1),
@@ -67,7 +67,7 @@ def test_a_projector_is_tuned_used_and_merged(family: str, plan: Any, tmp_path: 
 
 @pytest.fixture
 def videos(tmp_path: Path) -> Path:
-    """A file in LLaVA's format with videos, pictures, both and neither."""
+    """A file in LLaVA's format with videos, images, both and neither."""
     write(tmp_path / "clip.mp4")
     Image.new("RGB", (60, 40), "green").save(tmp_path / "a.png")
     kinds: list[dict[str, str]] = [{"video": "clip.mp4"}, {"image": "a.png"}, {}]
@@ -93,7 +93,7 @@ def test_videos_are_learned_from(videos: Path, plan: Any, tmp_path: Path) -> Non
     data = LlavaSet(videos, cache=tmp_path / "cache")
     final = train(plan(load_data=lambda: data, load_model=video_llava, num_steps=1))
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert row["num_visual_tokens"] == 9 * (2 * 4 + 4)  # two frames of four videos, four pictures
+    assert row["num_visual_tokens"] == 9 * (2 * 4 + 4)  # two frames of four videos, four images
     assert set(read_tensors(final)) == {n for n in video_llava().model.state_dict() if "multi_modal_projector" in n}
 
     vlm, nats, num_targets = video_llava(), 0.0, 0
@@ -115,13 +115,13 @@ def test_videos_are_learned_from(videos: Path, plan: Any, tmp_path: Path) -> Non
 def test_videos_that_cannot_be_learned_from(videos: Path, plan: Any, tmp_path: Path) -> None:
     data = LlavaSet(videos, cache=tmp_path / "cache")
     with pytest.raises(UnsupportedModelError, match=r"sample r\d: has a video, and the model has no video tower"):
-        train(plan("pictures only", load_data=lambda: data, num_steps=1))
+        train(plan("images only", load_data=lambda: data, num_steps=1))
     clip = tmp_path / "clip.mp4"
     clip.write_bytes(clip.read_bytes()[:400])
     with pytest.raises(VideoError, match=r"sample r\d: .*clip\.mp4"):
         train(plan("damaged", load_data=lambda: data, load_model=video_llava, num_steps=1))
     clip.unlink()
-    with pytest.raises(ManifestError, match=r"4 samples lack a picture .*(?s:.*)no such file: .*clip\.mp4"):
+    with pytest.raises(ManifestError, match=r"4 samples lack an image .*(?s:.*)no such file: .*clip\.mp4"):
         LlavaSet(videos, cache=tmp_path / "cache")
 
 

@@ -191,7 +191,7 @@ def test_validation_and_best(plan: Any) -> None:
 
 def test_unreadable_pictures(plan: Any) -> None:
     broken = {"load_data": lambda: Samples(broken=3)}
-    with pytest.raises(ImageError, match=r"sample s3: nowhere\.png: no such picture file"):
+    with pytest.raises(ImageError, match=r"sample s3: nowhere\.png: no such image file"):
         train(plan("refuse", **broken))
     train(plan("skip", skip_unreadable=True, **broken))
     rows = metrics(plan("skip").run_dir)

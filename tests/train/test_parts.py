@@ -247,7 +247,7 @@ def test_a_batch(tmp_path: Path) -> None:
     vlm = load_model()
     batch = collator(vlm)([Samples()[7], Samples()[5], Samples()[1]])  # asked twice; text only; asked once
     assert batch.ids == ["s7", "s5", "s1"] and batch.sample_of == [0, 0, 1, 2]
-    assert batch.pictures["pixel_values"].shape == (2, 3, 112, 112), "each picture once"
+    assert batch.pictures["pixel_values"].shape == (2, 3, 112, 112), "each image once"
     assert batch.picture_of == [0, 0, 1] and batch.num_visual_tokens == [9, 9]
     assert batch.num_targets == int((batch.labels[:, 1:] != IGNORED_LABEL).sum()) == 2 * (8 + 2) + 6 + 2 + 2 + 2
     assert (batch.input_ids[batch.labels != IGNORED_LABEL] == batch.labels[batch.labels != IGNORED_LABEL]).all()
@@ -255,7 +255,7 @@ def test_a_batch(tmp_path: Path) -> None:
 
 def test_a_picture_that_does_not_fit_goes_whole() -> None:
     vlm = load_model()
-    length = len("USER: ") + 1 + 9 - 1  # the picture's last visual token would be one too many
+    length = len("USER: ") + 1 + 9 - 1  # the image's last visual token would be one too many
     batch = collator(vlm, max_length=length - 1)([Samples()[1]])
     assert batch.picture_of == [] and tiny.IMAGE_TOKEN not in batch.input_ids and batch.num_targets == 0
 
@@ -277,7 +277,7 @@ def test_a_part_of_a_llava_file(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8)).save(tmp_path / f"p{i}.png")
     (tmp_path / "p5.png").touch()
     options: dict[str, Any] = {"cache": tmp_path / "cache"}
-    with pytest.raises(ManifestError, match="2 samples lack a picture below") as refused:
+    with pytest.raises(ManifestError, match="2 samples lack an image below") as refused:
         LlavaSet(tmp_path / "data.json", **options)
     assert f"r4: no such file: {tmp_path / 'p4.png'}" in str(refused.value)
     assert f"r5: 0 bytes: {tmp_path / 'p5.png'}" in str(refused.value) and "data.on_problem=skip" in str(refused.value)

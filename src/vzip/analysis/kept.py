@@ -1,4 +1,4 @@
-"""What a wrapper's compressor keeps of a picture, drawn over the picture."""
+"""What a wrapper's compressor keeps of an image, drawn over the image."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .overlay import draw_overlay
 
 @torch.inference_mode()
 def draw_kept(vlm: CompressedVlm, picture: Image.Image) -> Image.Image:
-    """The picture as the vision tower sees it, kept patches and merge groups drawn (``draw_overlay``).
+    """The image as the vision tower sees it, kept patches and merge groups drawn (``draw_overlay``).
 
-    Of a family that cuts pictures into crops the first crop, which is the whole picture. Without compression, and
+    Of a family that cuts images into crops the first crop, which is the whole image. Without compression, and
     of a method that keeps tokens of the whole image whatever their crop, what the tower sees is returned as it is.
 
     Raises:
         ConfigError: the wrapper has no processor.
-        ImageError: a picture that cannot be used.
+        ImageError: an image that cannot be used.
     """
     adapter, inputs = vlm.adapter, vlm.preprocess_images([picture])
     moved = {

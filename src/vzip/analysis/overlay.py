@@ -1,4 +1,4 @@
-"""Which patches a compressor kept and which it merged, drawn over the picture."""
+"""Which patches a compressor kept and which it merged, drawn over the image."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def draw_overlay(
     """Draws one crop as two panels side by side: kept patches bright and framed; merge groups, one colour each.
 
     Args:
-        picture: the crop as the vision tower saw it, a square RGB picture.
+        image: the crop as the vision tower saw it, a square RGB image.
         tokens: what the compressor returned for a batch.
         row: which crop of the batch.
         grid: (rows, cols) of patches.
-        has_cls: whether row 0 of `tokens`' indices means the CLS token, which has no place in the picture.
+        has_cls: whether row 0 of `tokens`' indices means the CLS token, which has no place in the image.
 
     Returns:
-        An RGB picture, twice as wide as `picture` plus a gap of 8 pixels.
+        An RGB image, twice as wide as `image` plus a gap of 8 pixels.
     """
     first, num_patches = int(has_cls), grid[0] * grid[1]
     kept = np.zeros(num_patches, dtype=bool)

@@ -113,13 +113,13 @@ def select_layer_index(tower: Tower, select_layer: int) -> int:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far the two ways are apart, on pictures, in float32.
+    """How far the two ways are apart, on images, in float32.
 
     Attributes:
         max_token_difference: largest absolute difference of a visual token's element.
         max_attention_difference: of a patch's score.
         max_hidden_difference: of the tower's output.
-        num_pictures: pictures tried until both ways selected the same; 1 unless two scores nearly tie.
+        num_pictures: images tried until both ways selected the same; 1 unless two scores nearly tie.
     """
 
     max_token_difference: float
@@ -134,7 +134,7 @@ def check_agreement(
     """Checks that ``run_tower`` and ``EagerMaps`` lead to the same visual tokens.
 
     Half-precision towers are compared through a float32 copy, since the two kernels round differently and a ranking
-    amplifies that. Two scores closer than rounding may change places, so pictures are tried until both select the same;
+    amplifies that. Two scores closer than rounding may change places, so images are tried until both select the same;
     scores, features and keys must agree on each of them, and the tokens on the last.
 
     Args:
@@ -164,7 +164,7 @@ def check_agreement(
             token_difference = _compare("tokens", our_tokens.tokens, their_tokens.tokens)
             return Agreement(token_difference, attention_difference, hidden_difference, num_tried)
     raise NotEquivalentError(
-        f"eager_maps and vzip selected different tokens on all {len(pictures)} pictures although scores agree to "
+        f"eager_maps and vzip selected different tokens on all {len(pictures)} images although scores agree to "
         f"{attention_difference:.1e}; their speed cannot be compared (methods=vanilla,vzip leaves eager_maps out)"
     )
 

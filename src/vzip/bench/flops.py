@@ -73,7 +73,7 @@ def convnext_formula(config: PretrainedConfig, *, image_size: int, num_pictures:
 
     Args:
         config: a ConvNeXt configuration.
-        image_size: side of the square picture, a multiple of the whole tower's stride.
+        image_size: side of the square image, a multiple of the whole tower's stride.
         num_pictures: in the batch.
     """
     side = image_size // config.patch_size
@@ -93,7 +93,7 @@ def mining_formula(*, num_patches: int, window: int, patch_dim: int, num_channel
     """Returns the operations of patch info mining with its projections on the patches' side.
 
     Args:
-        num_patches: of a picture.
+        num_patches: of an image.
         window: high-resolution positions each patch looks at, more than one.
         patch_dim: width of a patch token.
         num_channels: of the high-resolution features.

@@ -2,7 +2,7 @@
 
 A pass through a model takes as long as its matrix products at a share of the GPU's peak, or as reading the weights at a
 share of its bandwidth, whichever is longer; a decoded token reads all weights and the cache. What the CPU does (reading
-pictures, starting kernels) is not in it.
+images, starting kernels) is not in it.
 """
 
 from __future__ import annotations

@@ -85,14 +85,14 @@ HELP = {
     "dtype": "auto | float32 | bfloat16 | float16 (auto: bfloat16 on a GPU, float32 on a CPU)",
     "device": "auto | cpu | cuda | cuda:N",
     "batch_size": "prompts in a batch",
-    "num_crops": "tower inputs in each prompt: pictures, crops of one picture (LLaVA-NeXT) or frames of one video "
+    "num_crops": "tower inputs in each prompt: images, crops of one image (LLaVA-NeXT) or frames of one video "
     "(Video-LLaVA); 0: the model's own (1, 5, 8)",
     "num_new_tokens": "tokens decoded after the first one",
     "prompt_tokens": "text tokens in each prompt or conversation, placeholders not counted",
     "repeats": "measured rounds",
     "warmup": "rounds before them that are thrown away",
     "threads": "CPU threads; 0: torch's default",
-    "seed": "of the random weights, pictures and prompts",
+    "seed": "of the random weights, images and prompts",
     "out": "directory for bench.json and bench.png; auto: runs/bench/...",
     "overwrite": "true | false: whether an existing out directory may be written to",
 }

@@ -124,7 +124,7 @@ def _llava_untuned() -> BenchModel:
 def _llava_next(size: str) -> BenchModel:
     config = family_config("llava_next", clip_l(336), _vicuna(size), 32000, image_grid_pinpoints=pinpoints(336))
     note = (
-        "vanilla is Hugging Face's packing: a square picture is 5 x 576 = 2880 patches, the number the paper compares"
+        "vanilla is Hugging Face's packing: a square image is 5 x 576 = 2880 patches, the number the paper compares"
         " with, and 48 newline tokens"
     )
     return BenchModel(f"llava_next_{size}", config, f"llava-hf/llava-v1.6-vicuna-{size}-hf", notes=(note,))

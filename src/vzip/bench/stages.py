@@ -1,4 +1,4 @@
-"""One pass of one method, stage by stage, from pictures to decoded tokens."""
+"""One pass of one method, stage by stage, from images to decoded tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vzip.pruners import Pruner
 from vzip.pruners.context import PrunedRun, pruning
 
 STAGES = {
-    "preprocess": "pictures to pixel values on the device",
+    "preprocess": "images to pixel values on the device",
     "tower": "vision tower, with what scoring needs",
     "scoring": "the part of `tower` that makes scores and keys from one layer's projections, timed apart",
     "high_res_tower": "Mini-Gemini: the other vision tower",
@@ -160,7 +160,7 @@ class PassResult:
 
 
 def preprocess(workload: Workload) -> dict[str, Tensor]:
-    """Turns the pictures into the model's inputs on the device, pixels in the model's dtype."""
+    """Turns the images into the model's inputs on the device, pixels in the model's dtype."""
     prepared = workload.visuals.prepare(workload.pictures, workload.image_processor)
     return {
         name: tensor.to(workload.device, workload.dtype if tensor.is_floating_point() else None)

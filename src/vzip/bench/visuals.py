@@ -1,4 +1,4 @@
-"""What a prompt shows, family by family: single pictures, the crops of one picture, the frames of one video."""
+"""What a prompt shows, family by family: single images, the crops of one image, the frames of one video."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PICTURE_SIZE = (640, 480)
 
 
 class Visuals:
-    """Pictures for a vision tower that is measured alone.
+    """Images for a vision tower that is measured alone.
 
     Attributes:
         num_crops: inputs of the vision tower in each prompt.
-        num_files: pictures made for each prompt.
+        num_files: images made for each prompt.
         picture_size: their (width, height).
         tower_module: the vision tower that reads them, as Hugging Face's module.
         tower: the same, taken apart.
@@ -39,10 +39,10 @@ class Visuals:
 
     def describe(self) -> str:
         """What each prompt shows, in words."""
-        return f"{self.num_crops} picture{'s' if self.num_crops > 1 else ''}"
+        return f"{self.num_crops} image{'s' if self.num_crops > 1 else ''}"
 
     def prepare(self, pictures: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:
-        """The batch's pictures -> the model's inputs."""
+        """The batch's images -> the model's inputs."""
         return prepare_pictures(pictures, image_processor, "llava")
 
     def tower_inputs(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -51,7 +51,7 @@ class Visuals:
 
 
 class Pictures(Visuals):
-    """Pictures of one crop each, for a whole model.
+    """Images of one crop each, for a whole model.
 
     Attributes:
         adapter: of the model.
@@ -83,25 +83,25 @@ class Pictures(Visuals):
 
 
 class Crops(Pictures):
-    """LLaVA-NeXT: one picture, of a shape that is cut into so many crops and has no padding."""
+    """LLaVA-NeXT: one image, of a shape that is cut into so many crops and has no padding."""
 
     def __init__(self, adapter: LlavaNextAdapter, num_crops: int) -> None:
         super().__init__(adapter, num_crops)
         side = adapter.geometry.image_size
-        # Where a wide and a tall picture have as many crops: the wide one, which the checkpoints list first.
+        # Where a wide and a tall image have as many crops: the wide one, which the checkpoints list first.
         sizes = reversed(adapter.pinpoints)
         by_count = {1 + height // side * (width // side): (width, height) for height, width in sizes}
         if num_crops not in by_count:
             allowed = ", ".join(map(str, sorted(by_count)))
             raise ConfigError(
-                f"num_crops={num_crops}: LLaVA-NeXT cuts its picture into a base crop and tiles, by this checkpoint's"
+                f"num_crops={num_crops}: LLaVA-NeXT cuts its image into a base crop and tiles, by this checkpoint's"
                 f" resolutions {allowed} crops; choose one of these"
             )
         self.num_placeholders = self.num_files = 1
         self.picture_size = by_count[num_crops]
 
     def describe(self) -> str:
-        return f"one picture in {self.num_crops} crops"
+        return f"one image in {self.num_crops} crops"
 
     def blank(self) -> dict[str, Tensor]:
         width, height = self.picture_size

@@ -1,4 +1,4 @@
-"""The fixed input of a measurement: a model, pictures, prompts and a compressor, all made from a seed."""
+"""The fixed input of a measurement: a model, images, prompts and a compressor, all made from a seed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Workload:
         select_layer: index into the tower's hidden states.
         compressor: the method measured as ``vzip`` and ``eager_maps``.
         image_processor: Hugging Face's, for the preprocess stage.
-        pictures: ``visuals.num_files`` a prompt.
+        images: ``visuals.num_files`` a prompt.
         input_ids: int64 ``[batch_size, prompt_tokens + placeholders]``, or None for a bare tower.
     """
 
@@ -169,7 +169,7 @@ def _load_tower(model: BenchModel, device: torch.device, dtype: torch.dtype) -> 
 
 
 def make_pictures(num_pictures: int, seed: int, size: tuple[int, int] = PICTURE_SIZE) -> list[Image.Image]:
-    """Makes smooth coloured pictures of ``size`` (width, height), the same for the same seed."""
+    """Makes smooth coloured images of ``size`` (width, height), the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     width, height = size
     pictures = []

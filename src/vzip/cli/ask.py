@@ -1,4 +1,4 @@
-"""Asks a model one question about a picture or video file, and says how many visual tokens the answer rests on.
+"""Asks a model one question about an image or video file, and says how many visual tokens the answer rests on.
 
 python -m vzip ask photo.jpg "What color is the star?"
 python -m vzip ask photo.jpg "What does the sign say?" budget=32tok
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="a picture of any format Pillow reads, or a video of any FFmpeg reads")
+    parser.add_argument("file", type=Path, help="an image of any format Pillow reads, or a video of any FFmpeg reads")
     parser.add_argument("question")
     parser.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="as for eval.py: budget=32tok, compressor=none budget=full ..."
@@ -68,7 +68,7 @@ def main(arguments: argparse.Namespace) -> int:
 def build_inputs(
     vlm: CompressedVlm, question: str, pictures: list[Image.Image], frames: list[Image.Image]
 ) -> dict[str, Any]:
-    """The model's inputs for a question about a picture, or about a video's frames if there is no picture."""
+    """The model's inputs for a question about an image, or about a video's frames if there is no image."""
     processor: Any = vlm.processor
     content = [{"type": "image" if pictures else "video"}, {"type": "text", "text": question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

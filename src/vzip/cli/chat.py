@@ -1,4 +1,4 @@
-"""A dialogue about pictures and videos in the terminal; questions are lines of the standard input.
+"""A dialogue about images and videos in the terminal; questions are lines of the standard input.
 
 python -m vzip chat --image photo.jpg
 python -m vzip chat --image photo.jpg budget=32tok --model llava15_7b
@@ -6,9 +6,9 @@ python -m vzip chat --video clip.mp4 budget=17tok --model video_llava_7b
 printf 'What color is the star?\\nWhat does the sign say?\\n' | python -m vzip chat --image photo.jpg
 
 A line is a question, or one of
-  /image FILE   adds a picture to the next question
+  /image FILE   adds an image to the next question
   /video FILE   adds a video to the next question (Video-LLaVA)
-  /reset        begins anew, without turns, pictures and videos
+  /reset        begins anew, without turns, images and videos
 Ctrl-C stops an answer (the turn is forgotten), ctrl-D ends.
 """
 
@@ -97,7 +97,7 @@ class _Terminal:
                 self._follow(line)
 
     def tell(self, name: str, added: EncodedVisual) -> None:
-        """Says how many tokens a picture or video is that was added for the next question."""
+        """Says how many tokens an image or video is that was added for the next question."""
         self._remark(f"{name}: {added.num_visual_tokens} visual tokens, {added.num_vanilla_tokens} without compression")
 
     def _follow(self, line: str) -> None:
@@ -121,7 +121,7 @@ class _Terminal:
             )
         if command == "/reset":
             self.chat.reset()
-            self._remark("begun anew, without pictures and videos")
+            self._remark("begun anew, without images and videos")
         elif not rest:
             raise ConfigError(f"{command} needs a file: {command} FILE.")
         elif command == "/image":

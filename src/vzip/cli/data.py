@@ -120,7 +120,7 @@ def _verify(args: argparse.Namespace) -> int:
     if counts or notes:
         console.print(f"not usable as it is: {counts.total()} picture(s), {len(notes)} other problem(s)")
         return 1
-    console.print(f"all pictures are {'there and not empty' if args.quick else 'there and can be decoded'}")
+    console.print(f"all images are {'there and not empty' if args.quick else 'there and can be decoded'}")
     return 0
 
 
@@ -165,7 +165,7 @@ def _choose(source: _Source, args: argparse.Namespace) -> np.ndarray:
 def _check_pictures(
     data: LlavaJson, indices: np.ndarray, args: argparse.Namespace
 ) -> tuple[list[PictureProblem], Counter[tuple[str, str]]]:
-    """Looks at every picture; returns the first problems and how many there are by source and kind."""
+    """Looks at every image; returns the first problems and how many there are by source and kind."""
     shown: list[PictureProblem] = []
     counts: Counter[tuple[str, str]] = Counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -204,7 +204,7 @@ def _picture_notes(shown: list[PictureProblem], counts: Counter[tuple[str, str]]
 
 
 def _problem_table(counts: Counter[tuple[str, str]]) -> Table:
-    table = Table("source", "problem", title="pictures that cannot be used", title_justify="left")
+    table = Table("source", "problem", title="images that cannot be used", title_justify="left")
     table.add_column("pictures", justify="right")
     for (source, kind), count in sorted(counts.items()):
         table.add_row(source, kind, f"{count:,}")

@@ -1,4 +1,4 @@
-"""The whole story on the built-in model, offline: every method and budget in one table, a plot and a picture.
+"""The whole story on the built-in model, offline: every method and budget in one table, a plot and an image.
 
 Evaluates vanilla (all 576 visual tokens), VisionZip and two controls at 192, 128, 64 and 32 tokens on the 1600
 questions of the scenes benchmark, measures what each costs, and writes to `--out`: table.md, results.json,
@@ -51,8 +51,8 @@ COLUMNS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for table, plot and overlay")
-    parser.add_argument("--limit", type=int, default=None, help="only the first N of the 400 pictures (provisional)")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time")
+    parser.add_argument("--limit", type=int, default=None, help="only the first N of the 400 images (provisional)")
+    parser.add_argument("--batch-size", type=int, default=8, help="images at a time")
 
 
 def table_cells(
@@ -101,7 +101,7 @@ def print_table(body: list[list[str]], title: str) -> None:
 
 
 def write_overlay(vlm: CompressedVlm, folder: Path, out: Path) -> None:
-    """Draws what VisionZip keeps and merges at 64 tokens on the benchmark's first pictures, one below the other."""
+    """Draws what VisionZip keeps and merges at 64 tokens on the benchmark's first images, one below the other."""
     compressor = VisionZip(TokenBudget(*BUDGETS["64tok"]))
     pictures = [Image.open(folder / f"images/{index:04d}.png").convert("RGB") for index in range(OVERLAY_PICTURES)]
     with torch.inference_mode():
@@ -133,7 +133,7 @@ def main(arguments: argparse.Namespace) -> int:
     chances = {task: scoring.chance(task, benchmark.load_rows(folder, task)) for task in TASKS}
     body = table_cells(rows, scores, costs, chances)
     count = sum(len(r) for r in results[rows[0]].values())
-    provisional = f" PROVISIONAL: first {arguments.limit} pictures only." if arguments.limit else ""
+    provisional = f" PROVISIONAL: first {arguments.limit} images only." if arguments.limit else ""
     title = (
         f"built-in model on scenes, {count} questions; existence F1, counting MME, others exact match, %.{provisional}"
     )

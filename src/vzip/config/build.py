@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SWEEP_CACHE_GIB = 4.0  # some 3000 pictures of CLIP ViT-L/14 at 336 px in float16
+SWEEP_CACHE_GIB = 4.0  # some 3000 images of CLIP ViT-L/14 at 336 px in float16
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ KINDS: Mapping[str, Mapping[str, Mapping[str, Rule]]] = {
             "name": text("the option's name"),
             "kind": one_of("llava_json"),
             "json": text("a file in LLaVA's format, as data.json=FILE"),
-            "image_root": optional(text("the folder that the file's picture paths start from")),
+            "image_root": optional(text("the folder that the file's image paths start from")),
             "fraction": Rule(
                 "a number above 0 and at most 1, as 0.1 or 1/10",
                 lambda v: isinstance(v, int | float | str) and not isinstance(v, bool),

@@ -69,7 +69,7 @@ def from_scratch_plan(config: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if wrong:
         raise ConfigError(
-            f"train={name} builds the built-in model on generated pictures with every visual token, so these have no"
+            f"train={name} builds the built-in model on generated images with every visual token, so these have no"
             f" effect: {', '.join(wrong)}. Use {program('train')} +exp={FROM_SCRATCH}."
         )
     paths = config["paths"]

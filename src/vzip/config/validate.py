@@ -221,8 +221,8 @@ def _check_budget_fits(model: Mapping[str, Any], compressor: Mapping[str, Any], 
         return [
             f"budget.num_dominant={counts[0]} + budget.num_contextual={counts[1]} = {total} visual tokens a crop, but"
             f" the vision tower of model={model.get('name')} produces {available} (CLS included): choose smaller"
-            " counts, or compressor=none budget=full. A budget is for each crop: LLaVA-NeXT cuts a picture into up to"
-            " 5, so its 640 visual tokens a picture are budget=128tok (108 + 20)."
+            " counts, or compressor=none budget=full. A budget is for each crop: LLaVA-NeXT cuts an image into up to"
+            " 5, so its 640 visual tokens an image are budget=128tok (108 + 20)."
         ]
     folder = Path(str(model.get("name_or_path"))).expanduser()
     if not (folder / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""From samples to the tensors of a training step, in worker processes: pictures decoded, words tokenized and padded."""
+"""From samples to the tensors of a training step, in worker processes: images decoded, words tokenized and padded."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .llava_record import Turn
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """What is learned from together: pictures and videos, and one or more conversations about all of them.
+    """What is learned from together: images and videos, and one or more conversations about all of them.
 
-    Several conversations about the same pictures (questions asked independently) share one pass of the vision tower.
+    Several conversations about the same images (questions asked independently) share one pass of the vision tower.
     """
 
     id: str
@@ -36,7 +36,7 @@ class TrainingSample:
 
 
 class TrainingSet(Protocol):
-    """Samples by number; lengths and pictures known without reading them."""
+    """Samples by number; lengths and images known without reading them."""
 
     def __len__(self) -> int: ...
 
@@ -48,7 +48,7 @@ class TrainingSet(Protocol):
 
     @property
     def has_images(self) -> np.ndarray:
-        """Whether each sample has a picture or video: bool ``[samples]``."""
+        """Whether each sample has an image or video: bool ``[samples]``."""
 
     def describe(self) -> str:
         """What is trained on, for people."""
@@ -76,12 +76,12 @@ class Batch:
     Attributes:
         ids: the samples' ids.
         sample_of: for each sequence the sample it belongs to.
-        input_ids, attention_mask, labels: int64 ``[S, T]``; one placeholder a picture or video.
-        pictures: ``pixel_values`` and what else the family needs, each picture once; empty without pictures.
-        picture_of: for each placeholder, in order, the picture it stands for.
-        num_visual_tokens: of each picture, as the compressor must make them.
+        input_ids, attention_mask, labels: int64 ``[S, T]``; one placeholder an image or video.
+        images: ``pixel_values`` and what else the family needs, each image once; empty without images.
+        picture_of: for each placeholder, in order, the image it stands for.
+        num_visual_tokens: of each image, as the compressor must make them.
         videos, video_of, num_video_tokens: the same of videos.
-        skipped: ids of samples left out because a picture or video could not be read.
+        skipped: ids of samples left out because an image or video could not be read.
     """
 
     ids: list[str]
@@ -135,7 +135,7 @@ class Collator:
         system_prompt: text before each conversation, or None.
         image_token_id: id of the placeholder.
         max_length: tokens a conversation may have, visual tokens counted.
-        skip_unreadable: leave a sample with an unreadable picture or video out instead of raising.
+        skip_unreadable: leave a sample with an unreadable image or video out instead of raising.
         video_token_id: id of a video's placeholder; None for a model without videos.
     """
 
@@ -211,7 +211,7 @@ class Collator:
         return encoded
 
     def _truncate(self, batch: Batch, sequences: list[Encoded]) -> None:
-        """Cuts the sequences in place; what fell away of pictures and videos is encoded for nothing, which is rare."""
+        """Cuts the sequences in place; what fell away of images and videos is encoded for nothing, which is rare."""
         pictures, videos = iter(batch.picture_of), iter(batch.video_of)
         batch.picture_of, batch.video_of = [], []
         for number, whole in enumerate(sequences):

@@ -1,7 +1,7 @@
 """Conversations as token ids and labels: which words the loss counts.
 
 The loss counts the assistant's words and the token that ends them, nothing else: no system prompt, no user turn, no
-picture. A conversation is rendered to text in pieces, the whole text is tokenized at once (as evaluation tokenizes its
+image. A conversation is rendered to text in pieces, the whole text is tokenized at once (as evaluation tokenizes its
 prompts), and a token counts if all of its characters lie in a piece that does.
 """
 
@@ -27,12 +27,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenized conversation: one placeholder token a picture or video, labels -100 where the loss does not count.
+    """A tokenized conversation: one placeholder token an image or video, labels -100 where the loss does not count.
 
     Attributes:
         ids: tokens.
         labels: as long as ``ids``; the token itself, or -100.
-        num_images: placeholders of pictures among ``ids``.
+        num_images: placeholders of images among ``ids``.
         num_videos: placeholders of videos.
     """
 
@@ -71,15 +71,15 @@ def vicuna_v1(turns: Sequence[Turn], system_prompt: str | None, processor: Any) 
 
 
 def plain(turns: Sequence[Turn], system_prompt: str | None, processor: Any) -> list[Piece]:
-    """LLaVA's first stage: the picture and its caption, ended by a new line; the question is left out.
+    """LLaVA's first stage: the image and its caption, ended by a new line; the question is left out.
 
     Raises:
-        PromptError: the conversation is not one question with a picture and one answer.
+        PromptError: the conversation is not one question with an image and one answer.
     """
     if len(turns) != 2 or IMAGE_PLACEHOLDER not in turns[0].text:
         raise PromptError(
-            f"train.template=plain is for a picture and its caption (2 turns), but this conversation has {len(turns)}"
-            f" turns and {turns[0].text.count(IMAGE_PLACEHOLDER)} pictures in the first: use train.template=vicuna_v1."
+            f"train.template=plain is for an image and its caption (2 turns), but this conversation has {len(turns)}"
+            f" turns and {turns[0].text.count(IMAGE_PLACEHOLDER)} images in the first: use train.template=vicuna_v1."
         )
     return [Piece(IMAGE_PLACEHOLDER * turns[0].text.count(IMAGE_PLACEHOLDER)), Piece(f"{turns[1].text}\n", True)]
 
@@ -171,13 +171,13 @@ def truncate(
     video_lengths: Sequence[int] = (),
     video_token_id: int | None = None,
 ) -> Encoded:
-    """Cuts a conversation off at ``max_length`` tokens, visual tokens counted, and never within a picture or video.
+    """Cuts a conversation off at ``max_length`` tokens, visual tokens counted, and never within an image or video.
 
     One that would not fit whole goes, with everything after it.
 
     Args:
         encoded: the conversation.
-        image_lengths: visual tokens of each of its pictures, in order.
+        image_lengths: visual tokens of each of its images, in order.
         image_token_id: id of the placeholder.
         max_length: tokens that may enter the language model.
         video_lengths, video_token_id: the same for its videos.

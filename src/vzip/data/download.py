@@ -103,7 +103,7 @@ class Downloader:
             )
 
     def _bytes_needed(self, file: ManifestFile, extract: bool) -> int:
-        """Room for what is still to come of a file and of its unpacked content (pictures are compressed already)."""
+        """Room for what is still to come of a file and of its unpacked content (images are compressed already)."""
         target, part = self._places(file)
         extract = extract and file.extract_to is not None
         if target.exists():

@@ -30,7 +30,7 @@ class LlavaJson:
 
     Args:
         path: a JSON array of records, or one record a line.
-        image_root: folder that the paths of pictures and videos start from; by default the JSON file's own. Absolute
+        image_root: folder that the paths of images and videos start from; by default the JSON file's own. Absolute
             paths stay as they are. Whether the files exist is ``vzip data verify``'s business.
         on_problem: what becomes of records that break the format: ``"refuse"`` raises, ``"skip"`` leaves them out and
             counts them in ``num_skipped``.
@@ -81,11 +81,11 @@ class LlavaJson:
         return parse_record(json.loads(self._file[start : start + int(row["num_bytes"])]))
 
     def has_images(self, i: int) -> bool:
-        """Whether sample ``i`` has a picture or video; read from the index."""
+        """Whether sample ``i`` has an image or video; read from the index."""
         return bool(self._index.rows["num_images"][i])
 
     def source_of(self, i: int) -> str:
-        """First folder of the first picture or video (``coco``, ...), or ``text-only``; read from the index."""
+        """First folder of the first image or video (``coco``, ...), or ``text-only``; read from the index."""
         return self._index.sources[self._index.rows["source"][i]]
 
     @property
@@ -95,7 +95,7 @@ class LlavaJson:
 
     @property
     def num_images(self) -> np.ndarray:
-        """Pictures and videos of each sample: int32 ``[samples]``."""
+        """Images and videos of each sample: int32 ``[samples]``."""
         return self._index.rows["num_images"]
 
     @property
@@ -115,14 +115,14 @@ class LlavaJson:
 
     @property
     def num_repeated_ids(self) -> int:
-        """Samples whose id an earlier sample has too. In LLaVA's mixture that is normal: the id is the picture's."""
+        """Samples whose id an earlier sample has too. In LLaVA's mixture that is normal: the id is the image's."""
         hashes = self._index.rows["id_hash"]
         given = hashes[hashes != 0]
         return int(given.size - np.unique(given).size)
 
     @property
     def num_identical(self) -> int:
-        """Samples that repeat an earlier one word for word, id and pictures included."""
+        """Samples that repeat an earlier one word for word, id and images included."""
         return len(self) - len(np.unique(np.ascontiguousarray(self.keys), axis=0))
 
     def count_sources(self, indices: np.ndarray | None = None) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 A record is an object with ``conversations`` (a list of ``{"from": "human" | "gpt", "value": text}``), and optionally
 ``id``, ``image`` and ``video`` (a path or a list of paths). One ``<image>`` placeholder in the text stands for one
-picture, one ``<video>`` for one video; in a record without videos the latter is a word like any other.
+image, one ``<video>`` for one video; in a record without videos the latter is a word like any other.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ class Record:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Pictures, then videos."""
+        """Images, then videos."""
         return (*self.images, *self.videos)
 
     @property
     def key(self) -> bytes:
-        """16 bytes that depend on the record alone: on its id, pictures and words, not on its place in the file.
+        """16 bytes that depend on the record alone: on its id, images and words, not on its place in the file.
 
-        The id alone would not do: LLaVA's mixture uses a COCO picture's number as the id of every conversation about
+        The id alone would not do: LLaVA's mixture uses a COCO image's number as the id of every conversation about
         it. Records that agree in all three are the same sample and share the key.
         """
         content = [self.id, self.images, [[turn.role, turn.text] for turn in self.turns]]
@@ -80,7 +80,7 @@ class Record:
 
     @property
     def source(self) -> str:
-        """The first folder of the first picture's or video's path (``coco``, ``gqa``, ...), or ``text-only``."""
+        """The first folder of the first image's or video's path (``coco``, ``gqa``, ...), or ``text-only``."""
         if not self.files:
             return "text-only"
         parts = [part for part in Path(self.files[0]).parts if part not in ("/", ".")]

@@ -1,4 +1,4 @@
-"""The part of a LLaVA-format file that is trained on, every picture known to be there."""
+"""The part of a LLaVA-format file that is trained on, every image known to be there."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class LlavaSet:
     """Samples of a LLaVA-format file (``vzip.data.collate.TrainingSet``).
 
     Args:
-        path, image_root: the file and the folder its picture paths start from.
+        path, image_root: the file and the folder its image paths start from.
         fraction, seed, keep_text_only: which part, see ``vzip.data.subset``.
-        on_problem: what becomes of missing (or empty) pictures and broken records: ``refuse`` or ``skip``.
+        on_problem: what becomes of missing (or empty) images and broken records: ``refuse`` or ``skip``.
         cache: folder of the file's index.
 
     Raises:
-        ManifestError: an unreadable file; with ``refuse``, broken records or missing pictures.
+        ManifestError: an unreadable file; with ``refuse``, broken records or missing images.
         ConfigError: nothing left to train on.
     """
 
@@ -56,7 +56,7 @@ class LlavaSet:
             raise ManifestError(self._refusal(chosen[lacking], reasons))
         self._chosen = chosen[~lacking]
         if not len(self._chosen):
-            raise ManifestError(f"{self.records.path}: no sample is left, all {len(chosen)} lack their pictures.")
+            raise ManifestError(f"{self.records.path}: no sample is left, all {len(chosen)} lack their images.")
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -81,17 +81,17 @@ class LlavaSet:
         console.print(source_table(self.records, self._chosen))
         if self.num_missing or self.records.num_skipped:
             num_broken = self.records.num_skipped
-            console.print(f"left out: {self.num_missing} samples without their pictures, {num_broken} broken records")
+            console.print(f"left out: {self.num_missing} samples without their images, {num_broken} broken records")
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]  # it is the StringIO above
 
     def _naming(self, pictures: Collection[str], indices: np.ndarray) -> np.ndarray:
-        """Which of the samples name one of the pictures: bool, as long as ``indices``."""
+        """Which of the samples name one of the images: bool, as long as ``indices``."""
         if not pictures:  # the usual case; otherwise every record is read again
             return np.zeros(len(indices), dtype=bool)
         return np.array([any(name in pictures for name in self.records.record(int(i)).files) for i in indices])
 
     def _refusal(self, indices: np.ndarray, reasons: Mapping[str, str]) -> str:
-        lines = [f"{self.records.path}: {len(indices)} samples lack a picture below {self.records.image_root}:"]
+        lines = [f"{self.records.path}: {len(indices)} samples lack an image below {self.records.image_root}:"]
         for index in map(int, indices[:_NUM_SHOWN]):
             record = self.records.record(index)
             reason = next(reasons[name] for name in record.files if name in reasons)

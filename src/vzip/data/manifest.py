@@ -1,6 +1,6 @@
 """What a training set consists of: ``data_manifests/NAME.json``, read and checked.
 
-A manifest names the annotations (a file in LLaVA's format), where they and the pictures come from, and how to know that
+A manifest names the annotations (a file in LLaVA's format), where they and the images come from, and how to know that
 they are the right ones. A checksum that no public source gives is null there; it is then recorded at the first download
 (``vzip.data.lock``).
 """

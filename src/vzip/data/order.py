@@ -1,6 +1,6 @@
 """Which samples make up each optimizer step: a function of the seed alone, however the step is split.
 
-As in LLaVA's training a step's samples are either all with pictures or all without (text-only steps are much shorter),
+As in LLaVA's training a step's samples are either all with images or all without (text-only steps are much shorter),
 drawn at random, and within the step samples of similar length go together, so that little is spent on padding.
 """
 

@@ -1,12 +1,12 @@
 """A part of a data set, chosen by a rule that needs no list and no order.
 
 A sample is in the part if a hash of the seed and its key, read as a number between 0 and 1, lies below the fraction.
-The key (``Record.key``) stands for the sample's id, pictures and words, so
+The key (``Record.key``) stands for the sample's id, images and words, so
 
 - where the sample lies in the file, what else the file holds and which machine asks make no difference;
-- samples that share an id (LLaVA's mixture gives all conversations about one COCO picture the same) are drawn each for
+- samples that share an id (LLaVA's mixture gives all conversations about one COCO image the same) are drawn each for
   itself, and a sample without an id is drawn by its content;
-- records that agree in id, pictures and words are one sample: all of them are in, or none;
+- records that agree in id, images and words are one sample: all of them are in, or none;
 - with one seed, a smaller part lies inside every larger one.
 """
 
@@ -32,7 +32,7 @@ def choose(data: LlavaJson, fraction: float | str = 1.0, seed: int = 0, *, keep_
         data: the data set.
         fraction: the expected share, above 0 and at most 1. ``"1/10"`` and ``0.1`` choose the same samples.
         seed: another seed draws another part, independent of this one.
-        keep_text_only: whether samples without a picture can be chosen. The others' draw does not depend on it.
+        keep_text_only: whether samples without an image can be chosen. The others' draw does not depend on it.
 
     Raises:
         ConfigError: a fraction out of range, a seed that is no whole number, or nothing left to train on.

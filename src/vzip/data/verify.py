@@ -1,6 +1,6 @@
-"""Whether every picture and video that a data set names is there and can be decoded.
+"""Whether every image and video that a data set names is there and can be decoded.
 
-Each of them is looked at once, however many samples name it. Memory grows by some 20 bytes a picture named.
+Each of them is looked at once, however many samples name it. Memory grows by some 20 bytes an image named.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vzip.media.video import load_video
 from .llava_json import LlavaJson
 
 Kind = Literal["missing", "empty", "damaged"]
-# Endings under which a picture saved by another script may lie (OCR-VQA's come as .gif and .png too).
+# Endings under which an image saved by another script may lie (OCR-VQA's come as .gif and .png too).
 _OTHER_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".JPG", ".PNG")
 # Tasks waiting for a thread: enough to keep all of them busy, too few to matter for memory.
 _QUEUED_PER_WORKER = 16
@@ -33,7 +33,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class NamedPicture:
-    """A picture (or video) as the data set first names it; ``name`` is the file's word, ``path`` where it must lie."""
+    """An image (or video) as the data set first names it; ``name`` is the file's word, ``path`` where it must lie."""
 
     name: str
     path: Path
@@ -44,7 +44,7 @@ class NamedPicture:
 
 @dataclass(frozen=True)
 class PictureProblem:
-    """A picture that cannot be used, and why."""
+    """An image that cannot be used, and why."""
 
     picture: NamedPicture
     kind: Kind
@@ -54,7 +54,7 @@ class PictureProblem:
 def distinct_pictures(
     data: LlavaJson, indices: Sequence[int] | np.ndarray | None = None
 ) -> tuple[int, Iterator[NamedPicture]]:
-    """Each picture that the samples (all, or those at ``indices``) name, once, in their order; and how many."""
+    """Each image that the samples (all, or those at ``indices``) name, once, in their order; and how many."""
     wanted = np.arange(len(data)) if indices is None else np.asarray(indices, dtype=np.int64)
     wanted = wanted[data.num_images[wanted] > 0]
     hashes = np.fromiter(
@@ -78,10 +78,10 @@ def distinct_pictures(
 
 
 def check_picture(picture: NamedPicture, decode: bool = True) -> PictureProblem | None:
-    """Looks at one picture.
+    """Looks at one image.
 
     Args:
-        picture: which one.
+        image: which one.
         decode: decode it to the last row; without, only whether it is there and not empty.
 
     Returns:
@@ -112,14 +112,14 @@ def find_problems(
     num_workers: int | None = None,
     on_picture: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[PictureProblem]:
-    """Checks every picture of the data set, or of the samples at ``indices``.
+    """Checks every image of the data set, or of the samples at ``indices``.
 
     Args:
         data: the data set.
         indices: samples to look at.
         decode: see ``check_picture``.
         num_workers: threads (Pillow decodes outside Python's lock); by default one a core.
-        on_picture: called after each picture with the number done and the number of all.
+        on_picture: called after each image with the number done and the number of all.
 
     Yields:
         the problems, as they are found.
@@ -151,7 +151,7 @@ def _map_unordered(function: Callable[[_Task], _Result], tasks: Iterator[_Task],
 
 
 def _other_name(path: Path) -> str:
-    """A hint where the picture lies there under another ending."""
+    """A hint where the image lies there under another ending."""
     found = next((other for ending in _OTHER_ENDINGS if (other := path.with_suffix(ending)).is_file()), None)
     return f" (but {found.name} is there: the data set names it {path.name})" if found else ""
 

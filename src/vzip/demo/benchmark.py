@@ -1,6 +1,6 @@
-"""The `scenes` benchmark: 400 generated pictures, 400 questions in each of four tasks, as local lmms-eval tasks.
+"""The `scenes` benchmark: 400 generated images, 400 questions in each of four tasks, as local lmms-eval tasks.
 
-The pictures are generated on first use (about a quarter of a minute) into a cache folder and compared with DIGEST, so
+The images are generated on first use (about a quarter of a minute) into a cache folder and compared with DIGEST, so
 that a score means the same questions on every machine. Their seeds are disjoint from training's.
 """
 
@@ -51,7 +51,7 @@ def test_scenes() -> list[Scene]:
 
 
 def questions_of(index: int, scene: Scene) -> list[tuple[Question, str]]:
-    """The questions asked about picture `index`, each with its MME pair ("" outside counting)."""
+    """The questions asked about image `index`, each with its MME pair ("" outside counting)."""
     rng = np.random.RandomState(scene.seed ^ 0x7E57)
     yes_no = existence_questions(scene, rng)
     attributes = attribute_questions(scene, rng)
@@ -83,7 +83,7 @@ def build_rows(scenes: list[Scene]) -> dict[str, list[dict]]:
 
 
 def write(folder: Path) -> str:
-    """Writes pictures, questions and task files to `folder`; returns the digest of what it wrote."""
+    """Writes images, questions and task files to `folder`; returns the digest of what it wrote."""
     scenes = test_scenes()
     digest = hashlib.sha256()
     (folder / "images").mkdir()
@@ -121,7 +121,7 @@ def prepare(directory: Path | str | None = None) -> Path:
     Several processes may ask at the same time: one generates it, the others wait.
 
     Raises:
-        ManifestError: the pictures generated here are not the benchmark's, or the folder holds something else.
+        ManifestError: the images generated here are not the benchmark's, or the folder holds something else.
         RunWriteError: the folder cannot be written; ``paths.scenes_dir`` or ``$VZIP_CACHE`` name another.
     """
     folder = Path(directory) if directory else default_folder()

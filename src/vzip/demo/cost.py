@@ -1,4 +1,4 @@
-"""What each row of the demo's table costs: one prompt with one picture, measured by the bench's own stages."""
+"""What each row of the demo's table costs: one prompt with one image, measured by the bench's own stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training data without a download: generated pictures, each with questions that are asked independently."""
+"""Training data without a download: generated images, each with questions that are asked independently."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SceneDialogues:
 
     Args:
         num_pictures: samples.
-        num_questions: conversations of one question each, a picture.
+        num_questions: conversations of one question each, an image.
     """
 
     def __init__(self, num_pictures: int, num_questions: int) -> None:

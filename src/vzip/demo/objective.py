@@ -1,6 +1,6 @@
 """What the built-in model is trained to do: answer, match its caption, name what it sees, say what each patch shows.
 
-CLS is to name what the picture shows twice: from its last state, and from nothing but what it gathers from the patches
+CLS is to name what the image shows twice: from its last state, and from nothing but what it gathers from the patches
 in the select layer. Without the second, CLS may do its looking in earlier layers, and the attention that VisionZip
 reads leaves things out (measured on the first weights shipped: a third of the object patches outside the top 54).
 """
@@ -107,8 +107,8 @@ def run_tower(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> tup
     patches = embeddings.patch_embedding(pixel_values).permute(0, 2, 3, 1)
     rows, full = patches.shape[1], embeddings.image_size // embeddings.patch_size
     first = (full - rows) // 2
-    # A small picture takes the middle of the position grid: its patches are as far apart as in a large one, and its
-    # middle lines are the same, so what is learned of neighbours and of "left" holds when the pictures grow.
+    # A small image takes the middle of the position grid: its patches are as far apart as in a large one, and its
+    # middle lines are the same, so what is learned of neighbours and of "left" holds when the images grow.
     positions = embeddings.position_embedding.weight
     window = positions[1:].view(full, full, -1)[first : first + rows, first : first + rows]
     cls = (embeddings.class_embedding + positions[0]).expand(len(patches), 1, -1)

@@ -1,6 +1,6 @@
-"""Many questions about one picture in one sequence, each blind to the others.
+"""Many questions about one image in one sequence, each blind to the others.
 
-The picture's 576 visual tokens dominate a sequence, so asking eight questions costs little more than asking one. Every
+The image's 576 visual tokens dominate a sequence, so asking eight questions costs little more than asking one. Every
 question block attends to the common prefix and to itself alone, and its positions start where the prefix ends: to the
 model each block is the single-question prompt that the benchmark will use.
 """

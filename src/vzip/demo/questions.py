@@ -82,7 +82,7 @@ def attribute_questions(scene: Scene, rng: np.random.RandomState) -> list[Questi
 
 
 def placed_things(scene: Scene) -> list[tuple[Thing, str]]:
-    """The things that clearly stand in one quarter of the picture, with its name."""
+    """The things that clearly stand in one quarter of the image, with its name."""
     return [(thing, place) for thing in scene.things if (place := scene.quarter(thing))]
 
 

@@ -1,4 +1,4 @@
-"""Small random models of every family, with the pictures, patches and crops of the published ones.
+"""Small random models of every family, with the images, patches and crops of the published ones.
 
 They answer nonsense, but in the true class, through the true processor and with the true numbers of visual tokens, in
 seconds and without a download: for trying commands, and for tests.
@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 
 
 def vision_config(side: int) -> CLIPVisionConfig:
-    """A narrow CLIP tower for square pictures of ``side`` pixels."""
+    """A narrow CLIP tower for square images of ``side`` pixels."""
     return CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,

@@ -1,4 +1,4 @@
-"""Draws scenes, and says what each patch of the picture shows.
+"""Draws scenes, and says what each patch of the image shows.
 
 Only integer arithmetic, comparisons of exactly represented floats and Pillow's fixed-point resize are used, no
 transcendental functions and no font rasteriser: the bytes are the same on every machine.
@@ -106,7 +106,7 @@ def blend(canvas: np.ndarray, left: int, top: int, mask: np.ndarray, full: int, 
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draws the scene: an RGB picture of `scene.canvas` pixels a side."""
+    """Draws the scene: an RGB image of `scene.canvas` pixels a side."""
     rng = np.random.RandomState(scene.seed ^ 0x5EED)
     canvas = background(rng, scene.canvas)
     for thing in scene.things:

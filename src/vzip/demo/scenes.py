@@ -1,4 +1,4 @@
-"""Generated pictures: what is in a scene.
+"""Generated images: what is in a scene.
 
 A scene is a list of coloured shapes and at most one sign with a word or a number, on a textured background.
 Everything is drawn from `numpy.random.RandomState`, whose stream NumPy has frozen: a seed means the same scene on every
@@ -27,7 +27,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (18, 18, 18),
 }
 # Things stand on a grid of 14 pixels, the tower's patches, and letters are one patch wide, which makes the benchmark
-# easy to see: at arbitrary offsets the built-in tower named 17 % of the letters after 25,600 pictures, on the grid
+# easy to see: at arbitrary offsets the built-in tower named 17 % of the letters after 25,600 images, on the grid
 # 99 % after 22,400 (batch size, rate and letter spacing differed too).
 GRID = 14
 SIZES = {"small": 2, "large": 4}  # edge of the bounding square in grid cells; up to SLACK pixels are left free
@@ -82,7 +82,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture of `canvas` x `canvas` pixels shows; `seed` also fixes its background and colour noise."""
+    """What an image of `canvas` x `canvas` pixels shows; `seed` also fixes its background and colour noise."""
 
     seed: int
     canvas: int
@@ -113,7 +113,7 @@ def choose(rng: np.random.RandomState, options: Sequence[T]) -> T:
 
 
 def sample_scene(seed: int, canvas: int = 336) -> Scene:
-    """Draws a scene: one to four shapes that do not touch, and a sign in three pictures of four."""
+    """Draws a scene: one to four shapes that do not touch, and a sign in three images of four."""
     rng = np.random.RandomState(seed)
     cells = canvas // GRID
     taken = np.zeros((cells + 1, cells + 1), dtype=bool)  # a row and a column more: neighbours keep a cell apart
@@ -137,7 +137,7 @@ def sample_scene(seed: int, canvas: int = 336) -> Scene:
             left = spot[0] + GRID - SIGN_MARGIN
             sign = Sign(text, font, cap_height, left, spot[1], width, SIGN_HEIGHT, bool(rng.randint(2)))
     things: list[Thing] = []
-    repeated = rng.randint(3) == 0  # every third picture repeats a shape, so that counting one kind means something
+    repeated = rng.randint(3) == 0  # every third image repeats a shape, so that counting one kind means something
     for _ in range(1 + rng.randint(MAX_OBJECTS)):
         shape = things[0].shape if repeated and things and rng.randint(2) else choose(rng, SHAPES)
         color, size = choose(rng, tuple(COLORS)), choose(rng, tuple(SIZES))

@@ -49,7 +49,7 @@ METRICS = {"existence": f1, "attributes": accuracy, "counting": mme, "reading": 
 
 
 def chance(task: str, rows: Sequence[dict]) -> float:
-    """Score of the best blind strategy: it knows the questions and how often each answer is right, never a picture.
+    """Score of the best blind strategy: it knows the questions and how often each answer is right, never an image.
 
     existence: always yes. counting: a fair coin (a constant answer never gets both twins). The others: the commonest
     answer to each kind of question.

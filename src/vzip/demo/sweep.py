@@ -1,7 +1,7 @@
 """Many methods and budgets over the scenes benchmark, with one pass of the vision tower for all of them.
 
 Answers are those of `eval.py` setting by setting (a test holds the two against each other); what is saved is the work
-that every setting shares: reading the picture, preprocessing it and running the tower.
+that every setting shares: reading the image, preprocessing it and running the tower.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def settings(num_patches: int, seed: int = 0) -> list[Setting]:
 
 
 def by_picture(folder: Path) -> dict[str, list[tuple[str, int, dict]]]:
-    """All questions of each picture: (task, position within the task, row)."""
+    """All questions of each image: (task, position within the task, row)."""
     grouped: dict[str, list[tuple[str, int, dict]]] = {}
     for task in TASKS:
         for position, row in enumerate(load_rows(folder, task)):
@@ -77,8 +77,8 @@ def run_sweep(
         vlm: the model; its compressor is the last setting's afterwards, and its tower's outputs are not kept.
         folder: from `benchmark.prepare`.
         rows: the settings.
-        batch_size: pictures at a time; each has about four questions.
-        limit: only the first so many pictures.
+        batch_size: images at a time; each has about four questions.
+        limit: only the first so many images.
 
     Returns:
         for each setting and task the results in the benchmark's order.
@@ -92,7 +92,7 @@ def run_sweep(
         for batch in batches(pictures, batch_size):
             opened = [Image.open(folder / name).convert("RGB") for name, _ in batch]
             pixels = vlm.preprocess_images(opened)["pixel_values"]
-            vlm.adapter.tower_cache = TowerCache(CACHE_GIB)  # of this batch: the next one shows other pictures
+            vlm.adapter.tower_cache = TowerCache(CACHE_GIB)  # of this batch: the next one shows other images
             asked = [(index, item) for index, (_, items) in enumerate(batch) for item in items]
             texts = [
                 template.apply_chat_template(
@@ -121,7 +121,7 @@ def run_sweep(
 
 
 def answers(vlm: CompressedVlm, encoded: Any, images: list[torch.Tensor], asked: Sequence) -> list[str]:
-    """Greedy answers to prompts whose pictures are already visual tokens."""
+    """Greedy answers to prompts whose images are already visual tokens."""
     per_prompt = [images[index] for index, _ in asked]
     token = vlm.adapter.image_token_id
     lengths = [vlm.adapter.geometry.num_patches] * len(per_prompt)

@@ -1,6 +1,6 @@
 """The built-in model before training: a LLaVA of about five million parameters with its tokenizer and processor.
 
-Same classes, picture size and patch grid (336 pixels, 24 x 24 patches, CLS token, select layer -2) as LLaVA-1.5, so
+Same classes, image size and patch grid (336 pixels, 24 x 24 patches, CLS token, select layer -2) as LLaVA-1.5, so
 that the paper's budgets apply to it unchanged. The language model has rotary positions, as Llama has: with learned
 absolute positions the text would move to untrained places when visual tokens go.
 """
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 
 
 def prompt(question: str) -> str:
-    """What the chat template makes of one picture and one question, without the tokenizer's `<s>`."""
+    """What the chat template makes of one image and one question, without the tokenizer's `<s>`."""
     return f"USER: {IMAGE_TOKEN}\n{question} ASSISTANT:"
 
 

@@ -1,8 +1,8 @@
 """Trains the built-in model from nothing: `make tiny`, 106 minutes on two cores that others shared.
 
-First the vision tower alone: the contrast between the CLS token and the picture's caption, which of the caption's words
+First the vision tower alone: the contrast between the CLS token and the image's caption, which of the caption's words
 CLS can name, and what each patch shows. Then, with the tower frozen, the projector and the language model: the answers
-to about twenty questions a picture, on small pictures, on the benchmark's 336 pixels, and on sizes between. The
+to about twenty questions an image, on small images, on the benchmark's 336 pixels, and on sizes between. The
 language model always sees every visual token: compression has no part in training.
 
 Every batch follows from its step's number, and the state is saved as it goes: a killed run goes on with the same bits.
@@ -45,9 +45,9 @@ VALIDATION_SEEDS = (2_500_000_000, 2_600_000_000)  # neither trained on nor in t
 class Stage:
     """`num_steps` batches with the peak learning rate of the stage.
 
-    `batches` are the (pixels a side, pictures) of its batches, taken in turn. Without `answers` the language model does
+    `batches` are the (pixels a side, images) of its batches, taken in turn. Without `answers` the language model does
     not run: the vision tower learns alone, several times faster. Without `vision` the tower is frozen, and the language
-    model and the projector learn alone. `questions` draws what is asked about a picture.
+    model and the projector learn alone. `questions` draws what is asked about an image.
     """
 
     batches: tuple[tuple[int, int], ...]
@@ -63,7 +63,7 @@ class Stage:
         return max(canvas for canvas, _ in self.batches)
 
 
-# The last stage mixes picture sizes, so that the language model does not come to rely on 576 visual tokens most of
+# The last stage mixes image sizes, so that the language model does not come to rely on 576 visual tokens most of
 # which show background: compression leaves few, and most of them show something.
 STAGES = (
     Stage(((112, 32),), 1000, 1.2e-3, answers=False),
@@ -87,7 +87,7 @@ WARMUP_STEPS = 100  # or a fifth of the stage, whichever is shorter
 def validate(
     model: LlavaForConditionalGeneration, packer: Packer, stage: Stage, num_pictures: int = 96
 ) -> dict[str, float]:
-    """Where the CLS token looks, and the share of questions answered right (greedily) by task, on held-out pictures."""
+    """Where the CLS token looks, and the share of questions answered right (greedily) by task, on held-out images."""
 
     def benchmark_questions(scene: Scene, rng: np.random.RandomState, count: int) -> list[Question]:
         closed = [q for pair in counting_pairs(scene, rng) for q in pair]
@@ -140,7 +140,7 @@ def learning_rate(step: int, stages: tuple[Stage, ...]) -> tuple[float, Stage, i
 
 
 def tokenizer_texts(num_scenes: int = 3000) -> list[str]:
-    """Dialogues and captions of training pictures, the tokenizer's corpus."""
+    """Dialogues and captions of training images, the tokenizer's corpus."""
     texts = []
     for index in range(num_scenes):
         scene = sample_scene(TRAIN_SEEDS[1] - 1 - index)

@@ -34,7 +34,7 @@ def sample_rows(output: Mapping[str, Any], logs: Mapping[Key, SampleLog]) -> lis
 
     Where the data set names its questions, question_id too.
     A task with several answer filters has several rows a question, told apart by ``filter_index``. Where the
-    data names the picture that several questions are about (``Protocol.cluster``), ``cluster`` does too.
+    data names the image that several questions are about (``Protocol.cluster``), ``cluster`` does too.
     """
     rows: list[dict[str, Any]] = []
     for task, samples in output["samples"].items():
@@ -102,7 +102,7 @@ def build_record(
     if code["commit"] is None:
         reasons.append("not run from a checkout, so the code's commit is not known")
     if lm.problems:
-        reasons.append(f"{len(lm.problems)} questions left out: their pictures or videos cannot be read")
+        reasons.append(f"{len(lm.problems)} questions left out: their images or videos cannot be read")
     counts = [count for row in rows if row["filter_index"] == 0 for count in row["num_visual_tokens"]]
     budget = getattr(vlm.compressor, "budget", None)
     num_tokens = None if vlm.compressor.is_vanilla else vlm.adapter.tokens_per_crop(vlm.compressor)

@@ -70,8 +70,8 @@ def evaluate(
         resolved_config: the configuration this call comes from, kept in the record.
         system_prompt: text of a system turn before each question; None for none.
         progress: show a progress bar.
-        num_workers: threads that read pictures and videos and make the model's inputs ahead; 0: none.
-        on_problem: what becomes of questions whose pictures or videos cannot be read: ``refuse`` ends the run, once
+        num_workers: threads that read images and videos and make the model's inputs ahead; 0: none.
+        on_problem: what becomes of questions whose images or videos cannot be read: ``refuse`` ends the run, once
             everything else is answered, and names them; ``skip`` leaves them out of the score, and the record names
             them and is provisional.
         trackers: ``wandb``, or nothing; told of the finished run, see ``tracking``.
@@ -81,7 +81,7 @@ def evaluate(
 
     Raises:
         ConfigError, RunExistsError, MissingPackageError, UnsupportedModelError: before anything is written.
-        ManifestError: data that is neither here nor on a hub within reach; pictures or videos that cannot be read
+        ManifestError: data that is neither here nor on a hub within reach; images or videos that cannot be read
             (see ``on_problem``).
         TokenCountError: measured visual tokens are not the budget's.
         DeviceMemoryError: a question that does not fit the memory alone.

@@ -1,4 +1,4 @@
-"""An evaluation in Weights & Biases: its scores as a table, retention as a plot, a few answers with their pictures.
+"""An evaluation in Weights & Biases: its scores as a table, retention as a plot, a few answers with their images.
 
 It is told after the record is on disk, on a thread of its own: an evaluation neither fails with it nor waits long.
 """
@@ -33,7 +33,7 @@ _SCORES = ("task", "metric", "value", "standard_error", "unit", "questions")
 
 @dataclass(frozen=True)
 class ShownSample:
-    """One answer with the picture it is about, kept and merged patches drawn on it."""
+    """One answer with the image it is about, kept and merged patches drawn on it."""
 
     task: str
     question: str
@@ -60,7 +60,7 @@ def report_evaluation(
         run_dir: of the record; wandb's files go below it.
         record: of the evaluation.
         rows: of ``samples.jsonl``.
-        pictures: of some of the questions.
+        images: of some of the questions.
     """
     samples = shown_samples(vlm, rows, pictures)
     try:
@@ -78,7 +78,7 @@ def report_evaluation(
 def shown_samples(
     vlm: CompressedVlm, rows: Sequence[Mapping[str, Any]], pictures: Mapping[Key, Image.Image]
 ) -> list[ShownSample]:
-    """The answers to the questions whose pictures were kept, each picture with what the compressor keeps of it."""
+    """The answers to the questions whose images were kept, each image with what the compressor keeps of it."""
     by_id = {(row["task"], row["doc_id"]): row for row in rows if row["filter_index"] == 0}
     found = []
     for (task, doc_id, _), picture in pictures.items():
@@ -98,7 +98,7 @@ def draw_retention(run: Run) -> Path | None:
     """Draws retention against visual tokens over the runs beside this one that the same vanilla run is for.
 
     Returns:
-        the picture, beside the record; None where there is no vanilla run on the same questions.
+        the image, beside the record; None where there is no vanilla run on the same questions.
     """
     beside = [other for other in runs_beside(run) if other.record["tasks"].keys() == run.record["tasks"].keys()]
     vanilla = next((other for other in reversed(beside) if is_vanilla_of(other.record, run.record)), None)
@@ -142,7 +142,7 @@ def _content(record: Mapping[str, Any], samples: Sequence[ShownSample], plot: Pa
             scores.append([task, metric, score.value, score.standard_error, entry["unit"], score.num_samples])
             numbers[f"{task}/{metric}"] = score.value
     content: dict[str, Any] = {**numbers, "scores": wandb.Table(columns=list(_SCORES), data=scores)}
-    if samples:  # pictures with captions: those inside a table are not kept beside an offline run
+    if samples:  # images with captions: those inside a table are not kept beside an offline run
         content["samples"] = [wandb.Image(sample.picture, caption=sample.caption) for sample in samples]
     if plot is not None:
         content["retention"] = wandb.Image(str(plot))

@@ -1,8 +1,8 @@
-"""Reading picture files and turning pictures into the vision tower's pixels.
+"""Reading image files and turning images into the vision tower's pixels.
 
-Two rules, chosen explicitly: ``llava`` pads a picture to a square with the processor's mean colour and then lets the
+Two rules, chosen explicitly: ``llava`` pads an image to a square with the processor's mean colour and then lets the
 checkpoint's image processor resize and normalise it, as the paper's evaluation scripts do; ``hf`` leaves everything to
-the checkpoint's image processor (CLIP's cuts the centre out of an oblong picture).
+the checkpoint's image processor (CLIP's cuts the centre out of an oblong image).
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ MAX_PADDED_SIDE = 4096
 MAX_HF_ASPECT_RATIO = 100
 _STRIP_ROWS = 256
 
-# What Pillow raises for files that are cut off, damaged or no pictures at all (each seen from some decoder).
+# What Pillow raises for files that are cut off, damaged or no images at all (each seen from some decoder).
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
 
 
 def load_image(source: str | Path | Image.Image) -> Image.Image:
-    """Reads a picture as upright 8-bit RGB.
+    """Reads an image as upright 8-bit RGB.
 
-    The rules: an animated picture gives its first frame; the EXIF orientation is applied; 16-bit grey is scaled to 8
-    bits (not cut off at 255); CMYK, palette, grey and two-level pictures are converted; an alpha channel is dropped and
+    The rules: an animated image gives its first frame; the EXIF orientation is applied; 16-bit grey is scaled to 8
+    bits (not cut off at 255); CMYK, palette, grey and two-level images are converted; an alpha channel is dropped and
     the colour stored under it shown, as the paper's scripts do.
 
     Args:
-        source: a file, or a picture already open.
+        source: a file, or an image already open.
 
     Returns:
-        a new RGB picture, fully decoded.
+        a new RGB image, fully decoded.
 
     Raises:
-        ImageError: no such file, empty, not a picture, cut off, damaged, or more pixels than Pillow's safety limit.
+        ImageError: no such file, empty, not an image, cut off, damaged, or more pixels than Pillow's safety limit.
     """
     if isinstance(source, Image.Image):
-        with _named_errors("the picture given"):
+        with _named_errors("the image given"):
             return _to_rgb(source)
     if str(source).startswith(("http://", "https://")):
-        raise ImageError(f"{source}: pictures are read from files; download it first and give the path.")
+        raise ImageError(f"{source}: images are read from files; download it first and give the path.")
     path = Path(source).expanduser()
     if not path.is_file():
         raise ImageError(f"{path}: {'is a directory, not a file' if path.is_dir() else 'no such picture file'}.")
@@ -73,7 +73,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     with strict_decoding():
         image.load()
     if 0 in image.size:
-        raise ImageError(f"A picture of {image.width} x {image.height} has no pixels.")
+        raise ImageError(f"An image of {image.width} x {image.height} has no pixels.")
     return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
 
 
@@ -107,13 +107,13 @@ def strict_decoding() -> Iterator[None]:
 
 @contextmanager
 def _named_errors(name: str) -> Iterator[None]:
-    """Turns whatever Pillow raises for an unusable picture into an ImageError that names it."""
+    """Turns whatever Pillow raises for an unusable image into an ImageError that names it."""
     try:
         yield
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not a picture in a format Pillow {PIL.__version__} reads.") from error
+        raise ImageError(f"{name}: not an image in a format Pillow {PIL.__version__} reads.") from error
     except PermissionError as error:
         raise ImageError(f"{name}: may not be read ({error.strerror}).") from error
     except Image.DecompressionBombError as error:
@@ -123,11 +123,11 @@ def _named_errors(name: str) -> Iterator[None]:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scales grey pictures of more than 8 bits to mode L; Pillow's own conversion cuts values off at 255."""
+    """Scales grey images of more than 8 bits to mode L; Pillow's own conversion cuts values off at 255."""
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image.convert("I"), dtype=np.int64).clip(0, 65535)
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    if image.mode == "F":  # no range is defined for floats: the picture's own becomes 0..255
+    if image.mode == "F":  # no range is defined for floats: the image's own becomes 0..255
         floats = np.nan_to_num(np.asarray(image, dtype=np.float64))
         spread = floats.max() - floats.min()
         return Image.fromarray(np.round((floats - floats.min()) * (255 / (spread or 1.0))).astype(np.uint8))
@@ -137,7 +137,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """Centres an RGB picture on a square of its longer side (LLaVA's ``expand2square``)."""
+    """Centres an RGB image on a square of its longer side (LLaVA's ``expand2square``)."""
     width, height = image.size
     if width == height:
         return image
@@ -151,7 +151,7 @@ def pad_and_shrink(image: Image.Image, colour: tuple[int, int, int], side: int, 
     """``pad_to_square(image, colour).resize((side, side), resample)``, without ever making the square.
 
     Pillow resizes rows first and then columns, rounding to 8 bits in between, so rows can be shrunk in strips: the
-    result is the same to the last bit, and a 20000 x 3 picture costs megabytes instead of 1.2 GB.
+    result is the same to the last bit, and a 20000 x 3 image costs megabytes instead of 1.2 GB.
     """
     width, height = image.size
     longer = max(width, height)
@@ -166,16 +166,16 @@ def pad_and_shrink(image: Image.Image, colour: tuple[int, int, int], side: int, 
 
 
 def prepare_pictures(images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess) -> dict[str, Tensor]:
-    """Pictures -> ``pixel_values`` ``[images, 3, h, w]`` float32, and whatever else the processor returns.
+    """Images -> ``pixel_values`` ``[images, 3, h, w]`` float32, and whatever else the processor returns.
 
     Args:
-        images: pictures of any mode and size.
+        images: images of any mode and size.
         image_processor: the checkpoint's Hugging Face image processor.
         preprocess: ``"llava"`` or ``"hf"``.
 
     Raises:
         ConfigError: another ``preprocess``.
-        ImageError: a picture that cannot be decoded; with ``"hf"``, one more oblong than 100:1.
+        ImageError: an image that cannot be decoded; with ``"hf"``, one more oblong than 100:1.
     """
     pictures = [load_image(image) for image in images]
     if preprocess == "llava":
@@ -202,7 +202,7 @@ def _refuse_oblong(picture: Image.Image) -> None:
     longer, shorter = max(picture.size), min(picture.size)
     if longer > MAX_HF_ASPECT_RATIO * shorter:
         raise ImageError(
-            f"A picture of {picture.width} x {picture.height} pixels is more oblong than {MAX_HF_ASPECT_RATIO}:1;"
+            f"An image of {picture.width} x {picture.height} pixels is more oblong than {MAX_HF_ASPECT_RATIO}:1;"
             " model.preprocess=hf would enlarge its short side and cut the rest off. Use model.preprocess=llava, which"
-            " takes any shape, or crop the picture."
+            " takes any shape, or crop the image."
         )

@@ -1,4 +1,4 @@
-"""Reading video files: pictures spread evenly over all frames, as Video-LLaVA's own scripts take them.
+"""Reading video files: images spread evenly over all frames, as Video-LLaVA's own scripts take them.
 
 Frames are decoded with PyAV and go through the checkpoint's image processor, so neither torchvision nor a video
 processor is needed. They are counted by decoding, not read from the file's header, which may be wrong or silent.
@@ -45,25 +45,25 @@ def sample_indices(num_available: int, num_frames: int) -> list[int]:
 
 
 def load_video(source: VideoSource, num_frames: int = DEFAULT_NUM_FRAMES) -> list[Image.Image]:
-    """Reads ``num_frames`` frames of a video as upright RGB pictures; see ``sample_indices`` for which.
+    """Reads ``num_frames`` frames of a video as upright RGB images; see ``sample_indices`` for which.
 
     Args:
-        source: a video file of any format FFmpeg reads, or a video's frames as pictures.
-        num_frames: pictures to return.
+        source: a video file of any format FFmpeg reads, or a video's frames as images.
+        num_frames: images to return.
 
     Returns:
-        ``num_frames`` pictures of the video's own size.
+        ``num_frames`` images of the video's own size.
 
     Raises:
-        VideoError: no such file, empty, not a video, without a picture stream or frames, damaged or cut off.
-        ImageError: pictures were given, and one of them cannot be used.
+        VideoError: no such file, empty, not a video, without an image stream or frames, damaged or cut off.
+        ImageError: images were given, and one of them cannot be used.
         ConfigError: ``num_frames`` is not a whole number of at least 1.
         MissingPackageError: PyAV is not installed.
     """
     check_num_frames(num_frames)
     if not isinstance(source, str | Path):
         if len(source) == 0:
-            raise VideoError("The video given is an empty list of pictures: at least one frame is needed.")
+            raise VideoError("The video given is an empty list of images: at least one frame is needed.")
         return [load_image(source[index]) for index in sample_indices(len(source), num_frames)]
     av, path = _import_av(), _existing_file(source)
     with _named_errors(av, path):
@@ -97,13 +97,13 @@ def prepare_videos(videos: Sequence[VideoSource], image_processor: Any, num_fram
 
 
 def pixels(pictures: Sequence[Image.Image], image_processor: Any) -> Tensor:
-    """``[pictures, 3, h, w]``, by whichever name Video-LLaVA's image processor returns them."""
+    """``[images, 3, h, w]``, by whichever name Video-LLaVA's image processor returns them."""
     values = dict(image_processor(images=list(pictures), return_tensors="pt"))
     return values["pixel_values"] if "pixel_values" in values else values["pixel_values_images"]
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file is a picture for Pillow (an animated one too) rather than a video, by its content."""
+    """Whether a file is an image for Pillow (an animated one too) rather than a video, by its content."""
     try:
         with Image.open(path) as image:
             return image.format != "MPEG"  # Pillow recognises these videos but cannot read them
@@ -142,7 +142,7 @@ def _named_errors(av: ModuleType, path: Path) -> Iterator[None]:
 
 
 def _picture_stream(container: Any, path: Path) -> Any:
-    """The file's first video stream, cover pictures of audio files left out."""
+    """The file's first video stream, cover images of audio files left out."""
     streams = [s for s in container.streams.video if not s.disposition & type(s.disposition).attached_pic]
     if not streams:
         kinds = ", ".join(sorted({s.type for s in container.streams})) or "none"

@@ -165,5 +165,5 @@ def _image_processor(tower: Path, is_clip: bool) -> Any:
             logger.warning("%s has no image processor; CLIP's mean and deviation are taken.", tower)
             return None
         raise CheckpointError(
-            f"{tower}: holds no preprocessor_config.json, which says how pictures enter a SigLIP."
+            f"{tower}: holds no preprocessor_config.json, which says how images enter a SigLIP."
         ) from error

@@ -1,4 +1,4 @@
-"""From prompts, pictures and videos to tensors: the part of ``CompressedVlm`` that needs the checkpoint's processor."""
+"""From prompts, images and videos to tensors: the part of ``CompressedVlm`` that needs the checkpoint's processor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vzip.media.video import VideoSource
 from .devices import execution_device
 from .families import Adapter
 
-# A kind's name, its token's id and, for each prompt, the pictures or videos that its placeholders stand for.
+# A kind's name, its token's id and, for each prompt, the images or videos that its placeholders stand for.
 Placeholders = tuple[str, int, Sequence[Sequence[object]]]
 
 
@@ -35,14 +35,14 @@ class InputBuilder:
         return execution_device(self.adapter.embed_tokens)
 
     def preprocess_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Pictures -> ``pixel_values``, by the rule in ``preprocess``, and what else the family needs with them.
+        """Images -> ``pixel_values``, by the rule in ``preprocess``, and what else the family needs with them.
 
-        LLaVA-NeXT: also ``image_sizes``, and with ``"llava"`` ``tile_grids``, since where several grids serve a picture
+        LLaVA-NeXT: also ``image_sizes``, and with ``"llava"`` ``tile_grids``, since where several grids serve an image
         equally well LLaVA's choice and Hugging Face's differ.
 
         Raises:
             ConfigError: the wrapper has no processor.
-            ImageError: a picture that cannot be used.
+            ImageError: an image that cannot be used.
         """
         image_processor = self._need_processor("preprocess_images").image_processor
         return self.adapter.prepare_pictures(images, image_processor, self.preprocess)
@@ -51,7 +51,7 @@ class InputBuilder:
         """Videos -> ``pixel_values_videos`` ``[videos, num_frames, 3, h, w]``; see ``vzip.media.video``.
 
         Args:
-            videos: files, or frames as pictures; of each ``num_frames`` are taken, evenly spread.
+            videos: files, or frames as images; of each ``num_frames`` are taken, evenly spread.
 
         Raises:
             ConfigError: the wrapper has no processor.
@@ -68,21 +68,21 @@ class InputBuilder:
         images: Sequence[Sequence[Image.Image]] | None = None,
         videos: Sequence[Sequence[VideoSource]] | None = None,
     ) -> dict[str, Tensor]:
-        """Prompts, pictures and videos -> keyword arguments for ``prepare``, ``forward`` and ``generate``.
+        """Prompts, images and videos -> keyword arguments for ``prepare``, ``forward`` and ``generate``.
 
         Args:
-            texts: prompts, with one ``<image>`` for each of their pictures, one ``<video>`` for each of their videos.
-            images: for each prompt its pictures, in the order of the placeholders; None: no pictures.
+            texts: prompts, with one ``<image>`` for each of their images, one ``<video>`` for each of their videos.
+            images: for each prompt its images, in the order of the placeholders; None: no images.
             videos: for each prompt its videos, likewise; see ``preprocess_videos``.
 
         Returns:
             ``input_ids`` and ``attention_mask`` ``[B, T]``, padded on the left, on the model's device; ``pixel_values``
-            (and ``image_sizes``, ``tile_grids``) if there are pictures, ``pixel_values_videos`` if there are videos.
+            (and ``image_sizes``, ``tile_grids``) if there are images, ``pixel_values_videos`` if there are videos.
 
         Raises:
             ConfigError: the wrapper has no processor.
-            PromptError: a prompt whose placeholders do not match its pictures or videos.
-            ImageError, VideoError: a picture or video that cannot be used.
+            PromptError: a prompt whose placeholders do not match its images or videos.
+            ImageError, VideoError: an image or video that cannot be used.
             UnsupportedModelError: videos for a model without a video tower.
         """
         tokenizer = self._need_processor("build_inputs").tokenizer
@@ -117,7 +117,7 @@ def encode_prompts(tokenizer: Any, texts: Sequence[str], placeholders: Sequence[
         placeholders: for each kind its name (``image``), its token's id and, for each prompt, what it stands for.
 
     Raises:
-        PromptError: a prompt with another number of placeholders than pictures or videos.
+        PromptError: a prompt with another number of placeholders than images or videos.
     """
     rows: list[list[int]] = [tokenizer(text)["input_ids"] for text in texts]
     for name, token_id, per_prompt in placeholders:

@@ -290,7 +290,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         return output
 
     def chat(self, system_prompt: str | None = None) -> ChatSession:
-        """Begins a dialogue that encodes each picture and video once and computes only what is new in each turn.
+        """Begins a dialogue that encodes each image and video once and computes only what is new in each turn.
 
         Args:
             system_prompt: text that the chat template puts before the first turn.

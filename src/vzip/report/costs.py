@@ -17,7 +17,7 @@ MIB_PER_GIB = 1024
 MS_PER_HOUR = 3_600_000
 # What a training's log says of a step's time (``vzip.train.stepping``).
 STEP_PARTS = ("data", "forward", "backward", "update")
-# Vanilla's own count may be off the paper's: LLaVA-NeXT gives a square picture 2928 tokens, newlines included.
+# Vanilla's own count may be off the paper's: LLaVA-NeXT gives a square image 2928 tokens, newlines included.
 VANILLA_COUNT_TOLERANCE = 0.05
 
 

@@ -47,7 +47,7 @@ def print_record(record: Mapping[str, Any], console: Console | None = None) -> N
     measured = f"{tokens['measured_min']}"
     if tokens["measured_max"] != tokens["measured_min"]:
         measured += f" to {tokens['measured_max']}"
-    console.print(f"visual tokens a picture, measured: {measured} ({tokens['num_images']} pictures)")
+    console.print(f"visual tokens an image, measured: {measured} ({tokens['num_images']} images)")
     if pruner:
         least, most = visual_tokens_of(record)
         average = f"{least}" if least == most else f"{least} to {most}"

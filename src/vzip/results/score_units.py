@@ -1,7 +1,7 @@
 """Per-question scores of a run's answers in the form the bootstrap draws from, per benchmark.
 
 lmms-eval's aggregations take what its tasks wrote for each question; here each is a few sums over units that are drawn
-whole: a question, or all questions about one picture, which are not independent. That this gives lmms-eval's own number
+whole: a question, or all questions about one image, which are not independent. That this gives lmms-eval's own number
 is checked wherever it is used (``paired.compare_task``) and, against its code, in the tests.
 """
 
@@ -28,7 +28,7 @@ class Units:
         aggregate: values -> score in lmms-eval's unit; None for the mean.
         correct: ``[questions]`` of bool where a question counts as right or wrong, else None.
         keys: what tells the units apart; equal for two runs on the same questions.
-        clusters: one label a unit; units of one label are about one picture and are not independent.
+        clusters: one label a unit; units of one label are about one image and are not independent.
     """
 
     values: np.ndarray
@@ -80,7 +80,7 @@ def units_of(metric: str, rows: Rows) -> Units | None:
     if units is None:
         return None
     labels = tuple(row.get("cluster") for row, _ in scored)
-    # A form that has put questions together already has taken a picture's, or all rotations of a question.
+    # A form that has put questions together already has taken an image's, or all rotations of a question.
     one_each = len(units.values) == len(scored) and None not in labels
     return replace(units, clusters=labels if one_each else units.keys)
 
@@ -158,7 +158,7 @@ def _scenes(metric: str, ids: tuple[object, ...], scores: Rows) -> Units | None:
 
 
 def _mme(metric: str, ids: tuple[object, ...], scores: Rows) -> Units | None:
-    """MME: 100 (accuracy + accuracy+) averaged over the pictures of a category, summed over categories."""
+    """MME: 100 (accuracy + accuracy+) averaged over the images of a category, summed over categories."""
     twins = _groups([(s["category"], s["question_id"]) for s in scores], [s["score"] for s in scores])
     if any(len(hits) != 2 for hits in twins.values()):
         return None

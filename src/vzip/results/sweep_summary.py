@@ -84,7 +84,7 @@ class Line:
 
     @property
     def visual_tokens(self) -> tuple[float | None, float | None]:
-        """Fewest and most visual tokens of a picture, measured; with a pruner, on average over the layers."""
+        """Fewest and most visual tokens of an image, measured; with a pruner, on average over the layers."""
         return visual_tokens_of(self.run.record)
 
 

@@ -219,6 +219,6 @@ def print_hours(lines: Sequence[Line], name: str, gpu: Gpu, num_gpus: int, assum
         f" {assumed.text_tokens} text tokens a prompt, {assumed.sample_text_tokens} a training sample; answers of"
         f" {SHORT} tokens, {SENTENCE} about a video, {PARAGRAPH} of mmvet_direct and llava_bench_wild; batches as"
         " eval.batch_size says (auto: counted as 1); trainings compute activations twice; several GPUs share without"
-        " loss; weights in 16 bits, also where they are quantized. Not in it: loading, reading pictures, CPU work."
+        " loss; weights in 16 bits, also where they are quantized. Not in it: loading, reading images, CPU work."
         " Whether it fits the memory says python -m vzip memory.",
     )

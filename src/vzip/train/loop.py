@@ -54,7 +54,7 @@ class TrainPlan:
         overwrite: begin anew where the directory holds a run.
         system_prompt: text before each conversation, or None.
         name_or_path: the base model's, for the header.
-        skip_unreadable: leave samples with an unreadable picture out.
+        skip_unreadable: leave samples with an unreadable image out.
         identity: further settings that make it this run (model, data, compressor), as plain containers.
     """
 

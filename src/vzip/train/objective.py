@@ -1,4 +1,4 @@
-"""What is minimised: the cross-entropy of the assistant's words, given compressed pictures."""
+"""What is minimised: the cross-entropy of the assistant's words, given compressed images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class AnswerLoss(nn.Module):
 
     Args:
         vlm: the wrapped model.
-        always_whole: run every part of the model on every batch, on a blank picture (and video) that counts nothing
+        always_whole: run every part of the model on every batch, on a blank image (and video) that counts nothing
             where the batch has none. Several processes need that where more than the projector trains (ZeRO sums
             gradients in the order in which they come, which must be the same everywhere) or where they share the
             weights out.
@@ -91,7 +91,7 @@ class AnswerLoss(nn.Module):
         return summed if whole else summed + self._without_samples(len(batch.ids))
 
     def prepare(self, batch: Batch) -> PreparedInputs:
-        """The language model's inputs; each picture is encoded once, however many sequences ask about it.
+        """The language model's inputs; each image is encoded once, however many sequences ask about it.
 
         Raises:
             TokenCountError: the compressor made another number of visual tokens than its budget.
@@ -100,9 +100,9 @@ class AnswerLoss(nn.Module):
         return self._splice(batch, images, videos)
 
     def _encode(self, batch: Batch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """The visual tokens of pictures, of videos, and of what is blank instead.
+        """The visual tokens of images, of videos, and of what is blank instead.
 
-        Pictures first, then videos, before the text embedding: ZeRO-3 gathers weights in the order of their use.
+        Images first, then videos, before the text embedding: ZeRO-3 gathers weights in the order of their use.
         """
         images: list[Tensor] = []
         videos: list[Tensor] = []
@@ -137,7 +137,7 @@ class AnswerLoss(nn.Module):
         return splice(plan, ids, adapter.embed_tokens, shown, token_id, batch.labels, shown_videos, video_token_id)
 
     def _without_samples(self, num_samples: int) -> Tensor:
-        """Zeros that depend on the projector: a step without pictures must still give it (zero) gradients.
+        """Zeros that depend on the projector: a step without images must still give it (zero) gradients.
 
         Otherwise backward has nothing to do in a text-only batch, and several processes wait for each other forever.
         """

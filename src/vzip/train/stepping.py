@@ -50,7 +50,7 @@ class StepSchedule:
     """Which samples each step has, over all epochs.
 
     Args:
-        data: lengths and pictures of all samples.
+        data: lengths and images of all samples.
         training: numbers of the samples that are trained on.
         settings, seed: of the run.
 

@@ -1,4 +1,4 @@
-"""What lmms-eval calls for the scenes tasks; this file stands beside the generated pictures it opens."""
+"""What lmms-eval calls for the scenes tasks; this file stands beside the generated images it opens."""
 
 from collections.abc import Sequence
 from pathlib import Path

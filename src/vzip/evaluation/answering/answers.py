@@ -31,10 +31,10 @@ class SampleLog:
     """What happened to one question.
 
     Attributes:
-        prompt: the text given to the tokenizer, one placeholder a picture or video.
+        prompt: the text given to the tokenizer, one placeholder an image or video.
         answer: the answer given to the scorer.
-        num_visual_tokens: measured, one number a picture, then one a video.
-        layers: with a pruner, measured: ``cache_lengths`` of each layer after the prompt, and for each picture, then
+        num_visual_tokens: measured, one number an image, then one a video.
+        layers: with a pruner, measured: ``cache_lengths`` of each layer after the prompt, and for each image, then
             for each video, the visual tokens that each layer attended to; else None.
     """
 
@@ -104,7 +104,7 @@ class Answerer:
             one = loaded[0]
             raise DeviceMemoryError(
                 f"{one.question.name}: the device's memory does not suffice for this question alone"
-                f" ({len(one.images)} pictures, {len(one.videos)} videos, {len(one.prompt)} characters). Use a smaller"
+                f" ({len(one.images)} images, {len(one.videos)} videos, {len(one.prompt)} characters). Use a smaller"
                 " budget, model.dtype=bfloat16, model.quantization=4bit or a larger device; answers so far are kept."
             )
         self.chunk_size = (len(loaded) + 1) // 2

@@ -24,7 +24,7 @@ FORWARDED = (
     "length_penalty",
 )
 _SAMPLING_ONLY = ("temperature", "top_p", "top_k")
-# Written into lmms-eval's task files for its own LLaVA wrapper. Here `model.preprocess` decides how pictures are
+# Written into lmms-eval's task files for its own LLaVA wrapper. Here `model.preprocess` decides how images are
 # treated; it holds for all tasks of a run and stands in the record.
 _ABOUT_OTHER_WRAPPERS = ("image_aspect_ratio",)
 

@@ -1,4 +1,4 @@
-"""Reading lmms-eval's chat messages: what is picture, what video, what text."""
+"""Reading lmms-eval's chat messages: what is image, what video, what text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vzip.media.video import VideoSource
 def read_messages(
     messages: list[dict[str, Any]], task: str, doc_id: int, placeholders: Mapping[str, str]
 ) -> tuple[list[Image.Image], list[VideoSource], list[dict[str, Any]]]:
-    """Splits lmms-eval chat messages into pictures and videos, in order, and turns for ``apply_chat_template``.
+    """Splits lmms-eval chat messages into images and videos, in order, and turns for ``apply_chat_template``.
 
     Args:
         messages, task, doc_id: of one question.
@@ -24,7 +24,7 @@ def read_messages(
 
     Raises:
         UnsupportedModelError: the question has audio, or a video that the model does not take.
-        PromptError: a question's text holds a placeholder itself, or a picture or video is not one.
+        PromptError: a question's text holds a placeholder itself, or an image or video is not one.
     """
     images: list[Image.Image] = []
     videos: list[VideoSource] = []
@@ -42,7 +42,7 @@ def read_messages(
                 _refuse_placeholders(part["text"], task, doc_id, placeholders)
                 parts.append({"type": "text", "text": part["text"]})
             else:
-                takes = "text, pictures and videos" if "video" in placeholders else "text and pictures"
+                takes = "text, images and videos" if "video" in placeholders else "text and pictures"
                 raise UnsupportedModelError(
                     f"task {task}, question {doc_id}: holds {part['type']}; with this model vzip evaluates {takes}."
                 )
@@ -56,7 +56,7 @@ def _refuse_placeholders(text: str, task: str, doc_id: int, placeholders: Mappin
             thing = "picture" if kind == "image" else "video"
             raise PromptError(
                 f"task {task}, question {doc_id}: its text contains {token!r}, which marks where a {thing} goes."
-                " Pictures and videos come from doc_to_visual; take the marker out in doc_to_text."
+                " Images and videos come from doc_to_visual; take the marker out in doc_to_text."
             )
 
 
@@ -66,8 +66,8 @@ def _as_image(picture: object, task: str, doc_id: int) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture
     raise PromptError(
-        f"task {task}, question {doc_id}: doc_to_visual returned a {type(picture).__name__}; pictures are PIL images or"
-        " paths of picture files."
+        f"task {task}, question {doc_id}: doc_to_visual returned a {type(picture).__name__}; images are PIL images or"
+        " paths of image files."
     )
 
 

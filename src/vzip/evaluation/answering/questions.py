@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Task, number of the row in its data, and which time the row is asked (tasks may repeat a question).
 Key = tuple[str, int, int]
-# What reading a row's pictures and videos raises where they are missing or damaged; anything else ends the run at once.
+# What reading a row's images and videos raises where they are missing or damaged; anything else ends the run at once.
 # Pillow raises SyntaxError for a broken PNG.
 UNUSABLE = (ImageError, VideoError, OSError, SyntaxError, Image.DecompressionBombError)
 
@@ -39,7 +39,7 @@ class Question:
     Attributes:
         key: see ``Key``.
         settings: how its answer is generated.
-        text: what is asked, known without opening pictures.
+        text: what is asked, known without opening images.
         request: lmms-eval's.
     """
 
@@ -60,7 +60,7 @@ class Question:
 
 @dataclass(frozen=True)
 class LoadedQuestion:
-    """A question with its pictures and videos opened; ``prompt`` has a placeholder for each."""
+    """A question with its images and videos opened; ``prompt`` has a placeholder for each."""
 
     question: Question
     prompt: str

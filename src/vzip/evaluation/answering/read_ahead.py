@@ -16,7 +16,7 @@ def prepare_ahead(
 ) -> Generator[Result, None, None]:
     """``prepare`` of every item, in their order, made by threads ahead of whoever takes the results.
 
-    Threads and not processes: reading and resizing pictures leave Python's lock, a task's functions need not be
+    Threads and not processes: reading and resizing images leave Python's lock, a task's functions need not be
     pickled, and nothing is copied. At most twice as many results as there are threads wait to be taken.
 
     Args:

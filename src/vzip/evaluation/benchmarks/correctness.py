@@ -51,7 +51,7 @@ def mmbench_groups(rows: Any) -> list[int]:
 
 
 def mme_pictures(rows: Any) -> list[tuple[str, str]]:
-    """Each row's picture: its two questions count once more together (accuracy+)."""
+    """Each row's image: its two questions count once more together (accuracy+)."""
     return list(zip(rows["category"], rows["question_id"], strict=True))
 
 

@@ -49,7 +49,7 @@ _MME = {
         "MME, perception + cognition (2800 at most)",
         split="test",
         prompt=_SHORT,
-        # Two yes/no questions a picture: accuracy 50 + both right 25, in each of 14 categories.
+        # Two yes/no questions an image: accuracy 50 + both right 25, in each of 14 categories.
         chance=1050.0,
         cluster="question_id",
         together=mme_pictures,
@@ -93,7 +93,7 @@ _SCIENCEQA = {
         "exact_match",
         "fraction",
         "ScienceQA test; the printed 69.5 is the accuracy over all questions, text-only ones included",
-        "lmms-eval asks the questions with a picture only (LLaVA-1.5-7B's official figure for these is 66.8)",
+        "lmms-eval asks the questions with an image only (LLaVA-1.5-7B's official figure for these is 66.8)",
         split="ScienceQA-IMG/test",
         prompt=_LETTER,
     ),
@@ -138,7 +138,7 @@ _MMMU = {
         "mmmu_acc",
         "fraction",
         "MMMU validation",
-        "several pictures come in the order of the checkpoint's chat template (LLaVA's: all before the text); an answer"
+        "several images come in the order of the checkpoint's chat template (LLaVA's: all before the text); an answer"
         " in which no option is found counts as one drawn by chance, as in MMMU's own script",
         split="validation",
         prompt=f"\n{_LETTER}, or for open questions \n{_SHORT}",
@@ -150,7 +150,7 @@ _SEED = {
     "seedbench_frame": Protocol(
         "seed_all",
         "fraction",
-        "SEED-Bench, pictures and videos, one middle frame a video; SEED-I is the picture part (seed_image)",
+        "SEED-Bench, images and videos, one middle frame a video; SEED-I is the image part (seed_image)",
         "the middle one of the frames that the data set on the hub keeps of a video",
         split="test",
         prompt=_LETTER,
@@ -160,7 +160,7 @@ _SEED = {
     "seedbench_image": Protocol(
         "seed_image",
         "fraction",
-        "SEED-Bench, picture part (SEED-I)",
+        "SEED-Bench, image part (SEED-I)",
         split="test",
         prompt=_LETTER,
         chance=0.25,
@@ -169,7 +169,7 @@ _SEED = {
     "seedbench": Protocol(
         "seed_all",
         "fraction",
-        "SEED-Bench, pictures and videos, one middle frame a video; SEED-I is the picture part (seed_image)",
+        "SEED-Bench, images and videos, one middle frame a video; SEED-I is the image part (seed_image)",
         "lmms-eval shows all frames that the data set keeps of a video (eight of 576 visual tokens would not fit"
         " LLaVA-1.5's context of 4096)",
         split="test",

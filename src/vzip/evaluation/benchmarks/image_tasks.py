@@ -1,6 +1,6 @@
 """What the task files of ``tasks/image`` add to lmms-eval's: the paper's scores where lmms-eval's are others.
 
-Answers are read by lmms-eval's own code; here they are only put together in another way, or other pictures are shown.
+Answers are read by lmms-eval's own code; here they are only put together in another way, or other images are shown.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Doc = Mapping[str, Any]
 
 
 def pope_results(doc: Doc, results: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """lmms-eval's reading of the answer under every metric of the task, with the split and the picture added."""
+    """lmms-eval's reading of the answer under every metric of the task, with the split and the image added."""
     read = pope_process_results(doc, results)["pope_f1_score"]
     entry = read | {"split": doc["category"], "picture": doc["image_source"]}
     return dict.fromkeys(("pope_f1_mean", "pope_f1_score", "pope_accuracy"), entry)
@@ -34,25 +34,25 @@ def pope_mean_of_splits(entries: Sequence[Mapping[str, Any]]) -> float:
 
 
 def scienceqa_questions(dataset: Any) -> Any:
-    """All questions, with ``has_picture`` added: lmms-eval shows the scorer a question without its picture."""
+    """All questions, with ``has_picture`` added: lmms-eval shows the scorer a question without its image."""
     pictures = dataset.select_columns("image").with_format("arrow")[:]["image"]
     return dataset.add_column("has_picture", pictures.is_valid().to_pylist())
 
 
 def scienceqa_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:
-    """Right or wrong, for all questions and once more for those with a picture."""
+    """Right or wrong, for all questions and once more for those with an image."""
     score = sqa_process_results(doc, results)["exact_match"]
     return {"exact_match": score} | ({"exact_match_image": score} if doc["has_picture"] else {})
 
 
 def seed_middle_frame(doc: Doc) -> list[Any]:
-    """The picture of a question, or the middle one of the frames of a video, which is all that LLaVA's script shows."""
+    """The image of a question, or the middle one of the frames of a video, which is all that LLaVA's script shows."""
     pictures = seed_doc_to_visual(doc)
     return [pictures[len(pictures) // 2]]
 
 
 def seed_pictures_only(dataset: Any) -> Any:
-    """The questions about pictures."""
+    """The questions about images."""
     return dataset.filter(lambda kind: kind == "image", input_columns=["data_type"])
 
 
@@ -65,7 +65,7 @@ def ocrbench_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:
 
 
 def mmvet_picture(doc: Doc) -> list[Any]:
-    """The picture of a question."""
+    """The image of a question."""
     return [doc["image"].convert("RGB")]
 
 
@@ -75,7 +75,7 @@ def answered(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
 
 
 def llava_bench_results(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
-    """The same, and what the judge is told of the picture."""
+    """The same, and what the judge is told of the image."""
     captions = doc["caption"]
     context = captions if isinstance(captions, str) else "\n".join(captions)
     return answered(doc, results) | {JUDGE_CONTEXT: {"context": context, "category": doc["category"]}}

@@ -27,7 +27,7 @@ class Protocol:
         chance: of the primary metric, in its unit, for a guesser who follows the answer format; None where it depends
             on the answers' distribution.
         cluster: the field of a question that names what it is drawn together with by the bootstrap, since questions
-            about one picture are not independent; None where each question has a picture of its own or none is named.
+            about one image are not independent; None where each question has an image of its own or none is named.
         together: the rows of a split -> one label a row; rows of one label are scored together or not at all.
         limit_step: a limited run must ask a multiple of this many questions.
         verdicts: says which questions are right where lmms-eval's samples do not; None where they do.

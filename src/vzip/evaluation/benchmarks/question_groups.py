@@ -46,6 +46,6 @@ def check_limit(tasks: Sequence[str], limit: int | None) -> None:
         protocol = protocol_of(task)
         if limit is not None and protocol is not None and limit % protocol.limit_step:
             raise ConfigError(
-                f"limit={limit}: {task} scores {protocol.limit_step} questions about a picture together, so the limit"
+                f"limit={limit}: {task} scores {protocol.limit_step} questions about an image together, so the limit"
                 f" must be a multiple of {protocol.limit_step}. Change eval.limit."
             )

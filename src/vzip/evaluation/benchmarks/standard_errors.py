@@ -1,5 +1,5 @@
 """Standard errors: those lmms-eval does not give, and those it gives as if all questions were independent although
-several are about one picture."""
+several are about one image."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def complete(metrics: dict[str, dict[str, Any]], primary: str, rows: Sequence[Ma
     """Adds standard errors to a record's metrics and, where the primary one is ``a+b``, that sum.
 
     ``standard_error_source`` becomes "binomial" or "mean" (independent questions, right or wrong or in between),
-    "clustered" (a mean, questions about one picture together) or "bootstrap" (anything else, by clusters). Questions
-    that are all about one picture have none.
+    "clustered" (a mean, questions about one image together) or "bootstrap" (anything else, by clusters). Questions
+    that are all about one image have none.
 
     Args:
         metrics: by name: ``value``, ``standard_error``, ``standard_error_source``; changed in place.

@@ -193,7 +193,7 @@ def _summary(task: dict[str, Any], rows: Sequence[Row], metrics: Sequence[str]) 
 
 
 def _standard_error(units: Units) -> float:
-    """Questions about one picture or video together: MSVD-QA has 26 of each. NaN where there is only one."""
+    """Questions about one image or video together: MSVD-QA has 26 of each. NaN where there is only one."""
     if units.aggregate is None:
         return clustered_standard_error(units.values, units.clusters)
     values, aggregate = units.by_cluster()

@@ -2,8 +2,8 @@
 
 lmms-eval calls ``generate_until`` with the questions of all tasks at once. The adapter plans batches of equal
 generation settings, builds each prompt with the checkpoint's own chat template, generates, and writes down how many
-visual tokens each picture really contributed. An answer that could not be computed is never scored as an empty one:
-exceptions are not caught, and a question whose picture cannot be read ends the run or is left out of the score.
+visual tokens each image really contributed. An answer that could not be computed is never scored as an empty one:
+exceptions are not caught, and a question whose image cannot be read ends the run or is left out of the score.
 """
 
 from __future__ import annotations
@@ -63,20 +63,20 @@ class VzipLmms(lmms):
         gen_kwargs: generation settings that override those of every task.
         system_prompt: text of a system turn before each question; None for none.
         progress: show a progress bar on standard error (first process only).
-        num_workers: threads that read pictures and make inputs ahead; 0: none.
-        on_problem: what becomes of questions whose pictures or videos cannot be read: ``refuse`` ends the run, once
+        num_workers: threads that read images and make inputs ahead; 0: none.
+        on_problem: what becomes of questions whose images or videos cannot be read: ``refuse`` ends the run, once
             everything else is answered, ``skip`` leaves them out of the score.
         seed: of sampled answers.
         store: answers of an interrupted run, and where to keep new ones; None for neither.
         processes: that share the questions.
-        num_pictures: how many questions of a task have their picture kept in ``pictures``.
+        num_pictures: how many questions of a task have their image kept in ``images``.
 
     Attributes:
         batch_size: a number also where ``auto`` was asked for: what is tried first.
         samples: what happened to each question.
         batch_sizes: how often how many questions were generated at once.
         problems: why a question could not be asked.
-        pictures: the first picture of the first questions answered, to be shown.
+        images: the first image of the first questions answered, to be shown.
 
     Raises:
         ConfigError: a batch size or generation setting that cannot be.
@@ -145,8 +145,8 @@ class VzipLmms(lmms):
         """Answers all requests, in their order.
 
         Raises:
-            ManifestError: questions whose pictures or videos cannot be read, unless they are to be skipped.
-            TokenCountError: a picture entered the language model with another number of tokens than the budget's.
+            ManifestError: questions whose images or videos cannot be read, unless they are to be skipped.
+            TokenCountError: an image entered the language model with another number of tokens than the budget's.
             DeviceMemoryError: a question that does not fit the memory alone.
             ShareAnsweredError: in every process but the first.
             Anything the model or the task raises.

@@ -1,4 +1,4 @@
-"""A dialogue as token ids: the chat template's text, with each picture and video as so many tokens of its own."""
+"""A dialogue as token ids: the chat template's text, with each image and video as so many tokens of its own."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..families import Adapter
 
 Medium = Literal["image", "video"]
 THINGS: dict[Medium, str] = {"image": "picture", "video": "video"}
-# In place of a placeholder that the model itself wrote: equal to no token, so it is never taken for a picture.
+# In place of a placeholder that the model itself wrote: equal to no token, so it is never taken for an image.
 _NOT_SHOWN = -1
-# In place of a token of the first picture or video of the dialogue; of the next, the number below, and so on. So two
-# dialogues agree in a token only where the same picture is shown.
+# In place of a token of the first image or video of the dialogue; of the next, the number below, and so on. So two
+# dialogues agree in a token only where the same image is shown.
 _FIRST_SHOWN = -2
 
 
 @dataclass(frozen=True)
 class EncodedVisual:
-    """A picture or video as the language model gets it.
+    """An image or video as the language model gets it.
 
     Attributes:
         medium: ``image`` or ``video``.
@@ -71,7 +71,7 @@ class ChatLayout:
     def check_question(self, question: str) -> None:
         """Raises PromptError for a question that is empty or holds a placeholder."""
         if not question.strip():
-            raise PromptError("The question is empty: ask something; pictures alone are no turn.")
+            raise PromptError("The question is empty: ask something; images alone are no turn.")
         for medium, (_, text) in self.placeholders.items():
             if text in question:
                 raise PromptError(
@@ -80,10 +80,10 @@ class ChatLayout:
                 )
 
     def lay_out(self, messages: Sequence[dict[str, Any]], visuals: Sequence[EncodedVisual]) -> list[int]:
-        """Ids of the whole dialogue, each visual token as the number that stands for its picture or video.
+        """Ids of the whole dialogue, each visual token as the number that stands for its image or video.
 
         Raises:
-            PromptError: a template that writes another number of placeholders than there are pictures or videos.
+            PromptError: a template that writes another number of placeholders than there are images or videos.
         """
         text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         tokenizer = self._processor.tokenizer
@@ -123,7 +123,7 @@ class ChatLayout:
 
     @staticmethod
     def visual_index(ids: Sequence[int]) -> Tensor:
-        """int64 ``[1, T]`` of ``lay_out``'s ids: the number of the picture or video that each is of, -1: text."""
+        """int64 ``[1, T]`` of ``lay_out``'s ids: the number of the image or video that each is of, -1: text."""
         tokens = torch.tensor([ids])
         return torch.where(tokens <= _FIRST_SHOWN, _FIRST_SHOWN - tokens, -1)
 
@@ -133,7 +133,7 @@ class ChatLayout:
         return [_NOT_SHOWN if i in placeholders else i for i in new_ids]
 
     def read(self, new_ids: Sequence[int]) -> str:
-        """The answer as text, without placeholders: the next turn would take them for pictures or videos."""
+        """The answer as text, without placeholders: the next turn would take them for images or videos."""
         text = self._processor.tokenizer.decode(new_ids, skip_special_tokens=True)
         for _, written in self.placeholders.values():
             text = text.replace(written, "")

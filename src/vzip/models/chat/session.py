@@ -1,4 +1,4 @@
-"""A dialogue about pictures and videos: each is encoded once, and each turn computes only what is new.
+"""A dialogue about images and videos: each is encoded once, and each turn computes only what is new.
 
 The checkpoint's chat template lays out the whole dialogue anew each turn. What the key-value cache already holds of it
 (the longest common beginning) is kept, the rest is computed, so the model always sees what one pass over the whole
@@ -54,12 +54,12 @@ class ChatSession:
     """One dialogue; made by ``CompressedVlm.chat``.
 
     Whatever fails in a turn, or interrupts it, leaves the dialogue as it was before. If the wrapper's compressor is
-    replaced, pictures and videos that are already encoded keep their tokens. A pruner drops tokens of the pictures that
+    replaced, images and videos that are already encoded keep their tokens. A pruner drops tokens of the images that
     come with a turn in that turn, for good; if it is replaced, what it dropped stays dropped.
 
     Attributes:
         messages: the turns so far, as the chat template gets them.
-        visuals: the pictures and videos of these turns, in order.
+        visuals: the images and videos of these turns, in order.
         pending: those added for the next question.
     """
 
@@ -77,7 +77,7 @@ class ChatSession:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all turns, pictures and videos; the system prompt stays."""
+        """Forgets all turns, images and videos; the system prompt stays."""
         prompt = self._system_prompt
         self.messages: list[dict[str, Any]] = [message("system", prompt)] if prompt else []
         self.visuals: list[EncodedVisual] = []
@@ -94,17 +94,17 @@ class ChatSession:
 
     @torch.no_grad()
     def add_image(self, image: Image.Image) -> EncodedVisual:
-        """Encodes a picture for the next question.
+        """Encodes an image for the next question.
 
         Raises:
-            ImageError: a picture that cannot be used.
+            ImageError: an image that cannot be used.
         """
         self.pending.append(self._encode(image))
         return self.pending[-1]
 
     @torch.no_grad()
     def add_video(self, video: VideoSource) -> EncodedVisual:
-        """Encodes a video, a file or its frames as pictures, for the next question.
+        """Encodes a video, a file or its frames as images, for the next question.
 
         Raises:
             UnsupportedModelError: the model has no video tower.
@@ -129,7 +129,7 @@ class ChatSession:
 
         Args:
             question: the user's text, without placeholders.
-            images: pictures that come with it, after what ``add_image`` and ``add_video`` have added.
+            images: images that come with it, after what ``add_image`` and ``add_video`` have added.
             videos: videos that come with it, after those.
             max_new_tokens: most tokens of the answer.
             on_text: called with each further piece of the answer as soon as its words are complete.
@@ -138,7 +138,7 @@ class ChatSession:
         Raises:
             ConfigError: another setting, or fewer than one new token.
             PromptError: a question that is empty or holds a placeholder; a dialogue longer than the model can read.
-            ImageError, VideoError: a picture or video that cannot be used.
+            ImageError, VideoError: an image or video that cannot be used.
             UnsupportedModelError: a video for a model without a video tower.
         """
         self._check(question, max_new_tokens, settings)

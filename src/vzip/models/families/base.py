@@ -82,7 +82,7 @@ class Adapter(ABC):
         image_token_id: id of the placeholder in ``input_ids``.
         options: of the family.
         input_names: what the family's processor returns beside the text.
-        has_tiles: whether the family cuts a picture into several crops.
+        has_tiles: whether the family cuts an image into several crops.
         has_mining: whether patches are mined, and CLS, which is not, may be left out.
         has_video: whether it takes videos.
         video_token_id: id of a video's placeholder in ``input_ids``, or None.
@@ -133,7 +133,7 @@ class Adapter(ABC):
             )
         if num_frames is not None and not cls.has_video:
             raise ConfigError(
-                f"model.num_frames={num_frames}: {cls.model_class.__name__} has no video tower and takes pictures only,"
+                f"model.num_frames={num_frames}: {cls.model_class.__name__} has no video tower and takes images only,"
                 " so it must be null. Video-LLaVA takes videos (model=video_llava_7b)."
             )
 

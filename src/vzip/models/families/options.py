@@ -15,7 +15,7 @@ class FamilyOptions:
     """What some families can do beyond what the published code does.
 
     Attributes:
-        drop_padding: (LLaVA-NeXT) patches that show nothing but the padding around the picture are not selected as long
+        drop_padding: (LLaVA-NeXT) patches that show nothing but the padding around the image are not selected as long
             as their tile has enough others (they are still merged). Needs a compressor that selects by a score.
         row_newline: (LLaVA-NeXT) the model's newline token after each row of patches of the tile grid, as without
             compression; these tokens come on top of the budget. With ``drop_padding``, rows that are only padding get

@@ -1,4 +1,4 @@
-"""The vision tower's output kept between the runs of a sweep: it depends on the picture, not on the budget.
+"""The vision tower's output kept between the runs of a sweep: it depends on the image, not on the budget.
 
 A batch of crops is looked up as a whole, by its bytes. So a run that takes its tower's output from here gets exactly
 what the tower would give it, bit for bit: the output of one crop alone may differ in its last bits from the output of
@@ -26,7 +26,7 @@ USUAL = frozenset({Signal("attention"), Signal("keys")})
 class TowerCache:
     """Outputs in host memory, up to a limit; for one model, whose weights must not change meanwhile.
 
-    Once full it keeps what it has and takes nothing new: every run of a sweep goes through the same pictures in the
+    Once full it keeps what it has and takes nothing new: every run of a sweep goes through the same images in the
     same order, and throwing out the oldest would throw out each batch just before it is asked for.
 
     Attributes:

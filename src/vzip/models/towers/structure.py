@@ -99,7 +99,7 @@ class Tower:
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[2:]) != (size, size):
             raise PromptError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}: this vision tower takes [crops, 3, {size},"
-                f" {size}]. Prepare pictures with the checkpoint's own processor, or with preprocess_images."
+                f" {size}]. Prepare images with the checkpoint's own processor, or with preprocess_images."
             )
         weight = next(self.embeddings.parameters())
         if weight.device.type != "meta":  # accelerate parks offloaded weights on meta and moves inputs itself

@@ -72,7 +72,7 @@ def new_model(config: Any) -> PreTrainedModel:
 
 
 def picture_side(config: Any) -> int:
-    """Side in pixels of the square pictures (crops, frames) that the model of a configuration takes."""
+    """Side in pixels of the square images (crops, frames) that the model of a configuration takes."""
     own = config.to_dict()
     return own.get("high_res_image_size") or own.get("vision_config", own)["image_size"]
 
@@ -106,7 +106,7 @@ def new_processor(
     return kind(
         image_processor or new_image_processor(config),
         tokenizer,
-        patch_size=picture_side(config) // geometry.grid[0],  # pixels of the picture for each visual token
+        patch_size=picture_side(config) // geometry.grid[0],  # pixels of the image for each visual token
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=int(geometry.has_cls),
         chat_template=chat_template,

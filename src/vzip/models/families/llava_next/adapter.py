@@ -58,7 +58,7 @@ class LlavaNextAdapter(LlavaBase):
 
     @property
     def pinpoints(self) -> list[list[int]]:
-        """The resolutions a picture may be shown at, in pixels."""
+        """The resolutions an image may be shown at, in pixels."""
         return self.model.config.image_grid_pinpoints
 
     def prepare_pictures(
@@ -147,8 +147,8 @@ class LlavaNextAdapter(LlavaBase):
             return []
         if image_sizes is None:
             raise PromptError(
-                f"image_sizes is missing for {num_images} pictures: LLaVA-NeXT needs the original (height, width) of"
-                " each picture, as its Hugging Face processor and preprocess_images return them."
+                f"image_sizes is missing for {num_images} images: LLaVA-NeXT needs the original (height, width) of"
+                " each image, as its Hugging Face processor and preprocess_images return them."
             )
         sizes = _pairs(image_sizes, num_images, "image_sizes", "(height, width) in pixels")
         if tile_grids is None:
@@ -157,17 +157,17 @@ class LlavaNextAdapter(LlavaBase):
         return list(zip(sizes, _pairs(tile_grids, num_images, "tile_grids", "(rows, cols) of tiles"), strict=True))
 
     def _check_crops(self, pixel_values: Tensor, layouts: list[tuple[Grid, Grid]], needed: list[int]) -> None:
-        """Raises PromptError where a picture has another number of crops than its size asks for."""
+        """Raises PromptError where an image has another number of crops than its size asks for."""
         max_crops = pixel_values.shape[1]
-        # Crops are padded with zeros to the most crops of the batch; a crop of a picture is never all zeros.
+        # Crops are padded with zeros to the most crops of the batch; a crop of an image is never all zeros.
         filled = pixel_values.flatten(2).ne(0).any(dim=2).tolist()
         for number, (count, (size, grid)) in enumerate(zip(needed, layouts, strict=True)):
             given = max((crop + 1 for crop in range(max_crops) if filled[number][crop]), default=min(count, max_crops))
             if given != count:
                 raise PromptError(
-                    f"Picture {number} has {given} crops in pixel_values {tuple(pixel_values.shape)}, but its size"
+                    f"Image {number} has {given} crops in pixel_values {tuple(pixel_values.shape)}, but its size"
                     f" {size[0]} x {size[1]} (height x width) asks for {count}: a base crop and {grid[0]} x {grid[1]}"
-                    " tiles. Give the pixel_values, image_sizes and tile_grids of the same pictures."
+                    " tiles. Give the pixel_values, image_sizes and tile_grids of the same images."
                 )
 
     def _stitched(self, grid: Grid) -> Grid:
@@ -175,7 +175,7 @@ class LlavaNextAdapter(LlavaBase):
         return grid[0] * self.geometry.grid[0], grid[1] * self.geometry.grid[1]
 
     def _pictured(self, size: Grid, grid: Grid) -> tuple[range, range]:
-        """Rows and columns of stitched patches that show some of the picture, and not padding alone."""
+        """Rows and columns of stitched patches that show some of the image, and not padding alone."""
         side, (tile_rows, tile_cols) = self.geometry.image_size, self.geometry.grid
         top, left, height, width = placement(*size, grid[0] * side, grid[1] * side)
         patch_height, patch_width = side // tile_rows, side // tile_cols
@@ -223,7 +223,7 @@ def unpadded(size: Grid, num_rows: int, num_cols: int) -> tuple[range, range]:
     """Rows and columns of stitched patches that the unmodified model uses; Hugging Face's arithmetic in patches.
 
     Args:
-        size: original (height, width) of the picture.
+        size: original (height, width) of the image.
         num_rows, num_cols: stitched patches.
     """
     height, width = size
@@ -238,8 +238,8 @@ def _pairs(tensor: Tensor, num_images: int, name: str, what: str) -> list[Grid]:
     """A tensor ``[images, 2]`` of positive numbers as pairs on the host; PromptError for anything else."""
     if tuple(tensor.shape) != (num_images, 2):
         raise PromptError(
-            f"{name} has shape {tuple(tensor.shape)} for {num_images} pictures: must be ({num_images}, 2), the {what}"
-            " of each picture."
+            f"{name} has shape {tuple(tensor.shape)} for {num_images} images: must be ({num_images}, 2), the {what}"
+            " of each image."
         )
     pairs = [(int(first), int(second)) for first, second in tensor.tolist()]
     if any(first < 1 or second < 1 for first, second in pairs):

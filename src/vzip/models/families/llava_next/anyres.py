@@ -1,7 +1,7 @@
-"""LLaVA-NeXT's crops: the whole picture as the base crop, and the picture again on a grid of tiles ("anyres").
+"""LLaVA-NeXT's crops: the whole image as the base crop, and the image again on a grid of tiles ("anyres").
 
 Two rules choose the grid from the checkpoint's list of resolutions ("pinpoints"), and they differ only in how they read
-the list: LLaVA width first, Hugging Face height first. Where several resolutions serve a picture equally well (small
+the list: LLaVA width first, Hugging Face height first. Where several resolutions serve an image equally well (small
 and square ones) the first of the list wins, so the two grids are then each other's transpose. Tiles made by LLaVA's
 rule therefore travel with their ``tile_grids``.
 """
@@ -25,10 +25,10 @@ _PADDING_COLOUR = (0, 0, 0)
 
 
 def best_resolution(size: Size, resolutions: Sequence[Sequence[int]]) -> Size:
-    """The resolution that shows most of a picture and, of those, wastes least; of equal ones the first.
+    """The resolution that shows most of an image and, of those, wastes least; of equal ones the first.
 
     Args:
-        size: the picture's sides, in the axis order in which ``resolutions`` are to be read.
+        size: the image's sides, in the axis order in which ``resolutions`` are to be read.
         resolutions: pairs of sides in pixels.
     """
     best: Size = (resolutions[0][0], resolutions[0][1])
@@ -56,7 +56,7 @@ def hf_grid(height: int, width: int, pinpoints: Sequence[Sequence[int]], tile_si
 
 
 def placement(height: int, width: int, canvas_height: int, canvas_width: int) -> tuple[int, int, int, int]:
-    """Where a picture lies on its canvas of tiles, as large as it fits and centred: (top, left, height, width)."""
+    """Where an image lies on its canvas of tiles, as large as it fits and centred: (top, left, height, width)."""
     scale_height, scale_width = canvas_height / height, canvas_width / width
     if scale_width < scale_height:
         new_height, new_width = min(math.ceil(height * scale_width), canvas_height), canvas_width
@@ -72,10 +72,10 @@ def prepare_crops(
     pinpoints: Sequence[Sequence[int]],
     tile_side: int,
 ) -> dict[str, Tensor]:
-    """Pictures -> crops, as LLaVA-NeXT takes them.
+    """Images -> crops, as LLaVA-NeXT takes them.
 
     Args:
-        images: pictures of any mode and size.
+        images: images of any mode and size.
         image_processor: the checkpoint's Hugging Face image processor.
         preprocess: ``"llava"``: the published grid and padding; ``"hf"``: the image processor alone.
         pinpoints: the checkpoint's resolutions.
@@ -83,12 +83,12 @@ def prepare_crops(
 
     Returns:
         ``pixel_values`` float32 ``[images, max_crops, 3, h, w]``, base crop first, zero-padded to the most crops;
-        ``image_sizes`` int64 ``[images, 2]`` (height, width) of the pictures; with ``"llava"`` also ``tile_grids``
+        ``image_sizes`` int64 ``[images, 2]`` (height, width) of the images; with ``"llava"`` also ``tile_grids``
         int64 ``[images, 2]`` (rows, cols).
 
     Raises:
         ConfigError: another ``preprocess``.
-        ImageError: a picture that cannot be decoded.
+        ImageError: an image that cannot be decoded.
     """
     pictures = [load_image(image) for image in images]
     if preprocess == "hf":
@@ -112,7 +112,7 @@ def prepare_crops(
 
 
 def _cut(picture: Image.Image, grid: Size, side: int, resample: int) -> list[Image.Image]:
-    """The base crop (the whole picture, stretched to a square) and the tiles, row by row."""
+    """The base crop (the whole image, stretched to a square) and the tiles, row by row."""
     rows, cols = grid
     method = Image.Resampling(resample)
     top, left, height, width = placement(picture.height, picture.width, rows * side, cols * side)

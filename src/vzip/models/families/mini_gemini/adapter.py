@@ -1,4 +1,4 @@
-"""Mini-Gemini: one picture at two resolutions, mined before it is compressed.
+"""Mini-Gemini: one image at two resolutions, mined before it is compressed.
 
 The paper gives counts (64, 128, 192 of 576) and does not say how mining and selection are joined. Here all patches are
 mined first, since a query needs its own window, and merged tokens and CLS own none. Scores and keys are the
@@ -67,7 +67,7 @@ class MiniGeminiAdapter(LlavaAdapter):
         if tuple(pixel_values.shape[1:]) != (3, side, side):
             raise PromptError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}: this model takes [images, 3, {side}, {side}], the"
-                " high-resolution picture, and scales it down for the other tower itself. Prepare pictures with the"
+                " high-resolution image, and scales it down for the other tower itself. Prepare images with the"
                 " checkpoint's own processor, or with preprocess_images."
             )
 
@@ -89,12 +89,12 @@ class MiniGeminiAdapter(LlavaAdapter):
         return self.low_res(self.image_crops(visual))
 
     def low_res(self, pixel_values: Tensor) -> Tensor:
-        """The pictures as the low-resolution tower takes them."""
+        """The images as the low-resolution tower takes them."""
         model: Any = self.model.get_submodule("model")
         return model.low_res(pixel_values)
 
     def high_res(self, pixel_values: Tensor) -> Tensor:
-        """The high-resolution tower's features of pictures ``[N, 3, h, w]``: ``[N, c, H, W]``."""
+        """The high-resolution tower's features of images ``[N, 3, h, w]``: ``[N, c, H, W]``."""
         return self.model.get_submodule("model.high_res_tower")(pixel_values)
 
     def mined(self, vision: VisionOutput, highres: Tensor) -> VisionOutput:

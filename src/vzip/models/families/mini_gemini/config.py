@@ -12,8 +12,8 @@ class MiniGeminiConfig(LlavaConfig):
 
     Attributes:
         high_res_config: the ConvNeXt; None: OpenCLIP's ``convnext_large``.
-        high_res_image_size: side in pixels of the square picture the model takes. The low-resolution tower sees the
-            same picture scaled down to its own size.
+        high_res_image_size: side in pixels of the square image the model takes. The low-resolution tower sees the
+            same image scaled down to its own size.
     """
 
     # Not "mini_gemini": early published checkpoints call their own layout so.

@@ -3,7 +3,7 @@
 The published code (MGM 769820c, ``unified_resampler``) projects every high-resolution position to keys and values. Here
 both projections are moved to the patch's side of the attention, which is the same sum in another order: a key
 projection becomes one of the query, and a value projection one of the attended mean. At 768 pixels that is 576 instead
-of 36 864 positions to project twice between 2880 and 1024 channels: 8 instead of 436 GFLOPs a picture.
+of 36 864 positions to project twice between 2880 and 1024 channels: 8 instead of 436 GFLOPs an image.
 """
 
 from __future__ import annotations

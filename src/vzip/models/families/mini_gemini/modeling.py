@@ -28,7 +28,7 @@ class MiniGeminiModel(LlavaModel):
         self.post_init()
 
     def low_res(self, pixel_values: Tensor) -> Tensor:
-        """The picture at the low-resolution tower's size, ``[B, 3, h, w]``: bilinear, as MGM's evaluation scripts."""
+        """The image at the low-resolution tower's size, ``[B, 3, h, w]``: bilinear, as MGM's evaluation scripts."""
         side = self.config.vision_config.image_size
         wide = pixel_values if pixel_values.dtype == torch.float64 else pixel_values.float()
         return functional.interpolate(wide, size=(side, side), mode="bilinear", align_corners=False)

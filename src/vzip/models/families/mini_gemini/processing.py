@@ -1,4 +1,4 @@
-"""The processor of a published Mini-Gemini: pictures, prompts and the conversation as MGM's evaluation scripts."""
+"""The processor of a published Mini-Gemini: images, prompts and the conversation as MGM's evaluation scripts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build_processor(directory: Path, clip_directory: Path, side: int, vocab_size
     Args:
         directory: of the checkpoint, with ``tokenizer.model``.
         clip_directory: of the low-resolution tower, with ``preprocessor_config.json``.
-        side: pixels of the square picture.
+        side: pixels of the square image.
         vocab_size: words of the language model; ``<image>`` gets the id after them.
 
     Raises:
@@ -39,7 +39,7 @@ def build_processor(directory: Path, clip_directory: Path, side: int, vocab_size
             clip_directory, size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         ),
         tokenizer=_tokenizer(directory, vocab_size),
-        patch_size=side // (clip.image_size // clip.patch_size),  # pixels of the picture for each visual token
+        patch_size=side // (clip.image_size // clip.patch_size),  # pixels of the image for each visual token
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,

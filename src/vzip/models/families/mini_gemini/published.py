@@ -129,7 +129,7 @@ class PublishedCheckpoint:
             if (value := self.fields.get(key, default)) != wanted:
                 raise UnsupportedModelError(
                     f"{self.source}: {key}={value!r} in config.json; only {wanted!r} is supported (MGM-7B, MGM-13B; not"
-                    " the HD models, which cut a picture into crops)."
+                    " the HD models, which cut an image into crops)."
                 )
         channels = self.fields["mm_hidden_size_aux"]
         if channels % 15:

@@ -1,7 +1,7 @@
-"""Video-LLaVA (``VideoLlavaForConditionalGeneration``): pictures and videos, each through a vision tower of its own.
+"""Video-LLaVA (``VideoLlavaForConditionalGeneration``): images and videos, each through a vision tower of its own.
 
 A video is a row of frames: each is scored, selected from and merged by itself, and the frames' tokens follow each
-other. Without compression a frame keeps its CLS token and a picture does not, as in Hugging Face's class.
+other. Without compression a frame keeps its CLS token and an image does not, as in Hugging Face's class.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class VideoLlavaAdapter(LlavaAdapter):
     model_class = VideoLlavaForConditionalGeneration
     input_names = ("pixel_values", "pixel_values_images", "pixel_values_videos")
     has_video = True
-    # All rows of the tower: Hugging Face's class cuts CLS off pictures only, whatever its select strategy.
+    # All rows of the tower: Hugging Face's class cuts CLS off images only, whatever its select strategy.
     frame_offset: ClassVar[int] = 0
 
     def __init__(self, model: Any, *args: Any) -> None:
