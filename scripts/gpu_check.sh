@@ -14,6 +14,10 @@ if [ $# -ne 1 ]; then sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
 PYTHON=${PYTHON:-$(command -v python3)}
 "$PYTHON" -c '' 2>/dev/null || { echo "PYTHON=$PYTHON: cannot be run; name a Python 3.11 or newer." >&2; exit 2; }
 case $1 in /*) out=$1 ;; *) out=$OLDPWD/$1 ;; esac
+if [ -e "$out" ] && [ -n "$(ls -A "$out")" ]; then
+  echo "$out: is not empty; records are never overwritten, so give a new folder." >&2
+  exit 2
+fi
 if [ -z "$small" ]; then
   "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
     echo "torch of $PYTHON sees no GPU: use --small, or PYTHON=... with a CUDA build." >&2
@@ -21,10 +25,6 @@ if [ -z "$small" ]; then
   }
 fi
 mkdir -p "$out" || exit 2
-if [ -n "$(ls -A "$out")" ]; then
-  echo "$out: is not empty; records are never overwritten, so give a new folder." >&2
-  exit 2
-fi
 work=$(mktemp -d) || exit 2
 trap 'rm -rf "$work"' EXIT
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

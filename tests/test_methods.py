@@ -33,15 +33,15 @@ def test_files_are_read_as_hydra_reads_them() -> None:
 
 def test_readmes_method_is_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, _ = files = list(shown_files())
-    assert files == ["src/vzip/compressors/key_norms.py", "configs/compressor/key_norms.yaml"]
+    assert files == ["src/vzip/compressors/longest_keys.py", "configs/compressor/longest_keys.yaml"]
     write_files(tmp_path)
-    module = "vzip.compressors.key_norms"
+    module = "vzip.compressors.longest_keys"
     spec = importlib.util.spec_from_file_location(module, tmp_path / code)
     assert spec is not None and spec.loader is not None
     monkeypatch.setitem(sys.modules, module, importlib.util.module_from_spec(spec))
     spec.loader.exec_module(sys.modules[module])
     monkeypatch.setattr(methods, "checkout", lambda: tmp_path)
-    vlm = vzip.CompressedVlm(tiny.llava(), methods.find_method("key_norms").build(BUDGET))
+    vlm = vzip.CompressedVlm(tiny.llava(), methods.find_method("longest_keys").build(BUDGET))
     visual = vlm.adapter.read_inputs(**tiny.llava_inputs(2))
     with torch.no_grad():
         vision = vlm.adapter.image_output(visual, vlm.compressor.reads())

@@ -171,7 +171,7 @@ def test_every_method_of_the_configuration_is_measured(name: str, checkpoint: Pa
     words = [f"model={checkpoint}", f"compressor={name}", "budget=12+4", "device=cpu", "repeats=1", "warmup=0"]
     words += ["num_new_tokens=1", f"out={tmp_path}"]
     if name == "vscan":  # its windows are read at layer 6; this tower has four
-        with pytest.raises(ConfigError, match=r"layer 6 for the signal attention.* tower has 4 layers"):
+        with pytest.raises(ConfigError, match=r"compressor.local_layer=6.* tower has 4 layers"):
             run(*words)
         return
     assert run(*words) == 0

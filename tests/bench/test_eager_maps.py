@@ -87,7 +87,7 @@ def test_a_wrong_rendering_is_caught(monkeypatch: pytest.MonkeyPatch, field: str
 
 def test_a_wrong_selection_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager_maps, "_same_selection", lambda _ours, _theirs: False)
-    with pytest.raises(NotEquivalentError, match="selected different tokens on all 3 pictures"):
+    with pytest.raises(NotEquivalentError, match="selected different tokens on all 3 images"):
         check_agreement(tower_of(), -2, COMPRESSOR, tiny.pixels(5))
 
 

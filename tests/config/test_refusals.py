@@ -10,8 +10,9 @@ from hydra import compose, initialize_config_dir
 from vzip import installed
 from vzip.config.build import evaluation_plan
 from vzip.config.options import config_dir
+from vzip.config.preview import brief
 from vzip.config.training import checked, tuning_plan
-from vzip.errors import MissingPackageError, RunWriteError
+from vzip.errors import ConfigError, MissingPackageError, RunWriteError
 from vzip.train.loop import prepare
 
 
@@ -40,3 +41,22 @@ def test_quantization_without_bitsandbytes_and_a_folder_of_no_use_are_told_by_th
     ):
         with pytest.raises(MissingPackageError, match=r"quantization=4bit needs the package bitsandbytes"):
             ask()
+
+
+@pytest.mark.parametrize("group", ["compressor", "pruner"])
+def test_a_methods_name_is_that_of_its_file(group: str) -> None:
+    """Or its numbers would be filed as another's."""
+    other = {"compressor": ("fastervlm", "visionzip"), "pruner": ("fastv", "none")}[group]
+    for name, message in ((other[1], "the same"), ("fastvlm", r"must be the name of its file")):
+        with pytest.raises(ConfigError, match=rf"{group}\.name={name}: .*{message}"):
+            evaluation_plan(compose("eval", [f"{group}={other[0]}", f"{group}.name={name}"]))
+
+
+def test_the_plan_tells_what_is_kept_as_the_method_counts_it(tmp_path: Path) -> None:
+    told = {}
+    for name in ("visionzip", "fastervlm", "divprune"):
+        plan = evaluation_plan(compose("eval", [f"compressor={name}", f"paths.run_dir={tmp_path}"]))
+        told[name] = brief(plan)
+    assert "visionzip, 54 dominant + 10 contextual tokens a crop, 64 of 576" in told["visionzip"]
+    assert "fastervlm, 64 tokens a crop, 64 of 576" in told["fastervlm"]
+    assert "divprune, 64 tokens a crop, over the whole image, 64 of 576" in told["divprune"]

@@ -79,8 +79,8 @@ def test_each_broken_picture_is_named_once(folder, capsys):
         assert f"{line['kind']}: {line['reason']} (sample {line['sample']})" in text
         assert line["picture"].startswith(line["source"])
     assert "no such file" in text and "0 bytes" in text and "cut off or damaged" in text
-    assert "not a picture" in text and "but 6.png is there: the data set names it 6.jpg" in text
-    assert "not usable as it is: 5 picture(s), 0 other" in text
+    assert "not an image" in text and "but 6.png is there: the data set names it 6.jpg" in text
+    assert "not usable as it is: 5 image(s), 0 other" in text
 
 
 def test_quick_looks_at_presence_alone(folder, capsys):

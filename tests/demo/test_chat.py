@@ -72,8 +72,8 @@ def test_lines_that_cannot_be_answered_are_named_and_the_dialogue_goes_on(say, s
         "ConfigError: /imag: no such command (did you mean '/image'?)",
         "ConfigError: /image needs a file: /image FILE.",
         "UnsupportedModelError: LlavaForConditionalGeneration has no video tower",
-        f"ImageError: {tmp_path}/none.png: no such picture file.",
-        f"ImageError: {tmp_path}/text.png: not a picture",
+        f"ImageError: {tmp_path}/none.png: no such image file.",
+        f"ImageError: {tmp_path}/text.png: not an image",
         "> what [bold]is[/] <image>?\nPromptError: The question holds '<image>'",
         "(64 visual tokens in a dialogue of",
     ):
@@ -86,7 +86,7 @@ def test_lines_that_cannot_be_answered_are_named_and_the_dialogue_goes_on(say, s
 def test_a_reset_forgets_the_pictures(say, scenes) -> None:
     question = "Is there a star in the picture?"
     code, out, _ = say([question, "/reset", question], "--image", scenes[0])
-    assert code == 0 and "(begun anew, without pictures and videos)" in out
+    assert code == 0 and "(begun anew, without images and videos)" in out
     assert "(64 visual tokens in a" in out and "(0 visual tokens in a" in out
 
 
@@ -107,7 +107,7 @@ def test_an_interrupted_answer_ends_the_turn_and_not_the_command(say, scenes, mo
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--image", "no/such.png"], "ImageError: no/such.png: no such picture file"),
+        (["--image", "no/such.png"], "ImageError: no/such.png: no such image file"),
         (["--video", "no/such.mp4"], "VideoError: no/such.mp4: no such video file"),
         (["--max-new-tokens", "0"], "ConfigError: --max-new-tokens=0: must be 1 or more"),
         (["--model", "tyni"], "did you mean 'tiny'"),

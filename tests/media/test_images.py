@@ -139,13 +139,13 @@ def test_truncated_files_are_named(tmp_path, kind, fraction):
 
 def test_unusable_files_are_named(tmp_path, monkeypatch):
     (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "text.jpg").write_text("not an image")
     damaged = bytearray(encoded("PNG"))
     damaged[60:90] = b"\0" * 30
     (tmp_path / "damaged.png").write_bytes(bytes(damaged))
     for name, message in [
         ("empty.png", "empty"),
-        ("text.jpg", "not a picture"),
+        ("text.jpg", "not an image"),
         ("damaged.png", "cut off or damaged"),
         ("absent.png", "no such image file"),
         (".", "is a directory"),

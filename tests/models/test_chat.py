@@ -347,7 +347,7 @@ def test_what_a_dialogue_needs_is_asked_for_at_its_beginning() -> None:
     with pytest.raises(ConfigError, match="has no chat template"):
         llava("").chat()
     chat = llava("{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}").chat()
-    with pytest.raises(PromptError, match="wrote 0 <image> placeholders for 1 pictures"):
+    with pytest.raises(PromptError, match="wrote 0 <image> placeholders for 1 images"):
         chat.ask("r", [picture(0)])
 
 

@@ -69,7 +69,7 @@ def test_the_two_preprocess_rules():
 
 def test_mismatches_are_refused_before_any_picture_is_encoded(vlm, monkeypatch):
     monkeypatch.setattr(vlm.adapter, "encode", None)  # calling it would fail
-    with pytest.raises(PromptError, match=r"Prompt 1 holds 0 <image> placeholders but 1 pictures"):
+    with pytest.raises(PromptError, match=r"Prompt 1 holds 0 <image> placeholders but 1 images"):
         vlm.build_inputs(["<image> a", "b"], [[picture()], [picture()]])
     with pytest.raises(PromptError, match="2 prompts but 1 lists"):
         vlm.build_inputs(["a", "b"], [[]])

@@ -196,8 +196,8 @@ def test_bad_input_is_named(model):
     ids = torch.tensor([[5, IMAGE_TOKEN, IMAGE_TOKEN]])
     values, sizes = inputs["pixel_values"], inputs["image_sizes"]
     cases = [
-        ({"pixel_values": values}, r"image_sizes is missing for 2 pictures"),
-        ({"pixel_values": values, "image_sizes": sizes[:1]}, r"image_sizes has shape \(1, 2\) for 2 pictures"),
+        ({"pixel_values": values}, r"image_sizes is missing for 2 images"),
+        ({"pixel_values": values, "image_sizes": sizes[:1]}, r"image_sizes has shape \(1, 2\) for 2 images"),
         ({"pixel_values": values, "image_sizes": sizes * 0}, r"must be at least 1"),
         ({"pixel_values": values[:, 0], "image_sizes": sizes}, r"\[images, max_crops, 3, height, width\]"),
         ({"pixel_values": values[:, :3], "image_sizes": sizes}, r"Image 0 has 3 crops.*224 x 224.*asks for 5"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from tests import methods
 from tests.families import FAMILIES
 from tests.tiny import some_of
 
 import vzip
 from vzip.compressors import ChosenUnits, Selection, Signal, TopScores, VisionOutput
-from vzip.errors import PromptError, UnsupportedModelError
+from vzip.errors import ConfigError, PromptError, UnsupportedModelError
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -144,3 +145,67 @@ def test_only_the_familys_own_inputs_are_taken(family) -> None:
     if "image_sizes" not in adapter.input_names:
         with pytest.raises(PromptError, match="image_sizes: no input of"):
             adapter.read_inputs(**inputs, image_sizes=torch.tensor([[5, 5]]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"place": lambda p: p.flip(1)}, "must ascend, each once"),
+        ({"place": lambda p: p.clamp(max=3)}, "must ascend, each once"),
+        ({"place": lambda p: p + 20}, "must be units, 0 to 25"),
+        ({"merge": lambda m: m + 60}, "must be -1 or a token that others join, 0 to 8"),
+        ({"merge": lambda m: m.clamp(min=0)}, "must be -1 where a token's own unit is"),
+        ({"merge": lambda m: m[:, :5]}, "merge_index has shape"),
+        ({"place": lambda p: p.float()}, "place_index is torch.float32"),
+    ],
+)
+def test_a_selection_that_breaks_its_promise_is_refused(wrong, message) -> None:
+    class Broken(Doubled):
+        def select(self, vision: VisionOutput) -> Selection:
+            right = super().select(vision)
+            place = wrong.get("place", lambda p: p)(right.place_index)
+            return Selection(place, wrong.get("merge", lambda m: m)(right.merge_index))
+
+    vision = VisionOutput(torch.randn(2, 26, 4), True, (5, 5))
+    assert Doubled(BUDGET)(vision).num_tokens == 9
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        Broken(BUDGET)(vision)
+
+
+def test_a_score_of_patches_alone_or_of_no_numbers_is_refused() -> None:
+    class Patches(NewestFirst):
+        def score(self, vision: VisionOutput) -> torch.Tensor:
+            return super().score(vision)[:, 1:]
+
+    class NoNumbers(NewestFirst):
+        def score(self, vision: VisionOutput) -> torch.Tensor:
+            return super().score(vision) * float("nan")
+
+    vision = VisionOutput(torch.randn(2, 26, 4), True, (5, 5))
+    with pytest.raises(ValueError, match=r"score has shape \(2, 25\): must be \(2, 26\), a value for every unit row"):
+        Patches(BUDGET)(vision)
+    with pytest.raises(RuntimeError, match=r"NoNumbers\.score is NaN"):
+        NoNumbers(BUDGET)(vision)
+
+
+def test_what_is_no_budget_no_tensor_and_no_method_is_named() -> None:
+    vlm = vzip.load_vlm("vzip/tiny", compressor=vzip.VisionZip(vzip.TokenBudget(54, 10)))
+    image = Image.new("RGB", (336, 336))
+    for call, error, message in (
+        (lambda: vzip.VisionZip(64), ConfigError, r"budget=64: must be vzip\.TokenBudget\(num_dominant=54"),
+        (lambda: vzip.DivPrune(64), ConfigError, r"budget=64: must be vzip\.TokenBudget"),
+        (
+            lambda: vzip.load_vlm("vzip/tiny", compressor="visionzip"),
+            ConfigError,
+            "must be an instance of vzip.Compressor",
+        ),
+        (lambda: vlm.encode_images(image), PromptError, "pixel_values is a Image: must be a tensor"),
+        (lambda: vlm.generate({"input_ids": 1}), PromptError, r"input_ids is a dict.*handed on as \*\*inputs"),
+        (lambda: vlm.build_inputs(["<image>"], [image]), PromptError, "a list with a list for each prompt"),
+        (lambda: vlm.build_inputs("<image>", [[image]]), PromptError, "texts is a list of prompts"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    for name, value in (("scope", "imag"), ("space", "tower "), ("merge_rule", "avg")):
+        with pytest.raises(TypeError, match=f"{name}=.*must be one of"):
+            type("Bad", (Doubled,), {name: value})

@@ -255,9 +255,9 @@ def test_a_saved_model_comes_back(model, tmp_path):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 3, 112, 112), rf"takes \[images, 3, {SIDE}, {SIDE}\], the high-resolution picture"),
+        ((1, 3, 112, 112), rf"takes \[images, 3, {SIDE}, {SIDE}\], the high-resolution image"),
         ((1, 5, 3, SIDE, SIDE), r"takes \[images, 3, height, width\]"),
-        ((1, 1, SIDE, SIDE), "high-resolution picture"),
+        ((1, 1, SIDE, SIDE), "high-resolution image"),
     ],
 )
 def test_pixels_of_another_shape_are_refused(model, shape, message):

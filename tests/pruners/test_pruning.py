@@ -273,10 +273,11 @@ class Chooses(vzip.FastV):
         (lambda n: Cut(torch.tensor([n + 3, n - 1])), "the last must stay last"),
         (lambda n: Cut(torch.tensor([-1, n - 1])), "the last must stay last"),
         (
-            lambda n: Cut(torch.tensor([0, n - 1]), torch.zeros(1, 32), torch.zeros(1).long()),
+            lambda n: Cut(torch.arange(n), torch.zeros(1, 32), torch.zeros(1).long()),
             "need positions='repacked'",
         ),
-        (lambda n: Cut(torch.arange(4, n)), r"attend to \[16, 16, 13, 13, 13\] visual tokens, promised"),
+        (lambda n: Cut(torch.arange(1, n)), "keeps 4 of 5 tokens of text; a pruner drops visual tokens alone"),
+        (lambda n: Cut(torch.tensor([0, *range(4, n)])), r"attend to \[16, 16, 13, 13, 13\] visual tokens, promised"),
     ],
 )
 @torch.no_grad()

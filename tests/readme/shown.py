@@ -74,9 +74,10 @@ def entries() -> list[Entry]:
 
 
 def shown_files() -> dict[str, str]:
-    """The files that README shows whole, by the path in their first line."""
+    """The files that README shows whole, by the path in the line before."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return dict(re.findall(r"^```(?:python|yaml)\n# ((?:src|configs)/\S+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    found = re.findall(r"^`((?:src|configs)/\S+)`:\n\n```(?:python|yaml)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return dict(found)
 
 
 def write_files(root: str | Path) -> None:

@@ -24,12 +24,13 @@ def lines_of(name: str, only: str, runs: list[Run], num_gpus: int = 1) -> list[L
 
 
 def test_estimated_and_measured() -> None:
-    vanilla, compressed, training, tuned = lines_of("1", "gqa,pope,64", [])
+    vanilla, pruned, compressed, training, tuned = lines_of("1", "gqa,pope,64", [])
+    assert pruned.label == "64, FastV" and compressed.hours < pruned.hours < vanilla.hours  # all enter its first layers
     assert [line.label for line in (vanilla, compressed)] == ["576, vanilla", "64, VisionZip"]
     assert training.what == "training (projector)" and training.label == tuned.label == "64, VisionZip‡"
     asked = question_counts.num_questions("gqa") + question_counts.num_questions("pope_splits")  # type: ignore[operator]
     assert vanilla.count == compressed.count == asked and training.count == 66530
-    assert {line.source for line in (vanilla, compressed, training, tuned)} == {ESTIMATED}
+    assert {line.source for line in (vanilla, pruned, compressed, training, tuned)} == {ESTIMATED}
     assert compressed.hours is not None and vanilla.hours is not None and tuned.hours == compressed.hours
     # 576 visual tokens against 64, each with 100 of text, and a tower that both run.
     assert 2 < vanilla.hours / compressed.hours < (576 + 100) / (64 + 100)

@@ -76,7 +76,7 @@ def test_ones_own_data_is_opened_in_a_dry_run_and_no_index_is_left(
     assert "8 conversations" in shown and "1 of 4 samples; 3 samples an epoch fill no step" in shown
     (tmp_path / "3.png").unlink()
     assert run("train", [*words, "dry_run=true"], monkeypatch) == 0
-    assert "missing: data.json: 1 samples lack a picture" in capsys.readouterr().out
+    assert "missing: data.json: 1 samples lack an image" in capsys.readouterr().out
     assert run("train", [*words, "dry_run=true", "launcher=zero2_8gpu", "launcher.batch_size=1"], monkeypatch) == 2
     assert sorted(tmp_path.rglob("*")) == [path for path in before if path.name != "3.png"]
 

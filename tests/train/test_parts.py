@@ -263,7 +263,7 @@ def test_a_picture_that_does_not_fit_goes_whole() -> None:
 def test_placeholders_and_pictures_must_match() -> None:
     picture = Image.new("RGB", (20, 20))
     sample = TrainingSample("s", [picture, picture], [[Turn("user", "<image>\na"), Turn("assistant", "b")]])
-    with pytest.raises(PromptError, match="sample s: 1 <image> placeholders but 2 pictures"):
+    with pytest.raises(PromptError, match="sample s: 1 <image> placeholders but 2 images"):
         collator(load_model())([sample])
 
 

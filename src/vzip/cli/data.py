@@ -118,7 +118,7 @@ def _verify(args: argparse.Namespace) -> int:
     if counts:
         console.print(_problem_table(counts))
     if counts or notes:
-        console.print(f"not usable as it is: {counts.total()} picture(s), {len(notes)} other problem(s)")
+        console.print(f"not usable as it is: {counts.total()} image(s), {len(notes)} other problem(s)")
         return 1
     console.print(f"all images are {'there and not empty' if args.quick else 'there and can be decoded'}")
     return 0

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vzip.errors import ConfigError, nearest
-from vzip.ops.merge import MergeRule, combine_rows
+from vzip.ops.merge import MERGE_RULES, MergeRule, combine_rows
 from vzip.ops.select import gather_rows, top_indices
 
 # What a method may read, by name. A score has one value a unit, higher is more important; the others have a row a unit.
@@ -302,18 +302,26 @@ class Compressor(ABC):
         merge_rule: how merged units enter their token, see ``vzip.ops.merge``.
         is_vanilla: whether nothing is compressed.
         uses_valid: whether units that are not ``valid`` are kept last.
+        splits_budget: whether dominant and contextual tokens are told apart; otherwise only their sum counts.
     """
 
     scope: ClassVar[Literal["crop", "image"]] = "crop"
     space: ClassVar[Literal["tower", "projected"]] = "tower"
     is_vanilla: ClassVar[bool] = False
     uses_valid: ClassVar[bool] = False
+    splits_budget: ClassVar[bool] = False
     merge_rule: MergeRule = "sum"
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        for name, allowed in (("scope", ("crop", "image")), ("space", ("tower", "projected"))):
+            if getattr(cls, name) not in allowed:
+                raise TypeError(f"{cls.__name__}: {name}={getattr(cls, name)!r} must be one of {', '.join(allowed)}.")
         if cls.scope == "image" and cls.space != "projected":
             raise TypeError(f"{cls.__name__}: scope='image' needs space='projected'.")
+        rule = vars(cls).get("merge_rule", "sum")
+        if isinstance(rule, str) and rule not in MERGE_RULES:
+            raise TypeError(f"{cls.__name__}: merge_rule={rule!r} must be one of {', '.join(MERGE_RULES)}.")
 
     def reads(self) -> frozenset[Signal]:
         """What the vision tower's run must record."""
@@ -346,6 +354,7 @@ class Compressor(ABC):
     def compress(self, vision: VisionOutput) -> CompressedTokens:
         """Selects and combines, nothing checked; see ``__call__``."""
         selection = self.select(vision)
+        check_selection(selection, vision.num_rows)
         rows = vision.hidden if self.space == "tower" else vision.read(Signal("projected"))
         tokens = self.combine(rows, selection)
         num_kept, merged = selection.num_kept, selection.merge_index
@@ -387,6 +396,35 @@ class Compressor(ABC):
         return result
 
 
+def check_selection(selection: Selection, num_units: int) -> None:
+    """Holds a selection to what ``Selection`` says; a method that breaks it would merge or drop the wrong units.
+
+    Values are held by asserts of the device itself, so the host waits for nothing.
+
+    Raises:
+        ValueError: a wrong shape or type; RuntimeError: wrong values.
+    """
+    place, merge, num_kept = selection.place_index, selection.merge_index, selection.num_kept
+    for name, index in (("place_index", place), ("merge_index", merge)):
+        if index is not None and (index.ndim != 2 or index.dtype != torch.int64):
+            raise ValueError(f"{name} is {index.dtype} of shape {tuple(index.shape)}: must be int64 of two dimensions.")
+    kept = place[:, :num_kept]
+    in_range = ((place >= 0) & (place < num_units)).all()
+    torch._assert_async(in_range, f"place_index: must be units, 0 to {num_units - 1}")
+    torch._assert_async((kept[:, 1:] > kept[:, :-1]).all(), "place_index: units kept must ascend, each once")
+    if merge is None:
+        return
+    if merge.shape != (place.shape[0], num_units):
+        raise ValueError(f"merge_index has shape {tuple(merge.shape)}: must be {(place.shape[0], num_units)}.")
+    first = num_kept if selection.num_contextual else 0
+    joins = (merge == -1) | ((merge >= first) & (merge < place.shape[1]))
+    torch._assert_async(
+        joins.all(), f"merge_index: must be -1 or a token that others join, {first} to {place.shape[1] - 1}"
+    )
+    of_places = merge.gather(1, place.clamp(0, num_units - 1))
+    torch._assert_async((of_places == -1).all(), "merge_index: must be -1 where a token's own unit is")
+
+
 @dataclass(frozen=True)
 class Budgeted(Compressor):
     """A method with a ``TokenBudget``; of a whole image it has the budgets of all its crops.
@@ -398,6 +436,9 @@ class Budgeted(Compressor):
 
     budget: TokenBudget | FractionBudget
     keeps_cls: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
 
     def num_tokens(self, shape: VisionShape) -> int:
         num_tokens = self.budget.of(shape.num_patches).num_tokens
@@ -423,7 +464,14 @@ class TopScores(Budgeted):
         first = int(vision.has_cls)
         num_cls = int(vision.has_cls and self.keeps_cls)
         num_patches = self.num_tokens(vision.shape) - num_cls
-        kept = top_indices(self.score(vision)[:, first:], num_patches, vision.valid_patches) + first
+        score = self.score(vision)
+        if score.shape != vision.hidden.shape[:2]:
+            raise ValueError(
+                f"{type(self).__name__}.score has shape {tuple(score.shape)}: must be"
+                f" {tuple(vision.hidden.shape[:2])}, a value for every unit row, CLS included, as `read` gives it."
+            )
+        torch._assert_async(score.isnan().any().logical_not(), f"{type(self).__name__}.score is NaN for some units")
+        kept = top_indices(score[:, first:], num_patches, vision.valid_patches) + first
         return Selection(functional.pad(kept, (num_cls, 0)))
 
 
@@ -437,6 +485,24 @@ class ChosenUnits(Budgeted):
 
     def select(self, vision: VisionOutput) -> Selection:
         return Selection(self.choose(vision, self.num_tokens(vision.shape)))
+
+
+def check_is_compressor(compressor: object) -> None:
+    """Raises ConfigError for anything else, a name above all."""
+    if not isinstance(compressor, Compressor):
+        raise ConfigError(
+            f"compressor={compressor!r}: must be an instance of vzip.Compressor, such as vzip.VisionZip(budget) or"
+            " vzip.Identity()."
+        )
+
+
+def check_budget(budget: object) -> None:
+    """Raises ConfigError unless ``budget`` is one."""
+    if not isinstance(budget, TokenBudget | FractionBudget):
+        raise ConfigError(
+            f"budget={budget!r}: must be vzip.TokenBudget(num_dominant=54, num_contextual=10), counts per crop, or"
+            " vzip.FractionBudget(0.65, 0.05), fractions kept."
+        )
 
 
 def check_count(num_tokens: int, available: int, what: Iterable[str] | str) -> None:

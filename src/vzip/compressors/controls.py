@@ -42,6 +42,7 @@ class RandomTokens(ChosenUnits):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seed(self.seed)
 
     def choose(self, vision: VisionOutput, num_tokens: int) -> Tensor:

@@ -39,6 +39,7 @@ class DivPrune(ChosenUnits):
     centered: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.centered, bool):
             raise ConfigError(f"compressor.centered={self.centered!r}: must be true or false.")
 

@@ -22,6 +22,7 @@ from .base import (
     TokenBudget,
     VisionOutput,
     VisionShape,
+    check_budget,
     check_count,
     check_seed,
 )
@@ -55,6 +56,7 @@ class VisionZip(Compressor):
     """
 
     uses_valid: ClassVar[bool] = True
+    splits_budget: ClassVar[bool] = True
 
     budget: TokenBudget | FractionBudget
     merge_rule: MergeRule = "sum"
@@ -65,6 +67,7 @@ class VisionZip(Compressor):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_budget(self.budget)
         _check_choice("merge_rule", self.merge_rule, MERGE_RULES)
         _check_choice("score", self.score, SCORES)
         _check_choice("targets", self.targets, TARGETS)

@@ -42,6 +42,7 @@ class VScan(Budgeted):
     window: int = 6
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         Signal("attention", self.local_layer)
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
             raise ConfigError(f"compressor.window={self.window!r}: must be a whole number of patches, 1 or more.")

@@ -140,6 +140,7 @@ def _check_option(override: Override, directory: Path) -> list[str]:
     return [
         f"{group}={name}: no such option{nearest(name, allowed)}. Available options in '{group}':\n"
         + "\n".join(f"       {option}" for option in allowed)
+        + ("\nOr counts of your own: budget.num_dominant=D budget.num_contextual=C." if group == "budget" else "")
         for name in names
         if name not in allowed and not isinstance(value, dict)
     ]

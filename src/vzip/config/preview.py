@@ -79,7 +79,10 @@ def _method(plan: EvaluationPlan) -> str:
     label, budget = methods_label(config, config_dir()), config["budget"]
     if budget["num_dominant"] is None:
         return f"{label}, every visual token{'' if plan.pruner is None else ' enters the language model'}"
-    return f"{label}, {budget['num_dominant']} dominant + {budget['num_contextual']} contextual tokens a crop"
+    if plan.compressor.splits_budget:
+        return f"{label}, {budget['num_dominant']} dominant + {budget['num_contextual']} contextual tokens a crop"
+    number = budget["num_dominant"] + budget["num_contextual"]
+    return f"{label}, {number} tokens a crop{', over the whole image' if plan.compressor.scope == 'image' else ''}"
 
 
 def _count(task: str, limit: int | None) -> str:

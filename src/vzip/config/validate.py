@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vzip.config import schema
+from vzip.config.options import config_dir, option_values, options
 from vzip.errors import ConfigError, VzipError, nearest
 
 MISSING = "???"
@@ -112,13 +113,14 @@ def _check_compressor(compressor: Mapping[str, Any], budget: Mapping[str, Any]) 
     target = compressor.get("_target_")
     if not isinstance(target, str):
         return [f"compressor={show(name)}: the file must name its class in _target_, as vzip.VisionZip."]
-    problems = _check_arguments("compressor", target, compressor)
+    problems = _check_arguments("compressor", target, compressor) or check_name("compressor", compressor)
     counts = (budget.get("num_dominant"), budget.get("num_contextual"))
     if "budget" not in compressor:
         if any(count is not None for count in counts):
             problems.append(
                 f"compressor={name} keeps every visual token, but budget={budget.get('name')} asks for"
-                f" {show(counts[0])} dominant + {show(counts[1])} contextual: set budget=full, or choose a compressor."
+                f" {show(counts[0])} dominant + {show(counts[1])} contextual: set budget=full, or choose a compressor"
+                " (one whose file has a budget, as configs/compressor/visionzip.yaml)."
             )
     elif any(count is None for count in counts):
         problems.append(
@@ -126,6 +128,23 @@ def _check_compressor(compressor: Mapping[str, Any], budget: Mapping[str, Any]) 
             " another), or compressor=none for a run without compression."
         )
     return problems or _check_construction(compressor, counts)
+
+
+def check_name(group: str, method: Mapping[str, Any]) -> list[str]:
+    """Records and run directories are told apart by a method's ``name``, which must be that of its own file."""
+    name, known = method.get("name"), options(config_dir(), group)
+    if name is None:
+        return [f"{group}.name: missing; a file in configs/{group} begins with its own name."]
+    if name not in known:
+        hint = nearest(str(name), known)
+        return [f"{group}.name={show(name)}: must be the name of its file in configs/{group}{hint}."]
+    of_file = option_values(config_dir(), group, name).get("_target_")
+    if of_file == method.get("_target_"):
+        return []
+    return [
+        f"{group}.name={name}: is that of configs/{group}/{name}.yaml, whose _target_ is {of_file} and not"
+        f" {method.get('_target_')}; a file's name and its `name` must be the same."
+    ]
 
 
 def _check_construction(compressor: Mapping[str, Any], counts: tuple[Any, Any]) -> list[str]:
@@ -187,7 +206,7 @@ def _check_pruner(model: Mapping[str, Any], pruner: Any) -> list[str]:
     if "_target_" not in pruner:
         extra = [key for key in pruner if key != "name"]
         return [f"pruner.{key}: pruner={pruner.get('name')} has no settings; add pruner=fastv." for key in extra]
-    if problems := _check_arguments("pruner", pruner["_target_"], pruner):
+    if problems := _check_arguments("pruner", pruner["_target_"], pruner) or check_name("pruner", pruner):
         return problems
     try:
         built = build_pruner(pruner)

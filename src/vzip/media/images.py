@@ -57,7 +57,7 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
         raise ImageError(f"{source}: images are read from files; download it first and give the path.")
     path = Path(source).expanduser()
     if not path.is_file():
-        raise ImageError(f"{path}: {'is a directory, not a file' if path.is_dir() else 'no such picture file'}.")
+        raise ImageError(f"{path}: {'is a directory, not a file' if path.is_dir() else 'no such image file'}.")
     with _named_errors(str(path)), warnings.catch_warnings():
         if path.stat().st_size == 0:
             raise ImageError(f"{path}: the file is empty (0 bytes).")

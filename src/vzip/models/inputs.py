@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +87,12 @@ class InputBuilder:
             UnsupportedModelError: videos for a model without a video tower.
         """
         tokenizer = self._need_processor("build_inputs").tokenizer
+        for name, each in (("images", images), ("videos", videos)):
+            if isinstance(texts, str) or any(isinstance(own, Image.Image | str | Path) for own in each or ()):
+                raise PromptError(
+                    f"build_inputs(texts, {name}): texts is a list of prompts, {name} a list with a list for each"
+                    f" prompt: build_inputs([prompt], {name}=[[first, second]])."
+                )
         images = [[]] * len(texts) if images is None else images
         videos = [[]] * len(texts) if videos is None else videos
         placeholders: list[Placeholders] = [("image", self.adapter.image_token_id, images)]

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, ProcessorMixin
 
-from vzip.compressors.base import Compressor
+from vzip.compressors.base import Compressor, check_is_compressor
 from vzip.compressors.controls import Identity
 from vzip.errors import CheckpointError, ConfigError, VzipError, nearest
 from vzip.media.images import PREPROCESSES, Preprocess
@@ -97,6 +97,7 @@ def load_vlm(
     refuse_broken_packages(["torchvision", "timm"])
     source = resolve_checkpoint(name_or_path)
     compressor = Identity() if compressor is None else compressor
+    check_is_compressor(compressor)
 
     checkpoint = Checkpoint(source, revision, key="model.name_or_path")
     directory = checkpoint.directory

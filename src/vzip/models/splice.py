@@ -105,6 +105,11 @@ def plan_splice(
     Raises:
         PromptError: shapes that do not fit, or another number of placeholders than images or videos; names both.
     """
+    if not isinstance(input_ids, Tensor):
+        raise PromptError(
+            f"input_ids is a {type(input_ids).__name__}: must be a tensor [prompts, length]. What build_inputs or a"
+            " processor returns is handed on as **inputs."
+        )
     if input_ids.ndim != 2 or input_ids.is_floating_point():
         raise PromptError(
             f"input_ids is {input_ids.dtype} of shape {tuple(input_ids.shape)}: integers of shape [prompts, length] are"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from vzip.compressors.base import Compressor
+from vzip.compressors.base import Compressor, check_is_compressor
 from vzip.errors import ConfigError, PromptError, nearest
 from vzip.media.images import PREPROCESSES, Preprocess
 from vzip.media.video import DEFAULT_NUM_FRAMES, check_num_frames
@@ -100,11 +100,7 @@ class CompressedVlm(InputBuilder, nn.Module):
 
     @compressor.setter
     def compressor(self, compressor: Compressor) -> None:
-        if not isinstance(compressor, Compressor):
-            raise ConfigError(
-                f"compressor={compressor!r}: must be an instance of vzip.Compressor, such as vzip.VisionZip(budget) or"
-                " vzip.Identity()."
-            )
+        check_is_compressor(compressor)
         self.adapter.check_compressor(compressor)
         self._compressor = compressor
 

@@ -332,6 +332,11 @@ class _Forward:
         num_new = 0 if cut.new_rows is None else len(cut.new_rows)
         if len(index) == 0 or index[-1] != len(real) - 1 or index.min() < -num_new or index.max() >= len(real):
             raise PruningError(f"{pruner}: of {len(real)} tokens {index.tolist()} were chosen; the last must stay last")
+        text_left = int((visual[index[index >= 0]] == TEXT).sum())
+        if text_left != len(state.text):
+            raise PruningError(
+                f"{pruner}: keeps {text_left} of {len(state.text)} tokens of text; a pruner drops visual tokens alone"
+            )
         if num_new and (cut.positions != "repacked" or cut.new_visual_index is None):
             raise PruningError(f"{pruner}: new rows need positions='repacked' and a new_visual_index")
         if cut.positions == "original" and torch.equal(index, torch.arange(len(real))):

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vzip.bench.forecast import Assumptions, Gpu, ModelWork, gpus, question_seconds, sample_seconds
+from vzip.config.validate import build_pruner
 from vzip.data.manifest import load_manifest, manifest_folder
 from vzip.errors import ConfigError, ManifestError, nearest
 from vzip.evaluation.answering.batching import AUTO
@@ -157,7 +158,7 @@ def model_work(config: Mapping[str, Any]) -> ModelWork:
     from vzip.models.load import DTYPES
 
     model, compressor = {**config["model"], "projector": None}, config["compressor"]
-    key = json.dumps([model, compressor], sort_keys=True, default=str)
+    key = json.dumps([model, compressor, config["pruner"]], sort_keys=True, default=str)
     if key not in _WORK:
         shape = model_shape(model, compressor)
         vlm = shape.on_meta_device(DTYPES["float16"])  # type: ignore[arg-type]  # a dtype, not "auto"
@@ -165,7 +166,10 @@ def model_work(config: Mapping[str, Any]) -> ModelWork:
         num_visual = num_visual_tokens(vlm, model["num_frames"])
         weights = sum(p.numel() * p.element_size() for p in vlm.adapter.language_model.parameters())
         text = vlm.model.config.get_text_config()
-        _WORK[key] = ModelWork(text, _vision_operations(vlm, images, num_visual), num_visual, weights)
+        vision = _vision_operations(vlm, images, num_visual)
+        if (pruner := build_pruner(config["pruner"])) is not None:  # what its layers attend to on average
+            num_visual = round(pruner.average(num_visual, text.num_hidden_layers) or num_visual)
+        _WORK[key] = ModelWork(text, vision, num_visual, weights)
     return _WORK[key]
 
 

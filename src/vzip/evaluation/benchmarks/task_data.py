@@ -23,10 +23,19 @@ _LOGIN = (
     "lmms-eval asks the hub for it under a user's name. Run `hf auth login`, or set HF_TOKEN; any account's token will"
     " do for the public data sets."
 )
-_OFFLINE = (
-    "If the data is in the local cache already, set HF_HUB_OFFLINE=1 (and HF_HOME, if the cache is elsewhere); else"
-    " fetch it where there is a network, with `python -m vzip prefetch`."
-)
+_FETCH = "fetch it where there is a network, with `python -m vzip prefetch`."
+
+
+def _offline() -> str:
+    """What to do without a network."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return f"HF_HUB_OFFLINE=1 is set and the data is not in this cache (HF_HOME names another): {_FETCH}"
+    return (
+        "If the data is in the local cache already, set HF_HUB_OFFLINE=1 (and HF_HOME, if the cache is elsewhere); else"
+        f" {_FETCH}"
+    )
 
 
 def check_data(manager: TaskManager, tasks: Sequence[str]) -> None:
@@ -49,7 +58,7 @@ def check_data(manager: TaskManager, tasks: Sequence[str]) -> None:
     except (HttpError, OSError) as error:
         raise ManifestError(
             f"task {name}: its data set {path} is on the hub, which cannot be reached"
-            f" ({_first_line(error)}). {_OFFLINE}"
+            f" ({_first_line(error)}). {_offline()}"
         ) from error
     wanting = [name for name, config in remote if (config.get("dataset_kwargs") or {}).get("token") is True]
     if wanting and get_token() is None:
@@ -74,7 +83,7 @@ def naming_data_errors(tasks: Sequence[str]) -> Iterator[None]:
         raise ManifestError(f"the data of {', '.join(tasks)} is on the hub, and {_LOGIN}") from error
     except (ConnectionError, HttpError, DatasetsError) as error:
         raise ManifestError(
-            f"the data of {', '.join(tasks)} cannot be had: {_first_line(error)}. {_OFFLINE}"
+            f"the data of {', '.join(tasks)} cannot be had: {_first_line(error)}. {_offline()}"
         ) from error
 
 

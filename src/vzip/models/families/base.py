@@ -223,7 +223,12 @@ class Adapter(ABC):
         given = {name: value for name, value in processor_outputs.items() if value is not None}
         if "pixel_values_videos" in given and not self.has_video:
             raise self._no_video()
-        for name in given:
+        for name, value in given.items():
+            if name in self.input_names and not isinstance(value, Tensor):
+                raise PromptError(
+                    f"{name} is a {type(value).__name__}: must be a tensor, as preprocess_images and the checkpoint's"
+                    " processor make of images."
+                )
             if name not in self.input_names:
                 raise PromptError(
                     f"{name}: no input of {type(self.model).__name__}{nearest(name, self.input_names)}; its processor"

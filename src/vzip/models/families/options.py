@@ -38,18 +38,19 @@ def check_fit(compressor: Compressor, geometry: TowerGeometry, options: FamilyOp
     """Raises ConfigError if the compressor does not fit the vision tower or the family's options."""
     compressor.num_tokens(geometry.shape(options.drop_cls))
     for signal in compressor.reads():
-        check_layer(signal, geometry.num_layers)
+        keys = [name for name, value in vars(compressor).items() if value == signal.layer and name.endswith("layer")]
+        check_layer(signal, geometry.num_layers, keys[0] if keys else "the method's own layer")
     check_drop_padding(compressor, options.drop_padding)
 
 
-def check_layer(signal: Signal, num_layers: int) -> None:
+def check_layer(signal: Signal, num_layers: int, key: str) -> None:
     """Raises ConfigError if the tower has no such layer, or no attention at it."""
     layer, lowest = signal.layer, 0 if signal.name == "hidden" else 1
     if layer is None or lowest <= layer <= num_layers or -num_layers <= layer <= -1:
         return
     raise ConfigError(
-        f"layer {layer} for the signal {signal.name} (compressor.score_layer, or the method's own key): the vision"
-        f" tower has {num_layers} layers, so {lowest} to {num_layers} or {-num_layers} to -1 (the last) are allowed, or"
+        f"compressor.{key}={layer}, where the signal {signal.name} is read: the vision tower has {num_layers} layers,"
+        f" so {lowest} to {num_layers} or {-num_layers} to -1 (the last) are allowed, or"
         " null for the layer whose output the model uses."
     )
 
