@@ -48,7 +48,8 @@ class OneOf:
 @pytest.fixture
 def vlm(monkeypatch: pytest.MonkeyPatch) -> Any:
     # Hugging Face's norms compute in torch.float32 whatever the model is in; here that name means float64 too.
-    monkeypatch.setattr(torch, "float32", torch.float64)
+    for name in ("float32", "float"):
+        monkeypatch.setattr(torch, name, torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # and so does its loss
     vlm = load_model()
     choose_trainable(vlm, SETTINGS, in_float32=False)
