@@ -199,14 +199,14 @@ class Collator:
             encoded = encode(pieces, self.processor.tokenizer, self.image_token_id, self.video_token_id)
         except PromptError as error:
             raise PromptError(f"sample {sample.id}: {error}") from error
-        for name, thing, num_placeholders, files in (
-            ("image", "picture", encoded.num_images, sample.images),
-            ("video", "video", encoded.num_videos, sample.videos),
+        for name, num_placeholders, files in (
+            ("image", encoded.num_images, sample.images),
+            ("video", encoded.num_videos, sample.videos),
         ):
             if num_placeholders != len(files):
                 raise PromptError(
-                    f"sample {sample.id}: {num_placeholders} <{name}> placeholders but {len(files)} {thing}s; each"
-                    f" {thing} needs one."
+                    f"sample {sample.id}: {num_placeholders} <{name}> placeholders but {len(files)} {name}s; each"
+                    f" {name} needs one."
                 )
         return encoded
 

@@ -141,12 +141,11 @@ def encode_prompts(tokenizer: Any, texts: Sequence[str], placeholders: Sequence[
 
 
 def _check_counts(name: str, token_id: int, rows: list[list[int]], per_prompt: Sequence[Sequence[object]]) -> None:
-    things = {"image": "picture", "video": "video"}[name]
     if len(rows) != len(per_prompt):
-        raise PromptError(f"{len(rows)} prompts but {len(per_prompt)} lists of {things}s: one list a prompt is needed.")
+        raise PromptError(f"{len(rows)} prompts but {len(per_prompt)} lists of {name}s: one list a prompt is needed.")
     for number, (row, own) in enumerate(zip(rows, per_prompt, strict=True)):
         if row.count(token_id) != len(own):
             raise PromptError(
-                f"Prompt {number} holds {row.count(token_id)} <{name}> placeholders but {len(own)} {things}s were given"
-                f" for it: write <{name}> once for each {things}."
+                f"Prompt {number} holds {row.count(token_id)} <{name}> placeholders but {len(own)} {name}s were given"
+                f" for it: write <{name}> once for each {name}."
             )

@@ -109,7 +109,7 @@ class AnswerLoss(nn.Module):
         blank: list[Tensor] = []
         if batch.picture_of:
             images = self.vlm.encode_images(**batch.pictures)
-            self._check_counts("picture", images, batch.num_visual_tokens)
+            self._check_counts("image", images, batch.num_visual_tokens)
         elif "picture" in self.blank:
             blank += self.vlm.encode_images(**self.blank["picture"])
         if batch.video_of:

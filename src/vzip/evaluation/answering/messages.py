@@ -53,9 +53,9 @@ def read_messages(
 def _refuse_placeholders(text: str, task: str, doc_id: int, placeholders: Mapping[str, str]) -> None:
     for kind, token in placeholders.items():
         if token in text:
-            thing = "picture" if kind == "image" else "video"
+            article = "an" if kind == "image" else "a"
             raise PromptError(
-                f"task {task}, question {doc_id}: its text contains {token!r}, which marks where a {thing} goes."
+                f"task {task}, question {doc_id}: its text contains {token!r}, which marks where {article} {kind} goes."
                 " Images and videos come from doc_to_visual; take the marker out in doc_to_text."
             )
 

@@ -14,7 +14,6 @@ from vzip.errors import ConfigError, PromptError
 from ..families import Adapter
 
 Medium = Literal["image", "video"]
-THINGS: dict[Medium, str] = {"image": "picture", "video": "video"}
 # In place of a placeholder that the model itself wrote: equal to no token, so it is never taken for an image.
 _NOT_SHOWN = -1
 # In place of a token of the first image or video of the dialogue; of the next, the number below, and so on. So two
@@ -74,9 +73,10 @@ class ChatLayout:
             raise PromptError("The question is empty: ask something; images alone are no turn.")
         for medium, (_, text) in self.placeholders.items():
             if text in question:
+                article = "an" if medium == "image" else "a"
                 raise PromptError(
-                    f"The question holds {text!r}, which marks where a {THINGS[medium]} goes: leave it out and give the"
-                    f" {THINGS[medium]} in {medium}s= or add_{medium}."
+                    f"The question holds {text!r}, which marks where {article} {medium} goes: leave it out and give"
+                    f" the {medium} in {medium}s= or add_{medium}."
                 )
 
     def lay_out(self, messages: Sequence[dict[str, Any]], visuals: Sequence[EncodedVisual]) -> list[int]:
@@ -96,7 +96,7 @@ class ChatLayout:
             if ids.count(token) != len(own):
                 raise PromptError(
                     f"The chat template wrote {ids.count(token)} {written} placeholders for {len(own)}"
-                    f" {THINGS[medium]}s: it must write one for each content item of type {medium}."
+                    f" {medium}s: it must write one for each content item of type {medium}."
                 )
             shown[token] = iter(own)
         laid_out: list[int] = []
