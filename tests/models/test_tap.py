@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
-from vzip.compressors.base import SCORES, SIGNALS, Signal
+from vzip.compressors.vision import SCORES, SIGNALS, Signal
 from vzip.errors import PromptError, UnsupportedModelError
 from vzip.models.towers.structure import check_select_layer, find_tower, geometry_from_config
 from vzip.models.towers.tap import run_tower

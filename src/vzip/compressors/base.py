@@ -10,55 +10,19 @@ Shapes: N crops (or images, see ``Compressor.scope``), U unit rows, P patches, K
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from vzip.errors import ConfigError, nearest
+from vzip.errors import ConfigError
 from vzip.ops.merge import MERGE_RULES, MergeRule, combine_rows
-from vzip.ops.select import gather_rows, top_indices
+from vzip.ops.select import dominant_rows, gather_rows
 
-# What a method may read, by name. A score has one value a unit, higher is more important; the others have a row a unit.
-SCORES = ("attention", "received_attention", "key_norms")
-SIGNALS = (*SCORES, "keys", "hidden", "projected")
-
-
-@dataclass(frozen=True)
-class Signal:
-    """Something that the vision tower's run records for a method.
-
-    Attributes:
-        name: ``attention`` (with CLS: the CLS query's softmax row over the patches, summed over heads; without: the
-            mean attention that each patch receives), ``received_attention`` (that mean, whether there is a CLS or not),
-            ``key_norms`` (norm of the unscaled key, mean over heads), ``keys`` (the unscaled keys, mean over heads),
-            ``hidden`` (the tower's rows) or ``projected`` (the projector's output for the tower's rows).
-        layer: where it is read, an index into the tower's hidden states (-2: the second-last layer); None: the select
-            layer, whose output the model uses.
-
-    Raises:
-        ConfigError: an unknown name, a layer that is no whole number, or a layer for ``projected``, which has none.
-    """
-
-    name: str
-    layer: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.name not in SIGNALS:
-            raise ConfigError(
-                f"signal {self.name!r}: must be one of {', '.join(SIGNALS)}{nearest(str(self.name), SIGNALS)}."
-            )
-        if self.layer is not None and (isinstance(self.layer, bool) or not isinstance(self.layer, int)):
-            raise ConfigError(
-                f"layer {self.layer!r} of signal {self.name}: must be a whole number, the index of a layer as in the"
-                " tower's hidden states (-2: the second-last layer), or null for the select layer."
-            )
-        if self.name == "projected" and self.layer is not None:
-            raise ConfigError(f"layer {self.layer} of signal projected: the projector reads the select layer alone.")
+from .vision import Signal, VisionOutput, VisionShape
 
 
 @dataclass(frozen=True)
@@ -129,122 +93,6 @@ class FractionBudget:
         num_dominant = int(self.dominant * num_patches)
         num_contextual = max(int(self.contextual * num_patches), 1) if self.contextual else 0
         return TokenBudget(num_dominant if num_dominant or num_contextual else 1, num_contextual)
-
-
-@dataclass(frozen=True)
-class VisionShape:
-    """What is known of an image (or a video) before anything is run: all that decides how many tokens it becomes.
-
-    Attributes:
-        kind: ``image`` or ``video``.
-        num_crops: inputs of the vision tower: a base crop and tiles, or frames.
-        grid: (rows, cols) of the patches of a crop.
-        has_cls: whether the first unit of a crop is a CLS token.
-        num_vanilla: visual tokens of the unmodified model for the whole of it.
-        num_added: tokens that the family adds to the compressed ones (newlines), for the whole of it.
-        num_placeholders: placeholders that the processor of the checkpoint writes for it; None: ``num_vanilla``.
-    """
-
-    kind: Literal["image", "video"]
-    num_crops: int
-    grid: tuple[int, int]
-    has_cls: bool
-    num_vanilla: int
-    num_added: int = 0
-    num_placeholders: int | None = None
-
-    @property
-    def num_patches(self) -> int:
-        """P, of a crop."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def num_units(self) -> int:
-        """U, of a crop."""
-        return self.num_patches + int(self.has_cls)
-
-
-@dataclass(frozen=True)
-class VisionOutput:
-    """What the vision tower produced for N crops, at the select layer; methods ask ``read``.
-
-    Attributes:
-        hidden: ``[N, U, D]``, all rows of the tower, CLS first where there is one.
-        has_cls: whether row 0 is a CLS token.
-        grid: (rows, cols) of the patches; rows * cols = P = U - has_cls.
-        attention: ``[N, P]`` float32 or float64, the signal of that name at the select layer, or None if not recorded.
-        keys: ``[N, U, d]``, likewise.
-        stock_offset: first row the unmodified model passes to its projector (1: row 0 is dropped; 0: all are used).
-            None stands for "CLS is dropped". A checkpoint's ``vision_feature_select_strategy`` decides it.
-        signals: what else was recorded: scores ``[N, P]``, rows ``[N, U, ...]``.
-        valid: bool ``[N, U]``, False for units that show nothing (padding, newlines): kept only where there are not
-            enough others. None: all are.
-        project: the projector, rows ``[N, U, D]`` -> ``[N, U, E]``; None where there is none, or rows are projected.
-        whole: the image's shape where the N are whole images (``Compressor.scope``); None for crops.
-    """
-
-    hidden: Tensor
-    has_cls: bool
-    grid: tuple[int, int]
-    attention: Tensor | None = None
-    keys: Tensor | None = None
-    stock_offset: int | None = None
-    signals: Mapping[Signal, Tensor] = field(default_factory=dict)
-    valid: Tensor | None = None
-    project: Callable[[Tensor], Tensor] | None = None
-    whole: VisionShape | None = None
-
-    @property
-    def num_rows(self) -> int:
-        """U, CLS included."""
-        return self.hidden.shape[1]
-
-    @property
-    def num_patches(self) -> int:
-        """P."""
-        return self.hidden.shape[1] - int(self.has_cls)
-
-    @property
-    def first_stock_row(self) -> int:
-        """First row of ``hidden`` that the unmodified model uses."""
-        return int(self.has_cls) if self.stock_offset is None else self.stock_offset
-
-    @property
-    def shape(self) -> VisionShape:
-        """Of one of the N: of the whole image, or of a crop taken by itself."""
-        if self.whole is not None:
-            return self.whole
-        return VisionShape("image", 1, self.grid, self.has_cls, self.num_rows - self.first_stock_row)
-
-    def read(self, signal: Signal) -> Tensor:
-        """A signal by unit rows: a score ``[N, U]``, anything else ``[N, U, width]``.
-
-        A score's value for CLS, which is scored by nothing, is 0. ``projected`` runs the projector.
-
-        Raises:
-            ValueError: it was not recorded.
-        """
-        if signal == Signal("hidden"):
-            return self.hidden
-        if signal.name == "projected":
-            return self.hidden if self.project is None else self.project(self.hidden)
-        recorded = dict(self.signals)
-        for name, value in (("attention", self.attention), ("keys", self.keys)):
-            if value is not None:
-                recorded[Signal(name)] = value
-        if signal not in recorded:
-            raise ValueError(f"{signal} was not recorded: name it in the compressor's `reads`.")
-        value = recorded[signal]
-        return functional.pad(value, (int(self.has_cls), 0)) if signal.name in SCORES else value
-
-    def read_patches(self, signal: Signal) -> Tensor:
-        """The same without CLS: ``[N, P]`` or ``[N, P, width]``."""
-        return self.read(signal)[:, int(self.has_cls) :]
-
-    @property
-    def valid_patches(self) -> Tensor | None:
-        """``valid`` without CLS: ``[N, P]``."""
-        return None if self.valid is None else self.valid[:, int(self.has_cls) :]
 
 
 @dataclass(frozen=True)
@@ -461,9 +309,6 @@ class TopScores(Budgeted):
         """``[N, U]``, higher is kept; CLS's own value is not looked at."""
 
     def select(self, vision: VisionOutput) -> Selection:
-        first = int(vision.has_cls)
-        num_cls = int(vision.has_cls and self.keeps_cls)
-        num_patches = self.num_tokens(vision.shape) - num_cls
         score = self.score(vision)
         if score.shape != vision.hidden.shape[:2]:
             raise ValueError(
@@ -471,8 +316,10 @@ class TopScores(Budgeted):
                 f" {tuple(vision.hidden.shape[:2])}, a value for every unit row, CLS included, as `read` gives it."
             )
         torch._assert_async(score.isnan().any().logical_not(), f"{type(self).__name__}.score is NaN for some units")
-        kept = top_indices(score[:, first:], num_patches, vision.valid_patches) + first
-        return Selection(functional.pad(kept, (num_cls, 0)))
+        keeps_cls = vision.has_cls and self.keeps_cls
+        of_patches = score[:, int(vision.has_cls) :]
+        kept = dominant_rows(of_patches, self.num_tokens(vision.shape), keeps_cls, vision.valid_patches)
+        return Selection(kept + int(vision.has_cls and not keeps_cls))
 
 
 @dataclass(frozen=True)

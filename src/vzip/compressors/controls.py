@@ -12,7 +12,8 @@ from torch.nn import functional
 from vzip.ops.merge import assign_to_targets, target_positions
 from vzip.ops.select import random_indices, uniform_indices
 
-from .base import Budgeted, ChosenUnits, Compressor, Selection, Signal, TopScores, VisionOutput, VisionShape, check_seed
+from .base import Budgeted, ChosenUnits, Compressor, Selection, TopScores, check_seed
+from .vision import Signal, VisionOutput, VisionShape
 
 
 @dataclass(frozen=True)

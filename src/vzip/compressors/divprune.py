@@ -13,7 +13,8 @@ from vzip.errors import ConfigError
 from vzip.ops.attention import at_least_float32
 from vzip.ops.select import gather_rows
 
-from .base import ChosenUnits, Signal, VisionOutput
+from .base import ChosenUnits
+from .vision import Signal, VisionOutput
 
 
 @dataclass(frozen=True)

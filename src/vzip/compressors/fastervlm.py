@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Signal, TopScores, VisionOutput
+from .base import TopScores
+from .vision import Signal, VisionOutput
 
 
 @dataclass(frozen=True)

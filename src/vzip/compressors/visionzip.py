@@ -13,19 +13,8 @@ from vzip.errors import ConfigError, nearest
 from vzip.ops.merge import MERGE_RULES, MergeRule, assign_to_targets, target_positions
 from vzip.ops.select import dominant_rows, gather_rows, random_indices, remaining_rows
 
-from .base import (
-    SCORES,
-    Compressor,
-    FractionBudget,
-    Selection,
-    Signal,
-    TokenBudget,
-    VisionOutput,
-    VisionShape,
-    check_budget,
-    check_count,
-    check_seed,
-)
+from .base import Compressor, FractionBudget, Selection, TokenBudget, check_budget, check_count, check_seed
+from .vision import SCORES, Signal, VisionOutput, VisionShape
 
 TARGETS = ("uniform", "random")
 

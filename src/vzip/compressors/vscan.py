@@ -14,7 +14,8 @@ from vzip.ops.attention import at_least_float32
 from vzip.ops.merge import MergeRule
 from vzip.ops.select import gather_rows, top_indices
 
-from .base import Budgeted, Selection, Signal, VisionOutput
+from .base import Budgeted, Selection
+from .vision import Signal, VisionOutput
 
 
 @dataclass(frozen=True)

@@ -105,11 +105,13 @@ def _total(plan: EvaluationPlan) -> str:
 def visual_tokens(plan: EvaluationPlan) -> str:
     """Visual tokens of an image (and a video) beside what the unmodified model has, as far as they are known now."""
     compressor = plan.compressor
-    budget = getattr(compressor, "budget", None)
     shape = _shape(plan.model)
     if shape is None:
-        kept = "all" if compressor.is_vanilla or budget is None else budget.num_tokens
-        return f"{kept} of each crop; how many there are, its config.json will say"
+        from vzip.compressors import TokenBudget
+
+        budget = getattr(compressor, "budget", None)  # a method need have none
+        number = budget.num_tokens if isinstance(budget, TokenBudget) else "all" if compressor.is_vanilla else "some"
+        return f"{number} of each crop; how many there are, its config.json will say"
     from vzip.models.families import adapter_class_for_config
 
     adapter = adapter_class_for_config(shape.config)

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel
 
-from vzip.compressors.base import Compressor, Signal, VisionOutput, VisionShape
+from vzip.compressors.base import Compressor
+from vzip.compressors.vision import Signal, VisionOutput, VisionShape
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError, nearest
 from vzip.media.images import Preprocess, prepare_pictures
 from vzip.media.video import VideoSource
@@ -260,8 +261,8 @@ class Adapter(ABC):
         """Bool ``[crops, U]`` of the images: False for units that show mere padding. None: all show something."""
         return None
 
-    def whole_index(self, visual: VisualInputs, number: int) -> Tensor | None:
-        """How the unmodified model packs an image: int64 ``[T]`` on the CPU, rows of its crops one after the other.
+    def whole_index(self, shape: VisionShape) -> Tensor | None:
+        """How the unmodified model packs an image (or a video): int64 ``[T]`` on the CPU, rows of its crops in turn.
 
         -1 stands for a newline. None: all rows in their order.
         """
@@ -271,12 +272,11 @@ class Adapter(ABC):
         """The newline token ``[d_text]``, in the type and on the device of ``like``; of families that have one."""
         raise NotImplementedError
 
-    def pack(self, visual: VisualInputs, number: int, tokens: Tensor, kept: Tensor) -> Tensor:
-        """Joins the compressed crops of an image into one sequence.
+    def pack(self, shape: VisionShape, tokens: Tensor, kept: Tensor) -> Tensor:
+        """Joins the compressed crops of an image (or a video) into one sequence.
 
         Args:
-            visual: the batch.
-            number: of the image.
+            shape: of the image, from ``read_inputs``.
             tokens: projected, ``[num_crops, K, d_text]``.
             kept: int64 ``[num_crops, num_kept]``, the units that the first ``num_kept`` tokens are.
 
@@ -358,19 +358,14 @@ class Adapter(ABC):
         tokens: list[Tensor] = []
         if visual.images:
             vision = self.image_output(visual, compressor.reads(), run, stage)
-            tokens += self._tokens(vision, visual, visual.images, compressor, stage)
+            tokens += self._tokens(vision, visual.images, compressor, stage)
         if visual.videos:
             vision = self.video_output(visual, compressor.reads(), run, stage)
-            tokens += self._tokens(vision, visual, visual.videos, compressor, stage)
+            tokens += self._tokens(vision, visual.videos, compressor, stage)
         return tokens
 
     def _tokens(
-        self,
-        vision: VisionOutput,
-        visual: VisualInputs,
-        shapes: Sequence[VisionShape],
-        compressor: Compressor,
-        stage: Stage,
+        self, vision: VisionOutput, shapes: Sequence[VisionShape], compressor: Compressor, stage: Stage
     ) -> list[Tensor]:
         num_crops = [shape.num_crops for shape in shapes]
         if compressor.scope == "image":
@@ -380,12 +375,11 @@ class Adapter(ABC):
             ends = list(itertools.accumulate(num_crops))
             wholes = []
             with stage("splice"):
-                for number, (shape, end) in enumerate(zip(shapes, ends, strict=True)):
+                for shape, end in zip(shapes, ends, strict=True):
                     own = slice(end - shape.num_crops, end)
-                    index = self.whole_index(visual, number) if shape.kind == "image" else None
-                    wholes.append(self._whole(vision, rows, own, shape, index))
-            if compressor.is_vanilla:  # nothing is selected, so there is nothing to time
-                return [compressor(whole).tokens[0] for whole in wholes]
+                    wholes.append(self._whole(vision, rows, own, shape, self.whole_index(shape)))
+            if compressor.is_vanilla:  # nothing is selected: what is packed is what the unmodified model gets
+                return [whole.hidden[0] for whole in wholes]
             with stage("selection"):
                 return [compressor(whole).tokens[0] for whole in wholes]
         with stage("selection"):
@@ -396,9 +390,7 @@ class Adapter(ABC):
                 tokens = self.projector(tokens)
         parts = zip(tokens.split(num_crops), compressed.source_index.split(num_crops), strict=True)
         with stage("splice"):
-            if shapes[0].kind == "video":
-                return [own.flatten(0, 1) for own, _kept in parts]
-            return [self.pack(visual, number, own, kept) for number, (own, kept) in enumerate(parts)]
+            return [self.pack(shape, *part) for shape, part in zip(shapes, parts, strict=True)]
 
     def _whole(
         self, vision: VisionOutput, rows: Tensor, own: slice, shape: VisionShape, index: Tensor | None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vzip.compressors.base import Compressor, Signal
+from vzip.compressors.base import Compressor
+from vzip.compressors.vision import Signal
 from vzip.errors import ConfigError
 
 from ..towers.structure import TowerGeometry

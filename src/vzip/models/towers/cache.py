@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vzip.compressors.base import Signal, VisionOutput
+from vzip.compressors.vision import Signal, VisionOutput
 from vzip.errors import ConfigError
 
 BYTES_PER_GIB = 1024**3

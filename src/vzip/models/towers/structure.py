@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
 
-from vzip.compressors.base import VisionShape
+from vzip.compressors.vision import VisionShape
 from vzip.errors import PromptError, UnsupportedModelError, nearest
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vzip.compressors.base import Signal, VisionOutput
+from vzip.compressors.vision import Signal, VisionOutput
 from vzip.errors import UnsupportedModelError
 from vzip.ops.attention import cls_attention, key_norms, mean_keys, received_attention
 

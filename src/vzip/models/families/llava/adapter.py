@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from vzip.compressors.base import VisionShape
+from vzip.compressors.vision import VisionShape
 
 from ..base import VisualInputs, check_pixel_values
 from ..llava_base import LlavaBase

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlavaNextForConditionalGeneration
 
-from vzip.compressors.base import VisionShape
+from vzip.compressors.vision import VisionShape
 from vzip.errors import PromptError, UnsupportedModelError
 from vzip.media.images import Preprocess
 from vzip.models.families.llava_next.anyres import hf_grid, placement, prepare_crops
@@ -27,6 +28,19 @@ from ..base import VisualInputs, check_pixel_values
 from ..llava_base import LlavaBase
 
 Grid = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledShape(VisionShape):
+    """An image's shape and how it was cut, read from its tensors once.
+
+    Attributes:
+        size: original (height, width) in pixels.
+        tiles: (rows, cols) of tiles beside the base crop.
+    """
+
+    size: Grid
+    tiles: Grid
 
 
 class LlavaNextAdapter(LlavaBase):
@@ -69,8 +83,10 @@ class LlavaNextAdapter(LlavaBase):
     def image_shapes(self, tensors: Mapping[str, Tensor]) -> list[VisionShape]:
         if "pixel_values" not in tensors:
             return []
-        num_images, max_crops = self._check_pixels(tensors["pixel_values"]).shape[:2]
-        geometry, shapes = self.geometry, []
+        check_pixel_values(tensors["pixel_values"], 5, "[images, max_crops, 3, height, width]")
+        num_images, max_crops = tensors["pixel_values"].shape[:2]
+        geometry = self.geometry
+        shapes: list[VisionShape] = []
         for size, grid in self._layouts(num_images, tensors.get("image_sizes"), tensors.get("tile_grids")):
             num_crops, num_vanilla = 1 + grid[0] * grid[1], self._num_vanilla(size, grid)
             num_newlines = len(self._newline_rows(size, grid))
@@ -79,7 +95,17 @@ class LlavaNextAdapter(LlavaBase):
             # Hugging Face's processor writes as many as its own rule asks for, however the image was cut.
             num_written = self._num_vanilla(size, hf_grid(*size, self.pinpoints, geometry.image_size))
             shapes.append(
-                VisionShape("image", num_crops, geometry.grid, geometry.has_cls, num_vanilla, num_newlines, num_written)
+                TiledShape(
+                    kind="image",
+                    num_crops=num_crops,
+                    grid=geometry.grid,
+                    has_cls=geometry.has_cls,
+                    num_vanilla=num_vanilla,
+                    num_added=num_newlines,
+                    num_placeholders=num_written,
+                    size=size,
+                    tiles=grid,
+                )
             )
         return shapes
 
@@ -91,34 +117,35 @@ class LlavaNextAdapter(LlavaBase):
         pixel_values = visual.tensors["pixel_values"]
         needed = [shape.num_crops for shape in visual.images]
         if pixel_values.shape[1] > 1:
-            self._check_crops(pixel_values, self._layouts_of(visual), needed)
+            self._check_crops(pixel_values, [self._layout(shape) for shape in visual.images], needed)
         return torch.cat([own[:count] for own, count in zip(pixel_values, needed, strict=True)])
 
-    def whole_index(self, visual: VisualInputs, number: int) -> Tensor | None:
+    def whole_index(self, shape: VisionShape) -> Tensor | None:
         """As Hugging Face packs: the base crop, then the tiles stitched, their padding cut off, a newline a line."""
         num_patches, (tile_rows, tile_cols) = self.geometry.num_patches, self.geometry.grid
         base = torch.arange(num_patches)
-        if visual.images[number].num_crops == 1:
+        if shape.num_crops == 1:
             return torch.cat([base, torch.tensor([-1])])
-        size, grid = self._layouts_of(visual)[number]
+        size, grid = self._layout(shape)
         tiles = num_patches + torch.arange(grid[0] * grid[1] * num_patches)
         stitched = tiles.view(*grid, tile_rows, tile_cols).transpose(1, 2).reshape(self._stitched(grid))
         rows, cols = unpadded(size, *self._stitched(grid))
         stitched = stitched[rows.start : rows.stop, cols.start : cols.stop]
         return torch.cat([base, functional.pad(stitched, (0, 1), value=-1).flatten()])
 
-    def pack(self, visual: VisualInputs, number: int, tokens: Tensor, kept: Tensor) -> Tensor:
+    def pack(self, shape: VisionShape, tokens: Tensor, kept: Tensor) -> Tensor:
         newline = self.newline(tokens)
         if len(tokens) == 1:
             return torch.cat([tokens[0], newline[None]])
-        size, grid = self._layouts_of(visual)[number]
+        size, grid = self._layout(shape)
         return torch.cat([tokens[0], self._interleave(tokens[1:], kept[1:], size, grid, newline)])
 
     def valid_units(self, visual: VisualInputs) -> Tensor | None:
         if not self.options.drop_padding:
             return None
         (tile_rows, tile_cols), masks = self.geometry.grid, []
-        for shape, (size, grid) in zip(visual.images, self._layouts_of(visual), strict=True):
+        for shape in visual.images:
+            size, grid = self._layout(shape)
             # The base crop has no padding.
             mask = torch.ones(shape.num_crops, self.geometry.num_patches, dtype=torch.bool)
             if shape.num_crops > 1:
@@ -131,13 +158,10 @@ class LlavaNextAdapter(LlavaBase):
         patches = functional.pad(torch.cat(masks), (int(self.geometry.has_cls), 0), value=True)
         return patches.to(visual.tensors["pixel_values"].device)
 
-    def _check_pixels(self, pixel_values: Tensor) -> Tensor:
-        check_pixel_values(pixel_values, 5, "[images, max_crops, 3, height, width]")
-        return pixel_values
-
-    def _layouts_of(self, visual: VisualInputs) -> list[tuple[Grid, Grid]]:
-        tensors = visual.tensors
-        return self._layouts(len(visual.images), tensors.get("image_sizes"), tensors.get("tile_grids"))
+    @staticmethod
+    def _layout(shape: VisionShape) -> tuple[Grid, Grid]:
+        assert isinstance(shape, TiledShape)
+        return shape.size, shape.tiles
 
     def _layouts(
         self, num_images: int, image_sizes: Tensor | None, tile_grids: Tensor | None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vzip.compressors.base import SCORES, Signal, VisionOutput
+from vzip.compressors.vision import SCORES, Signal, VisionOutput
 from vzip.errors import PromptError, UnsupportedModelError
 
 from ...towers.structure import TowerGeometry

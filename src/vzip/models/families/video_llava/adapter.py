@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import LlavaProcessor, VideoLlavaForConditionalGeneration
 
-from vzip.compressors.base import Signal, VisionOutput, VisionShape
+from vzip.compressors.vision import Signal, VisionOutput, VisionShape
 from vzip.errors import PromptError
 from vzip.media.images import Preprocess
 from vzip.media.video import VideoSource, prepare_videos
