@@ -155,7 +155,7 @@ import sys
 for name in ("hydra", "omegaconf", "datasets", "lmms_eval", "wandb", "deepspeed", "peft", "matplotlib"):
     sys.modules[name] = None
 import argparse
-from vzip.bench import cli
+from vzip.cli import bench as cli
 parser = argparse.ArgumentParser()
 cli.add_arguments(parser)
 sys.exit(cli.main(parser.parse_args(sys.argv[1:])))
