@@ -30,6 +30,9 @@ class MiniGeminiModel(LlavaModel):
     def low_res(self, pixel_values: Tensor) -> Tensor:
         """The image at the low-resolution tower's size, ``[B, 3, h, w]``: bilinear, as MGM's evaluation scripts."""
         side = self.config.vision_config.image_size
+        weight = next(self.vision_tower.parameters())
+        if weight.device.type != "meta":  # scaled where the tower is: another device would round differently
+            pixel_values = pixel_values.to(weight.device)
         wide = pixel_values if pixel_values.dtype == torch.float64 else pixel_values.float()
         return functional.interpolate(wide, size=(side, side), mode="bilinear", align_corners=False)
 
