@@ -29,10 +29,10 @@ def draw_kept(vlm: CompressedVlm, picture: Image.Image) -> Image.Image:
         for name, value in inputs.items()
     }
     visual = adapter.read_inputs(**moved)
-    seen = _as_picture(adapter.image_crops(visual)[0], vlm)
+    seen = _as_picture(adapter.shown(visual), vlm)
     if vlm.compressor.scope == "image":
         return seen
-    vision = adapter.image_output(visual, vlm.compressor.reads())
+    _, vision = adapter.image_outputs(visual, vlm.compressor.reads())[0]
     return draw_overlay(seen, vlm.compressor(vision), 0, vision.grid, vision.has_cls)
 
 

@@ -237,9 +237,10 @@ def _visual_tokens(method: Method, inputs: dict[str, Tensor], watch: Stopwatch |
     w = method.workload
     if w.adapter is not None:
         visual = w.adapter.read_inputs(**inputs)
-        return w.adapter.encode(
+        made = w.adapter.encode(
             visual, method.compressor, lambda _tower, pixels, *_: method.run_tower(pixels), watch.stage
         )
+        return [tokens.rows for tokens in made]
     with watch.stage("tower"):
         vision = method.run_tower(w.visuals.tower_inputs(inputs))
     if method.compressor.is_vanilla:  # a view of the tower's output: nothing to time

@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vzip.compressors import VisionShape
-from vzip.errors import ConfigError
+from vzip.errors import ConfigError, UnsupportedModelError
 from vzip.media.images import prepare_pictures
 from vzip.models.families import Adapter, LlavaNextAdapter, VideoLlavaAdapter
+from vzip.models.families.llava_base import LlavaBase
 from vzip.models.towers.structure import Tower, find_tower
 
 PICTURE_SIZE = (640, 480)
@@ -59,7 +60,7 @@ class Pictures(Visuals):
         placeholder: id of the placeholder.
     """
 
-    def __init__(self, adapter: Adapter, num_crops: int) -> None:
+    def __init__(self, adapter: LlavaBase, num_crops: int) -> None:
         super().__init__(adapter.vision_tower, num_crops)
         self.adapter = adapter
         self.stock_offset = adapter.stock_offset
@@ -144,4 +145,6 @@ def visuals_of(adapter: Adapter, num_crops: int) -> Pictures:
         return Crops(adapter, num_crops)
     if isinstance(adapter, VideoLlavaAdapter):
         return Frames(adapter, num_crops)
-    return Pictures(adapter, num_crops)
+    if isinstance(adapter, LlavaBase):
+        return Pictures(adapter, num_crops)
+    raise UnsupportedModelError(f"{adapter.model_class.__name__}: bench does not measure this family yet.")

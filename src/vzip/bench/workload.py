@@ -19,6 +19,7 @@ from vzip.bench.visuals import PICTURE_SIZE, Pictures, Visuals, visuals_of
 from vzip.compressors import Compressor, Identity
 from vzip.errors import CheckpointError, ConfigError
 from vzip.models.families import Adapter, FamilyOptions, adapter_for_model
+from vzip.models.families.llava_base import LlavaBase
 from vzip.models.families.options import check_fit
 from vzip.models.hub import Checkpoint
 from vzip.models.load import load_vlm, resolve_checkpoint
@@ -120,7 +121,7 @@ def build(settings: BenchSettings, model: BenchModel) -> Workload:
         model=hf_model,
         adapter=adapter,
         visuals=visuals,
-        select_layer=TOWER_ONLY_SELECT_LAYER if adapter is None else adapter.select_layer,
+        select_layer=adapter.select_layer if isinstance(adapter, LlavaBase) else TOWER_ONLY_SELECT_LAYER,
         compressor=settings.method(model),
         image_processor=image_processor or new_image_processor(model.config),
         pictures=pictures,

@@ -105,9 +105,8 @@ def write_overlay(vlm: CompressedVlm, folder: Path, out: Path) -> None:
     compressor = VisionZip(TokenBudget(*BUDGETS["64tok"]))
     pictures = [Image.open(folder / f"images/{index:04d}.png").convert("RGB") for index in range(OVERLAY_PICTURES)]
     with torch.inference_mode():
-        vision = vlm.adapter.image_output(
-            vlm.adapter.read_inputs(**vlm.preprocess_images(pictures)), compressor.reads()
-        )
+        visual = vlm.adapter.read_inputs(**vlm.preprocess_images(pictures))
+        ((_, vision),) = vlm.adapter.image_outputs(visual, compressor.reads())
         tokens = compressor(vision)
     panels = [draw_overlay(p, tokens, row, vision.grid, vision.has_cls) for row, p in enumerate(pictures)]
     sheet = Image.new("RGB", (panels[0].width, sum(p.height + 8 for p in panels) - 8), "white")
@@ -124,7 +123,7 @@ def main(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')}={value}: must be 1 or more")
     folder = benchmark.prepare()
     vlm = load_vlm("vzip/tiny", dtype="float32")
-    rows = settings(vlm.adapter.geometry.num_patches)
+    rows = settings(vlm.adapter.read_inputs(**vlm.adapter.blank_images(1)).images[0].num_vanilla)
     results = run_sweep(vlm, folder, rows, arguments.batch_size, arguments.limit)
     print("scoring, with 2000 bootstrap resamples a setting ...")
     scores = [score(results[row], results[rows[0]]) for row in rows]

@@ -9,10 +9,12 @@ Shapes: N crops (or images, see ``Compressor.scope``), U unit rows, P patches, K
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar, Literal
 
 import torch
@@ -58,9 +60,9 @@ class TokenBudget:
         """All visual tokens per crop."""
         return self.num_dominant + self.num_contextual
 
-    def of(self, num_patches: int) -> TokenBudget:
-        """Itself, whatever the crop."""
-        return self
+    def of(self, shape: VisionShape) -> TokenBudget:
+        """For a crop of that shape: itself, or all patches where crops vary in size and this one has no more."""
+        return self if shape.fixed or self.num_tokens < shape.num_patches else TokenBudget(shape.num_patches, 0)
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,14 @@ class FractionBudget:
                 " and at most 1, the fraction of the patches that is kept."
             )
 
-    def of(self, num_patches: int) -> TokenBudget:
-        """The counts for a crop of so many patches; one token at least."""
-        num_dominant = int(self.dominant * num_patches)
-        num_contextual = max(int(self.contextual * num_patches), 1) if self.contextual else 0
+    def of(self, shape: VisionShape) -> TokenBudget:
+        """The counts for a crop of that shape; one token at least."""
+        # Decimals as they are written: 0.35 * 180 is 62.99... in binary.
+        num_dominant, num_contextual = (
+            math.floor(Fraction(str(part)) * shape.num_patches) for part in (self.dominant, self.contextual)
+        )
+        if self.contextual:
+            num_contextual = max(num_contextual, 1)
         return TokenBudget(num_dominant if num_dominant or num_contextual else 1, num_contextual)
 
 
@@ -127,16 +133,30 @@ class CompressedTokens:
         merge_index: int64 ``[N, U]``, for each unit the contextual token (0..num_contextual-1) it was merged into,
             targets included; -1 for units that were kept or dropped. Of a method without contextual tokens, the kept
             token (0..K-1) that it was merged into.
+        place_index: int64 ``[N, K]``, the unit whose place each token takes; None: of kept units their own, and
+            contextual tokens have none.
     """
 
     tokens: Tensor
     source_index: Tensor
     merge_index: Tensor
+    place_index: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         """K, per crop."""
         return self.tokens.shape[1]
+
+    @property
+    def places(self) -> Tensor:
+        """``place_index`` of all tokens; ValueError where contextual ones have none."""
+        places = self.source_index if self.place_index is None else self.place_index
+        if places.shape != self.tokens.shape[:2]:
+            raise ValueError(
+                f"place_index is {None if self.place_index is None else tuple(self.place_index.shape)} for"
+                f" {tuple(self.tokens.shape[:2])} tokens: each token needs the unit whose place it takes."
+            )
+        return places
 
 
 class Compressor(ABC):
@@ -212,7 +232,7 @@ class Compressor(ABC):
             targets = selection.place_index[:, num_kept:]
             own = torch.arange(num_kept, selection.place_index.shape[1], device=rows.device).expand_as(targets)
             merged = (merged.scatter(1, targets, own) - num_kept).clamp(min=-1)
-        return CompressedTokens(tokens, selection.place_index[:, :num_kept], merged)
+        return CompressedTokens(tokens, selection.place_index[:, :num_kept], merged, selection.place_index)
 
     def __call__(self, vision: VisionOutput) -> CompressedTokens:
         """Compresses and checks count, type and device.
@@ -289,7 +309,7 @@ class Budgeted(Compressor):
         check_budget(self.budget)
 
     def num_tokens(self, shape: VisionShape) -> int:
-        num_tokens = self.budget.of(shape.num_patches).num_tokens
+        num_tokens = self.budget.of(shape).num_tokens
         available = shape.num_patches + int(shape.has_cls and self.keeps_cls and self.scope == "crop")
         check_count(num_tokens, available, ("budget.num_dominant", "budget.num_contextual"))
         if self.scope == "crop":

@@ -64,6 +64,7 @@ class VisionShape:
         num_vanilla: visual tokens of the unmodified model for the whole of it.
         num_added: tokens that the family adds to the compressed ones (newlines), for the whole of it.
         num_placeholders: placeholders that the processor of the checkpoint writes for it; None: ``num_vanilla``.
+        fixed: whether all crops have this grid. Otherwise a budget above what a small one has keeps all of it.
     """
 
     kind: Literal["image", "video"]
@@ -73,6 +74,7 @@ class VisionShape:
     num_vanilla: int
     num_added: int = 0
     num_placeholders: int | None = None
+    fixed: bool = True
 
     @property
     def num_patches(self) -> int:
@@ -102,6 +104,7 @@ class VisionOutput:
             enough others. None: all are.
         project: the projector, rows ``[N, U, D]`` -> ``[N, U, E]``; None where there is none, or rows are projected.
         whole: the image's shape where the N are whole images (``Compressor.scope``); None for crops.
+        fixed: as ``VisionShape.fixed``.
     """
 
     hidden: Tensor
@@ -114,6 +117,7 @@ class VisionOutput:
     valid: Tensor | None = None
     project: Callable[[Tensor], Tensor] | None = None
     whole: VisionShape | None = None
+    fixed: bool = True
 
     @property
     def num_rows(self) -> int:
@@ -135,7 +139,8 @@ class VisionOutput:
         """Of one of the N: of the whole image, or of a crop taken by itself."""
         if self.whole is not None:
             return self.whole
-        return VisionShape("image", 1, self.grid, self.has_cls, self.num_rows - self.first_stock_row)
+        num_vanilla = self.num_rows - self.first_stock_row
+        return VisionShape("image", 1, self.grid, self.has_cls, num_vanilla, fixed=self.fixed)
 
     def read(self, signal: Signal) -> Tensor:
         """A signal by unit rows: a score ``[N, U]``, anything else ``[N, U, width]``.

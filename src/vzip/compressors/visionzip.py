@@ -80,7 +80,7 @@ class VisionZip(Compressor):
         return frozenset({self._score, self._keys})
 
     def num_tokens(self, shape: VisionShape) -> int:
-        budget, keeps_cls = self.budget.of(shape.num_patches), shape.has_cls and self.keep_cls
+        budget, keeps_cls = self.budget.of(shape), shape.has_cls and self.keep_cls
         if keeps_cls and budget.num_dominant == 0:
             raise ConfigError(
                 "budget.num_dominant=0: this vision tower has a CLS token, which is always kept and counts as dominant,"
@@ -93,7 +93,7 @@ class VisionZip(Compressor):
     def select(self, vision: VisionOutput) -> Selection:
         keeps_cls = vision.has_cls and self.keep_cls
         first = int(vision.has_cls and not self.keep_cls)  # rows before it take no part
-        budget = self.budget.of(vision.num_patches)
+        budget = self.budget.of(vision.shape)
         num_dominant, num_contextual = budget.num_dominant, budget.num_contextual
         score = vision.read_patches(self._score)
         kept = dominant_rows(score, num_dominant, keeps_cls, vision.valid_patches) + first

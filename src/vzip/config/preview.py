@@ -20,6 +20,7 @@ from vzip.results.record import RECORD_NAME
 
 if TYPE_CHECKING:
     from vzip.bench.shapes import BenchModel
+    from vzip.compressors import Compressor
 
 logger = logging.getLogger("vzip.eval")
 
@@ -107,15 +108,13 @@ def visual_tokens(plan: EvaluationPlan) -> str:
     compressor = plan.compressor
     shape = _shape(plan.model)
     if shape is None:
-        from vzip.compressors import TokenBudget
-
-        budget = getattr(compressor, "budget", None)  # a method need have none
-        number = budget.num_tokens if isinstance(budget, TokenBudget) else "all" if compressor.is_vanilla else "some"
-        return f"{number} of each crop; how many there are, its config.json will say"
+        return f"{_varying(compressor)} of each crop; how many there are, its config.json will say"
     from vzip.models.families import adapter_class_for_config
 
     adapter = adapter_class_for_config(shape.config)
     geometry = adapter.check_config(shape.config)
+    if geometry is None:
+        return f"{_varying(compressor)} of an image's, which vary with its size"
     kept = None if compressor.is_vanilla else compressor.num_tokens(geometry.shape())
     if adapter.has_tiles:
         crops, patches = shape.num_crops, geometry.num_patches
@@ -142,12 +141,24 @@ def pruned(plan: EvaluationPlan) -> str:
 
     assert plan.pruner is not None
     shape = _shape(plan.model)
-    if shape is None or adapter_class_for_config(shape.config).has_tiles:
+    geometry = None if shape is None else adapter_class_for_config(shape.config).check_config(shape.config)
+    if shape is None or geometry is None or adapter_class_for_config(shape.config).has_tiles:
         return str(plan.pruner)
-    geometry = adapter_class_for_config(shape.config).check_config(shape.config)
     entering = plan.compressor.num_tokens(geometry.shape())
     average = plan.pruner.average(entering, shape.config.get_text_config().num_hidden_layers)
     return f"{plan.pruner}" + ("" if average is None else f": {average:.1f} an image on average over the layers")
+
+
+def _varying(compressor: Compressor) -> str:
+    """What a compressor keeps of an image whose size is not known."""
+    from vzip.compressors import FractionBudget, TokenBudget
+
+    if compressor.is_vanilla:
+        return "all"
+    budget: object = getattr(compressor, "budget", None)
+    if isinstance(budget, FractionBudget):
+        return f"{100 * (budget.dominant + budget.contextual):g} %"
+    return f"up to {budget.num_tokens}" if isinstance(budget, TokenBudget) else "some"
 
 
 def _of(kept: int | None, full: int) -> str:

@@ -252,7 +252,8 @@ def _check_budget_fits(model: Mapping[str, Any], compressor: Mapping[str, Any], 
     try:
         config = read_config(folder)
         geometry = adapter_class_for_config(config).check_config(config)
-        build_compressor(compressor).num_tokens(geometry.shape())
+        if geometry is not None:
+            build_compressor(compressor).num_tokens(geometry.shape())
     except VzipError as error:
         return [str(error)]
     except (ValueError, OSError) as error:

@@ -124,7 +124,7 @@ def answers(vlm: CompressedVlm, encoded: Any, images: list[torch.Tensor], asked:
     """Greedy answers to prompts whose images are already visual tokens."""
     per_prompt = [images[index] for index, _ in asked]
     token = vlm.adapter.image_token_id
-    lengths = [vlm.adapter.geometry.num_patches] * len(per_prompt)
+    lengths = [1] * len(per_prompt)
     plan = plan_splice(encoded.input_ids, encoded.attention_mask, token, lengths, padding_side="left")
     prepared = splice(plan, encoded.input_ids, vlm.adapter.embed_tokens, per_prompt, token)
     new = vlm.model.generate(

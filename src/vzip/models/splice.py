@@ -6,7 +6,7 @@ tensors are then assembled with slices and one concatenation per prompt, so grad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vzip.compressors.vision import VisionShape
 from vzip.errors import PromptError
 
 PaddingSide = Literal["left", "right"]
@@ -27,7 +28,8 @@ class PreparedInputs:
     Attributes:
         inputs_embeds: ``[B, T, d_text]``; zeros where padded.
         attention_mask: int64 ``[B, T]``, 1 on text and visual tokens, 0 on padding.
-        position_ids: int64 ``[B, T]``, 0, 1, 2, ... over the tokens of each prompt, 0 on padding.
+        position_ids: int64 ``[B, T]``, 0, 1, 2, ... over the tokens of each prompt, 0 on padding. Of a family that
+            keeps places ``[axes, B, T]``, those that the unmodified model gives to the places that are left.
         labels: int64 ``[B, T]`` with -100 on visual tokens and padding, or None.
         num_visual_tokens: visual tokens that entered: for each image in order, then for each video.
         visual_index: int64 ``[B, T]`` on the CPU: -1 text, -2 padding, else the number of the image (or video) there.
@@ -42,7 +44,35 @@ class PreparedInputs:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Placement:
+    """Where the unmodified model would have each token.
+
+    Attributes:
+        position_ids: for each prompt its ids there, int64 ``[axes, length]`` on the CPU.
+        lengths: for each image (or video) its visual tokens there.
+        place_index: for each, int64 ``[num_visual_tokens]``, the places that are left, ascending.
+    """
+
+    position_ids: Sequence[Tensor]
+    lengths: Sequence[int]
+    place_index: Sequence[Tensor]
+
+    def kept(self, row: int, pieces: Sequence[Piece], device: torch.device) -> Tensor:
+        """Position ids of a compressed prompt, ``[axes, T]``."""
+        parts, start = [torch.arange(0, device=device)], 0
+        for piece in pieces:
+            if piece.visual is None:
+                length = piece.stop - piece.start
+                parts.append(torch.arange(start, start + length, device=device))
+            else:
+                length = self.lengths[piece.visual]
+                parts.append(self.place_index[piece.visual].to(device) + start)
+            start += length
+        return self.position_ids[row].to(device)[:, torch.cat(parts)]
+
+
+@dataclass(frozen=True)
+class Piece:
     """A stretch of a prompt: text positions start..stop, or an image (``visual``: its number; videos after images)."""
 
     start: int
@@ -75,8 +105,13 @@ class _Kind:
 class SplicePlan:
     """Which stretches of each prompt are text and which are images or videos, and how the result is padded."""
 
-    rows: list[list[_Piece]]
+    rows: list[list[Piece]]
     padding_side: PaddingSide
+
+    def segments(self, input_ids: Tensor, shapes: Sequence[VisionShape]) -> Iterator[list[list[int] | VisionShape]]:
+        """Each prompt as ids of text and the shapes of its images and videos, padding left out."""
+        for ids, pieces in zip(input_ids.tolist(), self.rows, strict=True):
+            yield [ids[p.start : p.stop] if p.visual is None else shapes[p.visual] for p in pieces]
 
 
 def plan_splice(
@@ -149,12 +184,12 @@ def _per_prompt(counts: list[int]) -> str:
     return shown + (", ..." if len(counts) > 8 else "")
 
 
-def _plan_row(ids: list[int], mask: list[int], kinds: list[_Kind]) -> list[_Piece]:
+def _plan_row(ids: list[int], mask: list[int], kinds: list[_Kind]) -> list[Piece]:
     """The pieces of one prompt; counts in ``kinds`` what it uses."""
     by_id = {kind.token_id: kind for kind in kinds}
     for kind in kinds:
         kind.per_prompt.append(sum(i == kind.token_id and bool(m) for i, m in zip(ids, mask, strict=True)))
-    pieces: list[_Piece] = []
+    pieces: list[Piece] = []
     position, end = 0, len(ids)
     while position < end:
         start = position
@@ -165,11 +200,11 @@ def _plan_row(ids: list[int], mask: list[int], kinds: list[_Kind]) -> list[_Piec
         while position < end and mask[position] and by_id.get(ids[position]) is found:
             position += 1
         if found is None:
-            pieces.append(_Piece(start, position))
+            pieces.append(Piece(start, position))
             continue
         count = _images_in_run(position - start, found.lengths, found.used)
         first = found.first + found.used
-        pieces += [_Piece(start, position, number) for number in range(first, first + count)]
+        pieces += [Piece(start, position, number) for number in range(first, first + count)]
         found.used += count
     return pieces
 
@@ -202,6 +237,7 @@ def splice(
     labels: Tensor | None = None,
     videos: Sequence[Tensor] = (),
     video_token_id: int | None = None,
+    placement: Placement | None = None,
 ) -> PreparedInputs:
     """Builds the language model's inputs from a plan.
 
@@ -214,6 +250,7 @@ def splice(
         labels: integers ``[B, T]`` or None.
         videos: for each video ``[num_visual_tokens, d_text]``.
         video_token_id: as ``image_token_id``; None for a model without videos.
+        placement: of a family that keeps places.
 
     Returns:
         ``PreparedInputs``, as long as its longest prompt.
@@ -239,12 +276,18 @@ def splice(
     longest = max(lengths, default=0)
 
     def pad(row: Tensor, value: float) -> Tensor:
-        missing = longest - row.shape[0]
+        """Embeddings ``[T, d_text]``, or whole numbers whose last axis is T."""
+        is_rows = row.is_floating_point()
+        missing = longest - row.shape[0 if is_rows else -1]
         sides = (missing, 0) if plan.padding_side == "left" else (0, missing)
-        return functional.pad(row, (0, 0, *sides) if row.ndim == 2 else sides, value=value)
+        return functional.pad(row, (0, 0, *sides) if is_rows else sides, value=value)
 
     mask = torch.stack([pad(torch.ones(length, dtype=torch.int64), 0) for length in lengths]).to(text.device)
-    positions = ((mask.cumsum(dim=1) - 1) * mask).clamp(min=0)
+    if placement is None:
+        positions = ((mask.cumsum(dim=1) - 1) * mask).clamp(min=0)
+    else:
+        kept = [placement.kept(row, pieces, text.device) for row, pieces in enumerate(plan.rows)]
+        positions = torch.stack([pad(row, 0) for row in kept], dim=1)
     sizes = [[p.stop - p.start if p.visual is None else len(visual[p.visual]) for p in pieces] for pieces in plan.rows]
     shown = [[-1 if p.visual is None else p.visual for p in pieces] for pieces in plan.rows]
     new_labels = None
@@ -272,3 +315,28 @@ def splice(
             ]
         ),
     )
+
+
+def placement_of(
+    position_ids: Sequence[Tensor | None], shapes: Sequence[VisionShape], places: Sequence[Tensor | None]
+) -> Placement | None:
+    """What ``splice`` needs of a family that keeps places; None for one that counts positions anew.
+
+    Args:
+        position_ids: for each prompt, what the family's ``positions`` says.
+        shapes: of all images, then all videos.
+        places: of their visual tokens.
+    """
+    ids, kept = [each for each in position_ids if each is not None], [each for each in places if each is not None]
+    if not ids:
+        return None
+    return Placement(ids, [shape.num_vanilla for shape in shapes], kept)
+
+
+def check_ends_in_text(visual_index: Tensor) -> None:
+    """Raises PromptError for a prompt (padded on the left) whose last token is an image's: its place may be gone."""
+    if visual_index.numel() and bool((visual_index[:, -1] >= 0).any()):
+        raise PromptError(
+            "A prompt ends in an image: what is generated continues from the position of the last token, which"
+            " compression may have dropped. Let text follow the image, as the chat template does."
+        )

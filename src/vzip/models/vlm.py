@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vzip.compressors.base import Compressor, check_is_compressor
-from vzip.errors import ConfigError, PromptError, nearest
-from vzip.media.images import PREPROCESSES, Preprocess
+from vzip.errors import ConfigError, PromptError
+from vzip.media.images import Preprocess
 from vzip.media.video import DEFAULT_NUM_FRAMES, check_num_frames
 from vzip.pruners.base import Pruner
 from vzip.pruners.context import PrunedRun, pruning, refuse_generation, refuse_training
@@ -24,7 +24,7 @@ from vzip.pruners.context import PrunedRun, pruning, refuse_generation, refuse_t
 from .chat.session import ChatSession
 from .families import INPUT_NAMES, FamilyOptions, adapter_for_model
 from .inputs import InputBuilder
-from .splice import PaddingSide, PreparedInputs, plan_splice, splice
+from .splice import PaddingSide, PreparedInputs, check_ends_in_text, placement_of, plan_splice, splice
 
 
 class CompressedVlm(InputBuilder, nn.Module):
@@ -36,7 +36,8 @@ class CompressedVlm(InputBuilder, nn.Module):
         model: the very Hugging Face model given, unmodified.
         compressor: the method; may be replaced at any time.
         processor: the Hugging Face processor (tokenizer, image processor, chat template), or None.
-        preprocess: ``"llava"`` (pad to a square, as the paper's scripts) or ``"hf"`` (the checkpoint's own processor).
+        preprocess: ``"llava"`` (pad to a square, as the paper's scripts) or ``"hf"`` (the checkpoint's own processor);
+            None: the first of these that the family has.
         adapter: what we know of the model's family.
         num_frames: frames taken of a video file.
         revision: the commit of the hub's repository that the model was loaded from, or None.
@@ -53,7 +54,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         hf_model: PreTrainedModel,
         compressor: Compressor,
         processor: ProcessorMixin | None = None,
-        preprocess: Preprocess = "llava",
+        preprocess: Preprocess | None = None,
         drop_padding: bool = False,
         row_newline: bool = False,
         num_frames: int | None = None,
@@ -74,18 +75,13 @@ class CompressedVlm(InputBuilder, nn.Module):
                 that the family or the compressor cannot honour.
         """
         super().__init__()
-        if preprocess not in PREPROCESSES:
-            raise ConfigError(
-                f"model.preprocess={preprocess!r}: must be one of {', '.join(PREPROCESSES)}"
-                f"{nearest(str(preprocess), PREPROCESSES)}."
-            )
         self.adapter = adapter_for_model(hf_model, FamilyOptions(drop_padding, row_newline, drop_cls))
+        self.preprocess = self.adapter.check_preprocess(preprocess)
         self.adapter.check_options(self.adapter.options, num_frames)
         self.num_frames = DEFAULT_NUM_FRAMES if num_frames is None else check_num_frames(num_frames)
         self.model = hf_model
         self.training = hf_model.training
         self.processor = processor
-        self.preprocess = preprocess
         self.name_or_path: str = hf_model.name_or_path
         self.revision: str | None = None
         self.last_num_visual_tokens: list[int] = []
@@ -146,7 +142,8 @@ class CompressedVlm(InputBuilder, nn.Module):
             PromptError: a tensor of a wrong shape; one that is missing or that the family does not have.
         """
         outputs = {"pixel_values": pixel_values, "image_sizes": image_sizes, **processor_outputs}
-        return self.adapter.encode(self.adapter.read_inputs(**outputs), self._compressor)
+        visual = self.adapter.read_inputs(**outputs)
+        return [tokens.rows for tokens in self.adapter.encode(visual, self._compressor)]
 
     def encode_videos(self, pixel_values_videos: Tensor) -> list[Tensor]:
         """Videos -> visual tokens, frame by frame, as they enter the language model.
@@ -162,7 +159,7 @@ class CompressedVlm(InputBuilder, nn.Module):
             PromptError: another shape.
         """
         visual = self.adapter.read_inputs(pixel_values_videos=pixel_values_videos)
-        return self.adapter.encode(visual, self._compressor)
+        return [tokens.rows for tokens in self.adapter.encode(visual, self._compressor)]
 
     def expected_num_visual_tokens(self, **inputs: Any) -> list[int]:
         """Visual tokens that the compressor will make of each image, then of each video; nothing is encoded.
@@ -208,10 +205,15 @@ class CompressedVlm(InputBuilder, nn.Module):
         token_id, video_token_id = adapter.image_token_id, adapter.video_token_id
         # Planned before anything is encoded.
         plan = plan_splice(input_ids, attention_mask, token_id, lengths, padding_side, video_token_id, video_lengths)
+        before = []
+        if adapter.keeps_places:
+            before = [adapter.positions(segments) for segments in plan.segments(input_ids, visual.shapes)]
         tokens = adapter.encode(visual, self._compressor)
-        images, videos = tokens[: len(visual.images)], tokens[len(visual.images) :]
-        input_ids = input_ids.to(self.device)
-        prepared = splice(plan, input_ids, adapter.embed_tokens, images, token_id, labels, videos, video_token_id)
+        placement = placement_of(before, visual.shapes, [each.place_index for each in tokens])
+        rows = [each.rows for each in tokens]
+        images, videos = rows[: len(visual.images)], rows[len(visual.images) :]
+        input_ids, embed_tokens = input_ids.to(self.device), adapter.embed_tokens
+        prepared = splice(plan, input_ids, embed_tokens, images, token_id, labels, videos, video_token_id, placement)
         self.last_num_visual_tokens = prepared.num_visual_tokens
         return prepared
 
@@ -277,9 +279,14 @@ class CompressedVlm(InputBuilder, nn.Module):
         if self._pruner is not None:
             refuse_generation(settings, self.model.generation_config)
         prepared = self.prepare(input_ids, attention_mask, padding_side="left", **outputs)
+        positions = {}
+        if self.adapter.keeps_places:
+            positions["position_ids"] = prepared.position_ids
+            check_ends_in_text(prepared.visual_index)
         with self._pruning(prepared) as run:
+            # Embeddings first: Hugging Face reads the batch's size off the first of these.
             output = self.model.generate(
-                inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **settings
+                inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **positions, **settings
             )
             if run is not None:  # each new token is one forward's
                 run.check_forwards(getattr(output, "sequences", output).shape[1])

@@ -175,9 +175,13 @@ def model_work(config: Mapping[str, Any]) -> ModelWork:
 
 def _vision_operations(vlm: CompressedVlm, images: Mapping[str, Any], num_visual: int) -> int:
     from vzip.bench import flops
-    from vzip.models.families import MiniGeminiAdapter
+    from vzip.models.families import MiniGeminiAdapter, Qwen2_5VlAdapter
+    from vzip.models.families.llava_base import LlavaBase
 
     adapter, config = vlm.adapter, vlm.model.config
+    if isinstance(adapter, Qwen2_5VlAdapter):
+        return adapter.tower.num_operations(images["image_grid_thw"].tolist())
+    assert isinstance(adapter, LlavaBase)
     geometry = adapter.geometry
     shape = next(tensor.shape for name, tensor in images.items() if name.startswith("pixel_values"))
     num_layers = geometry.num_layers_to_run(adapter.select_layer)

@@ -37,17 +37,7 @@ class Workload:
 
 def blank_images(adapter: Adapter, num_images: int = 1, num_frames: int | None = None) -> dict[str, Tensor]:
     """Images (or videos) as the family's processor returns them, each of as many crops as it cuts at most."""
-    side = adapter.image_side
-    if num_frames is not None:
-        return {"pixel_values_videos": torch.ones(num_images, num_frames, 3, side, side)}
-    if not adapter.has_tiles:
-        return {"pixel_values": torch.ones(num_images, 3, side, side)}
-    height, width = max(adapter.model.config.image_grid_pinpoints, key=lambda size: size[0] * size[1])
-    num_crops = 1 + (height // side) * (width // side)
-    return {
-        "pixel_values": torch.ones(num_images, num_crops, 3, side, side),
-        "image_sizes": torch.tensor([[height, width]] * num_images),
-    }
+    return adapter.blank_images(num_images) if num_frames is None else adapter.blank_videos(num_images, num_frames)
 
 
 def num_visual_tokens(vlm: CompressedVlm, num_frames: int | None = None) -> int:

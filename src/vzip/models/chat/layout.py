@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,9 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vzip.compressors.vision import VisionShape
 from vzip.errors import ConfigError, PromptError
 
 from ..families import Adapter
+from ..splice import Piece, placement_of
 
 Medium = Literal["image", "video"]
 # In place of a placeholder that the model itself wrote: equal to no token, so it is never taken for an image.
@@ -29,11 +32,15 @@ class EncodedVisual:
         medium: ``image`` or ``video``.
         tokens: ``[num_visual_tokens, d_text]``.
         num_vanilla_tokens: visual tokens it would have without compression.
+        shape: of the image or video.
+        place_index: int64 ``[num_visual_tokens]``, the places its tokens take, of a family that keeps places.
     """
 
     medium: Medium
     tokens: Tensor
     num_vanilla_tokens: int
+    shape: VisionShape
+    place_index: Tensor | None = None
 
     @property
     def num_visual_tokens(self) -> int:
@@ -59,7 +66,7 @@ class ChatLayout:
                 " Use load_vlm on a directory with the processor's files and chat_template.jinja, or give CompressedVlm"
                 " a processor whose chat_template is set."
             )
-        self._processor = processor
+        self._processor, self._adapter = processor, adapter
         ids: dict[Medium, int | None] = {"image": adapter.image_token_id, "video": adapter.video_token_id}
         self.placeholders: dict[Medium, tuple[int, str]] = {
             medium: (token, processor.tokenizer.convert_ids_to_tokens(token))
@@ -120,6 +127,20 @@ class ChatLayout:
             shown = torch.cat([visuals[number].tokens for number in order])
             embeddings[is_shown.to(embeddings.device)] = shown.to(embeddings)
         return embeddings
+
+    def positions(self, ids: Sequence[int], visuals: Sequence[EncodedVisual]) -> Tensor | None:
+        """Position ids ``[axes, 1, T]`` of ``lay_out``'s ids; None for a family that counts them anew."""
+        pieces, start = list[Piece](), 0
+        for number, run in itertools.groupby(_FIRST_SHOWN - i if i <= _FIRST_SHOWN else None for i in ids):
+            stop = start + len(list(run))
+            pieces.append(Piece(start, stop, number))
+            start = stop
+        vanilla = self._adapter.positions(
+            [ids[p.start : p.stop] if p.visual is None else visuals[p.visual].shape for p in pieces]
+        )
+        places = [visual.place_index for visual in visuals]
+        placement = placement_of([vanilla], [visual.shape for visual in visuals], places)
+        return None if placement is None else placement.kept(0, pieces, torch.device("cpu"))[:, None]
 
     @staticmethod
     def visual_index(ids: Sequence[int]) -> Tensor:

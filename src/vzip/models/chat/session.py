@@ -164,9 +164,10 @@ class ChatSession:
 
     def _encode_inputs(self, kind: Literal["image", "video"], inputs: dict[str, Tensor]) -> EncodedVisual:
         visual = self._vlm.adapter.read_inputs(**inputs)
-        (tokens,) = self._vlm.adapter.encode(visual, self._vlm.compressor)
+        (encoded,) = self._vlm.adapter.encode(visual, self._vlm.compressor)
         of_images, of_videos = visual.num_placeholders
-        return EncodedVisual(kind, tokens, [*of_images, *of_videos][0])
+        num_vanilla = [*of_images, *of_videos][0]
+        return EncodedVisual(kind, encoded.rows, num_vanilla, visual.shapes[0], encoded.place_index)
 
     def _check(self, question: str, max_new_tokens: int, settings: dict[str, Any]) -> None:
         self._layout.check_question(question)
@@ -200,6 +201,8 @@ class ChatSession:
         self._cut_cache()
         device = self._vlm.device
         embeddings = self._layout.embed(ids, visuals, lambda tokens: self._vlm.adapter.embed_tokens(tokens.to(device)))
+        if (positions := self._layout.positions(ids, visuals)) is not None:
+            settings = {"position_ids": positions.to(device), **settings}
         settings = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, **settings}
         try:
             with self._pruning(ids, settings) as run:

@@ -13,10 +13,17 @@ from .llava.adapter import LlavaAdapter
 from .llava_next.adapter import LlavaNextAdapter
 from .mini_gemini.adapter import MiniGeminiAdapter
 from .options import FamilyOptions
+from .qwen2_5_vl.adapter import Qwen2_5VlAdapter
 from .video_llava.adapter import VideoLlavaAdapter
 
 # Subclasses before their base: a Mini-Gemini model is a LLaVA model to isinstance.
-ADAPTERS: tuple[type[Adapter], ...] = (MiniGeminiAdapter, LlavaAdapter, LlavaNextAdapter, VideoLlavaAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    MiniGeminiAdapter,
+    LlavaAdapter,
+    LlavaNextAdapter,
+    VideoLlavaAdapter,
+    Qwen2_5VlAdapter,
+)
 
 # What any family's processor may return beside the text.
 INPUT_NAMES = frozenset(name for adapter in ADAPTERS for name in adapter.input_names)
@@ -29,6 +36,7 @@ __all__ = [
     "LlavaAdapter",
     "LlavaNextAdapter",
     "MiniGeminiAdapter",
+    "Qwen2_5VlAdapter",
     "VideoLlavaAdapter",
     "VisualInputs",
     "adapter_class_for_config",

@@ -10,9 +10,9 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from PIL import Image
@@ -22,13 +22,12 @@ from transformers import AutoProcessor, PreTrainedModel
 from vzip.compressors.base import Compressor
 from vzip.compressors.vision import Signal, VisionOutput, VisionShape
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError, nearest
-from vzip.media.images import Preprocess, prepare_pictures
+from vzip.media.images import PREPROCESSES, Preprocess, prepare_pictures
 from vzip.media.video import VideoSource
 from vzip.pruners.base import Decoder, Pruner
 
 from ..towers.cache import TowerCache
-from ..towers.structure import Tower, TowerGeometry, find_tower
-from ..towers.tap import run_tower
+from ..towers.structure import Tower, TowerGeometry
 from .decoder import LlamaDecoder
 from .options import FamilyOptions, check_fit
 
@@ -71,21 +70,51 @@ class VisualInputs:
         return [written(shape) for shape in self.images], [written(shape) for shape in self.videos]
 
 
+@dataclass(frozen=True)
+class VisualTokens:
+    """An image (or a video) as it enters the language model.
+
+    Attributes:
+        rows: ``[num_visual_tokens, d_text]``.
+        place_index: int64 ``[num_visual_tokens]``, the one of the unmodified model's visual tokens whose place each
+            takes, ascending; None where the family counts positions anew.
+    """
+
+    rows: Tensor
+    place_index: Tensor | None = None
+
+    @classmethod
+    def of_crops(cls, rows: Tensor, places: Tensor, num_units: int) -> VisualTokens:
+        """Of crops one after the other, ``[num_crops, K, d_text]`` and ``[num_crops, K]``, each token at its place."""
+        starts = torch.arange(len(rows), device=places.device)[:, None] * num_units
+        return cls(rows.flatten(0, 1), (places + starts).flatten()).in_order()
+
+    def in_order(self, keeps_places: bool = True) -> VisualTokens:
+        """The tokens by their places; or as they are, their places forgotten."""
+        if self.place_index is None or not keeps_places:
+            return VisualTokens(self.rows)
+        order = self.place_index.argsort()
+        return VisualTokens(self.rows[order], self.place_index[order])
+
+
+# Numbers of images (or videos) whose crops have one grid, and the vision tower's output for these crops in turn.
+Group = tuple[Sequence[int], VisionOutput]
+
+
 class Adapter(ABC):
     """One Hugging Face model seen through the five steps: encode, score, compress, project, splice.
 
     Attributes:
         model_class: the Hugging Face class served.
         model: that object, unmodified.
-        tower: its vision tower taken apart.
-        select_layer: the tower's layer the model was trained on.
-        stock_offset: first row of the tower's output the unmodified model uses (1: it drops row 0).
         image_token_id: id of the placeholder in ``input_ids``.
         options: of the family.
         input_names: what the family's processor returns beside the text.
         has_tiles: whether the family cuts an image into several crops.
         has_mining: whether patches are mined, and CLS, which is not, may be left out.
         has_video: whether it takes videos.
+        preprocesses: ways to prepare images that it has, see ``vzip.media.images``; the first is the usual one.
+        keeps_places: whether visual tokens keep the position ids that the unmodified model gives to their places.
         video_token_id: id of a video's placeholder in ``input_ids``, or None.
         tower_cache: outputs of the vision tower kept between runs; None: the tower always runs.
     """
@@ -95,6 +124,8 @@ class Adapter(ABC):
     has_tiles: ClassVar[bool] = False
     has_mining: ClassVar[bool] = False
     has_video: ClassVar[bool] = False
+    preprocesses: ClassVar[tuple[str, ...]] = PREPROCESSES
+    keeps_places: ClassVar[bool] = False
     video_token_id: int | None = None
 
     def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
@@ -107,17 +138,18 @@ class Adapter(ABC):
         self.model = model
         self.options = options or FamilyOptions()
         self.check_options(self.options)
-        self.geometry = self.check_config(model.config)
-        self.tower: Tower = find_tower(self.vision_tower)
-        self.select_layer: int = self.read_select_layer(model.config)
-        self.stock_offset: int = self.read_stock_offset(model.config)
+        self.check_config(model.config)
         self.image_token_id: int = self.read_image_token_id(model.config)
         self.tower_cache: TowerCache | None = None
 
     @classmethod
     @abstractmethod
-    def check_config(cls, config: Any) -> TowerGeometry:
-        """The tower's shape, from the configuration alone; raises UnsupportedModelError for what we cannot serve."""
+    def check_config(cls, config: Any) -> TowerGeometry | None:
+        """The shape of every crop, from the configuration alone; None where crops differ in size.
+
+        Raises:
+            UnsupportedModelError: what we cannot serve.
+        """
 
     @classmethod
     def check_options(cls, options: FamilyOptions, num_frames: int | None = None) -> None:
@@ -150,7 +182,19 @@ class Adapter(ABC):
         """
         geometry = cls.check_config(config)
         cls.check_options(options, num_frames)
-        check_fit(compressor, geometry, options)
+        if geometry is not None:
+            check_fit(compressor, geometry, options)
+
+    @classmethod
+    def check_preprocess(cls, preprocess: str | None) -> Preprocess:
+        """The way to prepare images that is meant; None: the family's usual one. ConfigError for one it has not."""
+        chosen = cls.preprocesses[0] if preprocess is None else preprocess
+        if chosen not in cls.preprocesses:
+            raise ConfigError(
+                f"model.preprocess={preprocess!r}: of {cls.model_class.__name__} must be one of"
+                f" {', '.join(cls.preprocesses)}{nearest(str(preprocess), cls.preprocesses)}."
+            )
+        return cast(Preprocess, chosen)
 
     @classmethod
     def check_pruner(cls, config: Any, pruner: Pruner) -> None:
@@ -171,16 +215,6 @@ class Adapter(ABC):
 
     @staticmethod
     @abstractmethod
-    def read_select_layer(config: Any) -> int:
-        """The layer whose output the model uses."""
-
-    @staticmethod
-    @abstractmethod
-    def read_stock_offset(config: Any) -> int:
-        """First row of the tower's output the unmodified model uses."""
-
-    @staticmethod
-    @abstractmethod
     def read_image_token_id(config: Any) -> int:
         """Id of the placeholder."""
 
@@ -198,11 +232,6 @@ class Adapter(ABC):
     @abstractmethod
     def language_model(self) -> nn.Module:
         """The language model, without its head."""
-
-    @property
-    def image_side(self) -> int:
-        """Side in pixels of a crop as the processor makes it."""
-        return self.geometry.image_size
 
     @property
     def decoder(self) -> Decoder:
@@ -246,19 +275,28 @@ class Adapter(ABC):
         return []
 
     @abstractmethod
-    def image_crops(self, visual: VisualInputs) -> Tensor:
-        """All crops of all images as one batch ``[crops, 3, h, w]``; raises PromptError as ``read_inputs``."""
+    def image_outputs(
+        self, visual: VisualInputs, signals: frozenset[Signal], run: TowerRun | None = None, stage: Stage = no_stage
+    ) -> list[Group]:
+        """The vision tower's output for all images, as ``encode``'s arguments say; images of one grid together."""
 
-    def image_pixels(self, visual: VisualInputs) -> Tensor:
-        """The crops as the vision tower takes them, ``[crops, 3, h, w]``."""
-        return self.image_crops(visual)
-
-    def video_pixels(self, visual: VisualInputs) -> Tensor:
-        """The frames of all videos as the video tower takes them, ``[frames, 3, h, w]``."""
+    def video_outputs(
+        self, visual: VisualInputs, signals: frozenset[Signal], run: TowerRun | None = None, stage: Stage = no_stage
+    ) -> list[Group]:
+        """The same for all videos."""
         raise self._no_video()
 
-    def valid_units(self, visual: VisualInputs) -> Tensor | None:
-        """Bool ``[crops, U]`` of the images: False for units that show mere padding. None: all show something."""
+    def positions(self, segments: Sequence[Sequence[int] | VisionShape]) -> Tensor | None:
+        """Position ids of the unmodified model for one prompt: int64 ``[axes, T]`` on the CPU.
+
+        None: 0, 1, 2, ..., so those of a compressed prompt are counted anew.
+
+        Args:
+            segments: of the prompt, in order: ids of text, or the shape of an image or video.
+
+        Raises:
+            PromptError: an order of segments that the model cannot read.
+        """
         return None
 
     def whole_index(self, shape: VisionShape) -> Tensor | None:
@@ -285,13 +323,28 @@ class Adapter(ABC):
         """
         return tokens.flatten(0, 1)
 
-    def tokens_per_crop(self, compressor: Compressor) -> int:
-        """Visual tokens of an image of one crop, what the family adds left out."""
-        return compressor.num_tokens(self.geometry.shape(self.options.drop_cls))
-
+    @abstractmethod
     def check_compressor(self, compressor: Compressor) -> None:
         """Raises ConfigError if the compressor does not fit the vision tower or the family's options."""
-        check_fit(compressor, self.geometry, self.options)
+
+    @abstractmethod
+    def tokens_per_crop(self, compressor: Compressor) -> int | None:
+        """Visual tokens of an image of one crop, what the family adds left out; None where crops differ in size."""
+
+    @abstractmethod
+    def shown(self, visual: VisualInputs) -> Tensor:
+        """The first crop of the first image as the vision tower sees it, normalised: ``[3, h, w]``."""
+
+    @abstractmethod
+    def blank_images(self, num_images: int) -> dict[str, Tensor]:
+        """Images without meaning, as the family's processor returns them, each as large as the family makes them.
+
+        Where images vary in size: of about a thousand visual tokens.
+        """
+
+    def blank_videos(self, num_videos: int, num_frames: int) -> dict[str, Tensor]:
+        """The same of videos."""
+        raise self._no_video()
 
     def prepare_videos(self, videos: Sequence[VideoSource], image_processor: Any, num_frames: int) -> dict[str, Tensor]:
         """Videos -> ``pixel_values_videos``; see ``vzip.media.video``. Raises as ``read_inputs``."""
@@ -309,40 +362,9 @@ class Adapter(ABC):
         """Images -> ``pixel_values`` and whatever else the family needs; see ``vzip.media.images``."""
         return prepare_pictures(images, image_processor, preprocess)
 
-    def run_tower(
-        self, tower: Tower, pixel_values: Tensor, signals: frozenset[Signal], stock_offset: int
-    ) -> VisionOutput:
-        """Runs a tower of the model on ``[N, 3, h, w]`` up to the select layer; see ``towers.tap.run_tower``.
-
-        Or takes its output from ``tower_cache``, never where gradients are wanted.
-        """
-
-        def run(reads: frozenset[Signal]) -> VisionOutput:
-            return run_tower(tower, pixel_values, self.select_layer, reads, stock_offset)
-
-        can_score = tower.geometry.num_layers_to_run(self.select_layer) > 0
-        if self.tower_cache is None or torch.is_grad_enabled() or not can_score:
-            return run(signals)
-        return self.tower_cache.look_up(pixel_values, (id(tower), self.select_layer), signals, run)
-
-    def image_output(
-        self, visual: VisualInputs, signals: frozenset[Signal], run: TowerRun | None = None, stage: Stage = no_stage
-    ) -> VisionOutput:
-        """The vision tower's output for all crops of all images, as ``encode``'s arguments say."""
-        pixels = self.image_pixels(visual)
-        with stage("tower"):
-            vision = (run or self.run_tower)(self.tower, pixels, signals, self.stock_offset)
-        return replace(vision, valid=self.valid_units(visual), project=self.projector)
-
-    def video_output(
-        self, visual: VisualInputs, signals: frozenset[Signal], run: TowerRun | None = None, stage: Stage = no_stage
-    ) -> VisionOutput:
-        """The same for all frames of all videos."""
-        raise self._no_video()
-
     def encode(
         self, visual: VisualInputs, compressor: Compressor, run: TowerRun | None = None, stage: Stage = no_stage
-    ) -> list[Tensor]:
+    ) -> list[VisualTokens]:
         """Images and videos -> visual tokens: tower, compressor, projector, packing.
 
         Args:
@@ -353,25 +375,26 @@ class Adapter(ABC):
                 own), for who measures them.
 
         Returns:
-            for each image, then for each video, ``[num_visual_tokens, d_text]``.
+            for each image, then for each video.
         """
-        tokens: list[Tensor] = []
-        if visual.images:
-            vision = self.image_output(visual, compressor.reads(), run, stage)
-            tokens += self._tokens(vision, visual.images, compressor, stage)
-        if visual.videos:
-            vision = self.video_output(visual, compressor.reads(), run, stage)
-            tokens += self._tokens(vision, visual.videos, compressor, stage)
+        tokens: list[VisualTokens] = []
+        for shapes, outputs in ((visual.images, self.image_outputs), (visual.videos, self.video_outputs)):
+            found: dict[int, VisualTokens] = {}
+            for members, vision in outputs(visual, compressor.reads(), run, stage) if shapes else ():
+                own = self._tokens(vision, [shapes[number] for number in members], compressor, stage)
+                found |= zip(members, own, strict=True)
+            tokens += [found[number] for number in range(len(shapes))]
         return tokens
 
     def _tokens(
         self, vision: VisionOutput, shapes: Sequence[VisionShape], compressor: Compressor, stage: Stage
-    ) -> list[Tensor]:
+    ) -> list[VisualTokens]:
         num_crops = [shape.num_crops for shape in shapes]
         if compressor.scope == "image":
-            first = vision.first_stock_row
-            with stage("projector"):
-                rows = self.projector(vision.hidden[:, first:])
+            rows = vision.hidden[:, vision.first_stock_row :]
+            if vision.project is not None:
+                with stage("projector"):
+                    rows = vision.project(rows)
             ends = list(itertools.accumulate(num_crops))
             wholes = []
             with stage("splice"):
@@ -379,18 +402,26 @@ class Adapter(ABC):
                     own = slice(end - shape.num_crops, end)
                     wholes.append(self._whole(vision, rows, own, shape, self.whole_index(shape)))
             if compressor.is_vanilla:  # nothing is selected: what is packed is what the unmodified model gets
-                return [whole.hidden[0] for whole in wholes]
+                places = [torch.arange(whole.num_rows, device=rows.device) for whole in wholes]
+                return [VisualTokens(whole.hidden[0], place) for whole, place in zip(wholes, places, strict=True)]
             with stage("selection"):
-                return [compressor(whole).tokens[0] for whole in wholes]
+                made = [compressor(whole) for whole in wholes]
+            return [VisualTokens(one.tokens[0], one.places[0]).in_order(self.keeps_places) for one in made]
         with stage("selection"):
             compressed = compressor(vision)
         tokens = compressed.tokens
-        if compressor.space == "tower":
+        if compressor.space == "tower" and vision.project is not None:
             with stage("projector"):
-                tokens = self.projector(tokens)
-        parts = zip(tokens.split(num_crops), compressed.source_index.split(num_crops), strict=True)
+                tokens = vision.project(tokens)
         with stage("splice"):
-            return [self.pack(shape, *part) for shape, part in zip(shapes, parts, strict=True)]
+            if self.keeps_places:
+                places = compressed.places.split(num_crops)
+                return [
+                    VisualTokens.of_crops(*part, vision.num_rows)
+                    for part in zip(tokens.split(num_crops), places, strict=True)
+                ]
+            parts = zip(tokens.split(num_crops), compressed.source_index.split(num_crops), strict=True)
+            return [VisualTokens(self.pack(shape, *part)) for shape, part in zip(shapes, parts, strict=True)]
 
     def _whole(
         self, vision: VisionOutput, rows: Tensor, own: slice, shape: VisionShape, index: Tensor | None

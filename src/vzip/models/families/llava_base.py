@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ..towers.structure import TowerGeometry, check_select_layer, geometry_from_config
-from .base import Adapter
+from vzip.compressors.base import Compressor
+from vzip.compressors.vision import Signal, VisionOutput
+
+from ..towers.structure import Tower, TowerGeometry, check_select_layer, find_tower, geometry_from_config
+from ..towers.tap import run_tower
+from .base import Adapter, Group, Stage, TowerRun, VisualInputs, no_stage
+from .options import FamilyOptions, check_fit
 
 
 class LlavaBase(Adapter):
-    """A CLIP or SigLIP tower, a two-layer projector, any language model."""
+    """A CLIP or SigLIP tower whose crops are all of one size, a two-layer projector, any language model.
+
+    Attributes:
+        geometry: of the vision tower.
+        tower: the vision tower taken apart.
+        select_layer: the tower's layer the model was trained on.
+        stock_offset: first row of the tower's output the unmodified model uses (1: it drops row 0).
+    """
+
+    def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
+        super().__init__(model, options)
+        self.geometry = self.check_config(model.config)
+        self.tower: Tower = find_tower(self.vision_tower)
+        self.select_layer: int = self.read_select_layer(model.config)
+        self.stock_offset: int = self.read_stock_offset(model.config)
 
     @classmethod
     def check_config(cls, config: Any) -> TowerGeometry:
@@ -43,3 +66,79 @@ class LlavaBase(Adapter):
     @property
     def language_model(self) -> nn.Module:
         return self.model.get_submodule("model.language_model")
+
+    @property
+    def image_side(self) -> int:
+        """Side in pixels of a crop as the processor makes it."""
+        return self.geometry.image_size
+
+    def shown(self, visual: VisualInputs) -> Tensor:
+        return self.image_crops(visual)[0]
+
+    def blank_images(self, num_images: int) -> dict[str, Tensor]:
+        return {"pixel_values": torch.ones(num_images, 3, self.image_side, self.image_side)}
+
+    @abstractmethod
+    def image_crops(self, visual: VisualInputs) -> Tensor:
+        """All crops of all images as one batch ``[crops, 3, h, w]``; raises PromptError as ``read_inputs``."""
+
+    def image_pixels(self, visual: VisualInputs) -> Tensor:
+        """The crops as the vision tower takes them, ``[crops, 3, h, w]``."""
+        return self.image_crops(visual)
+
+    def video_pixels(self, visual: VisualInputs) -> Tensor:
+        """The frames of all videos as the video tower takes them, ``[frames, 3, h, w]``."""
+        raise self._no_video()
+
+    def valid_units(self, visual: VisualInputs) -> Tensor | None:
+        """Bool ``[crops, U]`` of the images: False for units that show mere padding. None: all show something."""
+        return None
+
+    def image_outputs(
+        self, visual: VisualInputs, signals: frozenset[Signal], run: TowerRun | None = None, stage: Stage = no_stage
+    ) -> list[Group]:
+        return [(range(len(visual.images)), self.image_output(visual, signals, run, stage))]
+
+    def video_outputs(
+        self, visual: VisualInputs, signals: frozenset[Signal], run: TowerRun | None = None, stage: Stage = no_stage
+    ) -> list[Group]:
+        return [(range(len(visual.videos)), self.video_output(visual, signals, run, stage))]
+
+    def run_tower(
+        self, tower: Tower, pixel_values: Tensor, signals: frozenset[Signal], stock_offset: int
+    ) -> VisionOutput:
+        """Runs a tower of the model on ``[N, 3, h, w]`` up to the select layer; see ``towers.tap.run_tower``.
+
+        Or takes its output from ``tower_cache``, never where gradients are wanted.
+        """
+
+        def run(reads: frozenset[Signal]) -> VisionOutput:
+            return run_tower(tower, pixel_values, self.select_layer, reads, stock_offset)
+
+        can_score = tower.geometry.num_layers_to_run(self.select_layer) > 0
+        if self.tower_cache is None or torch.is_grad_enabled() or not can_score:
+            return run(signals)
+        return self.tower_cache.look_up(pixel_values, (id(tower), self.select_layer), signals, run)
+
+    def image_output(
+        self, visual: VisualInputs, signals: frozenset[Signal], run: TowerRun | None = None, stage: Stage = no_stage
+    ) -> VisionOutput:
+        """The vision tower's output for all crops of all images, as ``encode``'s arguments say."""
+        pixels = self.image_pixels(visual)
+        with stage("tower"):
+            vision = (run or self.run_tower)(self.tower, pixels, signals, self.stock_offset)
+        return replace(vision, valid=self.valid_units(visual), project=self.projector)
+
+    def video_output(
+        self, visual: VisualInputs, signals: frozenset[Signal], run: TowerRun | None = None, stage: Stage = no_stage
+    ) -> VisionOutput:
+        """The same for all frames of all videos."""
+        raise self._no_video()
+
+    def tokens_per_crop(self, compressor: Compressor) -> int:
+        """Visual tokens of an image of one crop, what the family adds left out."""
+        return compressor.num_tokens(self.geometry.shape(self.options.drop_cls))
+
+    def check_compressor(self, compressor: Compressor) -> None:
+        """Raises ConfigError if the compressor does not fit the vision tower or the family's options."""
+        check_fit(compressor, self.geometry, self.options)

@@ -70,6 +70,15 @@ class LlavaNextAdapter(LlavaBase):
     def newline(self, like: Tensor) -> Tensor:
         return fetch_parameter(self.model.get_submodule("model"), "image_newline").to(like)
 
+    def blank_images(self, num_images: int) -> dict[str, Tensor]:
+        height, width = max(self.pinpoints, key=lambda size: size[0] * size[1])
+        side = self.image_side
+        num_crops = 1 + (height // side) * (width // side)
+        return {
+            "pixel_values": torch.ones(num_images, num_crops, 3, side, side),
+            "image_sizes": torch.tensor([[height, width]] * num_images),
+        }
+
     @property
     def pinpoints(self) -> list[list[int]]:
         """The resolutions an image may be shown at, in pixels."""

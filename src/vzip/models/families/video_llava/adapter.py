@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import LlavaProcessor, VideoLlavaForConditionalGeneration
@@ -65,6 +66,10 @@ class VideoLlavaAdapter(LlavaAdapter):
         prepared = super().prepare_pictures(images, image_processor, preprocess)
         # The processor's own name for them, which Hugging Face is about to change.
         return {"pixel_values" if name == "pixel_values_images" else name: value for name, value in prepared.items()}
+
+    def blank_videos(self, num_videos: int, num_frames: int) -> dict[str, Tensor]:
+        side = self.image_side
+        return {"pixel_values_videos": torch.ones(num_videos, num_frames, 3, side, side)}
 
     def prepare_videos(self, videos: Sequence[VideoSource], image_processor: Any, num_frames: int) -> dict[str, Tensor]:
         return {"pixel_values_videos": prepare_videos(videos, image_processor, num_frames)}

@@ -1,0 +1,53 @@
+"""The processor of a Qwen2.5-VL checkpoint without its part for videos, which needs torchvision."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, ProcessorMixin
+from transformers.models.qwen2_vl import Qwen2VLImageProcessor
+
+from vzip.errors import ImageError
+from vzip.media.images import load_image
+
+# Transformers refuses more oblong images: at 28 pixels high, 200:1 is 5600 wide.
+MAX_ASPECT_RATIO = 200
+
+
+class Qwen2_5VlImageTextProcessor(ProcessorMixin):
+    """Tokenizer, image processor and chat template."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+
+def load_processor(directory: Path) -> Qwen2_5VlImageTextProcessor:
+    """From a checkpoint's files; raises what Hugging Face raises."""
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    template = tokenizer.chat_template
+    if (file := directory / "chat_template.jinja").is_file():
+        template = file.read_text(encoding="utf-8")
+    elif (file := directory / "chat_template.json").is_file():
+        template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+    return Qwen2_5VlImageTextProcessor(Qwen2VLImageProcessor.from_pretrained(directory), tokenizer, template)
+
+
+def prepare_images(images: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:
+    """Images -> ``pixel_values`` ``[patches, values of a patch]`` and ``image_grid_thw`` ``[images, 3]``.
+
+    Raises:
+        ImageError: an image that cannot be decoded, or is more oblong than 200:1.
+    """
+    pictures = [load_image(image) for image in images]
+    for picture in pictures:
+        if max(picture.size) >= MAX_ASPECT_RATIO * min(picture.size):
+            raise ImageError(
+                f"An image of {picture.width} x {picture.height} is more oblong than {MAX_ASPECT_RATIO}:1, which"
+                " Qwen2.5-VL's image processor does not take. Cut it into pieces."
+            )
+    return dict(image_processor(images=pictures, return_tensors="pt"))
