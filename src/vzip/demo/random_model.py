@@ -29,6 +29,21 @@ CHAT_TEMPLATE = (
 )
 
 
+# By Hugging Face's names of their ids.
+QWEN_TOKENS = {
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+}
+QWEN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] + ' ' }}"
+    "{% else %}<|vision_start|><|{{ item['type'] }}_pad|><|vision_end|>{% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
 def vision_config(side: int) -> CLIPVisionConfig:
     """A narrow CLIP tower for square images of ``side`` pixels."""
     return CLIPVisionConfig(
@@ -61,6 +76,26 @@ def family_config(family: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     )
 
 
+def qwen2_5_vl_config(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The same of Qwen2.5-VL, for a tokenizer with ``QWEN_TOKENS``."""
+    text = _text_config(tokenizer).to_dict()
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+    heads = {"num_attention_heads": NUM_HEADS // 2, "num_key_value_heads": NUM_HEADS // 2}
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    vision = {
+        "depth": NUM_LAYERS,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_heads": NUM_HEADS,
+        "out_hidden_size": WIDTH,
+        "patch_size": PATCH_SIZE,
+        "window_size": 112,
+        "fullatt_block_indexes": [1, NUM_LAYERS - 1],
+    }
+    tokens = {name: int(tokenizer.convert_tokens_to_ids(token)) for name, token in QWEN_TOKENS.items()}
+    return fresh.qwen2_5_vl_config({**{name: text[name] for name in (*kept, *ids)}, **heads}, vision, tokens)
+
+
 def build(family: str, seed: int = 0) -> tuple[Any, Any]:
     """A random model in eval mode, float32, and its processor.
 
@@ -74,11 +109,15 @@ def build(family: str, seed: int = 0) -> tuple[Any, Any]:
     if family not in FAMILIES:
         raise ConfigError(f"family={family}: must be one of {', '.join(FAMILIES)}{nearest(family, FAMILIES)}.")
     tokenizer = _tokenizer()
-    config = family_config(family, tokenizer)
+    if family == fresh.QWEN2_5_VL:
+        tokenizer.add_tokens(list(QWEN_TOKENS.values()), special_tokens=True)
+        config, template = qwen2_5_vl_config(tokenizer), QWEN_CHAT_TEMPLATE
+    else:
+        config, template = family_config(family, tokenizer), CHAT_TEMPLATE
     torch.manual_seed(seed)
     model = fresh.new_model(config)
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    return model.eval(), fresh.new_processor(config, tokenizer, CHAT_TEMPLATE)
+    return model.eval(), fresh.new_processor(config, tokenizer, template)
 
 
 def save(family: str, directory: Path, seed: int = 0) -> None:

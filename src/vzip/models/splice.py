@@ -17,6 +17,8 @@ from torch.nn import functional
 from vzip.compressors.vision import VisionShape
 from vzip.errors import PromptError
 
+from .families.places import Piece, Placement
+
 PaddingSide = Literal["left", "right"]
 IGNORED_LABEL = -100  # torch's cross entropy leaves it out
 
@@ -41,43 +43,6 @@ class PreparedInputs:
     labels: Tensor | None
     num_visual_tokens: list[int]
     visual_index: Tensor
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where the unmodified model would have each token.
-
-    Attributes:
-        position_ids: for each prompt its ids there, int64 ``[axes, length]`` on the CPU.
-        lengths: for each image (or video) its visual tokens there.
-        place_index: for each, int64 ``[num_visual_tokens]``, the places that are left, ascending.
-    """
-
-    position_ids: Sequence[Tensor]
-    lengths: Sequence[int]
-    place_index: Sequence[Tensor]
-
-    def kept(self, row: int, pieces: Sequence[Piece], device: torch.device) -> Tensor:
-        """Position ids of a compressed prompt, ``[axes, T]``."""
-        parts, start = [torch.arange(0, device=device)], 0
-        for piece in pieces:
-            if piece.visual is None:
-                length = piece.stop - piece.start
-                parts.append(torch.arange(start, start + length, device=device))
-            else:
-                length = self.lengths[piece.visual]
-                parts.append(self.place_index[piece.visual].to(device) + start)
-            start += length
-        return self.position_ids[row].to(device)[:, torch.cat(parts)]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of a prompt: text positions start..stop, or an image (``visual``: its number; videos after images)."""
-
-    start: int
-    stop: int
-    visual: int | None = None
 
 
 @dataclass
@@ -315,22 +280,6 @@ def splice(
             ]
         ),
     )
-
-
-def placement_of(
-    position_ids: Sequence[Tensor | None], shapes: Sequence[VisionShape], places: Sequence[Tensor | None]
-) -> Placement | None:
-    """What ``splice`` needs of a family that keeps places; None for one that counts positions anew.
-
-    Args:
-        position_ids: for each prompt, what the family's ``positions`` says.
-        shapes: of all images, then all videos.
-        places: of their visual tokens.
-    """
-    ids, kept = [each for each in position_ids if each is not None], [each for each in places if each is not None]
-    if not ids:
-        return None
-    return Placement(ids, [shape.num_vanilla for shape in shapes], kept)
 
 
 def check_ends_in_text(visual_index: Tensor) -> None:

@@ -23,8 +23,9 @@ from vzip.pruners.context import PrunedRun, pruning, refuse_generation, refuse_t
 
 from .chat.session import ChatSession
 from .families import INPUT_NAMES, FamilyOptions, adapter_for_model
+from .families.places import placement_of
 from .inputs import InputBuilder
-from .splice import PaddingSide, PreparedInputs, check_ends_in_text, placement_of, plan_splice, splice
+from .splice import PaddingSide, PreparedInputs, check_ends_in_text, plan_splice, splice
 
 
 class CompressedVlm(InputBuilder, nn.Module):

@@ -14,7 +14,7 @@ from vzip.compressors.vision import VisionShape
 from vzip.errors import ConfigError, PromptError
 
 from ..families import Adapter
-from ..splice import Piece, placement_of
+from ..families.places import Piece, placement_of
 
 Medium = Literal["image", "video"]
 # In place of a placeholder that the model itself wrote: equal to no token, so it is never taken for an image.

@@ -30,6 +30,7 @@ from ..towers.cache import TowerCache
 from ..towers.structure import Tower, TowerGeometry
 from .decoder import LlamaDecoder
 from .options import FamilyOptions, check_fit
+from .places import VisualTokens
 
 # Runs a tower: the tower, pixels ``[N, 3, h, w]``, signals to record, the first row that the unmodified model uses.
 TowerRun = Callable[[Tower, Tensor, frozenset[Signal], int], VisionOutput]
@@ -68,33 +69,6 @@ class VisualInputs:
             return shape.num_vanilla if shape.num_placeholders is None else shape.num_placeholders
 
         return [written(shape) for shape in self.images], [written(shape) for shape in self.videos]
-
-
-@dataclass(frozen=True)
-class VisualTokens:
-    """An image (or a video) as it enters the language model.
-
-    Attributes:
-        rows: ``[num_visual_tokens, d_text]``.
-        place_index: int64 ``[num_visual_tokens]``, the one of the unmodified model's visual tokens whose place each
-            takes, ascending; None where the family counts positions anew.
-    """
-
-    rows: Tensor
-    place_index: Tensor | None = None
-
-    @classmethod
-    def of_crops(cls, rows: Tensor, places: Tensor, num_units: int) -> VisualTokens:
-        """Of crops one after the other, ``[num_crops, K, d_text]`` and ``[num_crops, K]``, each token at its place."""
-        starts = torch.arange(len(rows), device=places.device)[:, None] * num_units
-        return cls(rows.flatten(0, 1), (places + starts).flatten()).in_order()
-
-    def in_order(self, keeps_places: bool = True) -> VisualTokens:
-        """The tokens by their places; or as they are, their places forgotten."""
-        if self.place_index is None or not keeps_places:
-            return VisualTokens(self.rows)
-        order = self.place_index.argsort()
-        return VisualTokens(self.rows[order], self.place_index[order])
 
 
 # Numbers of images (or videos) whose crops have one grid, and the vision tower's output for these crops in turn.

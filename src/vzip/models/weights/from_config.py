@@ -5,6 +5,7 @@ For shapes to measure, for small models to try commands on, and for tests.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import (
@@ -14,11 +15,13 @@ from transformers import (
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen2_5_VLConfig,
     VideoLlavaConfig,
 )
 
 from ..families import adapter_class_for_config
 from ..families.mini_gemini import MiniGeminiConfig
+from ..families.qwen2_5_vl.processing import Qwen2_5VlImageTextProcessor
 from ..towers.structure import geometry_from_config
 
 CONFIGS: dict[str, Any] = {
@@ -27,7 +30,8 @@ CONFIGS: dict[str, Any] = {
     "video_llava": VideoLlavaConfig,
     "mini_gemini": MiniGeminiConfig,
 }
-FAMILIES = tuple(CONFIGS)
+QWEN2_5_VL = "qwen2_5_vl"
+FAMILIES = (*CONFIGS, QWEN2_5_VL)
 
 
 def family_config(
@@ -39,10 +43,10 @@ def family_config(
     select_strategy: str = "default",
     **of_family: Any,
 ) -> Any:
-    """A family's Hugging Face configuration.
+    """The Hugging Face configuration of a family with a CLIP or SigLIP tower.
 
     Args:
-        family: one of ``FAMILIES``.
+        family: one of ``CONFIGS``.
         vision_config: of the vision tower (of both, in Video-LLaVA).
         text_config: of the language model.
         image_token_id: id of the placeholder.
@@ -59,6 +63,21 @@ def family_config(
         vision_feature_select_strategy=select_strategy,
         **of_family,
     )
+
+
+def qwen2_5_vl_config(text: Mapping[str, Any], vision: Mapping[str, Any], ids: Mapping[str, int]) -> Any:
+    """Qwen2.5-VL's configuration, with its positions in three axes.
+
+    Args:
+        text: of the language model; its heads are divided among the axes as in the published checkpoints, 16 : 24 : 24.
+        vision: of the vision tower.
+        ids: of the special tokens, by Hugging Face's names (``image_token_id``, ...).
+    """
+    half = text["hidden_size"] // text["num_attention_heads"] // 2
+    spatial = half * 24 // 64
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [half - 2 * spatial, spatial, spatial]}
+    settings = {"text_config": {**text, "rope_parameters": rope}, "vision_config": dict(vision)}
+    return Qwen2_5_VLConfig(**settings, **ids, tie_word_embeddings=text.get("tie_word_embeddings", False))
 
 
 def pinpoints(side: int) -> list[list[int]]:
@@ -83,6 +102,11 @@ def new_image_processor(config: Any) -> Any:
     from transformers import LlavaNextImageProcessor, VideoLlavaImageProcessor
     from transformers.models.clip import CLIPImageProcessor
 
+    if isinstance(config, Qwen2_5_VLConfig):
+        from transformers.models.qwen2_vl import Qwen2VLImageProcessor
+
+        vision = config.vision_config
+        return Qwen2VLImageProcessor(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
     side = picture_side(config)
     sides: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     if isinstance(config, LlavaNextConfig):
@@ -101,6 +125,8 @@ def new_processor(
         chat_template: Jinja.
         image_processor: None: a new one for the configuration.
     """
+    if isinstance(config, Qwen2_5_VLConfig):
+        return Qwen2_5VlImageTextProcessor(image_processor or new_image_processor(config), tokenizer, chat_template)
     kind = LlavaNextProcessor if isinstance(config, LlavaNextConfig) else LlavaProcessor
     geometry = geometry_from_config(config.vision_config)
     return kind(

@@ -10,7 +10,6 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, ProcessorMixin
-from transformers.models.qwen2_vl import Qwen2VLImageProcessor
 
 from vzip.errors import ImageError
 from vzip.media.images import load_image
@@ -28,6 +27,8 @@ class Qwen2_5VlImageTextProcessor(ProcessorMixin):
 
 def load_processor(directory: Path) -> Qwen2_5VlImageTextProcessor:
     """From a checkpoint's files; raises what Hugging Face raises."""
+    from transformers.models.qwen2_vl import Qwen2VLImageProcessor  # here: it warns about torchvision when imported
+
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     template = tokenizer.chat_template
     if (file := directory / "chat_template.jinja").is_file():

@@ -1,0 +1,91 @@
+"""Where visual tokens stand: the places of those that are left, and the position ids that belong to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vzip.compressors.vision import VisionShape
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """An image (or a video) as it enters the language model.
+
+    Attributes:
+        rows: ``[num_visual_tokens, d_text]``.
+        place_index: int64 ``[num_visual_tokens]``, the one of the unmodified model's visual tokens whose place each
+            takes, ascending; None where the family counts positions anew.
+    """
+
+    rows: Tensor
+    place_index: Tensor | None = None
+
+    @classmethod
+    def of_crops(cls, rows: Tensor, places: Tensor, num_units: int) -> VisualTokens:
+        """Of crops one after the other, ``[num_crops, K, d_text]`` and ``[num_crops, K]``, each token at its place."""
+        starts = torch.arange(len(rows), device=places.device)[:, None] * num_units
+        return cls(rows.flatten(0, 1), (places + starts).flatten()).in_order()
+
+    def in_order(self, keeps_places: bool = True) -> VisualTokens:
+        """The tokens by their places; or as they are, their places forgotten."""
+        if self.place_index is None or not keeps_places:
+            return VisualTokens(self.rows)
+        order = self.place_index.argsort()
+        return VisualTokens(self.rows[order], self.place_index[order])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a prompt: text positions start..stop, or an image (``visual``: its number; videos after images)."""
+
+    start: int
+    stop: int
+    visual: int | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the unmodified model would have each token.
+
+    Attributes:
+        position_ids: for each prompt its ids there, int64 ``[axes, length]`` on the CPU.
+        lengths: for each image (or video) its visual tokens there.
+        place_index: for each, int64 ``[num_visual_tokens]``, the places that are left, ascending.
+    """
+
+    position_ids: Sequence[Tensor]
+    lengths: Sequence[int]
+    place_index: Sequence[Tensor]
+
+    def kept(self, row: int, pieces: Sequence[Piece], device: torch.device) -> Tensor:
+        """Position ids of a compressed prompt, ``[axes, T]``."""
+        parts, start = [torch.arange(0, device=device)], 0
+        for piece in pieces:
+            if piece.visual is None:
+                length = piece.stop - piece.start
+                parts.append(torch.arange(start, start + length, device=device))
+            else:
+                length = self.lengths[piece.visual]
+                parts.append(self.place_index[piece.visual].to(device) + start)
+            start += length
+        return self.position_ids[row].to(device)[:, torch.cat(parts)]
+
+
+def placement_of(
+    position_ids: Sequence[Tensor | None], shapes: Sequence[VisionShape], places: Sequence[Tensor | None]
+) -> Placement | None:
+    """What ``splice`` needs of a family that keeps places; None for one that counts positions anew.
+
+    Args:
+        position_ids: for each prompt, what the family's ``positions`` says.
+        shapes: of all images, then all videos.
+        places: of their visual tokens.
+    """
+    ids, kept = [each for each in position_ids if each is not None], [each for each in places if each is not None]
+    if not ids:
+        return None
+    return Placement(ids, [shape.num_vanilla for shape in shapes], kept)
