@@ -3,7 +3,7 @@
     python scripts/make_golden.py ORACLE_DIR [--check]
 
 ORACLE_DIR holds what the published VisionZip code (and MGM's, for Mini-Gemini) computes on small random models:
-`compress_*.safetensors`, `llava15_tiny/`, `llava_next_tiny/`, `image_preprocessing.safetensors` and
+`compress_*.safetensors`, `llava15_tiny/`, `llava_next_tiny/`, `qwen2_5_vl_tiny/`, `image_preprocessing.safetensors` and
 `mini_gemini_mining.safetensors`, in the layout described in tests/golden/README.md. The files are numbers made by other
 people's code, so they are copied, never recomputed from ours. `--check` compares instead and writes nothing.
 """
@@ -23,6 +23,8 @@ PATTERNS = (
     "image_preprocessing.safetensors",
     "mini_gemini_mining.safetensors",
     "rivals/inputs/p[0-9]*",
+    "qwen2_5_vl_tiny/*_w2.*",
+    "qwen2_5_vl_tiny/inputs.safetensors",
 )
 # Of the other methods' outputs only those of methods that are built.
 RIVALS = ("divprune", "fastervlm", "vscan_stage1")

@@ -30,7 +30,7 @@ from vzip.errors import ConfigError, UnsupportedModelError, nearest
 from vzip.media.video import DEFAULT_NUM_FRAMES
 from vzip.models.families import adapter_class_for_config
 from vzip.models.load import read_config
-from vzip.models.weights.from_config import family_config, pinpoints
+from vzip.models.weights.from_config import family_config, pinpoints, qwen2_5_vl_config
 
 NOISE_PERIOD = 1_048_573  # a prime just under 2**20: rows of a matrix, whose lengths are composite, then all differ
 
@@ -149,6 +149,42 @@ def _mini_gemini(size: str) -> BenchModel:
     return BenchModel(f"mini_gemini_{size}", config, f"YanweiLi/MGM-{size.upper()}", notes=(note,))
 
 
+def _qwen2_5_vl(size: str) -> BenchModel:
+    width, mlp_width, num_layers, num_heads, num_groups, vocab_size = {
+        "3b": (2048, 11008, 36, 16, 2, 151936),
+        "7b": (3584, 18944, 28, 28, 4, 152064),
+    }[size]
+    text = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": mlp_width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_groups,
+        "max_position_embeddings": 128000,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": size == "3b",
+    }
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": width,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "tokens_per_second": 2,
+    }
+    ids = {
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+    }
+    config = qwen2_5_vl_config(text, vision, ids)
+    return BenchModel(f"qwen2_5_vl_{size}", config, f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct")
+
+
 SHAPES: dict[str, Callable[[], BenchModel]] = {
     "clip_l_336": _clip_alone,
     "llava15_7b": lambda: _llava("7b"),
@@ -160,6 +196,8 @@ SHAPES: dict[str, Callable[[], BenchModel]] = {
     "video_llava_7b": _video_llava,
     "mini_gemini_7b": lambda: _mini_gemini("7b"),
     "mini_gemini_13b": lambda: _mini_gemini("13b"),
+    "qwen2_5_vl_3b": lambda: _qwen2_5_vl("3b"),
+    "qwen2_5_vl_7b": lambda: _qwen2_5_vl("7b"),
 }
 TINY = "tiny"
 TOWER_TYPES = ("clip_vision_model", "siglip_vision_model")

@@ -172,8 +172,10 @@ def training_estimate(config: Mapping[str, Any]) -> Callable[[LaunchSettings, in
         ConfigError, CheckpointError, UnsupportedModelError: as ``memory_plan``.
     """
     from vzip.bench.memory.estimate import estimate_training
+    from vzip.models.families import adapter_class_for_config
 
     shape = model_shape({**config["model"], "adapter_path": None}, config["compressor"])
+    adapter_class_for_config(shape.config).check_training()
     train = settings_of(config)[0]
 
     def needs(launch: LaunchSettings, num_processes: int) -> int:

@@ -50,7 +50,7 @@ def load_vlm(
     attn_implementation: str = "sdpa",
     quantization: str | None = None,
     compressor: Compressor | None = None,
-    preprocess: Preprocess = "llava",
+    preprocess: Preprocess | None = None,
     drop_padding: bool = False,
     row_newline: bool = False,
     num_frames: int | None = None,
@@ -70,7 +70,7 @@ def load_vlm(
         quantization: None, ``8bit`` or ``4bit``: the language model only, through bitsandbytes; the rest is in
             ``dtype``. With ``device_map=None`` it goes to the first GPU where there is one.
         compressor: the method; None is ``Identity()``.
-        preprocess: ``llava`` or ``hf``.
+        preprocess: ``llava`` or ``hf``; None: the first of these that the family has.
         drop_padding, row_newline: as for ``CompressedVlm``: options of LLaVA-NeXT.
         num_frames: as for ``CompressedVlm``: frames taken of a video.
         drop_cls: as for ``CompressedVlm``: an option of Mini-Gemini.
@@ -89,7 +89,8 @@ def load_vlm(
         MissingPackageError: bitsandbytes is missing, or an installed package is broken.
     """
     _check_choice("model.dtype", dtype, DTYPES)
-    _check_choice("model.preprocess", preprocess, PREPROCESSES)
+    if preprocess is not None:
+        _check_choice("model.preprocess", preprocess, PREPROCESSES)
     if num_frames is not None:
         check_num_frames(num_frames)
     if quantization is not None:
@@ -105,6 +106,7 @@ def load_vlm(
     adapter_class = adapter_class_for_config(config)
     options = FamilyOptions(drop_padding, row_newline, drop_cls)
     adapter_class.check_settings(config, compressor, options, num_frames)
+    adapter_class.check_preprocess(preprocess)
     if pruner is not None:
         adapter_class.check_pruner(config, pruner)
     if adapter_path is not None:

@@ -43,9 +43,10 @@ def choose_trainable(vlm: CompressedVlm, settings: TrainSettings, in_float32: bo
             copies instead, and wants one precision.
 
     Raises:
-        UnsupportedModelError: a projector that cannot train.
+        UnsupportedModelError: a projector that cannot train, or a family that cannot.
         ConfigError: a part whose weights are quantised, or LoRA for layers that the language model does not have.
     """
+    vlm.adapter.check_training()
     arguments = lora_arguments(vlm, settings)
     # First, because PEFT freezes all that is not its own.
     lora = [] if arguments is None else add_lora(vlm.adapter, arguments)

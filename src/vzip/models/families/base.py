@@ -171,6 +171,14 @@ class Adapter(ABC):
         return cast(Preprocess, chosen)
 
     @classmethod
+    def check_training(cls) -> None:
+        """Raises UnsupportedModelError for a family that cannot be trained here."""
+        if cls.keeps_places:  # the training's own prompts count positions anew
+            raise UnsupportedModelError(
+                f"{cls.model_class.__name__}: training is not served yet, evaluation is. The LLaVA families train."
+            )
+
+    @classmethod
     def check_pruner(cls, config: Any, pruner: Pruner) -> None:
         """Raises ConfigError or UnsupportedModelError for a pruner that the language model cannot have."""
         text_config = config.get_text_config()

@@ -16,12 +16,14 @@ from vzip.media.images import load_image
 
 # Transformers refuses more oblong images: at 28 pixels high, 200:1 is 5600 wide.
 MAX_ASPECT_RATIO = 200
+IMAGE_TOKEN = "<|image_pad|>"
 
 
 class Qwen2_5VlImageTextProcessor(ProcessorMixin):
     """Tokenizer, image processor and chat template."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        self.image_token = IMAGE_TOKEN
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
