@@ -369,3 +369,19 @@ def test_the_processor_and_a_dialogue(with_processor):
 def test_an_image_that_is_too_oblong(with_processor):
     with pytest.raises(ImageError, match="more oblong than 200:1"):
         with_processor.preprocess_images([drawn(1000, 5, 0)])
+
+
+def test_operations_of_the_tower_are_those_that_run(model):
+    """Counted by torch's counter with eager attention, whose products it sees."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    visual = vzip.CompressedVlm(model, vzip.Identity()).adapter.tower
+    config, usual = visual.module.config, visual.module.config._attn_implementation
+    inputs = images("8x8", "12x16")  # whole windows
+    config._attn_implementation = "eager"
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            visual.module(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+    finally:
+        config._attn_implementation = usual
+    assert visual.num_operations(inputs["image_grid_thw"].tolist()) == counter.get_total_flops()

@@ -14,10 +14,10 @@ from torch import Tensor
 from vzip.bench import flops
 from vzip.bench.shapes import BenchModel, build_meta
 from vzip.bench.stages import METHOD_CLASSES, Method, Vanilla, Vzip
-from vzip.bench.visuals import Pictures
+from vzip.bench.visuals import AnySize, Pictures
 from vzip.bench.workload import Workload, parts_of
 from vzip.compressors import Signal, VisionOutput
-from vzip.models.families import MiniGeminiAdapter
+from vzip.models.families import MiniGeminiAdapter, Qwen2_5VlAdapter
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def count_method(
     """
     meta = _on_meta(workload, model)
     method = METHOD_CLASSES[method_name](meta)
+    if isinstance(workload.visuals, AnySize):
+        return _of_any_size(meta, model, method, num_visual_tokens)
     side = meta.visuals.tower.geometry.image_size
     pixel_values = torch.empty(meta.num_inputs, 3, side, side, device="meta", dtype=meta.dtype)
     result = {"tower": _tower(method, model, pixel_values)}
@@ -70,6 +72,16 @@ def count_method(
         with torch.no_grad():
             tokens = method.compressor(vision).tokens
     return result | _language(meta, model, tokens, _layers_of(meta, model, method, num_visual_tokens))
+
+
+def _of_any_size(meta: Workload, model: BenchModel, method: Method, num_visual_tokens: int) -> dict[str, StageFlops]:
+    """The same of a family that runs its tower itself: by its formula alone, since its loops need contents."""
+    adapter, visuals = meta.adapter, meta.visuals
+    assert isinstance(adapter, Qwen2_5VlAdapter) and isinstance(visuals, AnySize)
+    grids = visuals.blank()["image_grid_thw"].tolist() * meta.settings.batch_size
+    is_scored = Signal("attention") in method.compressor.reads()
+    result = {"tower": StageFlops(adapter.tower.num_operations(grids, is_scored=is_scored), None)}
+    return result | _language(meta, model, None, _layers_of(meta, model, method, num_visual_tokens))
 
 
 def _tower(method: Method, model: BenchModel, pixel_values: Tensor) -> StageFlops:
@@ -132,14 +144,14 @@ def _layers_of(
 
 
 def _language(
-    meta: Workload, model: BenchModel, tokens: Tensor, parts: list[tuple[Workload, BenchModel, int]]
+    meta: Workload, model: BenchModel, tokens: Tensor | None, parts: list[tuple[Workload, BenchModel, int]]
 ) -> dict[str, StageFlops]:
     """The stages after compression; ``tokens [N, K, D]`` go to the projector, ``parts`` are ``_layers_of``."""
-    assert meta.adapter is not None
-    projector, text = meta.adapter.projector, model.config.text_config
+    text = model.config.text_config
     batch_size = meta.settings.batch_size
     head = meta.model.get_output_embeddings()
-    heads = (len(parts) - 1) * flops.count(lambda: head(tokens.new_empty(batch_size, text.hidden_size)))
+    row = torch.empty(batch_size, text.hidden_size, device="meta", dtype=meta.dtype)
+    heads = (len(parts) - 1) * flops.count(lambda: head(row))
     prefill, decode = StageFlops(-heads, 0), StageFlops(-heads, 0)
     for number, (part, of_part, num_visual) in enumerate(parts):
         num_tokens = meta.settings.prompt_tokens + num_visual
@@ -157,18 +169,17 @@ def _language(
         decode += StageFlops(
             flops.count(functools.partial(_read, part, 1, cache)), formula(num_new=1, num_past=num_tokens)
         )
-    return {
-        "projector": StageFlops(
-            flops.count(lambda: projector(tokens)),
-            flops.projector_formula(
-                num_tokens=tokens.shape[0] * tokens.shape[1],
-                vision_dim=model.vision_config.hidden_size,
-                text_dim=text.hidden_size,
-            ),
-        ),
-        "prefill": prefill,
-        "decode_per_token": decode,
-    }
+    after = {"prefill": prefill, "decode_per_token": decode}
+    if tokens is None:
+        return after
+    assert meta.adapter is not None
+    projector = meta.adapter.projector
+    of_projector = flops.projector_formula(
+        num_tokens=tokens.shape[0] * tokens.shape[1],
+        vision_dim=model.vision_config.hidden_size,
+        text_dim=text.hidden_size,
+    )
+    return {"projector": StageFlops(flops.count(lambda: projector(tokens)), of_projector), **after}
 
 
 def _on_meta(workload: Workload, model: BenchModel) -> Workload:

@@ -110,8 +110,9 @@ class BenchResult(Measurement):
             return found
         ours = by_name["vzip"]
         # Scoring is timed apart and inside `tower` as well: it belongs to what selection costs.
-        tower_ms = ours.median_ms("tower") - ours.median_ms("scoring")
-        found["selection_share_of_tower"] = ours.median_ms("selection", "scoring") / tower_ms
+        if "scoring" in ours.stages:
+            tower_ms = ours.median_ms("tower") - ours.median_ms("scoring")
+            found["selection_share_of_tower"] = ours.median_ms("selection", "scoring") / tower_ms
         for name in ("vanilla", "eager_maps"):
             if name not in by_name:
                 continue
@@ -154,6 +155,7 @@ def measure(
     model = shapes.resolve(settings.model)
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    settings = workload.fitting(settings, model)
     workload.check(settings, model)
     log(f"building {model.name} on {settings.torch_device} in {str(settings.torch_dtype).removeprefix('torch.')}")
     w = workload.build(settings, model)

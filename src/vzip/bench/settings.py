@@ -344,7 +344,7 @@ def estimate_bytes(settings: BenchSettings, model: BenchModel, num_parameters: i
     """
     element_bytes = settings.torch_dtype.itemsize
     vision = model.vision_config
-    num_rows = (vision.image_size // vision.patch_size) ** 2 + 1
+    num_rows = model.rows_per_crop
     num_inputs = settings.batch_size * settings.crops_per_prompt(model)
     needed = num_parameters * element_bytes
     # A tower layer's activations: input, normalised copy, q, k, v, output and the MLP's middle, twice.

@@ -23,6 +23,7 @@ from transformers import (
     MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
     VideoLlavaConfig,
 )
 
@@ -64,6 +65,19 @@ class BenchModel:
         return self.config if self.tower_only else self.config.vision_config
 
     @property
+    def has_fixed_crops(self) -> bool:
+        """Whether all inputs of the vision tower have one size; otherwise there is no published way to compare with."""
+        return not isinstance(self.config, Qwen2_5_VLConfig)
+
+    @property
+    def rows_per_crop(self) -> int:
+        """Rows of an input of the vision tower: patches and CLS, or the patches of an image of 1024 visual tokens."""
+        vision = self.vision_config
+        if not self.has_fixed_crops:
+            return 1024 * vision.spatial_merge_size**2
+        return (vision.image_size // vision.patch_size) ** 2 + 1
+
+    @property
     def num_crops(self) -> int:
         """Default number of tower inputs in a prompt."""
         if isinstance(self.config, LlavaNextConfig):
@@ -76,6 +90,8 @@ class BenchModel:
         """The paper's smallest budget for this family."""
         if isinstance(self.config, LlavaNextConfig):
             return "32tok"
+        if not self.has_fixed_crops:
+            return "128tok"
         return "17tok" if isinstance(self.config, VideoLlavaConfig) else "64tok"
 
 

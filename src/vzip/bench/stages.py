@@ -18,7 +18,10 @@ from vzip.bench.timing import StageTimes, Stopwatch, Untimed
 from vzip.bench.visuals import Pictures
 from vzip.bench.workload import Workload
 from vzip.compressors import Compressor, Identity, VisionOutput
-from vzip.models.splice import PreparedInputs, plan_splice, splice
+from vzip.models.families.base import TowerRun, VisualInputs
+from vzip.models.families.places import VisualTokens
+from vzip.models.splice import PreparedInputs, plan_splice, positions_before, splice_tokens
+from vzip.models.towers.structure import Tower
 from vzip.models.towers.tap import run_tower
 from vzip.ops.attention import cls_attention, mean_keys, received_attention
 from vzip.pruners import Pruner
@@ -176,21 +179,21 @@ def run_pass(method: Method) -> PassResult:
     with watch.stage("preprocess"):
         inputs = preprocess(w)
     tokens = _visual_tokens(method, inputs, watch)
-    if isinstance(method, Vzip) and w.settings.compressor == DEFAULT_COMPRESSOR:
+    if isinstance(method, Vzip) and w.settings.compressor == DEFAULT_COMPRESSOR and w.visuals.has_tower:
         method.run_scoring(w.visuals.tower_inputs(inputs), watch)
     if w.adapter is None:
-        return PassResult(watch.times_ms, len(tokens[0]) * w.visuals.num_crops, 0, 0, [], None)
+        return PassResult(watch.times_ms, len(tokens[0].rows) * w.visuals.num_crops, 0, 0, [], None)
     with ExitStack() as stack:
         return _language(method, tokens, inputs, watch, stack)
 
 
 def _language(
-    method: Method, tokens: list[Tensor], inputs: dict[str, Tensor], watch: Stopwatch, stack: ExitStack
+    method: Method, tokens: list[VisualTokens], inputs: dict[str, Tensor], watch: Stopwatch, stack: ExitStack
 ) -> PassResult:
     """The stages of the language model; a pruner is at work until ``stack`` ends."""
     w = method.workload
     assert w.adapter is not None
-    prepared, output, run = _first_token(method, tokens, watch, stack)
+    prepared, output, run = _first_token(method, tokens, w.adapter.read_inputs(**inputs), watch, stack)
     del tokens
     token_ids = output.logits[:, -1:].argmax(dim=-1)
     cache = output.past_key_values
@@ -198,7 +201,7 @@ def _language(
     kv_cache_bytes = storage_bytes([t for layer in cache.layers for t in (layer.keys, layer.values)])
     num_visual_tokens = sum(prepared.num_visual_tokens) // w.settings.batch_size
     decoded = [token_ids]
-    mask, position = prepared.attention_mask, prepared.position_ids[:, -1:]
+    mask, position = prepared.attention_mask, prepared.position_ids[..., -1:]
     with watch.stage("decode_per_token", divide_by=w.settings.num_new_tokens):
         for _ in range(w.settings.num_new_tokens):
             mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
@@ -227,37 +230,45 @@ def _time_to_first_token_ms(method: Method, inputs: dict[str, Tensor]) -> float:
     watch = Stopwatch(method.workload.device)
     with watch.stage("all"), ExitStack() as stack:
         tokens = _visual_tokens(method, inputs, Untimed())
-        output = _first_token(method, tokens, Untimed(), stack)[1]
+        assert method.workload.adapter is not None
+        visual = method.workload.adapter.read_inputs(**inputs)
+        output = _first_token(method, tokens, visual, Untimed(), stack)[1]
         output.logits[:, -1].argmax(dim=-1).tolist()
     return watch.times_ms["all"]
 
 
-def _visual_tokens(method: Method, inputs: dict[str, Tensor], watch: Stopwatch | Untimed) -> list[Tensor]:
+def _visual_tokens(method: Method, inputs: dict[str, Tensor], watch: Stopwatch | Untimed) -> list[VisualTokens]:
     """From the model's inputs to visual tokens, for each placeholder; of a bare tower to what it keeps of each crop."""
     w = method.workload
     if w.adapter is not None:
         visual = w.adapter.read_inputs(**inputs)
-        made = w.adapter.encode(
-            visual, method.compressor, lambda _tower, pixels, *_: method.run_tower(pixels), watch.stage
-        )
-        return [tokens.rows for tokens in made]
+        run: TowerRun | None = None
+        if w.visuals.has_tower:
+
+            def run(_tower: Tower, pixels: Tensor, *_: Any) -> VisionOutput:
+                return method.run_tower(pixels)
+
+        return w.adapter.encode(visual, method.compressor, run, watch.stage)
     with watch.stage("tower"):
         vision = method.run_tower(w.visuals.tower_inputs(inputs))
     if method.compressor.is_vanilla:  # a view of the tower's output: nothing to time
-        return list(method.compressor(vision).tokens)
+        return [VisualTokens(rows) for rows in method.compressor(vision).tokens]
     with watch.stage("selection"):
-        return list(method.compressor(vision).tokens)
+        return [VisualTokens(rows) for rows in method.compressor(vision).tokens]
 
 
 def _first_token(
-    method: Method, tokens: list[Tensor], watch: Stopwatch | Untimed, stack: ExitStack
+    method: Method, tokens: list[VisualTokens], visual: VisualInputs, watch: Stopwatch | Untimed, stack: ExitStack
 ) -> tuple[PreparedInputs, Any, PrunedRun | None]:
     """From these tokens to the language model's inputs, its output on the whole prompt, and the pruner's run."""
     w, visuals = method.workload, method.workload.visuals
     assert w.adapter is not None and w.input_ids is not None and isinstance(visuals, Pictures)
     with watch.stage("splice"):
-        plan = plan_splice(w.input_ids, None, visuals.placeholder, [1] * len(tokens))
-        prepared = splice(plan, w.input_ids, w.adapter.embed_tokens, tokens, visuals.placeholder)
+        adapter, ids, ones = w.adapter, w.input_ids, ([1] * len(visual.images), [1] * len(visual.videos))
+        plan = plan_splice(ids, None, adapter.image_token_id, ones[0], None, adapter.video_token_id, ones[1])
+        prepared = splice_tokens(
+            adapter, plan, ids, visual, tokens, positions_before(adapter, plan, ids, visual.shapes)
+        )
     run = None
     if method.pruner is not None:
         run = stack.enter_context(pruning(method.pruner, w.adapter.decoder, prepared.visual_index))

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vzip.compressors import VisionShape
-from vzip.errors import ConfigError, UnsupportedModelError
+from vzip.errors import ConfigError
 from vzip.media.images import prepare_pictures
 from vzip.models.families import Adapter, LlavaNextAdapter, VideoLlavaAdapter
 from vzip.models.families.llava_base import LlavaBase
@@ -28,15 +28,19 @@ class Visuals:
         picture_size: their (width, height).
         tower_module: the vision tower that reads them, as Hugging Face's module.
         tower: the same, taken apart.
+        has_tower: whether it is; otherwise only the family runs it.
         stock_offset: first row of its output that the unmodified model uses.
     """
+
+    has_tower = True
 
     def __init__(self, tower_module: nn.Module, num_crops: int) -> None:
         self.num_crops = self.num_files = num_crops
         self.picture_size = PICTURE_SIZE
         self.tower_module = tower_module
-        self.tower: Tower = find_tower(tower_module)
-        self.stock_offset = int(self.tower.geometry.has_cls)
+        if self.has_tower:
+            self.tower: Tower = find_tower(tower_module)
+            self.stock_offset = int(self.tower.geometry.has_cls)
 
     def describe(self) -> str:
         """What each prompt shows, in words."""
@@ -60,6 +64,8 @@ class Pictures(Visuals):
         placeholder: id of the placeholder.
     """
 
+    adapter: Adapter
+
     def __init__(self, adapter: LlavaBase, num_crops: int) -> None:
         super().__init__(adapter.vision_tower, num_crops)
         self.adapter = adapter
@@ -71,10 +77,12 @@ class Pictures(Visuals):
         return self.adapter.prepare_pictures(pictures, image_processor, "llava")
 
     def tower_inputs(self, inputs: dict[str, Tensor]) -> Tensor:
+        assert isinstance(self.adapter, LlavaBase)
         return self.adapter.image_pixels(self.adapter.read_inputs(**inputs))
 
     def blank(self) -> dict[str, Tensor]:
         """A prompt's inputs without data."""
+        assert isinstance(self.adapter, LlavaBase)
         side = self.adapter.image_side
         return {"pixel_values": torch.empty(self.num_crops, 3, side, side, device="meta")}
 
@@ -132,7 +140,34 @@ class Frames(Pictures):
         return self.adapter.prepare_videos(videos, image_processor, self.num_crops)
 
     def tower_inputs(self, inputs: dict[str, Tensor]) -> Tensor:
+        assert isinstance(self.adapter, VideoLlavaAdapter)
         return self.adapter.video_pixels(self.adapter.read_inputs(**inputs))
+
+
+class AnySize(Pictures):
+    """Qwen2.5-VL: one image of about a thousand visual tokens."""
+
+    has_tower = False
+
+    def __init__(self, adapter: Adapter, num_crops: int) -> None:
+        Visuals.__init__(self, adapter.vision_tower, num_crops)
+        if num_crops != 1:
+            raise ConfigError(
+                f"num_crops={num_crops}: {adapter.model_class.__name__} is measured with 1 image a prompt."
+            )
+        self.adapter = adapter
+        self.num_placeholders, self.placeholder = 1, adapter.image_token_id
+        *_, height, width = adapter.shown(adapter.read_inputs(**adapter.blank_images(1))).shape
+        self.picture_size = (width, height)
+
+    def describe(self) -> str:
+        return f"an image of {self.picture_size[0]} x {self.picture_size[1]}"
+
+    def prepare(self, pictures: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:
+        return self.adapter.prepare_pictures(pictures, image_processor, self.adapter.check_preprocess(None))
+
+    def blank(self) -> dict[str, Tensor]:
+        return self.adapter.blank_images(1)
 
 
 def visuals_of(adapter: Adapter, num_crops: int) -> Pictures:
@@ -147,4 +182,4 @@ def visuals_of(adapter: Adapter, num_crops: int) -> Pictures:
         return Frames(adapter, num_crops)
     if isinstance(adapter, LlavaBase):
         return Pictures(adapter, num_crops)
-    raise UnsupportedModelError(f"{adapter.model_class.__name__}: bench does not measure this family yet.")
+    return AnySize(adapter, num_crops)

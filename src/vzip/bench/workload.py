@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from vzip.bench import shapes
 from vzip.bench.device_memory import refuse_if_too_large
-from vzip.bench.settings import BenchSettings, estimate_bytes
+from vzip.bench.settings import DEFAULT_METHODS, BenchSettings, estimate_bytes
 from vzip.bench.shapes import BenchModel
 from vzip.bench.visuals import PICTURE_SIZE, Pictures, Visuals, visuals_of
 from vzip.compressors import Compressor, Identity
 from vzip.errors import CheckpointError, ConfigError
-from vzip.models.families import Adapter, FamilyOptions, adapter_for_model
+from vzip.models.families import Adapter, FamilyOptions, adapter_class_for_config, adapter_for_model
 from vzip.models.families.llava_base import LlavaBase
 from vzip.models.families.options import check_fit
 from vzip.models.hub import Checkpoint
@@ -65,6 +65,18 @@ class Workload:
         return self.settings.batch_size * self.visuals.num_crops
 
 
+def fitting(settings: BenchSettings, model: BenchModel) -> BenchSettings:
+    """The settings with the methods that the model can be measured by; ConfigError where another is asked for."""
+    if model.has_fixed_crops or "eager_maps" not in settings.methods:
+        return settings
+    if settings.methods != DEFAULT_METHODS:
+        raise ConfigError(
+            f"methods={','.join(settings.methods)}: eager_maps is the published way of CLIP towers; leave it out with"
+            f" model={model.name}"
+        )
+    return replace(settings, methods=tuple(name for name in settings.methods if name != "eager_maps"))
+
+
 def check(settings: BenchSettings, model: BenchModel) -> None:
     """Refuses, before anything is allocated, what cannot be measured.
 
@@ -73,9 +85,11 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
             prompt longer than the language model's positions, or more memory than there is.
         UnsupportedModelError: a vision tower there is no support for.
     """
-    geometry = geometry_from_config(model.vision_config)
     compressor = settings.method(model)
-    check_fit(compressor, geometry, FamilyOptions())
+    if model.tower_only:
+        check_fit(compressor, geometry_from_config(model.vision_config), FamilyOptions())
+    else:
+        adapter_class_for_config(model.config).check_settings(model.config, compressor, FamilyOptions())
     meta = shapes.build_meta(model, settings.torch_dtype)
     if "fastv" in settings.methods:
         if model.tower_only:

@@ -17,7 +17,8 @@ from torch.nn import functional
 from vzip.compressors.vision import VisionShape
 from vzip.errors import PromptError
 
-from .families.places import Piece, Placement
+from .families import Adapter, VisualInputs
+from .families.places import Piece, Placement, VisualTokens, placement_of
 
 PaddingSide = Literal["left", "right"]
 IGNORED_LABEL = -100  # torch's cross entropy leaves it out
@@ -280,6 +281,36 @@ def splice(
             ]
         ),
     )
+
+
+def positions_before(
+    adapter: Adapter, plan: SplicePlan, input_ids: Tensor, shapes: Sequence[VisionShape]
+) -> list[Tensor | None]:
+    """For each prompt the position ids of the unmodified model, of a family that keeps places; else an empty list.
+
+    Raises:
+        PromptError: as ``Adapter.positions``.
+    """
+    if not adapter.keeps_places:
+        return []
+    return [adapter.positions(segments) for segments in plan.segments(input_ids, shapes)]
+
+
+def splice_tokens(
+    adapter: Adapter,
+    plan: SplicePlan,
+    input_ids: Tensor,
+    visual: VisualInputs,
+    tokens: Sequence[VisualTokens],
+    before: Sequence[Tensor | None],
+    labels: Tensor | None = None,
+) -> PreparedInputs:
+    """``splice`` of what ``Adapter.encode`` made of ``visual``; ``before`` is from ``positions_before``."""
+    placement = placement_of(before, visual.shapes, [each.place_index for each in tokens])
+    rows = [each.rows for each in tokens]
+    images, videos = rows[: len(visual.images)], rows[len(visual.images) :]
+    ids, embed_tokens = (adapter.image_token_id, adapter.video_token_id), adapter.embed_tokens
+    return splice(plan, input_ids, embed_tokens, images, ids[0], labels, videos, ids[1], placement)
 
 
 def check_ends_in_text(visual_index: Tensor) -> None:

@@ -23,9 +23,8 @@ from vzip.pruners.context import PrunedRun, pruning, refuse_generation, refuse_t
 
 from .chat.session import ChatSession
 from .families import INPUT_NAMES, FamilyOptions, adapter_for_model
-from .families.places import placement_of
 from .inputs import InputBuilder
-from .splice import PaddingSide, PreparedInputs, check_ends_in_text, plan_splice, splice
+from .splice import PaddingSide, PreparedInputs, check_ends_in_text, plan_splice, positions_before, splice_tokens
 
 
 class CompressedVlm(InputBuilder, nn.Module):
@@ -206,15 +205,9 @@ class CompressedVlm(InputBuilder, nn.Module):
         token_id, video_token_id = adapter.image_token_id, adapter.video_token_id
         # Planned before anything is encoded.
         plan = plan_splice(input_ids, attention_mask, token_id, lengths, padding_side, video_token_id, video_lengths)
-        before = []
-        if adapter.keeps_places:
-            before = [adapter.positions(segments) for segments in plan.segments(input_ids, visual.shapes)]
+        before = positions_before(adapter, plan, input_ids, visual.shapes)
         tokens = adapter.encode(visual, self._compressor)
-        placement = placement_of(before, visual.shapes, [each.place_index for each in tokens])
-        rows = [each.rows for each in tokens]
-        images, videos = rows[: len(visual.images)], rows[len(visual.images) :]
-        input_ids, embed_tokens = input_ids.to(self.device), adapter.embed_tokens
-        prepared = splice(plan, input_ids, embed_tokens, images, token_id, labels, videos, video_token_id, placement)
+        prepared = splice_tokens(adapter, plan, input_ids.to(self.device), visual, tokens, before, labels)
         self.last_num_visual_tokens = prepared.num_visual_tokens
         return prepared
 

@@ -104,20 +104,27 @@ class UnitTower:
             fixed=False,
         )
 
-    def num_operations(self, grids: Sequence[Grid]) -> int:
-        """Operations of the tower and its merger, a multiply-add being two; norms and softmax are not counted."""
+    def num_operations(self, grids: Sequence[Grid], with_merger: bool = True, is_scored: bool = False) -> int:
+        """Operations of the tower, a multiply-add being two; norms and softmax are not counted.
+
+        Args:
+            grids: of each image.
+            with_merger: count what makes visual tokens of merge units, too.
+            is_scored: count the products by which ``attention`` is computed beside the tower's own.
+        """
         num_patches = sum(steps * rows * cols for steps, rows, cols in grids)
         attended = sum(steps * (rows * cols) ** 2 for steps, rows, cols in grids)  # in a block that sees all
         in_windows = num_patches * (self.window * self.merge_size) ** 2
         blocks = self.module.get_submodule("blocks")
-        weights = [p for p in blocks.parameters() if p.ndim > 1]
-        width = weights[0].shape[1]
+        weights = [p for p in (*self.module.get_submodule("patch_embed").parameters(), *blocks.parameters())]
+        width = len(weights[0])
         num_full = len(self.full_blocks)
-        pairs = num_full * attended + (self.num_layers - num_full) * in_windows
-        merger = [p for p in self.module.get_submodule("merger").parameters() if p.ndim > 1]
-        per_unit = sum(p.numel() for p in merger)
-        linear = num_patches * sum(p.numel() for p in weights) + num_patches // self.merge_size**2 * per_unit
-        return 2 * linear + 4 * pairs * width
+        pairs = 2 * (num_full * attended + (self.num_layers - num_full) * in_windows) + is_scored * attended
+        linear = num_patches * sum(p.numel() for p in weights if p.ndim > 1)
+        if with_merger:
+            merger = self.module.get_submodule("merger").parameters()
+            linear += num_patches // self.merge_size**2 * sum(p.numel() for p in merger if p.ndim > 1)
+        return 2 * (linear + pairs * width)
 
     def _units(self, signal: Signal, layer: int, into: dict[str, Any], grids: Sequence[Grid]) -> Tensor:
         """A signal of every merge unit in window order, ``[M]`` or ``[M, width]``."""
