@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import yaml
 
 from vzip.bench import shapes, workload
 from vzip.bench.device_memory import PeakMemory, refuse_if_too_large
@@ -29,6 +28,7 @@ from vzip.errors import ConfigError
 from vzip.installed import checkout
 from vzip.models.families import FamilyOptions, adapter_class_for_config
 from vzip.models.vlm import CompressedVlm
+from vzip.option_files import option_values
 from vzip.train.settings import LaunchSettings, TrainSettings
 
 NUM_SAMPLES = 66_500
@@ -109,7 +109,7 @@ def side_result(
 
 def train_settings(settings: BenchSettings) -> tuple[TrainSettings, LaunchSettings]:
     """``train=projector``, a step of one batch on one device."""
-    projector = yaml.safe_load((checkout() / "configs/train/projector.yaml").read_text(encoding="utf-8"))
+    projector = option_values(checkout() / "configs", "train", "projector")
     precision = "bfloat16" if settings.torch_dtype == torch.bfloat16 else "float32"
     train = TrainSettings.of_group({**projector, "precision": precision, "samples_per_step": settings.batch_size})
     launch = LaunchSettings(

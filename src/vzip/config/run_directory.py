@@ -14,7 +14,8 @@ from typing import Any
 
 from vzip.config.options import option_values
 from vzip.config.schema import OPEN_GROUPS
-from vzip.config.validate import TRAINED, show
+from vzip.config.validate import TRAINED
+from vzip.keys import show
 
 TUNED = "_tuned"  # ends the name of a recipe that evaluates what its namesake trains
 

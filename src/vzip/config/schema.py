@@ -1,252 +1,264 @@
-"""Every key that a configuration may hold, and the rule for its value.
+"""Every key that a configuration may hold, for evaluation and training alike.
 
-The YAML files carry the defaults and say what a key means; here stands what is allowed, once for evaluation and
-training. The groups ``compressor`` and ``pruner`` are open: their keys are the arguments of their ``_target_``.
+The YAML files carry the values. The groups ``compressor`` and ``pruner`` are open: their keys are the arguments of
+their ``_target_``. The groups ``train`` and ``launcher`` are described by ``vzip.train.settings``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
+
+from vzip.keys import (
+    BOOL,
+    Key,
+    Rule,
+    key,
+    keys_of,
+    mapping,
+    number,
+    one_of,
+    optional,
+    or_auto,
+    subset_of,
+    text,
+    texts,
+    whole_number,
+)
+from vzip.train.settings import LaunchSettings, TrainSettings
+
+AUTO = "auto"  # of launcher
+OPEN_GROUPS = ("compressor", "pruner")
+_DIRECTORY = text("a directory")
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What a value must be.
+class RunSettings:
+    """The keys outside of all groups."""
 
-    Attributes:
-        text: the rule in words, ending the sentence "must be ...".
-        allows: whether a value keeps it.
-        choices: the names to choose from, if the rule is a list of names.
-    """
-
-    text: str
-    allows: Callable[[Any], bool]
-    choices: tuple[str, ...] = ()
+    recipe: str | None = key(optional(text("the name of a file in configs/exp")), "set by that file")
+    seed: int = key(whole_number(0), "of every random choice")
+    dry_run: bool = key(BOOL, "check everything, print what would be done, and stop before anything is loaded")
+    overwrite: bool = key(BOOL, "replace the record of an earlier run in the same run directory")
 
 
-def whole_number(minimum: int) -> Rule:
-    return Rule(
-        f"a whole number, {minimum} or more",
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= minimum,
+@dataclass(frozen=True)
+class ModelSettings:
+    """The ``model`` group."""
+
+    name_or_path: str = key(text("a hub id, a checkpoint directory or vzip/tiny"), "where the weights come from")
+    revision: str | None = key(optional(text("a commit, tag or branch of the hub's repository")), "null: its newest")
+    assembled_from: list[str] | None = key(
+        optional(Rule("a list of vision tower and language model", lambda v: texts("").allows(v) and len(v) == 2)),
+        "of which scripts/assemble_llava.py makes the directory; null: not made here",
     )
-
-
-def number(minimum: float) -> Rule:
-    return Rule(
-        f"a number, {minimum:g} or more",
-        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v >= minimum,
-    )
-
-
-def one_of(*names: str) -> Rule:
-    return Rule("one of " + ", ".join(names), lambda v: v in names, names)
-
-
-def text(what: str) -> Rule:
-    return Rule(what, lambda v: isinstance(v, str) and v != "")
-
-
-def texts(what: str, empty: bool = False) -> Rule:
-    return Rule(
-        what, lambda v: isinstance(v, list) and (empty or len(v) > 0) and all(isinstance(i, str) and i for i in v)
-    )
-
-
-def optional(rule: Rule) -> Rule:
-    return Rule(f"{rule.text}, or null", lambda v: v is None or rule.allows(v), rule.choices)
-
-
-def or_auto(rule: Rule) -> Rule:
-    return Rule(f"{rule.text}, or auto", lambda v: v == "auto" or rule.allows(v), rule.choices)
-
-
-def count(minimum: int) -> Rule:
-    """A number of tokens; null stands for "no budget" in budget=full."""
-    rule = optional(whole_number(minimum))
-    return Rule(f"a whole number of tokens a crop, {minimum} or more (not a ratio)", rule.allows)
-
-
-def positive() -> Rule:
-    return Rule("a number above 0", lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v > 0)
-
-
-def share() -> Rule:
-    return Rule(
-        "a number from 0 to 1", lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1
-    )
-
-
-def subset_of(*names: str, empty: bool = False) -> Rule:
-    return Rule(
-        f"a list of {'any' if empty else 'at least one'} of {', '.join(names)}, each once",
-        lambda v: isinstance(v, list) and (empty or len(v) > 0) and set(v) <= set(names) and len(set(v)) == len(v),
-    )
-
-
-AUTO = "auto"  # of launcher
-
-BOOL = Rule("true or false", lambda v: isinstance(v, bool))
-
-TOP: Mapping[str, Rule] = {
-    "recipe": optional(text("the name of a file in configs/exp")),
-    "seed": whole_number(0),
-    "dry_run": BOOL,
-    "overwrite": BOOL,
-}
-
-GROUPS: Mapping[str, Mapping[str, Rule]] = {
-    "model": {
-        "name": text("the option's name"),
-        "name_or_path": text("a hub id, a checkpoint directory or vzip/tiny"),
-        "revision": optional(text("a commit, tag or branch of the hub's repository")),
-        "assembled_from": optional(
-            Rule("a list of vision tower and language model", lambda v: texts("").allows(v) and len(v) == 2)
-        ),
-        "dtype": one_of("auto", "float32", "bfloat16", "float16"),
-        "device_map": optional(
+    dtype: str = key(one_of("auto", "float32", "bfloat16", "float16"), "of the weights; auto: the checkpoint's")
+    device_map: str | dict[str, Any] | None = key(
+        optional(
             Rule("auto, cpu, cuda, cuda:0 ..., or a mapping of modules to devices", lambda v: isinstance(v, str | dict))
         ),
-        "attn_implementation": one_of("sdpa", "eager", "flash_attention_2"),
-        "quantization": optional(one_of("8bit", "4bit")),
-        "preprocess": one_of("llava", "hf"),
-        "drop_padding": BOOL,
-        "row_newline": BOOL,
-        "num_frames": optional(whole_number(1)),
-        "drop_cls": BOOL,
-        "adapter_path": optional(text("a directory with a PEFT checkpoint (LoRA), or a hub id")),
-        "projector": optional(text("a directory that train.py wrote, or trained: this command line's own")),
-        "num_tower_tokens": optional(whole_number(1)),
-        "system_prompt": optional(text("a text")),
-    },
-    "budget": {
-        "name": text("the option's name"),
-        "num_dominant": count(1),
-        "num_contextual": count(0),
-    },
-    "data": {"name": text("the option's name")},
-    "train": {"name": text("the option's name")},
-    "eval": {
-        "name": text("the option's name"),
-        "tasks": texts("a list of at least one task name, as eval.tasks=[pope,gqa]"),
-        "limit": optional(whole_number(1)),
-        "batch_size": or_auto(whole_number(1)),
-        "num_workers": whole_number(0),
-        "on_problem": one_of("refuse", "skip"),
-        "trackers": subset_of("wandb", empty=True),
-        "include_path": optional(text("a folder of lmms-eval task files, built-in or video")),
-        "tower_cache_gib": optional(number(0.0)),
-        "gen_kwargs": Rule("a mapping", lambda v: isinstance(v, dict)),
-    },
-    "launcher": {
-        "name": text("the option's name"),
-        "num_threads": optional(whole_number(1)),
-        "device": one_of("auto", "cpu", "cuda"),
-        "num_processes": whole_number(1),
-        "num_machines": optional(whole_number(1)),
-        "strategy": one_of("single", "ddp", "zero2", "zero3"),
-        "batch_size": whole_number(1),
-        "gradient_checkpointing": BOOL,
-        "num_workers": whole_number(0),
-    },
-    "paths": {
-        "runs_dir": text("a directory"),
-        "run_dir": optional(text("a directory")),
-        "scenes_dir": optional(text("a directory")),
-        "video_root": optional(text("a directory")),
-    },
+        "where the model goes; null: the CPU",
+    )
+    attn_implementation: str = key(one_of("sdpa", "eager", "flash_attention_2"), "attention of the language model")
+    quantization: str | None = key(optional(one_of("8bit", "4bit")), "of the language model alone, by bitsandbytes")
+    preprocess: str = key(
+        one_of("llava", "hf"),
+        "llava: pad to a square (LLaVA-NeXT: the scripts' tiles), as the published scripts; hf: the checkpoint's own"
+        " processor (crops; LLaVA-NeXT: other tiles on small images)",
+    )
+    projector: str | None = key(
+        optional(text("a directory that train.py wrote, or trained: this command line's own")),
+        "tuned weights; null: the checkpoint's own",
+    )
+    adapter_path: str | None = key(
+        optional(text("a directory with a PEFT checkpoint (LoRA), or a hub id")), "put on top of the model; null: none"
+    )
+    drop_padding: bool = key(
+        BOOL, "LLaVA-NeXT: patches of mere padding are not selected; the published code selects them like others"
+    )
+    row_newline: bool = key(
+        BOOL, "LLaVA-NeXT: the newline token after each row of patches, on top of the budget; published: none"
+    )
+    num_frames: int | None = key(
+        optional(whole_number(1)), "Video-LLaVA: of each video, evenly spread from its first to its last; null: 8"
+    )
+    drop_cls: bool = key(
+        BOOL, "Mini-Gemini: compress the mined patches alone; else CLS, which is not mined, is the first kept token"
+    )
+    num_tower_tokens: int | None = key(
+        optional(whole_number(1)),
+        "of one tower input, CLS among them; the budget is held against it before anything is loaded; null: read from"
+        " the checkpoint's own config",
+    )
+    system_prompt: str | None = key(optional(text("a text")), "before each question; null: none")
+
+
+# Null stands for "no budget" in budget=full.
+def _tokens(minimum: int) -> Rule:
+    allows = optional(whole_number(minimum)).allows
+    return Rule(f"a whole number of tokens a crop, {minimum} or more (not a ratio)", allows)
+
+
+@dataclass(frozen=True)
+class BudgetSettings:
+    """The ``budget`` group."""
+
+    num_dominant: int | None = key(_tokens(1), "kept by their scores, CLS among them")
+    num_contextual: int | None = key(_tokens(0), "merged of the others")
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """``eval.gen_kwargs``: what is asked of each answer."""
+
+    max_new_tokens: int | None = key(optional(whole_number(1)), "tokens an answer may have", default=None)
+    do_sample: bool | None = key(optional(BOOL), "draw tokens instead of taking the likeliest", default=None)
+    temperature: float | None = key(optional(number(0.0)), "of drawn tokens", default=None)
+    top_p: float | None = key(
+        optional(number(0.0)), "share of the probability that tokens are drawn from", default=None
+    )
+    num_beams: int | None = key(optional(whole_number(1)), "of a beam search", default=None)
+    until: list[str] | None = key(
+        optional(texts("a list of strings at which an answer ends")), "cut off there", default=None
+    )
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """The ``eval`` group."""
+
+    tasks: list[str] = key(texts("a list of at least one task name, as eval.tasks=[pope,gqa]"), "what is answered")
+    limit: int | None = key(
+        optional(whole_number(1)), "samples a task; null: all (a limited run is recorded as provisional)"
+    )
+    batch_size: int | str = key(
+        or_auto(whole_number(1)),
+        "questions generated together, halved when memory does not suffice; auto: as many as fit (tries 64 first, on a"
+        " CPU 8)",
+    )
+    num_workers: int = key(whole_number(0), "threads that read images and videos ahead, in each process; 0: none")
+    include_path: str | None = key(
+        optional(text("a folder of lmms-eval task files, built-in or video")),
+        "more tasks: one's own; the generated scenes benchmark; the video benchmarks in paths.video_root",
+    )
+    tower_cache_gib: float | None = key(
+        optional(number(0.0)),
+        "memory for outputs of the vision tower, kept between the jobs of a sweep; null: 4 in a sweep, else 0 (off)",
+    )
+    on_problem: str = key(
+        one_of("refuse", "skip"),
+        "an image or video that cannot be read: refuse (once all else is answered), or leave the question out of the"
+        " score",
+    )
+    trackers: list[str] = key(
+        subset_of("wandb", empty=True),
+        "told of the finished run: scores, retention over the runs beside it, a few answers with their images",
+    )
+    gen_kwargs: dict[str, Any] = key(
+        mapping("a mapping"), "of each answer; null: what the task says", nested=GenerationSettings
+    )
+
+
+@dataclass(frozen=True)
+class PathSettings:
+    """The ``paths`` group."""
+
+    runs_dir: str = key(
+        _DIRECTORY, "records go to <runs_dir>/<task>/<recipe or model>/<compressor>-<budget>/seed<k> in it"
+    )
+    run_dir: str | None = key(optional(_DIRECTORY), "this exact one for the record; null: one in paths.runs_dir")
+    scenes_dir: str | None = key(optional(_DIRECTORY), "the generated benchmark's data; null: the project's own cache")
+    video_root: str | None = key(
+        optional(_DIRECTORY), "the video benchmarks (eval=paper_video), fetched by hand: data_manifests/video_qa.json"
+    )
+
+
+@dataclass(frozen=True)
+class LlavaJsonSettings:
+    """The ``data`` group for a file in LLaVA's format.
+
+    ``[{"id": ..., "image": "path", "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}]``; ``video``
+    and ``<video>`` likewise, as Video-LLaVA's.
+    """
+
+    json: str = key(text("a file in LLaVA's format, as data.json=FILE"), "conversations, each with its image or video")
+    image_root: str | None = key(
+        optional(text("the folder that the file's image paths start from")), "null: the file's own"
+    )
+    fraction: float | str = key(
+        Rule(
+            "a number above 0 and at most 1, as 0.1 or 1/10",
+            lambda v: isinstance(v, int | float | str) and not isinstance(v, bool),
+        ),
+        "of the samples, chosen by a hash of each one and data.subset_seed: any order and any machine choose the same",
+    )
+    subset_seed: int = key(whole_number(0), "of data.fraction")
+    keep_text_only: bool = key(BOOL, "whether samples without an image count (they cannot change the projector)")
+    on_problem: str = key(
+        one_of("refuse", "skip"), "missing images, broken records: refuse to start, or skip and say how many"
+    )
+
+
+@dataclass(frozen=True)
+class ScenesSettings:
+    """The ``data`` group for generated images."""
+
+    num_pictures: int = key(whole_number(1), "images generated")
+    num_questions: int = key(
+        whole_number(1), "at most, an image, asked independently; one pass of the vision tower serves them all"
+    )
+
+
+TOP: Mapping[str, Key] = keys_of(RunSettings)
+NAME = {"name": Key(text("the option's name"), "the file's own")}
+GROUPS: Mapping[str, Mapping[str, Key]] = {
+    "model": NAME | keys_of(ModelSettings),
+    "budget": NAME | keys_of(BudgetSettings),
+    "data": NAME,
+    "train": NAME,
+    "eval": NAME | keys_of(EvalSettings),
+    "launcher": NAME | keys_of(LaunchSettings),
+    "paths": NAME | keys_of(PathSettings),
 }
+
+
+def _kind(name: str, settings: type) -> Mapping[str, Key]:
+    return NAME | {"kind": Key(one_of(name), "of the option's settings")} | keys_of(settings)
+
 
 # Groups whose options are of different kinds, with keys of their own; an option without a kind has a name only.
-KINDS: Mapping[str, Mapping[str, Mapping[str, Rule]]] = {
-    "data": {
-        "llava_json": {
-            "name": text("the option's name"),
-            "kind": one_of("llava_json"),
-            "json": text("a file in LLaVA's format, as data.json=FILE"),
-            "image_root": optional(text("the folder that the file's image paths start from")),
-            "fraction": Rule(
-                "a number above 0 and at most 1, as 0.1 or 1/10",
-                lambda v: isinstance(v, int | float | str) and not isinstance(v, bool),
-            ),
-            "subset_seed": whole_number(0),
-            "keep_text_only": BOOL,
-            "on_problem": one_of("refuse", "skip"),
-        },
-        "scenes": {
-            "name": text("the option's name"),
-            "kind": one_of("scenes"),
-            "num_pictures": whole_number(1),
-            "num_questions": whole_number(1),
-        },
-    },
-    "train": {
-        "tune": {
-            "name": text("the option's name"),
-            "kind": one_of("tune"),
-            "parts": subset_of("projector", "language_model", "vision_tower"),
-            "reset_projector": BOOL,
-            "template": one_of("vicuna_v1", "plain", "chat"),
-            "max_length": whole_number(16),
-            "learning_rate": number(0.0),
-            "tower_learning_rate": optional(number(0.0)),
-            "weight_decay": number(0.0),
-            "warmup_fraction": share(),
-            "num_epochs": whole_number(1),
-            "num_steps": optional(whole_number(1)),
-            "samples_per_step": whole_number(1),
-            "max_grad_norm": optional(positive()),
-            "loss_norm": one_of("tokens", "samples"),
-            "precision": one_of("float32", "bfloat16"),
-            "tf32": BOOL,
-            "save_every": whole_number(1),
-            "keep_last": whole_number(1),
-            "num_validation_samples": whole_number(0),
-            "trackers": subset_of("wandb", "tensorboard", empty=True),
-            "lora": optional(Rule("a mapping (train=projector_lora has one)", lambda v: isinstance(v, dict))),
-        },
-    },
+KINDS: Mapping[str, Mapping[str, Mapping[str, Key]]] = {
+    "data": {"llava_json": _kind("llava_json", LlavaJsonSettings), "scenes": _kind("scenes", ScenesSettings)},
+    "train": {"tune": _kind("tune", TrainSettings)},
 }
 
-GENERATION: Mapping[str, Rule] = {
-    "max_new_tokens": optional(whole_number(1)),
-    "do_sample": optional(BOOL),
-    "temperature": optional(number(0.0)),
-    "top_p": optional(number(0.0)),
-    "num_beams": optional(whole_number(1)),
-    "until": optional(texts("a list of strings at which an answer ends")),
-}
 
-LORA: Mapping[str, Rule] = {
-    "r": whole_number(1),
-    "alpha": positive(),
-    "dropout": share(),
-    "target_modules": texts("a list of at least one name of the language model's linear layers, as [q_proj,v_proj]"),
-    "learning_rate": optional(number(0.0)),
-}
-
-# Values that are mappings with rules of their own.
-NESTED: Mapping[str, Mapping[str, Rule]] = {"eval.gen_kwargs": GENERATION, "train.lora": LORA}
-
-OPEN_GROUPS = ("compressor", "pruner")
-
-
-def rules_of(group: str, values: Mapping[str, Any]) -> Mapping[str, Rule]:
-    """The rules for a group's values: those of their kind, where the group's options are of several.
+def keys_for(group: str, values: Mapping[str, Any]) -> Mapping[str, Key]:
+    """The keys of a group's values: those of their kind, where the group's options are of several.
 
     In ``launcher=auto`` a null stands for what train.py chooses.
     """
     if group == "launcher" and values.get("name") == AUTO:
-        return {key: optional(rule) for key, rule in GROUPS[group].items()}
+        return {name: replace(own, rule=optional(own.rule)) for name, own in GROUPS[group].items()}
     return KINDS.get(group, {}).get(str(values.get("kind")), GROUPS[group])
+
+
+def keys_in(group: str) -> Mapping[str, Key]:
+    """All keys that options of a group have, whatever their kind."""
+    found = dict(GROUPS.get(group, {}))
+    for keys in KINDS.get(group, {}).values():
+        found |= keys
+    return found
 
 
 def known_keys() -> list[str]:
     """Every dotted key of the schema; the open groups' own keys are not among them."""
-    keys = [*TOP, *(f"{name}.{key}" for name, rules in NESTED.items() for key in rules)]
-    for group, rules in GROUPS.items():
-        keys += [f"{group}.{key}" for key in rules]
-    for group, kinds in KINDS.items():
-        keys += [f"{group}.{key}" for rules in kinds.values() for key in rules]
-    return list(dict.fromkeys(keys))
+    return [*TOP, *(name for group in GROUPS for name in _dotted(group, keys_in(group)))]
+
+
+def _dotted(prefix: str, keys: Mapping[str, Key]) -> list[str]:
+    names = []
+    for name, own in keys.items():
+        names += [f"{prefix}.{name}", *_dotted(f"{prefix}.{name}", own.nested or {})]
+    return names
