@@ -42,8 +42,8 @@ class MethodFile:
         """
         for key in settings.keys() - self.settings.keys():
             raise ConfigError(
-                f"{self.group}.{key}: {self.group}={self.name} has no such setting{nearest(key, self.settings)}; it has:"
-                f" {', '.join(self.settings) or 'none'}."
+                f"{self.group}.{key}: {self.group}={self.name} has no such setting{nearest(key, self.settings)};"
+                f" it has: {', '.join(self.settings) or 'none'}."
             )
         return self.method(**({"budget": budget} if self.has_budget else {}), **{**self.settings, **settings})
 

@@ -75,6 +75,12 @@ def header(path: Path) -> list[str]:
     return [line.lstrip("#").rstrip()[1:] for line in comment if "@package" not in line]
 
 
+def comments(path: Path) -> dict[str, str]:
+    """What stands beside a file's own values, by key."""
+    lines = re.findall(r"^(\w+):[^#\n]*#\s*(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return dict(lines)
+
+
 def summary(path: Path) -> str:
     """The first sentence of a config file's comment."""
     text = " ".join(line for line in header(path) if not line.startswith("  "))

@@ -121,11 +121,11 @@ def test_each_measurement_has_a_folder_of_its_own() -> None:
     given = {
         "": "vzip-64tok",
         "methods=eager_maps,vzip,vanilla": "vzip-64tok",
-        "methods=vzip": "vzip-vzip-64tok",
+        "methods=vzip": "vzip-only-vzip-64tok",
         "compressor=fastervlm": "vzip-fastervlm-64tok",
         "compressor.merge_rule=mean": "vzip-visionzip_merge_rule-mean-64tok",
         "pruner=fastv": "vzip-fastv-64tok",
-        "methods=vanilla,fastv": "vzip-fastv-vanilla+fastv-64tok",
+        "methods=vanilla,fastv": "vzip-fastv-only-vanilla+fastv-64tok",
         "pruner=fastv pruner.keep=166": "vzip-fastv_keep-166-64tok",
         "budget=12+4": "vzip-12+4",
     }

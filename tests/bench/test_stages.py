@@ -115,7 +115,7 @@ def test_a_pruner_that_cannot_be_measured(clip_tower: BenchModel) -> None:
     with pytest.raises(ConfigError, match="tower is a vision tower alone"):
         build(clip_tower, **pruned_by(K=1, keep=3))
     for wrong in ("pruner.keep=x", "pruner.K=0", "pruner.keep=1.5"):
-        with pytest.raises(ConfigError, match=rf"^{wrong}: must"):
+        with pytest.raises(ConfigError, match=r"pruner\.\w+=.*: must"):
             parse(["pruner=fastv", wrong])
 
 

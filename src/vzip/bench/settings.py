@@ -39,6 +39,54 @@ def _is_budget(value: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Mode:
+    """One way of measuring: what it takes of the settings.
+
+    Attributes:
+        flag: the option that asks for it; empty for the usual one.
+        name: of its results' file and directory.
+        defaults: its own, where they differ from ``BenchSettings``.
+        unused: keys that have no meaning in it.
+        rules: its own, where it takes less than the others.
+    """
+
+    flag: str
+    name: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+
+
+def _trained(flag: str) -> dict[str, Rule]:
+    return {
+        "methods": one_of("vanilla", "vzip", note=f" with {flag}"),
+        "dtype": one_of("auto", "float32", "bfloat16", note=f" with {flag}, which trains"),
+        "device": Rule(
+            f"auto, cpu or cuda with {flag}, since a training takes the first device it sees; hide the others with"
+            " CUDA_VISIBLE_DEVICES=N",
+            lambda v: re.fullmatch(r"auto|cpu|cuda(:0)?", v) is not None,
+        ),
+    }
+
+
+PASSES = Mode("", "bench")
+TRAIN = Mode(
+    "--train",
+    "train",
+    {"methods": ("vanilla", "vzip"), "batch_size": 16, "prompt_tokens": 256},
+    ("num_crops", "num_new_tokens", "pruner"),
+    _trained("--train"),
+)
+MEMORY = Mode(
+    "--memory",
+    "memory",
+    {"methods": ("vzip",), "batch_size": 16, "prompt_tokens": 256, "num_new_tokens": 128},
+    ("num_crops", "repeats", "warmup", "weights", "pruner"),
+    _trained("--memory"),
+)
+
+
+@dataclass(frozen=True)
 class BenchSettings:
     """One measurement.
 
@@ -134,9 +182,7 @@ class BenchSettings:
         settings = self.method_settings.get("pruner", {})
         if self.pruner == NO_PRUNER:
             if settings:
-                raise ConfigError(
-                    f"pruner.{next(iter(settings))}: pruner=none has no settings; add pruner={PRUNERS[0]}."
-                )
+                raise ConfigError(f"pruner.{min(settings)}: pruner=none has no settings; add pruner={PRUNERS[0]}.")
             return None
         built: Pruner = find_method(self.pruner, "pruner").build(**settings)
         return built
@@ -167,69 +213,20 @@ class BenchSettings:
         files = {g: find_method(name, g) for g, name in chosen.items() if name != NO_PRUNER}
         return [file.label(self.method_settings.get(group, {})) for group, file in files.items()]
 
-    def out_directory(self, model: BenchModel, mode: Mode | None = None) -> Path:
+    def out_directory(self, model: BenchModel, mode: Mode = PASSES) -> Path:
         """Returns where the results go: another folder for other methods or settings of theirs."""
         if self.out != "auto":
             return Path(self.out).expanduser()
-        mode = mode or PASSES
         parts = ["vzip" if mode is PASSES else mode.name, *self.labels()]
         parts = [part for part in parts if part not in (DEFAULT_COMPRESSOR, NO_PRUNER)]
         if set(self.methods) != set(self.usual_methods(mode)):
-            parts.append("+".join(sorted(self.methods, key=METHODS.index)))
+            parts.append("only-" + "+".join(sorted(self.methods, key=METHODS.index)))
         dtype = str(self.torch_dtype).removeprefix("torch.")
         parts += [self.token_budget(model)[0], dtype, self.torch_device.type]
         return Path("runs", "bench", Path(self.model).name, "-".join(parts))
 
 
 KEYS = keys_of(BenchSettings)
-
-
-@dataclass(frozen=True)
-class Mode:
-    """One way of measuring: what it takes of the settings.
-
-    Attributes:
-        flag: the option that asks for it; empty for the usual one.
-        name: of its results' file and directory.
-        defaults: its own, where they differ from ``BenchSettings``.
-        unused: keys that have no meaning in it.
-        rules: its own, where it takes less than the others.
-    """
-
-    flag: str
-    name: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
-    rules: Mapping[str, Rule] = field(default_factory=dict)
-
-
-def _trained(flag: str) -> dict[str, Rule]:
-    return {
-        "methods": one_of("vanilla", "vzip", note=f" with {flag}"),
-        "dtype": one_of("auto", "float32", "bfloat16", note=f" with {flag}, which trains"),
-        "device": Rule(
-            f"auto, cpu or cuda with {flag}, since a training takes the first device it sees; hide the others with"
-            " CUDA_VISIBLE_DEVICES=N",
-            lambda v: re.fullmatch(r"auto|cpu|cuda(:0)?", v) is not None,
-        ),
-    }
-
-
-PASSES = Mode("", "bench")
-TRAIN = Mode(
-    "--train",
-    "train",
-    {"methods": ("vanilla", "vzip"), "batch_size": 16, "prompt_tokens": 256},
-    ("num_crops", "num_new_tokens", "pruner"),
-    _trained("--train"),
-)
-MEMORY = Mode(
-    "--memory",
-    "memory",
-    {"methods": ("vzip",), "batch_size": 16, "prompt_tokens": 256, "num_new_tokens": 128},
-    ("num_crops", "repeats", "warmup", "weights", "pruner"),
-    _trained("--memory"),
-)
 
 
 def shown_defaults(mode: Mode = PASSES) -> dict[str, str]:
@@ -271,9 +268,8 @@ def parse(words: Sequence[str], mode: Mode = PASSES) -> BenchSettings:
             of_methods.pop(name, None)
     named = [method for method in given.get("methods", ()) if method in PRUNERS]
     given.setdefault("pruner", named[0] if named else NO_PRUNER)
-    settings = BenchSettings(
-        **{**mode.defaults, **given, "method_settings": {k: v for k, v in of_methods.items() if v}}
-    )
+    given["method_settings"] = {group: values for group, values in of_methods.items() if values}
+    settings = BenchSettings(**{**mode.defaults, **given})
     for build in (settings.method, settings.built_pruner):
         try:
             build()

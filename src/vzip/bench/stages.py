@@ -90,6 +90,7 @@ class Vzip(Method):
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
         self._projections: dict[str, Tensor] = {}
+        self.reads_as_published = workload.settings.reads_as_published
 
     def run_tower(self, pixel_values: Tensor) -> VisionOutput:
         w = self.workload
@@ -131,10 +132,11 @@ class Pruned(Vanilla):
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
         self.name = workload.settings.pruner
+        self._pruner = workload.settings.built_pruner()
 
     @property
     def pruner(self) -> Pruner | None:
-        return self.workload.settings.built_pruner()
+        return self._pruner
 
 
 METHOD_CLASSES: dict[str, type[Method]] = {m.name: m for m in (Vanilla, Vzip, EagerMapsMethod)}
@@ -179,7 +181,7 @@ def run_pass(method: Method) -> PassResult:
     with watch.stage("preprocess"):
         inputs = preprocess(w)
     tokens = _visual_tokens(method, inputs, watch)
-    if isinstance(method, Vzip) and w.settings.reads_as_published:
+    if isinstance(method, Vzip) and method.reads_as_published:
         method.run_scoring(w.visuals.tower_inputs(inputs), watch)
     if w.adapter is None:
         return PassResult(watch.times_ms, len(tokens[0]) * w.visuals.num_crops, 0, 0, [], None)

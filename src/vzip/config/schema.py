@@ -37,8 +37,8 @@ _DIRECTORY = text("a directory")
 class RunSettings:
     """The keys outside of all groups."""
 
-    recipe: str | None = key(optional(text("the name of a file in configs/exp")), "set by that file")
-    seed: int = key(whole_number(0), "of every random choice")
+    recipe: str | None = key(optional(text("the name of a file in configs/exp")), "the recipe; that file sets it")
+    seed: int = key(whole_number(0), "seed of every random choice")
     dry_run: bool = key(BOOL, "check everything, print what would be done, and stop before anything is loaded")
     overwrite: bool = key(BOOL, "replace the record of an earlier run in the same run directory")
 
@@ -48,12 +48,14 @@ class ModelSettings:
     """The ``model`` group."""
 
     name_or_path: str = key(text("a hub id, a checkpoint directory or vzip/tiny"), "where the weights come from")
-    revision: str | None = key(optional(text("a commit, tag or branch of the hub's repository")), "null: its newest")
+    revision: str | None = key(
+        optional(text("a commit, tag or branch of the hub's repository")), "commit of the weights; null: the newest"
+    )
     assembled_from: list[str] | None = key(
         optional(Rule("a list of vision tower and language model", lambda v: texts("").allows(v) and len(v) == 2)),
-        "of which scripts/assemble_llava.py makes the directory; null: not made here",
+        "what scripts/assemble_llava.py makes the directory of; null: it is not made here",
     )
-    dtype: str = key(one_of("auto", "float32", "bfloat16", "float16"), "of the weights; auto: the checkpoint's")
+    dtype: str = key(one_of("auto", "float32", "bfloat16", "float16"), "dtype of the weights; auto: the checkpoint's")
     device_map: str | dict[str, Any] | None = key(
         optional(
             Rule("auto, cpu, cuda, cuda:0 ..., or a mapping of modules to devices", lambda v: isinstance(v, str | dict))
@@ -61,7 +63,9 @@ class ModelSettings:
         "where the model goes; null: the CPU",
     )
     attn_implementation: str = key(one_of("sdpa", "eager", "flash_attention_2"), "attention of the language model")
-    quantization: str | None = key(optional(one_of("8bit", "4bit")), "of the language model alone, by bitsandbytes")
+    quantization: str | None = key(
+        optional(one_of("8bit", "4bit")), "bits of the language model's weights, by bitsandbytes; null: not quantized"
+    )
     preprocess: str = key(
         one_of("llava", "hf"),
         "llava: pad to a square (LLaVA-NeXT: the scripts' tiles), as the published scripts; hf: the checkpoint's own"
@@ -69,10 +73,11 @@ class ModelSettings:
     )
     projector: str | None = key(
         optional(text("a directory that train.py wrote, or trained: this command line's own")),
-        "tuned weights; null: the checkpoint's own",
+        "tuned weights in place of the checkpoint's; null: none",
     )
     adapter_path: str | None = key(
-        optional(text("a directory with a PEFT checkpoint (LoRA), or a hub id")), "put on top of the model; null: none"
+        optional(text("a directory with a PEFT checkpoint (LoRA), or a hub id")),
+        "layers put on top of the model; null: none",
     )
     drop_padding: bool = key(
         BOOL, "LLaVA-NeXT: patches of mere padding are not selected; the published code selects them like others"
@@ -81,17 +86,18 @@ class ModelSettings:
         BOOL, "LLaVA-NeXT: the newline token after each row of patches, on top of the budget; published: none"
     )
     num_frames: int | None = key(
-        optional(whole_number(1)), "Video-LLaVA: of each video, evenly spread from its first to its last; null: 8"
+        optional(whole_number(1)),
+        "Video-LLaVA: frames of a video, evenly spread from its first to its last; null: 8",
     )
     drop_cls: bool = key(
         BOOL, "Mini-Gemini: compress the mined patches alone; else CLS, which is not mined, is the first kept token"
     )
     num_tower_tokens: int | None = key(
         optional(whole_number(1)),
-        "of one tower input, CLS among them; the budget is held against it before anything is loaded; null: read from"
-        " the checkpoint's own config",
+        "tokens of one tower input, CLS among them, which the budget is held against before anything is loaded; null:"
+        " read from the checkpoint's own config",
     )
-    system_prompt: str | None = key(optional(text("a text")), "before each question; null: none")
+    system_prompt: str | None = key(optional(text("a text")), "text before each question; null: none")
 
 
 # Null stands for "no budget" in budget=full.
@@ -104,8 +110,8 @@ def _tokens(minimum: int) -> Rule:
 class BudgetSettings:
     """The ``budget`` group."""
 
-    num_dominant: int | None = key(_tokens(1), "kept by their scores, CLS among them")
-    num_contextual: int | None = key(_tokens(0), "merged of the others")
+    num_dominant: int | None = key(_tokens(1), "dominant tokens: kept by their scores, CLS among them")
+    num_contextual: int | None = key(_tokens(0), "contextual tokens: the others merged into so many")
 
 
 @dataclass(frozen=True)
@@ -114,13 +120,13 @@ class GenerationSettings:
 
     max_new_tokens: int | None = key(optional(whole_number(1)), "tokens an answer may have", default=None)
     do_sample: bool | None = key(optional(BOOL), "draw tokens instead of taking the likeliest", default=None)
-    temperature: float | None = key(optional(number(0.0)), "of drawn tokens", default=None)
+    temperature: float | None = key(optional(number(0.0)), "divides the logits of drawn tokens", default=None)
     top_p: float | None = key(
         optional(number(0.0)), "share of the probability that tokens are drawn from", default=None
     )
-    num_beams: int | None = key(optional(whole_number(1)), "of a beam search", default=None)
+    num_beams: int | None = key(optional(whole_number(1)), "beams of a beam search", default=None)
     until: list[str] | None = key(
-        optional(texts("a list of strings at which an answer ends")), "cut off there", default=None
+        optional(texts("a list of strings at which an answer ends")), "the answer is cut off there", default=None
     )
 
 
@@ -128,7 +134,9 @@ class GenerationSettings:
 class EvalSettings:
     """The ``eval`` group."""
 
-    tasks: list[str] = key(texts("a list of at least one task name, as eval.tasks=[pope,gqa]"), "what is answered")
+    tasks: list[str] = key(
+        texts("a list of at least one task name, as eval.tasks=[pope,gqa]"), "benchmarks that are run"
+    )
     limit: int | None = key(
         optional(whole_number(1)), "samples a task; null: all (a limited run is recorded as provisional)"
     )
@@ -140,7 +148,7 @@ class EvalSettings:
     num_workers: int = key(whole_number(0), "threads that read images and videos ahead, in each process; 0: none")
     include_path: str | None = key(
         optional(text("a folder of lmms-eval task files, built-in or video")),
-        "more tasks: one's own; the generated scenes benchmark; the video benchmarks in paths.video_root",
+        "tasks besides lmms-eval's: one's own, the generated scenes, the video benchmarks in paths.video_root",
     )
     tower_cache_gib: float | None = key(
         optional(number(0.0)),
@@ -148,15 +156,15 @@ class EvalSettings:
     )
     on_problem: str = key(
         one_of("refuse", "skip"),
-        "an image or video that cannot be read: refuse (once all else is answered), or leave the question out of the"
-        " score",
+        "at an image or video that cannot be read: refuse, once all else is answered; skip: leave the question out"
+        " of the score",
     )
     trackers: list[str] = key(
         subset_of("wandb", empty=True),
-        "told of the finished run: scores, retention over the runs beside it, a few answers with their images",
+        "what is told of the finished run: scores, retention over the runs beside it, a few answers with their images",
     )
     gen_kwargs: dict[str, Any] = key(
-        mapping("a mapping"), "of each answer; null: what the task says", nested=GenerationSettings
+        mapping("a mapping"), "how answers are generated; null: what the task says", nested=GenerationSettings
     )
 
 
@@ -165,38 +173,36 @@ class PathSettings:
     """The ``paths`` group."""
 
     runs_dir: str = key(
-        _DIRECTORY, "records go to <runs_dir>/<task>/<recipe or model>/<compressor>-<budget>/seed<k> in it"
+        _DIRECTORY, "where records go: <runs_dir>/<task>/<recipe or model>/<compressor>-<budget>/seed<k>"
     )
-    run_dir: str | None = key(optional(_DIRECTORY), "this exact one for the record; null: one in paths.runs_dir")
-    scenes_dir: str | None = key(optional(_DIRECTORY), "the generated benchmark's data; null: the project's own cache")
+    run_dir: str | None = key(optional(_DIRECTORY), "the record's own directory; null: one in paths.runs_dir")
+    scenes_dir: str | None = key(optional(_DIRECTORY), "data of the generated benchmark; null: the project's own cache")
     video_root: str | None = key(
-        optional(_DIRECTORY), "the video benchmarks (eval=paper_video), fetched by hand: data_manifests/video_qa.json"
+        optional(_DIRECTORY),
+        "data of the video benchmarks (eval=paper_video), fetched by hand: see data_manifests/video_qa.json",
     )
 
 
 @dataclass(frozen=True)
 class LlavaJsonSettings:
-    """The ``data`` group for a file in LLaVA's format.
-
-    ``[{"id": ..., "image": "path", "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}]``; ``video``
-    and ``<video>`` likewise, as Video-LLaVA's.
-    """
+    """The ``data`` group for a file in LLaVA's format."""
 
     json: str = key(text("a file in LLaVA's format, as data.json=FILE"), "conversations, each with its image or video")
     image_root: str | None = key(
-        optional(text("the folder that the file's image paths start from")), "null: the file's own"
+        optional(text("the folder that the file's image paths start from")),
+        "where the images are; null: the file's folder",
     )
     fraction: float | str = key(
         Rule(
             "a number above 0 and at most 1, as 0.1 or 1/10",
             lambda v: isinstance(v, int | float | str) and not isinstance(v, bool),
         ),
-        "of the samples, chosen by a hash of each one and data.subset_seed: any order and any machine choose the same",
+        "share of the samples, by a hash of each one and data.subset_seed: any order and any machine choose the same",
     )
-    subset_seed: int = key(whole_number(0), "of data.fraction")
+    subset_seed: int = key(whole_number(0), "seed of data.fraction")
     keep_text_only: bool = key(BOOL, "whether samples without an image count (they cannot change the projector)")
     on_problem: str = key(
-        one_of("refuse", "skip"), "missing images, broken records: refuse to start, or skip and say how many"
+        one_of("refuse", "skip"), "at missing images and broken records: refuse to start, or skip them and say how many"
     )
 
 
@@ -204,9 +210,10 @@ class LlavaJsonSettings:
 class ScenesSettings:
     """The ``data`` group for generated images."""
 
-    num_pictures: int = key(whole_number(1), "images generated")
+    num_pictures: int = key(whole_number(1), "number of generated images")
     num_questions: int = key(
-        whole_number(1), "at most, an image, asked independently; one pass of the vision tower serves them all"
+        whole_number(1),
+        "questions an image at most, asked independently; one pass of the vision tower serves them all",
     )
 
 

@@ -22,11 +22,11 @@ _LAYERS = "a list of at least one name of the language model's linear layers, as
 class LoraSettings:
     """``train.lora``: low-rank layers in the language model that train with the projector (Hu et al., 2021)."""
 
-    r: int = key(whole_number(1), "rank")
+    r: int = key(whole_number(1), "rank of the layers")
     alpha: float = key(positive(), "the layers' output is scaled by alpha / r")
-    dropout: float = key(share(), "at the layers' input")
+    dropout: float = key(share(), "share of the layers' input that is dropped")
     target_modules: tuple[str, ...] = key(texts(_LAYERS), "last names of the linear layers that get one")
-    learning_rate: float | None = key(optional(number(0.0)), "peak of these layers; null: as train.learning_rate")
+    learning_rate: float | None = key(optional(number(0.0)), "peak rate of these layers; null: train.learning_rate")
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,20 @@ class TrainSettings:
         whole_number(16),
         "tokens a conversation may have, visual tokens counted; longer ones are cut, never within an image",
     )
-    learning_rate: float = key(number(0.0), "peak")
-    tower_learning_rate: float | None = key(optional(number(0.0)), "peak of the vision tower's; null: as the rest")
-    weight_decay: float = key(number(0.0), "AdamW's")
-    warmup_fraction: float = key(share(), "of all steps, linear from 0; afterwards a cosine down to 0")
-    num_epochs: int = key(whole_number(1), "passes over the data, unless train.num_steps is given")
+    learning_rate: float = key(number(0.0), "peak rate, reached after the warm-up")
+    tower_learning_rate: float | None = key(
+        optional(number(0.0)), "peak rate of the vision tower; null: train.learning_rate"
+    )
+    weight_decay: float = key(number(0.0), "of AdamW")
+    warmup_fraction: float = key(
+        share(), "share of all steps in which the rate rises from 0; afterwards a cosine down to 0"
+    )
+    num_epochs: int = key(whole_number(1), "passes over the data, where train.num_steps is null")
     num_steps: int | None = key(optional(whole_number(1)), "optimizer steps; null: as train.num_epochs says")
     samples_per_step: int = key(
         whole_number(1),
-        "over all processes and accumulated batches; the last samples of an epoch that fill no step are left out",
+        "samples of an optimizer step, over all processes and accumulated batches; an epoch's last ones that fill none"
+        " are left out",
     )
     max_grad_norm: float | None = key(optional(positive()), "gradients are scaled down to this norm; null: never")
     # LLaVA's own trainer (Hugging Face's) takes the mean over the tokens of each batch that a device handles at once,
@@ -64,7 +69,7 @@ class TrainSettings:
     )
     precision: Precision = key(
         one_of(*get_args(Precision)),
-        "of frozen parts and arithmetic, instead of model.dtype; trained weights and the optimizer are float32",
+        "of frozen weights and arithmetic, instead of model.dtype; trained weights and the optimizer are float32",
     )
     # Of a bfloat16 training TF32 touches the scores by which tokens are chosen and the language model's rotary angles
     # alone, which are to be those of the evaluation.
@@ -72,9 +77,11 @@ class TrainSettings:
     save_every: int = key(whole_number(1), "steps between checkpoints")
     keep_last: int = key(whole_number(1), "checkpoints kept")
     num_validation_samples: int = key(
-        whole_number(0), "kept out of training and asked at every checkpoint; 0: none, and no best checkpoint"
+        whole_number(0), "samples kept out of training and asked at every checkpoint; 0: none, and no best checkpoint"
     )
-    trackers: tuple[str, ...] = key(subset_of("wandb", "tensorboard", empty=True), "told besides metrics.jsonl")
+    trackers: tuple[str, ...] = key(
+        subset_of("wandb", "tensorboard", empty=True), "what is told of the training besides metrics.jsonl"
+    )
     lora: LoraSettings | None = key(
         optional(mapping("a mapping (train=projector_lora has one)")),
         "LoRA layers in the language model, beside train.parts; null: none",
@@ -114,13 +121,13 @@ class LaunchSettings:
     """The ``launcher`` group: on what a run is carried out. It changes speed and memory, not what is learned."""
 
     num_threads: int | None = key(optional(whole_number(1)), "CPU threads a process uses; null: torch's own choice")
-    device: str = key(one_of("auto", "cpu", "cuda"), "auto: CUDA if there is one")
-    num_processes: int = key(whole_number(1), "on each machine, one a device (train.py and eval.py)")
-    num_machines: int | None = key(optional(whole_number(1)), "that work together; null: as SLURM says")
+    device: str = key(one_of("auto", "cpu", "cuda"), "what the processes run on; auto: CUDA if there is one")
+    num_processes: int = key(whole_number(1), "processes on each machine, one a device (train.py and eval.py)")
+    num_machines: int | None = key(optional(whole_number(1)), "machines that work together; null: as SLURM says")
     strategy: Strategy = key(
         one_of(*get_args(Strategy)),
-        "of train.py; single, ddp: everything on every device; zero2: optimizer and gradients sharded (DeepSpeed);"
-        " zero3: the weights too",
+        "what of a training each device has; single, ddp: everything; zero2: optimizer and gradients are sharded"
+        " (DeepSpeed); zero3: the weights too",
     )
     batch_size: int = key(
         whole_number(1), "training samples a process handles at once; the rest of train.samples_per_step is accumulated"
