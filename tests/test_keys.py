@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
+from typing import Any, Literal
 
 import pytest
 
@@ -13,14 +14,14 @@ from vzip.keys import key
 
 @dataclass(frozen=True)
 class Inner:
-    rate: float | None = key(keys.optional(keys.number(0.0)), "how fast; null: not at all", default=None)
+    rate: float | None = key("how fast; null: not at all", default=None)
 
 
 @dataclass(frozen=True)
 class Outer:
-    count: int = key(keys.whole_number(1), "how many")
-    mode: str = key(keys.one_of("slow", "fast"), "in what way")
-    inner: dict | None = key(keys.optional(keys.mapping("a mapping")), "more of it", nested=Inner)
+    count: int = key("how many", at_least=1)
+    mode: Literal["slow", "fast"] = key("in what way")
+    inner: Inner | None = key("more of it", what="a mapping")
     internal: int = 0
 
 
@@ -32,7 +33,7 @@ def test_a_dataclass_holds_its_settings_and_describes_them() -> None:
     assert Inner().rate is None and Outer(2, "slow", None).internal == 0
     with pytest.raises(TypeError, match="count"):
         Outer(mode="slow", inner=None)
-    assert list(KEYS) == ["count", "mode", "inner"] and KEYS["inner"].nested == keys.keys_of(Inner)
+    assert list(KEYS) == ["count", "mode", "inner"] and list(KEYS["inner"].nested) == ["rate"]
 
 
 @pytest.mark.parametrize(
@@ -80,17 +81,24 @@ def test_lines_for_a_terminal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "good", "bad"),
+    ("hint", "says", "text", "good", "bad"),
     [
-        (keys.positive(), [1, 0.5], [0, True, "1"]),
-        (keys.share(), [0, 1, 0.5], [1.1, False]),
-        (keys.texts("names"), [["a"]], [[], "a", [""], [1]]),
-        (keys.subset_of("a", "b"), [["a"], ["b", "a"]], [[], ["a", "a"], ["c"]]),
-        (keys.subset_of("a", empty=True), [[]], ["a"]),
-        (keys.or_auto(keys.whole_number(1)), ["auto", 1], [0, None]),
-        (keys.BOOL, [True], [1, None]),
+        (bool, {}, "true or false", [True], [1, None]),
+        (int, {"at_least": 1}, "a whole number, 1 or more", [1], [0, True, 1.0, "1", None]),
+        (int | None, {}, "a whole number, 0 or more, or null", [0, None], [-1]),
+        (int | Literal["auto"], {"at_least": 1}, "a whole number, 1 or more, or auto", ["auto", 1], [0, None]),
+        (float, {}, "a number, 0 or more", [0, 0.5], [-1, "1", True]),
+        (float, {"rule": keys.positive()}, "a number above 0", [1, 0.5], [0, True, "1"]),
+        (float | None, {"rule": keys.share()}, "a number from 0 to 1, or null", [0, 1, None], [1.1, False]),
+        (str, {"what": "a name"}, "a name", ["a"], ["", 1, None]),
+        (list[str], {"what": "names"}, "names", [["a"]], [[], "a", [""], [1]]),
+        (tuple[Literal["a", "b"], ...], {}, "a list of any of a, b, each once", [[], ["b", "a"]], [["a", "a"], ["c"]]),
+        (list[Literal["a"]], {"at_least": 1}, "a list of at least one of a, each once", [["a"]], [[], "a"]),
+        (Literal["a", "b"] | None, {}, "one of a, b, or null", ["a", None], ["c"]),
     ],
-    ids=lambda value: value.text if isinstance(value, keys.Rule) else "",
+    ids=str,
 )
-def test_rules(rule: keys.Rule, good: list, bad: list) -> None:
+def test_the_type_says_what_a_value_may_be(hint: Any, says: dict, text: str, good: list, bad: list) -> None:
+    rule = keys.keys_of(make_dataclass("Settings", [("it", hint, key("", **says))]))["it"].rule
+    assert rule.text == text
     assert all(rule.allows(value) for value in good) and not any(rule.allows(value) for value in bad)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vzip.errors import ConfigError, nearest
 
@@ -65,10 +66,6 @@ def texts(what: str) -> Rule:
     return Rule(what, lambda v: isinstance(v, list) and len(v) > 0 and all(isinstance(i, str) and i for i in v))
 
 
-def mapping(what: str) -> Rule:
-    return Rule(what, lambda v: isinstance(v, dict))
-
-
 def subset_of(*names: str, empty: bool = False) -> Rule:
     return Rule(
         f"a list of {'any' if empty else 'at least one'} of {', '.join(names)}, each once",
@@ -80,8 +77,8 @@ def optional(rule: Rule) -> Rule:
     return Rule(f"{rule.text}, or null", lambda v: v is None or rule.allows(v), rule.choices)
 
 
-def or_auto(rule: Rule) -> Rule:
-    return Rule(f"{rule.text}, or auto", lambda v: v == "auto" or rule.allows(v), rule.choices)
+def or_one_of(rule: Rule, *names: str) -> Rule:
+    return Rule(f"{rule.text}, or {', '.join(names)}", lambda v: v in names or rule.allows(v), rule.choices)
 
 
 BOOL = Rule("true or false", lambda v: isinstance(v, bool))
@@ -89,30 +86,57 @@ BOOL = Rule("true or false", lambda v: isinstance(v, bool))
 
 @dataclass(frozen=True)
 class Key:
-    """The description of a setting.
-
-    Attributes:
-        rule: what its value must be.
-        sentence: what it is for, and what null or 0 mean where that is not plain.
-        required: whether a group must have it.
-        nested: the settings inside a value that is a mapping, by name.
-    """
+    """The description of a setting: its rule, what it is for, whether a group must have it, and what is inside it."""
 
     rule: Rule
     sentence: str
     required: bool = True
-    nested: Mapping[str, Key] | None = None
+    nested: Mapping[str, Key] = field(default_factory=dict)
 
 
-def key(rule: Rule, sentence: str, default: Any = MISSING, nested: type | None = None) -> Any:
-    """A dataclass field that is a setting; ``nested`` is the dataclass of a value that is a mapping."""
-    inside = None if nested is None else keys_of(nested)
-    return field(default=default, metadata={"key": Key(rule, sentence, default is MISSING, inside)})
+def key(sentence: str, *, at_least: float = 0, what: str = "", rule: Rule | None = None, default: Any = MISSING) -> Any:
+    """A dataclass field that is a setting. Its type says what it may be; a dataclass as type is a mapping of settings.
+
+    Args:
+        sentence: what it is for, and what null or 0 mean where that is not plain.
+        at_least: of a number, or of how many a list has.
+        what: of a text, a list of texts or a mapping, ending the sentence "must be ...".
+        rule: in place of what the type says, null aside.
+        default: its value where none is given.
+    """
+    return field(default=default, metadata={"sentence": sentence, "says": (rule, at_least, what)})
 
 
 def keys_of(settings: type) -> dict[str, Key]:
     """The settings that a dataclass describes, in its order."""
-    return {f.name: f.metadata["key"] for f in fields(settings) if "key" in f.metadata}
+    hints, found = get_type_hints(settings), {}
+    for f in fields(settings):
+        if "says" in f.metadata:
+            nested = [keys_of(part) for part in (hints[f.name], *get_args(hints[f.name])) if is_dataclass(part)]
+            rule = _rule_of(hints[f.name], *f.metadata["says"])
+            found[f.name] = Key(rule, f.metadata["sentence"], f.default is MISSING, *nested)
+    return found
+
+
+def _rule_of(hint: Any, rule: Rule | None, at_least: float, what: str) -> Rule:
+    """The rule that a type says; ``rule`` in its place, unless there is null besides."""
+    inner = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        first, *others = (part for part in inner if part is not type(None))
+        own = _rule_of(first, rule, at_least, what)
+        if rule is None and others:
+            own = or_one_of(own, *get_args(others[0]))
+        return optional(own) if type(None) in inner and not own.allows(None) else own
+    if rule is not None:
+        return rule
+    if get_origin(hint) is Literal:
+        return one_of(*inner)
+    if get_origin(hint) in (list, tuple):
+        return texts(what) if inner[0] is str else subset_of(*get_args(inner[0]), empty=at_least == 0)
+    if is_dataclass(hint):
+        return Rule(what, lambda v: isinstance(v, dict))
+    known = {bool: lambda: BOOL, int: lambda: whole_number(int(at_least)), float: lambda: number(at_least)}
+    return known.get(hint, lambda: text(what))()
 
 
 def check_value(name: str, value: Any, rule: Rule) -> list[str]:
@@ -135,8 +159,8 @@ def check_group(group: str, values: Any, keys: Mapping[str, Key]) -> list[str]:
         if own not in keys:
             hint = nearest(name, [f"{group}.{other}" for other in keys])
             problems.append(f"{name}: no such key{hint}; allowed: {', '.join(keys)}.")
-        elif (nested := keys[own].nested) is not None and isinstance(value, Mapping):
-            problems += check_group(name, value, nested)
+        elif keys[own].nested and isinstance(value, Mapping):
+            problems += check_group(name, value, keys[own].nested)
         else:
             problems += check_value(name, value, keys[own].rule)
     missing = [own for own, description in keys.items() if description.required and own not in values]
@@ -173,7 +197,7 @@ def describe(keys: Mapping[str, Key], prefix: str = "", defaults: Mapping[str, s
     for name, own in keys.items():
         default = f" [{defaults[name]}]" if defaults and name in defaults else ""
         lines += _filled(f"{prefix}{name}{default}: {own.rule.text}", 2) + _filled(own.sentence, 6)
-        lines += describe(own.nested or {}, f"{prefix}{name}.")
+        lines += describe(own.nested, f"{prefix}{name}.")
     return lines
 
 

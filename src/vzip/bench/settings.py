@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PretrainedConfig
@@ -18,7 +18,7 @@ from vzip.bench import shapes
 from vzip.bench.shapes import BenchModel
 from vzip.compressors import Compressor, TokenBudget
 from vzip.errors import ConfigError, VzipError, nearest
-from vzip.keys import BOOL, Rule, check_value, key, keys_of, one_of, raise_all, show, text, whole_number
+from vzip.keys import Rule, check_value, key, keys_of, one_of, raise_all, show
 from vzip.methods import budgets, find_method, method_files
 from vzip.models.families.mini_gemini import MiniGeminiConfig
 from vzip.option_files import read_yaml
@@ -32,10 +32,6 @@ NO_PRUNER = "none"
 DEFAULT_METHODS = ("vanilla", "vzip", "eager_maps")
 METHODS = (*DEFAULT_METHODS, *PRUNERS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def _is_budget(value: str) -> bool:
-    return value == "auto" or value in BUDGETS or re.fullmatch(r"\d+\+\d+", value) is not None
 
 
 @dataclass(frozen=True)
@@ -95,61 +91,52 @@ class BenchSettings:
     """
 
     model: str = key(
-        Rule(f"tiny, one of {', '.join(shapes.SHAPES)}, or a directory", lambda v: v != ""),
         "what is measured (clip_l_336: the tower alone)",
-        "tiny",
+        rule=Rule(f"tiny, one of {', '.join(shapes.SHAPES)}, or a directory", bool),
+        default="tiny",
     )
-    weights: str = key(
-        one_of("auto", "random", "pretrained"),
-        "auto: random for bare shapes, pretrained for tiny and directories",
-        "auto",
-    )
+    weights: Literal["auto", "random", "pretrained"] = key("auto: random for bare shapes alone", default="auto")
     compressor: str = key(
-        one_of(*COMPRESSORS, note=" (all tokens: methods=vanilla)"),
         "what the method vzip compresses by; its settings as compressor.merge_rule=mean",
-        DEFAULT_COMPRESSOR,
+        rule=one_of(*COMPRESSORS, note=" (all tokens: methods=vanilla)"),
+        default=DEFAULT_COMPRESSOR,
     )
     budget: str = key(
-        Rule(
+        "tokens a crop; auto: 64tok (LLaVA-NeXT: 32tok, Video-LLaVA: 17tok)",
+        rule=Rule(
             f"auto, one of {', '.join(BUDGETS)}, or counts a crop as DOMINANT+CONTEXTUAL, such as 54+10"
             " (all tokens: methods=vanilla)",
-            _is_budget,
+            lambda v: v == "auto" or v in BUDGETS or re.fullmatch(r"\d+\+\d+", v) is not None,
             tuple(BUDGETS),
         ),
-        "tokens a crop; auto: 64tok (LLaVA-NeXT: 32tok, Video-LLaVA: 17tok)",
-        "auto",
+        default="auto",
     )
     methods: tuple[str, ...] = key(
-        one_of(*METHODS),
-        "several with commas; a pruner's name: every visual token enters, and it drops",
-        DEFAULT_METHODS,
+        "several with commas; a pruner's: every visual token enters, and it drops",
+        rule=one_of(*METHODS),
+        default=DEFAULT_METHODS,
     )
     pruner: str = key(
-        one_of(NO_PRUNER, *PRUNERS), "one of the methods, too; its settings as pruner.K=2 pruner.keep=166", NO_PRUNER
+        "one of the methods, too; its settings as pruner.K=2 pruner.keep=166",
+        rule=one_of(NO_PRUNER, *PRUNERS),
+        default=NO_PRUNER,
     )
-    dtype: str = key(one_of("auto", *DTYPES), "auto: bfloat16 on a GPU, float32 on a CPU", "auto")
+    dtype: str = key("auto: bfloat16 on a GPU, float32 on a CPU", rule=one_of("auto", *DTYPES), default="auto")
     device: str = key(
-        Rule("auto, cpu, cuda or cuda:N", lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", v) is not None),
         "auto: CUDA if there is one",
-        "auto",
+        rule=Rule("auto, cpu, cuda or cuda:N", lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", v) is not None),
+        default="auto",
     )
-    batch_size: int = key(whole_number(1), "prompts in a batch", 1)
-    num_crops: int = key(
-        whole_number(0),
-        "tower inputs in each prompt: images, crops of one image (LLaVA-NeXT) or frames of one video (Video-LLaVA); 0:"
-        " the model's own (1, 5, 8)",
-        0,
-    )
-    num_new_tokens: int = key(whole_number(1), "tokens decoded after the first one", 8)
-    prompt_tokens: int = key(
-        whole_number(1), "text tokens in each prompt or conversation, placeholders not counted", 60
-    )
-    repeats: int = key(whole_number(1), "measured rounds", 5)
-    warmup: int = key(whole_number(0), "rounds before them that are thrown away", 1)
-    threads: int = key(whole_number(0), "CPU threads; 0: torch's default", 0)
-    seed: int = key(whole_number(0), "of the random weights, images and prompts", 0)
-    out: str = key(text("a directory"), "for bench.json and bench.png; auto: runs/bench/...", "auto")
-    overwrite: bool = key(BOOL, "whether an existing out directory may be written to", False)
+    batch_size: int = key("prompts in a batch", at_least=1, default=1)
+    num_crops: int = key("tower inputs a prompt: images, crops of one image, frames; 0: 1, 5, 8 by model", default=0)
+    num_new_tokens: int = key("tokens decoded after the first one", at_least=1, default=8)
+    prompt_tokens: int = key("text tokens a prompt or conversation, placeholders not counted", at_least=1, default=60)
+    repeats: int = key("measured rounds", at_least=1, default=5)
+    warmup: int = key("rounds before them that are thrown away", default=1)
+    threads: int = key("CPU threads; 0: torch's default", default=0)
+    seed: int = key("seed of the random weights, images and prompts", default=0)
+    out: str = key("for bench.json and bench.png; auto: runs/bench/...", what="a directory", default="auto")
+    overwrite: bool = key("whether an existing out directory may be written to", default=False)
     method_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property

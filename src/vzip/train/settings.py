@@ -8,84 +8,62 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from vzip.errors import ConfigError
-from vzip.keys import BOOL, key, mapping, number, one_of, optional, positive, share, subset_of, texts, whole_number
+from vzip.keys import key, positive, share
 
 Part = Literal["projector", "language_model", "vision_tower"]
 Template = Literal["vicuna_v1", "plain", "chat"]  # those of vzip.data.conversations, which loads torch
 Strategy = Literal["single", "ddp", "zero2", "zero3"]
 Precision = Literal["float32", "bfloat16"]
 LossNorm = Literal["tokens", "samples"]
-_LAYERS = "a list of at least one name of the language model's linear layers, as [q_proj,v_proj]"
 
 
 @dataclass(frozen=True)
 class LoraSettings:
     """``train.lora``: low-rank layers in the language model that train with the projector (Hu et al., 2021)."""
 
-    r: int = key(whole_number(1), "rank of the layers")
-    alpha: float = key(positive(), "the layers' output is scaled by alpha / r")
-    dropout: float = key(share(), "share of the layers' input that is dropped")
-    target_modules: tuple[str, ...] = key(texts(_LAYERS), "last names of the linear layers that get one")
-    learning_rate: float | None = key(optional(number(0.0)), "peak rate of these layers; null: train.learning_rate")
+    r: int = key("rank of the layers", at_least=1)
+    alpha: float = key("the layers' output is scaled by alpha / r", rule=positive())
+    dropout: float = key("share of the layers' input that is dropped", rule=share())
+    target_modules: tuple[str, ...] = key(
+        "last names of the linear layers that get one",
+        what="a list of at least one name of the language model's linear layers, as [q_proj,v_proj]",
+    )
+    learning_rate: float | None = key("peak rate of these layers; null: train.learning_rate")
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """The ``train`` group: what is learned. Nothing here depends on the machine."""
 
-    parts: tuple[Part, ...] = key(subset_of(*get_args(Part)), "what trains; the paper: the projector alone")
-    reset_projector: bool = key(BOOL, "start from a newly initialised projector (training from scratch, first stage)")
-    template: Template = key(
-        one_of(*get_args(Template)),
-        "how conversations are written; plain: an image and its caption; chat: the checkpoint's own chat template",
-    )
-    max_length: int = key(
-        whole_number(16),
-        "tokens a conversation may have, visual tokens counted; longer ones are cut, never within an image",
-    )
-    learning_rate: float = key(number(0.0), "peak rate, reached after the warm-up")
-    tower_learning_rate: float | None = key(
-        optional(number(0.0)), "peak rate of the vision tower; null: train.learning_rate"
-    )
-    weight_decay: float = key(number(0.0), "of AdamW")
-    warmup_fraction: float = key(
-        share(), "share of all steps in which the rate rises from 0; afterwards a cosine down to 0"
-    )
-    num_epochs: int = key(whole_number(1), "passes over the data, where train.num_steps is null")
-    num_steps: int | None = key(optional(whole_number(1)), "optimizer steps; null: as train.num_epochs says")
-    samples_per_step: int = key(
-        whole_number(1),
-        "samples of an optimizer step, over all processes and accumulated batches; an epoch's last ones that fill none"
-        " are left out",
-    )
-    max_grad_norm: float | None = key(optional(positive()), "gradients are scaled down to this norm; null: never")
+    parts: tuple[Part, ...] = key("what trains; the paper: the projector alone", at_least=1)
+    reset_projector: bool = key("start from a newly initialised projector (training from scratch, first stage)")
+    template: Template = key("how conversations are written; plain: image and caption; chat: the checkpoint's own")
+    max_length: int = key("tokens of a conversation, visual ones too; longer ones are cut, in no image", at_least=16)
+    learning_rate: float = key("peak rate, reached after the warm-up")
+    tower_learning_rate: float | None = key("peak rate of the vision tower; null: train.learning_rate")
+    weight_decay: float = key("of AdamW")
+    warmup_fraction: float = key("share of all steps in which the rate rises from 0; then a cosine to 0", rule=share())
+    num_epochs: int = key("passes over the data, where train.num_steps is null", at_least=1)
+    num_steps: int | None = key("optimizer steps; null: as train.num_epochs says", at_least=1)
+    # The last samples of an epoch that fill no step are left out.
+    samples_per_step: int = key("samples of a step, over all processes and accumulated batches", at_least=1)
+    max_grad_norm: float | None = key("gradients are scaled down to this norm; null: never", rule=positive())
     # LLaVA's own trainer (Hugging Face's) takes the mean over the tokens of each batch that a device handles at once,
     # and averages these, so its loss depends on how many samples a device takes. `samples` is exactly that with one
-    # sample at a time, `tokens` with the whole step at once; LLaVA's 16 lie between them.
-    loss_norm: LossNorm = key(
-        one_of(*get_args(LossNorm)),
-        "a step's loss; tokens: the mean over all of its target tokens; samples: the mean over its samples of the mean"
-        " over each one's own target tokens, where a sample without any does not count",
-    )
-    precision: Precision = key(
-        one_of(*get_args(Precision)),
-        "of frozen weights and arithmetic, instead of model.dtype; trained weights and the optimizer are float32",
-    )
+    # sample at a time (one without any target does not count), `tokens` with the whole step at once; LLaVA's 16 lie
+    # between them.
+    loss_norm: LossNorm = key("a step's loss: the mean over target tokens, or over samples of each one's mean")
+    precision: Precision = key("of frozen weights and arithmetic; what trains and the optimizer are float32")
     # Of a bfloat16 training TF32 touches the scores by which tokens are chosen and the language model's rotary angles
     # alone, which are to be those of the evaluation.
-    tf32: bool = key(BOOL, "whether CUDA multiplies float32 matrices with 10 bits of mantissa (LLaVA's scripts: true)")
-    save_every: int = key(whole_number(1), "steps between checkpoints")
-    keep_last: int = key(whole_number(1), "checkpoints kept")
-    num_validation_samples: int = key(
-        whole_number(0), "samples kept out of training and asked at every checkpoint; 0: none, and no best checkpoint"
-    )
-    trackers: tuple[str, ...] = key(
-        subset_of("wandb", "tensorboard", empty=True), "what is told of the training besides metrics.jsonl"
-    )
+    tf32: bool = key("whether CUDA multiplies float32 matrices with 10 bits of mantissa (LLaVA's scripts: true)")
+    save_every: int = key("steps between checkpoints", at_least=1)
+    keep_last: int = key("checkpoints kept", at_least=1)
+    num_validation_samples: int = key("samples kept out, asked at every checkpoint; 0: none, and no best one")
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = key("what is told of it besides metrics.jsonl")
     lora: LoraSettings | None = key(
-        optional(mapping("a mapping (train=projector_lora has one)")),
-        "LoRA layers in the language model, beside train.parts; null: none",
-        nested=LoraSettings,
+        "LoRA layers in the language model, besides train.parts; null: none",
+        what="a mapping (train=projector_lora has one)",
     )
 
     @property
@@ -120,24 +98,14 @@ class TrainSettings:
 class LaunchSettings:
     """The ``launcher`` group: on what a run is carried out. It changes speed and memory, not what is learned."""
 
-    num_threads: int | None = key(optional(whole_number(1)), "CPU threads a process uses; null: torch's own choice")
-    device: str = key(one_of("auto", "cpu", "cuda"), "what the processes run on; auto: CUDA if there is one")
-    num_processes: int = key(whole_number(1), "processes on each machine, one a device (train.py and eval.py)")
-    num_machines: int | None = key(optional(whole_number(1)), "machines that work together; null: as SLURM says")
-    strategy: Strategy = key(
-        one_of(*get_args(Strategy)),
-        "what of a training each device has; single, ddp: everything; zero2: optimizer and gradients are sharded"
-        " (DeepSpeed); zero3: the weights too",
-    )
-    batch_size: int = key(
-        whole_number(1), "training samples a process handles at once; the rest of train.samples_per_step is accumulated"
-    )
-    gradient_checkpointing: bool = key(
-        BOOL, "compute activations twice instead of keeping them: less memory, about a third slower"
-    )
-    num_workers: int = key(
-        whole_number(0), "processes that prepare training data, for each that trains (eval.py: eval.num_workers)"
-    )
+    num_threads: int | None = key("CPU threads a process uses; null: torch's own choice", at_least=1)
+    device: Literal["auto", "cpu", "cuda"] = key("what the processes run on; auto: CUDA if there is one")
+    num_processes: int = key("processes on each machine, one a device (train.py and eval.py)", at_least=1)
+    num_machines: int | None = key("machines that work together; null: as SLURM says", at_least=1)
+    strategy: Strategy = key("what DeepSpeed shards; zero2: optimizer and gradients; zero3: the weights too")
+    batch_size: int = key("training samples a process handles at once; a step's rest is accumulated", at_least=1)
+    gradient_checkpointing: bool = key("compute activations twice: less memory, about a third slower")
+    num_workers: int = key("processes that prepare data, for each that trains (eval.py: eval.num_workers)")
 
     @property
     def uses_deepspeed(self) -> bool:
