@@ -8,7 +8,7 @@ clock starts, so reading and preparing data is not counted.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -109,20 +109,13 @@ def side_result(
 
 def train_settings(settings: BenchSettings) -> tuple[TrainSettings, LaunchSettings]:
     """``train=projector``, a step of one batch on one device."""
-    projector = option_values(checkout() / "configs", "train", "projector")
+    configs = checkout() / "configs"
+    projector = option_values(configs, "train", "projector")
     precision = "bfloat16" if settings.torch_dtype == torch.bfloat16 else "float32"
     train = TrainSettings.of_group({**projector, "precision": precision, "samples_per_step": settings.batch_size})
-    launch = LaunchSettings(
-        num_threads=None,
-        device=settings.torch_device.type,
-        num_processes=1,
-        num_machines=1,
-        strategy="single",
-        batch_size=settings.batch_size,
-        gradient_checkpointing=True,
-        num_workers=0,
-    )
-    return train, launch
+    inline = {key: value for key, value in option_values(configs, "launcher", "inline").items() if key != "name"}
+    launch = LaunchSettings(**inline | {"device": settings.torch_device.type, "gradient_checkpointing": True})
+    return train, replace(launch, batch_size=settings.batch_size)
 
 
 def method_shapes(settings: BenchSettings, model: BenchModel) -> dict[str, ModelShape]:

@@ -15,6 +15,9 @@ from vzip.train.settings import LaunchSettings, TrainSettings
 
 AUTO = "auto"  # of launcher
 OPEN_GROUPS = ("compressor", "pruner")
+# Where to run, how many at once, what is told: of model, budget and eval all other settings change results.
+NOT_RESULTS = ("name", "assembled_from", "device_map", "num_tower_tokens", "limit", "batch_size", "num_workers")
+NOT_RESULTS += ("tower_cache_gib", "on_problem", "trackers")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class ModelSettings:
         "llava: pad to a square (LLaVA-NeXT: the scripts' tiles), as the published scripts; hf: the checkpoint's own"
         " processor (crops; LLaVA-NeXT: other tiles on small images)"
     )
-    drop_padding: bool = key("LLaVA-NeXT: patches of mere padding are not selected (by the published code they are)")
+    drop_padding: bool = key("LLaVA-NeXT: patches of mere padding are never selected; as published they are")
     row_newline: bool = key("LLaVA-NeXT: the newline token after each row, on top of the budget; published: none")
     num_frames: int | None = key("Video-LLaVA: frames of a video, spread from first to last; null: 8", at_least=1)
     drop_cls: bool = key("Mini-Gemini: compress mined patches alone; else CLS, which is not mined, is the first kept")
@@ -109,9 +112,7 @@ class EvalSettings:
         "one's own tasks, the generated scenes (built-in), those in paths.video_root (video); null: lmms-eval's alone",
         what="a folder of lmms-eval task files, built-in or video",
     )
-    tower_cache_gib: float | None = key(
-        "memory for the tower's outputs between a sweep's jobs; null: 4 (0 without a sweep)"
-    )
+    tower_cache_gib: float | None = key("memory for tower outputs between a sweep's jobs; null: 4 in a sweep, else 0")
     on_problem: Literal["refuse", "skip"] = key(
         "an image or video that cannot be read: refuse (once all else is answered), or leave the question out"
     )
