@@ -112,7 +112,8 @@ def keys_of(settings: type) -> dict[str, Key]:
     hints, found = get_type_hints(settings), {}
     for f in fields(settings):
         if "says" in f.metadata:
-            nested = [keys_of(part) for part in (hints[f.name], *get_args(hints[f.name])) if is_dataclass(part)]
+            parts = (hints[f.name], *get_args(hints[f.name]))
+            nested = [keys_of(part) for part in parts if isinstance(part, type) and is_dataclass(part)]
             rule = _rule_of(hints[f.name], *f.metadata["says"])
             found[f.name] = Key(rule, f.metadata["sentence"], f.default is MISSING, *nested)
     return found

@@ -16,8 +16,8 @@ from vzip.train.settings import LaunchSettings, TrainSettings
 AUTO = "auto"  # of launcher
 OPEN_GROUPS = ("compressor", "pruner")
 # Where to run, how many at once, what is told: of model, budget and eval all other settings change results.
-NOT_RESULTS = ("name", "assembled_from", "device_map", "num_tower_tokens", "limit", "batch_size", "num_workers")
-NOT_RESULTS += ("tower_cache_gib", "on_problem", "trackers")
+NOT_RESULTS = frozenset({"name", "assembled_from", "device_map", "num_tower_tokens", "limit", "batch_size"})
+NOT_RESULTS |= {"num_workers", "tower_cache_gib", "on_problem", "trackers"}
 
 
 @dataclass(frozen=True)
