@@ -72,7 +72,7 @@ def _check_compressor(compressor: Mapping[str, Any], budget: Mapping[str, Any]) 
             problems.append(
                 f"compressor={name} keeps every visual token, but budget={budget.get('name')} asks for"
                 f" {show(counts[0])} dominant + {show(counts[1])} contextual: set budget=full, or choose a compressor"
-                " (one whose file has a budget, as configs/compressor/visionzip.yaml)."
+                " (one that takes a budget, as configs/compressor/visionzip.yaml)."
             )
     elif any(count is None for count in counts):
         problems.append(
