@@ -18,40 +18,28 @@ UNSET = "???"  # in YAML, a value that the command line must give
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must be.
-
-    Attributes:
-        text: the rule in words, ending the sentence "must be ...".
-        allows: whether a value keeps it.
-        choices: the names to choose from, if the rule is a list of names.
-    """
+    """What a value must be: in words that end "must be ...", as a test, and the names if it is one of several."""
 
     text: str
     allows: Callable[[Any], bool]
     choices: tuple[str, ...] = ()
 
 
-def whole_number(minimum: int) -> Rule:
-    return Rule(
-        f"a whole number, {minimum} or more",
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= minimum,
-    )
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def whole_number(minimum: int) -> Rule:
+    return Rule(f"a whole number, {minimum} or more", lambda v: isinstance(v, int) and _is_number(v) and v >= minimum)
 
 
 def number(minimum: float) -> Rule:
     return Rule(f"a number, {minimum:g} or more", lambda v: _is_number(v) and v >= minimum)
 
 
-def positive() -> Rule:
-    return Rule("a number above 0", lambda v: _is_number(v) and v > 0)
-
-
-def share() -> Rule:
-    return Rule("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
+BOOL = Rule("true or false", lambda v: isinstance(v, bool))
+POSITIVE = Rule("a number above 0", lambda v: _is_number(v) and v > 0)
+SHARE = Rule("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
 
 
 def one_of(*names: str, note: str = "") -> Rule:
@@ -75,13 +63,6 @@ def subset_of(*names: str, empty: bool = False) -> Rule:
 
 def optional(rule: Rule) -> Rule:
     return Rule(f"{rule.text}, or null", lambda v: v is None or rule.allows(v), rule.choices)
-
-
-def or_one_of(rule: Rule, *names: str) -> Rule:
-    return Rule(f"{rule.text}, or {', '.join(names)}", lambda v: v in names or rule.allows(v), rule.choices)
-
-
-BOOL = Rule("true or false", lambda v: isinstance(v, bool))
 
 
 @dataclass(frozen=True)
@@ -126,7 +107,8 @@ def _rule_of(hint: Any, rule: Rule | None, at_least: float, what: str) -> Rule:
         first, *others = (part for part in inner if part is not type(None))
         own = _rule_of(first, rule, at_least, what)
         if rule is None and others:
-            own = or_one_of(own, *get_args(others[0]))
+            also = get_args(others[0])
+            own = Rule(f"{own.text}, or {', '.join(also)}", lambda v, of=own: v in also or of.allows(v))
         return optional(own) if type(None) in inner and not own.allows(None) else own
     if rule is not None:
         return rule
@@ -187,13 +169,7 @@ def show(value: Any) -> str:
 
 
 def describe(keys: Mapping[str, Key], prefix: str = "", defaults: Mapping[str, str] | None = None) -> list[str]:
-    """Lines for a terminal: of each setting its name, the rule and the sentence; those inside it follow.
-
-    Args:
-        keys: the settings.
-        prefix: what is typed before each name, as ``launcher.``.
-        defaults: by name, to be shown beside it.
-    """
+    """Lines for a terminal: each setting as it is typed, its default if there is one, its rule, its sentence."""
     lines = []
     for name, own in keys.items():
         default = f" [{defaults[name]}]" if defaults and name in defaults else ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from vzip.errors import ConfigError
-from vzip.keys import key, positive, share
+from vzip.keys import POSITIVE, SHARE, key
 
 Part = Literal["projector", "language_model", "vision_tower"]
 Template = Literal["vicuna_v1", "plain", "chat"]  # those of vzip.data.conversations, which loads torch
@@ -22,8 +22,8 @@ class LoraSettings:
     """``train.lora``: low-rank layers in the language model that train with the projector (Hu et al., 2021)."""
 
     r: int = key("rank of the layers", at_least=1)
-    alpha: float = key("the layers' output is scaled by alpha / r", rule=positive())
-    dropout: float = key("share of the layers' input that is dropped", rule=share())
+    alpha: float = key("the layers' output is scaled by alpha / r", rule=POSITIVE)
+    dropout: float = key("share of the layers' input that is dropped", rule=SHARE)
     target_modules: tuple[str, ...] = key(
         "last names of the linear layers that get one",
         what="a list of at least one name of the language model's linear layers, as [q_proj,v_proj]",
@@ -42,12 +42,12 @@ class TrainSettings:
     learning_rate: float = key("peak rate, reached after the warm-up")
     tower_learning_rate: float | None = key("peak rate of the vision tower; null: train.learning_rate")
     weight_decay: float = key("of AdamW")
-    warmup_fraction: float = key("share of all steps in which the rate rises from 0; then a cosine to 0", rule=share())
+    warmup_fraction: float = key("share of all steps in which the rate rises from 0; then a cosine to 0", rule=SHARE)
     num_epochs: int = key("passes over the data, where train.num_steps is null", at_least=1)
     num_steps: int | None = key("optimizer steps; null: as train.num_epochs says", at_least=1)
     # The last samples of an epoch that fill no step are left out.
     samples_per_step: int = key("samples of a step, over all processes and accumulated batches", at_least=1)
-    max_grad_norm: float | None = key("gradients are scaled down to this norm; null: never", rule=positive())
+    max_grad_norm: float | None = key("gradients are scaled down to this norm; null: never", rule=POSITIVE)
     # LLaVA's own trainer (Hugging Face's) takes the mean over the tokens of each batch that a device handles at once,
     # and averages these, so its loss depends on how many samples a device takes. `samples` is exactly that with one
     # sample at a time (one without any target does not count), `tokens` with the whole step at once; LLaVA's 16 lie
