@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from vzip import cli
+from vzip.config import schema
 from vzip.config.options import RECIPE_GROUP, config_dir, groups, options
 from vzip.errors import ImageError
 
@@ -60,6 +61,37 @@ def test_list_of_one_group(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert "python eval.py +exp=llava15_7b_64tok" in capsys.readouterr().out
     assert cli.main(["list", "budgets"]) == 2
     assert "'budgets': no such group (did you mean 'budget'?)" in capsys.readouterr().err
+
+
+def test_list_describes_a_groups_keys_in_whole_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list", "launcher"]) == 0
+    shown = capsys.readouterr().out
+    for name, described in schema.keys_in("launcher").items():
+        assert name == "name" or f"  launcher.{name}: {described.rule.text}\n" in shown
+        assert name == "name" or described.sentence in " ".join(shown.split())
+    assert cli.main(["list", "compressor"]) == 0
+    shown = capsys.readouterr().out
+    assert "compressor.window: of compressor=vscan\n      side of a window in patches" in shown
+
+
+@pytest.mark.parametrize("name", list(cli.PROGRAMS))
+def test_help_lists_every_key_and_option_without_composing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['{name}.py', '--help']\n"
+        f"runpy.run_path('{name}.py', run_name='__main__')\n"
+        "print([module for module in ('torch', 'transformers', 'lmms_eval', 'datasets') if module in sys.modules])"
+    )
+    shown = python(code)
+    assert shown.splitlines()[-1] == "[]" and f"python {name}.py" in shown
+    words = " ".join(shown.split())
+    for group in groups(config_dir()):
+        assert f"{group}: {', '.join(options(config_dir(), group))}" in shown
+        for key, described in schema.keys_in(group).items():
+            assert key in ("name", "kind") or described.sentence in words
+    for key in schema.known_keys():
+        assert key.endswith((".name", ".kind")) or f"  {key}: " in shown
+    assert "compressor.merge_rule: of compressor=visionzip" in shown
 
 
 def test_an_unknown_command_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,17 +91,17 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
     else:
         adapter_class_for_config(model.config).check_settings(model.config, compressor, FamilyOptions())
     meta = shapes.build_meta(model, settings.torch_dtype)
-    if "fastv" in settings.methods:
+    if (pruner := settings.built_pruner()) is not None:
         if model.tower_only:
             raise ConfigError(
-                f"methods=fastv: {model.name} is a vision tower alone, and FastV drops in language models."
+                f"pruner={settings.pruner}: {model.name} is a vision tower alone, and pruners drop in language models."
             )
-        adapter_for_model(meta).check_pruner(model.config, settings.fastv())
+        adapter_for_model(meta).check_pruner(model.config, pruner)
     num_visual = 0
     if not model.tower_only:
         num_crops = settings.crops_per_prompt(model)
         visuals = visuals_of(adapter_for_model(meta), num_crops)
-        is_whole = not {"vanilla", "fastv"}.isdisjoint(settings.methods)
+        is_whole = not {"vanilla", settings.pruner}.isdisjoint(settings.methods)
         method = Identity() if is_whole else compressor
         num_visual = sum(method.num_visual_tokens(shape) for shape in visuals.shapes())
         longest = num_visual + settings.prompt_tokens + settings.num_new_tokens

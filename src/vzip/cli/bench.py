@@ -25,6 +25,7 @@ from vzip.bench import report, settings, shapes
 from vzip.bench.run import BenchResult, measure
 from vzip.bench.settings import MEMORY, PASSES, TRAIN
 from vzip.errors import MissingPackageError, RunExistsError
+from vzip.keys import describe
 from vzip.results.files import check_writable
 
 if TYPE_CHECKING:
@@ -39,13 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     other.add_argument(
         "--memory", const=MEMORY, help="peaks of training and answering, estimated and measured", **words
     )
-    keys = "\n".join(f"  {key:<15} {text} [{settings.default_word(key)}]" for key, text in settings.HELP.items())
+    keys = "\n".join(describe(settings.KEYS, defaults=settings.shown_defaults()))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
     parser.epilog = f"keys [default]:\n{keys}\n\n" + "\n".join(_mode_words(mode) for mode in (TRAIN, MEMORY))
 
 
 def _mode_words(mode: settings.Mode) -> str:
-    own = ", ".join(f"{key}={settings.default_word(key, mode)}" for key in mode.defaults)
+    defaults = settings.shown_defaults(mode)
+    own = ", ".join(f"{key}={defaults[key]}" for key in mode.defaults)
     return f"with {mode.flag}: {own}; without {', '.join(mode.unused)}"
 
 

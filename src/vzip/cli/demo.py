@@ -22,14 +22,13 @@ from rich.table import Table
 
 from vzip.analysis.overlay import draw_overlay
 from vzip.analysis.plots import Point, plot_retention
-from vzip.bench.settings import BUDGETS
-from vzip.compressors.base import TokenBudget
 from vzip.compressors.visionzip import VisionZip
 from vzip.demo import benchmark, scoring
 from vzip.demo.cost import Cost, measure
 from vzip.demo.questions import TASKS
 from vzip.demo.sweep import Score, Setting, run_sweep, score, settings
 from vzip.errors import ConfigError
+from vzip.methods import budgets
 from vzip.models.load import load_vlm
 from vzip.models.vlm import CompressedVlm
 
@@ -102,7 +101,7 @@ def print_table(body: list[list[str]], title: str) -> None:
 
 def write_overlay(vlm: CompressedVlm, folder: Path, out: Path) -> None:
     """Draws what VisionZip keeps and merges at 64 tokens on the benchmark's first images, one below the other."""
-    compressor = VisionZip(TokenBudget(*BUDGETS["64tok"]))
+    compressor = VisionZip(budgets()["64tok"])
     pictures = [Image.open(folder / f"images/{index:04d}.png").convert("RGB") for index in range(OVERLAY_PICTURES)]
     with torch.inference_mode():
         visual = vlm.adapter.read_inputs(**vlm.preprocess_images(pictures))

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from vzip import log
+from vzip.cli.listing import program_help
 from vzip.config.options import config_dir
 from vzip.config.overrides import arrange, check_overrides
 from vzip.errors import VzipError
@@ -44,6 +45,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(function)
         def main() -> None:
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                return print(program_help(function.__globals__["__doc__"]))
             log.setup()
             sys.argv[1:] = arrange(sys.argv[1:])
             wants_traceback = os.environ.get(_FULL) == "1"

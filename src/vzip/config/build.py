@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from vzip.config.full_budget import full_is_vanilla
-from vzip.config.options import RECIPE_GROUP, config_dir, options
+from vzip.config.options import RECIPE_GROUP, config_dir, option_values, options
 from vzip.config.overrides import check_overrides
 from vzip.config.run_directory import budget_label, recipe_changes, run_directory, training_directory
 from vzip.config.same_run import same_run
@@ -244,8 +244,7 @@ def one_process(launcher: Mapping[str, Any]) -> dict[str, Any]:
     """The ``launcher`` group; what ``launcher=auto`` leaves open as in configs/launcher/inline.yaml."""
     if launcher["name"] != AUTO:
         return dict(launcher)
-    inline = OmegaConf.to_container(OmegaConf.load(config_dir() / "launcher" / "inline.yaml"))
-    assert isinstance(inline, dict)
+    inline = option_values(config_dir(), "launcher", "inline")
     return {key: inline[key] if value is None else value for key, value in launcher.items()}
 
 

@@ -17,8 +17,9 @@ from vzip.config import schema
 from vzip.config.full_budget import full_is_vanilla
 from vzip.config.missing_keys import absent_settings
 from vzip.config.options import RECIPE_GROUP, groups, option_values, options
-from vzip.config.validate import find_problems, raise_all
+from vzip.config.validate import find_problems
 from vzip.errors import ConfigError, nearest
+from vzip.keys import raise_all
 
 # Words of Hydra's own command line that take a value of their own.
 _FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}

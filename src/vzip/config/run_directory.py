@@ -13,30 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from vzip.config.options import option_values
-from vzip.config.schema import OPEN_GROUPS
-from vzip.config.validate import TRAINED, show
+from vzip.config.schema import GROUPS, NOT_RESULTS, OPEN_GROUPS
+from vzip.config.validate import TRAINED
+from vzip.keys import show
 
 TUNED = "_tuned"  # ends the name of a recipe that evaluates what its namesake trains
 
-# Settings that change results, by group; where to run and how many at once do not. All of ``OPEN_GROUPS`` do.
+# Settings that change results, by group; all of ``OPEN_GROUPS`` do.
 RESULT_KEYS: Mapping[str, tuple[str, ...]] = {
-    "model": (
-        "name_or_path",
-        "revision",
-        "dtype",
-        "attn_implementation",
-        "quantization",
-        "preprocess",
-        "drop_padding",
-        "row_newline",
-        "num_frames",
-        "drop_cls",
-        "adapter_path",
-        "system_prompt",
-        "projector",
-    ),
-    "budget": ("num_dominant", "num_contextual"),
-    "eval": ("tasks", "include_path", "gen_kwargs"),
+    group: tuple(key for key in GROUPS[group] if key not in NOT_RESULTS) for group in ("model", "budget", "eval")
 }
 
 

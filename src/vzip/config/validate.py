@@ -12,8 +12,8 @@ from typing import Any
 from vzip.config import schema
 from vzip.config.options import config_dir, option_values, options
 from vzip.errors import ConfigError, VzipError, nearest
+from vzip.keys import check_group, check_value, raise_all, show
 
-MISSING = "???"
 BUILT_IN = "built-in"
 VIDEO = "video"  # of eval.include_path: the benchmarks in paths.video_root
 TRAINED = "trained"
@@ -30,25 +30,15 @@ def validate(config: Mapping[str, Any]) -> None:
     raise_all(find_problems(config))
 
 
-def raise_all(problems: list[str]) -> None:
-    """Raises one ConfigError for all problems, or does nothing if there is none."""
-    if len(problems) == 1:
-        raise ConfigError(problems[0])
-    if problems:
-        listed = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))
-        raise ConfigError(f"{len(problems)} problems in the configuration:\n{listed}")
-
-
 def find_problems(config: Mapping[str, Any]) -> list[str]:
     """Every problem of a configuration, in the order of the keys."""
     problems: list[str] = []
     allowed = [*schema.TOP, *schema.GROUPS, *schema.OPEN_GROUPS]
     for key, value in config.items():
         if key in schema.TOP:
-            problems += _check_value(key, value, schema.TOP[key])
+            problems += check_value(key, value, schema.TOP[key].rule)
         elif key in schema.GROUPS:
-            rules = schema.rules_of(key, value) if isinstance(value, Mapping) else {}
-            problems += _check_group(key, value, rules)
+            problems += check_group(key, value, schema.keys_for(key, value) if isinstance(value, Mapping) else {})
         elif key not in schema.OPEN_GROUPS:
             problems.append(f"{key}: no such key{nearest(key, allowed)}; allowed: {', '.join(allowed)}.")
     absent = [key for key in allowed if key not in config]
@@ -66,46 +56,8 @@ def find_problems(config: Mapping[str, Any]) -> list[str]:
 def _with_usable_seed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The compressor; a seed that it has from the run, and that is reported as the run's, is not reported twice."""
     compressor, seed = config["compressor"], config["seed"]
-    borrowed = compressor.get("seed") == seed and not schema.TOP["seed"].allows(seed)
+    borrowed = compressor.get("seed") == seed and not schema.TOP["seed"].rule.allows(seed)
     return {**compressor, "seed": 0} if borrowed else compressor
-
-
-def _check_group(group: str, values: Any, rules: Mapping[str, schema.Rule]) -> list[str]:
-    if not isinstance(values, Mapping):
-        return [f"{group}={values!r}: must be one of the group's options, not a value."]
-    problems = []
-    for key, value in values.items():
-        name = f"{group}.{key}"
-        if key not in rules:
-            problems.append(f"{name}: no such key{_near_key(name, rules, group)}; allowed: {', '.join(rules)}.")
-        elif name in schema.NESTED and isinstance(value, Mapping):
-            problems += _check_group(name, value, schema.NESTED[name])
-        else:
-            problems += _check_value(name, value, rules[key])
-    missing = [key for key in rules if key not in values and rules is not schema.GENERATION]
-    return problems + [f"{group}.{key}: missing; {group}/*.yaml sets it." for key in missing]
-
-
-def _near_key(name: str, rules: Mapping[str, schema.Rule], group: str) -> str:
-    return nearest(name, [f"{group}.{key}" for key in rules])
-
-
-def _check_value(name: str, value: Any, rule: schema.Rule) -> list[str]:
-    if value == MISSING:
-        return [f"{name}: must be given, as {name}=VALUE: {rule.text}."]
-    if rule.allows(value):
-        return []
-    hint = nearest(str(value), rule.choices) if rule.choices else ""
-    return [f"{name}={show(value)}: must be {rule.text}{hint}."]
-
-
-def show(value: Any) -> str:
-    """A value as one types it on the command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
 
 
 def _check_compressor(compressor: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:
@@ -120,7 +72,7 @@ def _check_compressor(compressor: Mapping[str, Any], budget: Mapping[str, Any]) 
             problems.append(
                 f"compressor={name} keeps every visual token, but budget={budget.get('name')} asks for"
                 f" {show(counts[0])} dominant + {show(counts[1])} contextual: set budget=full, or choose a compressor"
-                " (one whose file has a budget, as configs/compressor/visionzip.yaml)."
+                " (one that takes a budget, as configs/compressor/visionzip.yaml)."
             )
     elif any(count is None for count in counts):
         problems.append(
@@ -149,8 +101,8 @@ def check_name(group: str, method: Mapping[str, Any]) -> list[str]:
 
 def _check_construction(compressor: Mapping[str, Any], counts: tuple[Any, Any]) -> list[str]:
     """Builds the compressor, which is cheap, so that what its class refuses is reported with everything else."""
-    rules = schema.GROUPS["budget"]
-    if "budget" in compressor and not all(rules[key].allows(v) for key, v in zip(COUNTS, counts, strict=True)):
+    keys = schema.GROUPS["budget"]
+    if "budget" in compressor and not all(keys[key].rule.allows(v) for key, v in zip(COUNTS, counts, strict=True)):
         return []  # reported already, as a value of the budget
     try:
         build_compressor(compressor)

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vzip.bench.settings import BUDGETS
-from vzip.compressors.base import Compressor, TokenBudget
+from vzip.compressors.base import Compressor
 from vzip.compressors.controls import Identity, RandomTokens, UniformTokens
 from vzip.compressors.visionzip import VisionZip
 from vzip.demo.benchmark import load_rows
 from vzip.demo.questions import TASKS
 from vzip.demo.scoring import METRICS, Result, normalise
+from vzip.methods import budgets
 from vzip.models.splice import plan_splice, splice
 from vzip.models.towers.cache import TowerCache
 from vzip.models.vlm import CompressedVlm
@@ -46,7 +46,7 @@ def settings(num_patches: int, seed: int = 0) -> list[Setting]:
     """Vanilla, then VisionZip and the controls at each budget."""
     rows = [Setting("vanilla", num_patches, Identity())]
     for name in PICTURE_BUDGETS:
-        budget = TokenBudget(*BUDGETS[name])
+        budget = budgets()[name]
         rows.append(Setting("VisionZip", budget.num_tokens, VisionZip(budget)))
         rows.append(Setting("random", budget.num_tokens, RandomTokens(budget, seed)))
         rows.append(Setting("uniform", budget.num_tokens, UniformTokens(budget)))
