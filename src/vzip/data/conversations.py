@@ -13,6 +13,7 @@ from typing import Any
 
 from vzip.errors import ConfigError, PromptError, nearest
 from vzip.models.splice import IGNORED_LABEL
+from vzip.models.tokens import tokenize
 
 from .llava_record import IMAGE_PLACEHOLDER, Turn
 
@@ -145,16 +146,15 @@ def encode(pieces: Sequence[Piece], tokenizer: Any, image_token_id: int, video_t
             f"{type(tokenizer).__name__} cannot tell which characters a token covers, which training needs: save the"
             " checkpoint with a fast tokenizer (a tokenizer.json)."
         )
-    encoding = tokenizer("".join(piece.text for piece in pieces), return_offsets_mapping=True)
+    ids, covered = tokenize(tokenizer, "".join(piece.text for piece in pieces), with_spans=True)
     spans: list[tuple[int, int]] = []
     position = 0
     for piece in pieces:
         if piece.is_target:
             spans.append((position, position + len(piece.text)))
         position += len(piece.text)
-    ids: list[int] = list(encoding["input_ids"])
     labels, number = [], 0
-    for token, (start, stop) in zip(ids, encoding["offset_mapping"], strict=True):
+    for token, (start, stop) in zip(ids, covered, strict=True):
         while number < len(spans) and spans[number][1] <= start:
             number += 1
         within = number < len(spans) and spans[number][0] <= start < stop <= spans[number][1]

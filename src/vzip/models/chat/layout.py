@@ -12,6 +12,7 @@ from torch import Tensor
 from vzip.errors import ConfigError, PromptError
 
 from ..families import Adapter
+from ..tokens import tokenize
 
 Medium = Literal["image", "video"]
 # In place of a placeholder that the model itself wrote: equal to no token, so it is never taken for an image.
@@ -86,10 +87,7 @@ class ChatLayout:
             PromptError: a template that writes another number of placeholders than there are images or videos.
         """
         text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        tokenizer = self._processor.tokenizer
-        # A template that writes the first token itself must not get another from the tokenizer.
-        has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        ids: list[int] = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+        ids, _ = tokenize(self._processor.tokenizer, text)
         shown = {}
         for medium, (token, written) in self.placeholders.items():
             own = [number for number, visual in enumerate(visuals) if visual.medium == medium]
