@@ -225,7 +225,10 @@ def test_what_is_no_image_is_named_and_never_read_as_one(source):
         load_image(source)
 
 
-@pytest.mark.parametrize("mode", "1 L P RGB RGBA CMYK YCbCr LAB HSV I F LA PA La".split())
+MODES = ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA", "PA", "La"]
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_every_mode_becomes_rgb_of_the_same_size(mode):
     for size in ((1, 3), (3, 1), (3, 3)):
         loaded = load_image(Image.new(mode, size))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from vzip.errors import PromptError
 
 
 def tokenize(tokenizer: Any, text: str, with_spans: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
@@ -29,3 +32,14 @@ def tokenize(tokenizer: Any, text: str, with_spans: bool = False) -> tuple[list[
     if behind and behind[-1] == tokenizer.eos_token_id:
         del ids[-1:], spans[-1:]
     return ids, spans
+
+
+def check_vocabulary(ids: Sequence[int], vocab_size: int, name: str) -> None:
+    """Raises PromptError for ids that the text embedding does not have; ``name`` says whose they are."""
+    outside = sorted({i for i in ids if not 0 <= i < vocab_size})
+    if outside:
+        raise PromptError(
+            f"{name} holds the ids {', '.join(map(str, outside[:8]))}{', ...' if len(outside) > 8 else ''}: the text"
+            f" embedding has rows 0 to {vocab_size - 1}. Use the tokenizer of this checkpoint; exclude padding by"
+            " attention_mask."
+        )
