@@ -88,8 +88,11 @@ def plain(turns: Sequence[Turn], system_prompt: str | None, processor: Any) -> l
 def chat(turns: Sequence[Turn], system_prompt: str | None, processor: Any) -> list[Piece]:
     """The checkpoint's own chat template, which evaluation uses too.
 
+    A turn's only image goes first, as in ``place_images``; several stay where they stand among the words.
+
     Raises:
         ConfigError: the template cannot be trained with: it does not continue its own prompts, or ends no answer.
+        PromptError: it moves the images of a turn whose order among the words carries meaning.
     """
     end = processor.tokenizer.eos_token
     messages: list[dict[str, Any]] = []
@@ -98,9 +101,8 @@ def chat(turns: Sequence[Turn], system_prompt: str | None, processor: Any) -> li
     pieces: list[Piece] = []
     done = ""
     for turn in turns:
-        images = [{"type": "image"}] * turn.text.count(IMAGE_PLACEHOLDER)
-        words = turn.text.replace(IMAGE_PLACEHOLDER, "").strip() if images else turn.text
-        messages.append({"role": turn.role, "content": [*images, {"type": "text", "text": words}]})
+        content = _content(turn.text)
+        messages.append({"role": turn.role, "content": content})
         is_user = turn.role == "user"
         text = processor.apply_chat_template(messages, add_generation_prompt=is_user, tokenize=False)
         if not text.startswith(done) or (not is_user and end not in text[len(done) :]):
@@ -110,12 +112,41 @@ def chat(turns: Sequence[Turn], system_prompt: str | None, processor: Any) -> li
                 " train.template=vicuna_v1."
             )
         new, done = text[len(done) :], text
+        if turn.text.count(IMAGE_PLACEHOLDER) > 1:
+            _check_order(new, content, getattr(processor, "image_token", IMAGE_PLACEHOLDER))
         if is_user:
             pieces.append(Piece(new))
         else:
             stop = new.index(end) + len(end)
             pieces += [Piece(new[:stop], is_target=True), Piece(new[stop:])]
     return pieces
+
+
+def _content(text: str) -> list[dict[str, Any]]:
+    """A turn as chat templates take it: its words and images in their order."""
+    words = text.split(IMAGE_PLACEHOLDER)
+    if len(words) == 2:
+        return [{"type": "image"}, {"type": "text", "text": "".join(words).strip()}]
+    content: list[dict[str, Any]] = []
+    for number, own in enumerate(words):
+        content += [{"type": "image"}] if number else []
+        if own.strip() or len(words) == 1:
+            content.append({"type": "text", "text": own})
+    return content
+
+
+def _check_order(text: str, content: Sequence[Mapping[str, Any]], image_token: str) -> None:
+    """Raises PromptError unless a turn's text has the parts of its content one after the other."""
+    position = 0
+    for item in content:
+        part = image_token if item["type"] == "image" else item["text"].strip()
+        found = text.find(part, position)
+        if found < 0:
+            raise PromptError(
+                f"train.template=chat: the checkpoint's chat template does not write {part!r} where the turn has it, so"
+                " images or words would change places. Use train.template=vicuna_v1, which keeps them."
+            )
+        position = found + len(part)
 
 
 Template = Callable[[Sequence[Turn], str | None, Any], list[Piece]]

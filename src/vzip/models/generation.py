@@ -185,12 +185,9 @@ class AnswerStreamer:
 
 
 def _value(settings: Mapping[str, Any], of_model: Any, name: str) -> Any:
-    sources = (
-        settings.get(name),
-        getattr(settings.get("generation_config"), name, None),
-        getattr(of_model, name, None),
-    )
-    return next((value for value in sources if value is not None), None)
+    configs = [settings.get("generation_config"), of_model]
+    values = (settings.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)
 
 
 def _shown(value: Any) -> str:
