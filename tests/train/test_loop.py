@@ -228,6 +228,11 @@ def test_nothing_left_to_learn_is_refused(strategy: str, plan: Any, monkeypatch:
     assert not (plan().run_dir / "final").exists()
 
 
+def test_conversations_longer_than_the_model_reads_are_refused(plan: Any) -> None:
+    with pytest.raises(ConfigError, match=r"train\.max_length=4096: the language model reads 2048 tokens"):
+        train(plan(max_length=4096))
+
+
 @contextlib.contextmanager
 def files_of_at_most(num_bytes: int) -> Iterator[None]:
     """The system refuses to make a file longer: torch and safetensors meet it as they meet a full disk."""

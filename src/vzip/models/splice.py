@@ -90,6 +90,7 @@ class SplicePlan:
         ]
 
 
+@torch.compiler.disable
 def plan_splice(
     input_ids: Tensor,
     attention_mask: Tensor | None,
