@@ -23,7 +23,7 @@ ROOMS = [
     ["compressors"],
     ["methods"],
     ["pruners"],
-    ["models.environment", "models.devices", "models.hub"],
+    ["models.environment", "models.devices", "models.hub", "models.tokens", "models.generation"],
     ["models.towers"],
     ["models.families"],
     ["models.freeze", "models.weights", "models.chat"],

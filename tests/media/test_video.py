@@ -205,3 +205,17 @@ def test_what_is_a_picture_and_what_a_video(tmp_path):
     assert video.is_picture(tmp_path / "a.png")
     assert not video.is_picture(write(tmp_path / "a.mp4", 2))
     assert not video.is_picture(tmp_path / "absent.png")
+
+
+@pytest.mark.parametrize("size", [(3, 3), (40, 3), (40, 1), (1, 40)], ids=str)
+def test_no_side_of_a_frame_is_taken_for_the_colours(size):
+    image_processor = video_image_processor()
+    values = prepare_videos([[Image.new("RGB", size, (250, 10, 120))]], image_processor, 2)
+    mean, deviation = (np.asarray(part) for part in (image_processor.image_mean, image_processor.image_std))
+    expected = (np.asarray([250, 10, 120]) / 255 - mean) / deviation
+    np.testing.assert_allclose(values.mean(dim=(0, 1, 3, 4)), expected, atol=0.02)
+
+
+def test_an_array_is_no_video():
+    with pytest.raises(VideoError, match="given as ndarray: it is a path or a list of PIL images"):
+        load_video(np.zeros((4, 3, 9, 3), np.uint8))

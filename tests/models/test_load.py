@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.tiny import IMAGE_TOKEN
 from transformers import LlavaForConditionalGeneration, LlavaOnevisionConfig
@@ -201,3 +202,48 @@ def test_a_broken_timm_is_named_and_absent_packages_are_fine(tmp_path, monkeypat
     with pytest.raises(MissingPackageError, match="pip uninstall timm"):
         vzip.load_vlm(checkpoint)
     refuse_broken_packages(["certainly_not_installed_anywhere"])
+
+
+def add_weights(directory, **shapes):
+    """Puts weights of ones into a checkpoint, under names with ``__`` for a dot."""
+    tensors = load_file(directory / "model.safetensors")
+    tensors |= {name.replace("__", "."): torch.ones(shape) for name, shape in shapes.items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("language_model__model__layers__0__self_attn__q_proj__bias", [32]),  # attention_bias is false
+        ("language_model__model__layers__7__mlp__up_proj__weight", [64, 32]),
+        ("vision_tower__encoder__layers__9__mlp__fc1__weight", [80, 32]),
+        ("multi_modal_projector__linear_3__weight", [32, 32]),
+        ("something__else", [1]),
+    ],
+)
+def test_weights_without_a_place_are_refused(copy, name, shape):
+    add_weights(copy[0], **{name: shape})
+    part = name.replace("__", ".").removeprefix("language_model.model.")
+    with pytest.raises(CheckpointError, match=rf"1 weights have no place.*{part}"):
+        vzip.load_vlm(copy[0])
+
+
+def test_a_tower_cut_short_by_its_config_is_refused(copy):
+    directory, edit = copy
+    config = json.loads((directory / "config.json").read_text())
+    edit(vision_config=config["vision_config"] | {"num_hidden_layers": 3})
+    with pytest.raises(CheckpointError, match=r"16 weights have no place .*encoder\.layers\.3\."):
+        vzip.load_vlm(directory)
+
+
+@torch.no_grad()
+def test_buffers_of_older_checkpoints_are_no_weights(copy, checkpoint):
+    add_weights(
+        copy[0],
+        language_model__model__layers__0__self_attn__rotary_emb__inv_freq=[4],
+        vision_tower__embeddings__position_ids=[1, 65],
+        vision_tower__vision_model__embeddings__position_ids=[1, 65],
+    )
+    ids, pixels = torch.tensor([[5, IMAGE_TOKEN, 6]]), tiny.pixels(1)
+    older, newer = (vzip.load_vlm(path).forward(ids, pixel_values=pixels).logits for path in (copy[0], checkpoint))
+    assert torch.equal(older, newer)

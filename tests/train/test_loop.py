@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,7 +25,7 @@ from vzip.errors import CheckpointError, ConfigError, ImageError, RunExistsError
 from vzip.models.weights.tuned import read_tensors
 from vzip.train import stepping
 from vzip.train.checkpoint import CheckpointStore
-from vzip.train.loop import train
+from vzip.train.loop import hold_out, train
 from vzip.train.stepping import DivergedError
 
 
@@ -196,6 +197,40 @@ def test_unreadable_pictures(plan: Any) -> None:
     train(plan("skip", skip_unreadable=True, **broken))
     rows = metrics(plan("skip").run_dir)
     assert sum(row["num_skipped"] for row in rows) == 2, "once in each epoch"
+
+
+def test_answers_that_max_length_cuts_off_are_counted_and_named(plan: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A prompt with its image is 30 tokens long, from number 10 on 31."""
+    setup = plan(max_length=31, num_epochs=1)
+    train(setup)
+    rows = metrics(setup.run_dir)
+    silent = [number for number in range(10, 24) if Samples().has_images[number]]
+    assert sum(row["num_skipped"] for row in rows) == len(silent) > 0
+    assert all(row["num_target_tokens"] for row in rows)
+    named = [message for message in caplog.messages if "train.max_length=31 leaves no target of an answer" in message]
+    assert sorted(",".join(message.rpartition(": ")[2] for message in named).replace(" ", "").split(",")) == sorted(
+        f"s{number}" for number in silent
+    )
+
+
+@pytest.mark.parametrize("strategy", ["step 1", "the validation set"])
+def test_nothing_left_to_learn_is_refused(strategy: str, plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {"max_length": 17}
+    if strategy == "the validation set":
+        # Only the samples held out have images, which leave no room for their answers.
+        changes = {"max_length": 30, "num_validation_samples": 4, "samples_per_step": 4, "save_every": 1}
+        held_out = set(hold_out(24, 4, 0)[1].tolist())
+        pictures = np.array([number in held_out for number in range(24)])
+        init = Samples.__init__
+        monkeypatch.setattr(Samples, "__init__", lambda self: (init(self), setattr(self, "has_images", pictures))[0])
+    with pytest.raises(ConfigError, match=rf"train\.max_length=\d\d: {strategy} has nothing left .*samples: s\d+, s"):
+        train(plan(**changes))
+    assert not (plan().run_dir / "final").exists()
+
+
+def test_conversations_longer_than_the_model_reads_are_refused(plan: Any) -> None:
+    with pytest.raises(ConfigError, match=r"train\.max_length=4096: the language model reads 2048 tokens"):
+        train(plan(max_length=4096))
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from vzip.compressors import Compressor, Identity
 from vzip.errors import ConfigError
 from vzip.installed import checkout
 from vzip.models.families import FamilyOptions, adapter_class_for_config
+from vzip.models.generation import max_positions
 from vzip.models.vlm import CompressedVlm
 from vzip.option_files import option_values
 from vzip.train.settings import LaunchSettings, TrainSettings
@@ -144,8 +145,8 @@ def load_of(settings: BenchSettings, shape: ModelShape, num_new_tokens: int = 0)
     """
     num_visual = num_visual_tokens(shape.on_meta_device(torch.float32))
     length = num_visual + settings.prompt_tokens
-    allowed = shape.config.text_config.max_position_embeddings
-    if length + num_new_tokens > allowed:
+    allowed = max_positions(shape.config)
+    if allowed is not None and length + num_new_tokens > allowed:
         raise ConfigError(
             f"{num_visual} visual, {settings.prompt_tokens} text and {num_new_tokens} new tokens are"
             f" {length + num_new_tokens}, and the language model has {allowed} positions; lower prompt_tokens or"

@@ -21,6 +21,7 @@ from vzip.errors import CheckpointError, ConfigError
 from vzip.models.families import Adapter, FamilyOptions, adapter_class_for_config, adapter_for_model
 from vzip.models.families.llava_base import LlavaBase
 from vzip.models.families.options import check_fit
+from vzip.models.generation import max_positions
 from vzip.models.hub import Checkpoint
 from vzip.models.load import load_vlm, resolve_checkpoint
 from vzip.models.towers.structure import geometry_from_config
@@ -105,8 +106,8 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
         method = Identity() if is_whole else compressor
         num_visual = sum(method.num_visual_tokens(shape) for shape in visuals.shapes())
         longest = num_visual + settings.prompt_tokens + settings.num_new_tokens
-        allowed = model.config.text_config.max_position_embeddings
-        if longest > allowed:
+        allowed = max_positions(model.config)
+        if allowed is not None and longest > allowed:
             raise ConfigError(
                 f"a prompt of up to {num_visual} visual, {settings.prompt_tokens} text and "
                 f"{settings.num_new_tokens} new tokens is {longest} long, and {model.name} has {allowed} positions; "

@@ -71,5 +71,6 @@ def build_inputs(
     """The model's inputs for a question about an image, or about a video's frames if there is no image."""
     processor: Any = vlm.processor
     content = [{"type": "image" if pictures else "video"}, {"type": "text", "text": question}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    turns = [{"role": "user", "content": content}]
+    prompt = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     return vlm.build_inputs([prompt], [pictures], [[] if pictures else [frames]])

@@ -23,6 +23,7 @@ from vzip.demo.benchmark import load_rows
 from vzip.demo.questions import TASKS
 from vzip.demo.scoring import METRICS, Result, normalise
 from vzip.methods import budgets
+from vzip.models.inputs import encode_prompts
 from vzip.models.splice import plan_splice, splice
 from vzip.models.towers.cache import TowerCache
 from vzip.models.vlm import CompressedVlm
@@ -103,10 +104,11 @@ def run_sweep(
                         }
                     ],
                     add_generation_prompt=True,
+                    tokenize=False,
                 )
                 for _, item in asked
             ]
-            encoded = template.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+            encoded = encode_prompts(template.tokenizer, texts, [])
             for setting in rows:
                 vlm.compressor = setting.compressor
                 images = vlm.encode_images(pixels)
@@ -124,9 +126,9 @@ def answers(vlm: CompressedVlm, encoded: Any, images: list[torch.Tensor], asked:
     """Greedy answers to prompts whose images are already visual tokens."""
     per_prompt = [images[index] for index, _ in asked]
     token = vlm.adapter.image_token_id
-    lengths = [1] * len(per_prompt)
-    plan = plan_splice(encoded.input_ids, encoded.attention_mask, token, lengths, padding_side="left")
-    prepared = splice(plan, encoded.input_ids, vlm.adapter.embed_tokens, per_prompt, token)
+    ids = encoded["input_ids"]
+    plan = plan_splice(ids, encoded["attention_mask"], token, [1] * len(per_prompt), padding_side="left")
+    prepared = splice(plan, ids, vlm.adapter.embed_tokens, per_prompt, token)
     new = vlm.model.generate(
         inputs_embeds=prepared.inputs_embeds,
         attention_mask=prepared.attention_mask,

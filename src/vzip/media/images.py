@@ -48,8 +48,14 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
         a new RGB image, fully decoded.
 
     Raises:
-        ImageError: no such file, empty, not an image, cut off, damaged, or more pixels than Pillow's safety limit.
+        ImageError: neither a path nor a PIL image; no such file, empty, not an image, cut off, damaged, or more pixels
+            than Pillow's safety limit.
     """
+    if not isinstance(source, Image.Image | str | Path):
+        raise ImageError(
+            f"An image was given as {type(source).__name__}: images are PIL images or paths of files, since of an array"
+            " nobody can tell which axis is the colours'. Make one with PIL.Image.fromarray."
+        )
     if isinstance(source, Image.Image):
         with _named_errors("the image given"):
             return _to_rgb(source)
@@ -131,6 +137,8 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         floats = np.nan_to_num(np.asarray(image, dtype=np.float64))
         spread = floats.max() - floats.min()
         return Image.fromarray(np.round((floats - floats.min()) * (255 / (spread or 1.0))).astype(np.uint8))
+    if image.mode == "La":  # Pillow has no way from it to RGB but this one
+        return image.convert("LA")
     if image.mode in ("P", "PA") or "transparency" in image.info:
         return image.convert("RGBA")
     return image
@@ -174,28 +182,62 @@ def prepare_pictures(images: Sequence[Image.Image], image_processor: Any, prepro
         preprocess: ``"llava"`` or ``"hf"``.
 
     Raises:
-        ConfigError: another ``preprocess``.
+        ConfigError: another ``preprocess``; settings of the image processor that contradict each other.
         ImageError: an image that cannot be decoded; with ``"hf"``, one more oblong than 100:1.
     """
     pictures = [load_image(image) for image in images]
     if preprocess == "llava":
-        colour = tuple(int(channel * 255) for channel in image_processor.image_mean)
+        colour = padding_colour(image_processor)
         pictures = [_square(picture, colour, image_processor) for picture in pictures]
     elif preprocess == "hf":
         for picture in pictures:
             _refuse_oblong(picture)
     else:
         raise ConfigError(f"model.preprocess={preprocess!r}: must be one of {', '.join(PREPROCESSES)}.")
-    return dict(image_processor(images=pictures, return_tensors="pt"))
+    return call_processor(image_processor, pictures)
 
 
-def _square(picture: Image.Image, colour: tuple[int, ...], image_processor: Any) -> Image.Image:
-    red, green, blue = colour
+def call_processor(image_processor: Any, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
+    """What a Hugging Face image processor makes of RGB images.
+
+    It is told which axis is the colours': some processors take a side of 1 or 3 pixels for it.
+
+    Raises:
+        ConfigError: see ``check_processor``.
+    """
+    check_processor(image_processor)
+    return dict(image_processor(images=list(pictures), return_tensors="pt", input_data_format="channels_last"))
+
+
+def check_processor(image_processor: Any) -> None:
+    """Raises ConfigError for settings of an image processor that contradict each other, all at once."""
+    needs = {"do_rescale": ("rescale_factor",), "do_normalize": ("image_mean", "image_std"), "do_resize": ("resample",)}
+    lacking = [
+        f"{step}=true needs {name}, which is null"
+        for step, names in needs.items()
+        for name in names
+        if getattr(image_processor, step, None) and getattr(image_processor, name, None) is None
+    ]
+    if lacking:
+        raise ConfigError(
+            f"The checkpoint's {type(image_processor).__name__}: {'; '.join(lacking)}. Give it a value in"
+            " preprocessor_config.json, or set the first to false."
+        )
+
+
+def padding_colour(image_processor: Any) -> tuple[int, int, int]:
+    """The image processor's mean colour, which becomes zeros; black where it has none and so subtracts none."""
+    mean = 0.0 if image_processor.image_mean is None else image_processor.image_mean
+    red, green, blue = [mean] * 3 if isinstance(mean, int | float) else mean
+    return int(red * 255), int(green * 255), int(blue * 255)
+
+
+def _square(picture: Image.Image, colour: tuple[int, int, int], image_processor: Any) -> Image.Image:
     if max(picture.size) <= MAX_PADDED_SIDE:
-        return pad_to_square(picture, (red, green, blue))
+        return pad_to_square(picture, colour)
     size = image_processor.size
     side = size["shortest_edge"] if size.get("shortest_edge") else size["height"]
-    return pad_and_shrink(picture, (red, green, blue), side, int(image_processor.resample))
+    return pad_and_shrink(picture, colour, side, int(image_processor.resample))
 
 
 def _refuse_oblong(picture: Image.Image) -> None:

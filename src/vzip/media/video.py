@@ -20,7 +20,7 @@ from torch import Tensor
 from vzip.errors import ConfigError, VideoError
 from vzip.installed import missing_package
 
-from .images import MAX_HF_ASPECT_RATIO, load_image
+from .images import MAX_HF_ASPECT_RATIO, call_processor, load_image
 
 DEFAULT_NUM_FRAMES = 8  # Video-LLaVA's own, in training and evaluation
 
@@ -62,6 +62,8 @@ def load_video(source: VideoSource, num_frames: int = DEFAULT_NUM_FRAMES) -> lis
     """
     check_num_frames(num_frames)
     if not isinstance(source, str | Path):
+        if not isinstance(source, Sequence):
+            raise VideoError(f"A video was given as {type(source).__name__}: it is a path or a list of PIL images.")
         if len(source) == 0:
             raise VideoError("The video given is an empty list of images: at least one frame is needed.")
         return [load_image(source[index]) for index in sample_indices(len(source), num_frames)]
@@ -98,7 +100,7 @@ def prepare_videos(videos: Sequence[VideoSource], image_processor: Any, num_fram
 
 def pixels(pictures: Sequence[Image.Image], image_processor: Any) -> Tensor:
     """``[images, 3, h, w]``, by whichever name Video-LLaVA's image processor returns them."""
-    values = dict(image_processor(images=list(pictures), return_tensors="pt"))
+    values = call_processor(image_processor, pictures)
     return values["pixel_values"] if "pixel_values" in values else values["pixel_values_images"]
 
 

@@ -70,12 +70,15 @@ def assemble(tower: str | Path, language_model: str | Path, out: Path, seed: int
     image_processor, tokenizer = _image_processor(tower_dir, geometry.has_cls), _tokenizer(text_dir)
     for checkpoint in given:
         checkpoint.fetch_weights()
-    text = reach(text_dir, lambda: AutoModelForCausalLM.from_pretrained(text_dir, dtype="auto"))
+    text, report = reach(
+        text_dir, lambda: AutoModelForCausalLM.from_pretrained(text_dir, dtype="auto", output_loading_info=True)
+    )
+    check_complete(text_dir, report)
     vision, report = reach(
         tower_dir,
         lambda: AutoModel.from_pretrained(tower_dir, config=vision_config, dtype=text.dtype, output_loading_info=True),
     )
-    check_complete(tower_dir, report)
+    check_complete(tower_dir, report, not_wanted=r"text_model\.|text_projection|visual_projection|logit_(scale|bias)")
 
     config = family_config(
         "llava",

@@ -17,6 +17,7 @@ from vzip.media.video import VideoSource
 
 from .devices import execution_device
 from .families import Adapter
+from .tokens import tokenize
 
 # A kind's name, its token's id and, for each prompt, the images or videos that its placeholders stand for.
 Placeholders = tuple[str, int, Sequence[Sequence[object]]]
@@ -126,7 +127,7 @@ def encode_prompts(tokenizer: Any, texts: Sequence[str], placeholders: Sequence[
     Raises:
         PromptError: a prompt with another number of placeholders than images or videos.
     """
-    rows: list[list[int]] = [tokenizer(text)["input_ids"] for text in texts]
+    rows = [tokenize(tokenizer, text)[0] for text in texts]
     for name, token_id, per_prompt in placeholders:
         _check_counts(name, token_id, rows, per_prompt)
     longest = max((len(row) for row in rows), default=0)

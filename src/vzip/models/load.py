@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -38,6 +39,8 @@ DTYPES: dict[str, str | torch.dtype] = {
     "float16": torch.float16,
 }
 _WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# Computed from the configuration; older checkpoints hold them all the same.
+_BUFFERS = re.compile(r"(^|\.)(inv_freq|position_ids|num_batches_tracked|masked_bias|causal_mask|attn\.bias)$")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -221,8 +224,27 @@ def _check_weight_files(directory: Path) -> None:
         )
 
 
-def check_complete(source: Path | str, report: dict[str, Any]) -> None:
-    """Raises CheckpointError if parameters were left random: Hugging Face only warns of it."""
+def check_complete(source: Path | str, report: dict[str, Any], not_wanted: str = "") -> None:
+    """Refuses what Hugging Face only warns of.
+
+    Args:
+        source: for messages.
+        report: what ``from_pretrained`` says it has loaded.
+        not_wanted: regular expression of the beginnings of names that the checkpoint may have and the model not.
+
+    Raises:
+        CheckpointError: parameters that were left random, or weights of the checkpoint that have no place.
+    """
+    left_over = sorted(name for name in report["unexpected_keys"] if not _BUFFERS.search(name))
+    if not_wanted:
+        left_over = [name for name in left_over if not re.match(not_wanted, name)]
+    if left_over:
+        raise CheckpointError(
+            f"{source}: {len(left_over)} weights have no place in the model that its config.json describes"
+            f" ({', '.join(left_over[:4])}{', ...' if len(left_over) > 4 else ''}); without them it would compute"
+            " something else. The config.json belongs to another checkpoint, or denies a part (attention_bias,"
+            " num_hidden_layers ...)."
+        )
     absent = sorted(report["missing_keys"])
     other_size = sorted(str(key[0]) for key in report["mismatched_keys"])
     if absent or other_size:

@@ -24,6 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vzip.data.collate import Collator, TrainingSet
 from vzip.data.conversations import find_template
+from vzip.errors import ConfigError
+from vzip.models.generation import max_positions
 from vzip.models.vlm import CompressedVlm
 from vzip.models.weights.tuned import describe, save_tuned
 from vzip.results.files import check_writable
@@ -117,6 +119,7 @@ def train(plan: TrainPlan) -> Path:
 
     Raises:
         ConfigError, ManifestError, RunExistsError, MissingPackageError: before the model is loaded.
+        ConfigError: conversations may be longer than the model reads; nothing is left to learn.
         CheckpointError: a checkpoint cannot be written or read.
         DivergedError: the loss or the gradient is no finite number; names the samples.
     """
@@ -141,6 +144,7 @@ def train(plan: TrainPlan) -> Path:
     # Load; freeze and report.
     torch.manual_seed(plan.seed)  # for a projector that is initialised anew
     vlm = plan.load_model(settings.precision)
+    check_max_length(settings.max_length, vlm.model.config)
     header = {
         **describe(vlm.adapter, vlm.compressor, plan.name_or_path, vlm.revision, list(settings.parts)),
         "lora": lora_arguments(vlm, settings),
@@ -203,6 +207,16 @@ def train(plan: TrainPlan) -> Path:
     _say(accelerator, f"tuned weights in {store.final}")
     accelerator.end_training()
     return store.final
+
+
+def check_max_length(max_length: int, config: Any) -> None:
+    """Raises ConfigError where conversations may be longer than the language model reads; ``config`` is the model's."""
+    limit = max_positions(config)
+    if limit is not None and max_length > limit:
+        raise ConfigError(
+            f"train.max_length={max_length}: the language model reads {limit} tokens (max_position_embeddings), so"
+            f" longer conversations must be cut. Set train.max_length={limit} or less."
+        )
 
 
 def hold_out(num_samples: int, num_validation: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

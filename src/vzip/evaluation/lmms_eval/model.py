@@ -145,7 +145,8 @@ class VzipLmms(lmms):
         """Answers all requests, in their order.
 
         Raises:
-            ManifestError: questions whose images or videos cannot be read, unless they are to be skipped.
+            ManifestError: questions whose images or videos cannot be read, or whose prompts are longer than the model
+                reads, unless they are to be skipped.
             TokenCountError: an image entered the language model with another number of tokens than the budget's.
             DeviceMemoryError: a question that does not fit the memory alone.
             ShareAnsweredError: in every process but the first.
@@ -196,6 +197,9 @@ class VzipLmms(lmms):
                 asked = [one.question for chunk in batch.chunks for one in chunk.loaded]
                 self._keep_pictures(batch)
                 logs, sizes = answerer.answer(batch.chunks)
+                batch.problems.update(answerer.problems)
+                asked = [question for question in asked if question.key not in answerer.problems]
+                answerer.problems.clear()
                 answered = list(zip(asked, logs, strict=True))
                 if self.store is not None and answered:
                     self.store.add(answered, sizes)
