@@ -6,6 +6,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from scripts.tiny.labels import patch_labels, sign_label, thing_label
+from scripts.tiny.questions import many_questions, training_questions
+from scripts.tiny.train import VALIDATION_SEEDS
 
 from vzip.demo import benchmark, scoring
 from vzip.demo.dialogues import scene_of
@@ -15,11 +18,9 @@ from vzip.demo.questions import (
     attribute_questions,
     counting_pairs,
     existence_questions,
-    many_questions,
-    training_questions,
     tuning_questions,
 )
-from vzip.demo.render import CHARACTERS, SUPERSAMPLE, patch_labels, render, shape_mask, sign_label, thing_label
+from vzip.demo.render import CHARACTERS, SUPERSAMPLE, render, shape_mask
 from vzip.demo.scenes import (
     COLORS,
     GRID,
@@ -34,7 +35,6 @@ from vzip.demo.scenes import (
     Thing,
     sample_scene,
 )
-from vzip.demo.train_tiny import VALIDATION_SEEDS
 from vzip.evaluation.benchmarks.protocols import PROTOCOLS
 
 SEEDS = range(TEST_SEEDS[0], TEST_SEEDS[0] + 150)
