@@ -23,11 +23,12 @@ from vzip.analysis.kept import draw_kept
 from vzip.analysis.plots import Point, plot_retention
 from vzip.compressors.base import TokenBudget
 from vzip.compressors.visionzip import VisionZip
-from vzip.demo import benchmark, scoring
+from vzip.demo import benchmark
 from vzip.demo.cost import Cost, measure
 from vzip.demo.questions import TASKS
 from vzip.demo.sweep import Score, Setting, run_sweep, score, settings
 from vzip.errors import ConfigError
+from vzip.evaluation.benchmarks.protocols import PROTOCOLS
 from vzip.models.load import load_vlm
 from vzip.models.vlm import CompressedVlm
 from vzip.results.layout import Layout, Piece, print_layout, to_markdown
@@ -94,7 +95,7 @@ def main(arguments: argparse.Namespace) -> int:
     scores = [score(results[row], results[rows[0]]) for row in rows]
     print("measuring cost, one prompt at a time ...")
     costs = measure(rows)
-    chances = {task: scoring.chance(task, benchmark.load_rows(folder, task)) for task in TASKS}
+    chances = {task: PROTOCOLS[f"scenes_{task}"].chance for task in TASKS}
     count = sum(len(r) for r in results[rows[0]].values())
     provisional = f" PROVISIONAL: first {arguments.limit} images only." if arguments.limit else ""
     title = (
