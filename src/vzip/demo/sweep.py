@@ -1,8 +1,7 @@
 """Many methods and budgets over the scenes benchmark, with one pass of the vision tower for all of them.
 
-Answers are those of `eval.py` setting by setting (a test holds the two against each other), and units and intervals are
-those of its records; what is saved is the work that every setting shares: reading the image, preprocessing it and
-running the tower. `eval.py` asks through lmms-eval; the demo runs where only the core requirements are installed.
+Answers are those of `eval.py` setting by setting (a test holds the two against each other), and so are the units that
+the bootstrap draws. `eval.py` asks through lmms-eval; this runs where only the core requirements are installed.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -60,6 +60,7 @@ def by_picture(folder: Path) -> list[list[tuple[str, dict]]]:
     return list(grouped.values())
 
 
+@torch.inference_mode()
 def run_sweep(
     vlm: CompressedVlm, folder: Path, rows: Sequence[Setting], batch_size: int = 8, limit: int | None = None
 ) -> dict[Setting, dict[str, list[Result]]]:
