@@ -95,7 +95,7 @@ def main(arguments: argparse.Namespace) -> int:
     scores = [score(results[row], results[rows[0]]) for row in rows]
     print("measuring cost, one prompt at a time ...")
     costs = measure(rows)
-    chances = {task: PROTOCOLS[f"scenes_{task}"].chance for task in TASKS}
+    chances = {task: chance for task in TASKS if (chance := PROTOCOLS[f"scenes_{task}"].chance) is not None}
     count = sum(len(r) for r in results[rows[0]].values())
     provisional = f" PROVISIONAL: first {arguments.limit} images only." if arguments.limit else ""
     title = (
