@@ -71,7 +71,6 @@ MESSAGES = {
     ("overwrite=1",): ["overwrite=1: must be true or false"],
     ("eval.limit=${nowhere}",): ["Interpolation key 'nowhere' not found"],
     ("launcher.num_threads=0",): ["launcher.num_threads=0: must be a whole number, 1 or more, or null"],
-    ("+exp=tiny_from_scratch",): ["train=tiny_from_scratch: eval.py trains nothing"],
     ("model=llava15_7b_untuned",): [
         "CheckpointError: model.name_or_path=checkpoints/llava15_7b_untuned: no such directory.",
         "python scripts/assemble_llava.py openai/clip-vit-large-patch14-336 lmsys/vicuna-7b-v1.5 checkpoints/llava",
@@ -179,6 +178,4 @@ def test_training_says_what_it_cannot_do(run: Run, tmp_path: Path) -> None:
     assert code == 2 and "checkpoints/llava15_7b_untuned: no such directory" in message
     code, message = run("train=projector", "data=scenes_dialogues", "pruner=fastv", name="train")
     assert code == 2 and "pruner=fastv: nothing is dropped inside the language model while it trains" in message
-    code, message = run("train=tiny_from_scratch", name="train")
-    assert code == 2 and "compressor=visionzip (must be none), budget=64tok (must be full)" in message
     assert list(tmp_path.iterdir()) == []

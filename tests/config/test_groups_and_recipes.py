@@ -201,7 +201,7 @@ def test_a_recipe_that_trains_is_a_training(recipe: str, tmp_path: Path, monkeyp
     if config["model"]["assembled_from"] is not None:
         Path(config["model"]["name_or_path"]).mkdir(parents=True)
     if "kind" not in config["train"]:
-        assert config["train"]["name"] in ("none", "tiny_from_scratch")
+        assert config["train"]["name"] == "none"
         return
     plan = tuning_plan(checked(OmegaConf.create(config)))
     assert plan.run_dir == training_directory(config, CONFIGS)

@@ -170,11 +170,3 @@ def test_the_real_estimate_grows_evenly_with_the_batch(words: list[str]) -> None
     needed = training_estimate(checked(composed([*words, "train.max_length=64", "train.samples_per_step=16"])))
     two, four, eight = (needed(dataclasses.replace(LAUNCH, batch_size=size), 1) for size in (2, 4, 8))
     assert eight - four == pytest.approx(2 * (four - two), rel=0.02)
-
-
-def test_training_from_scratch_can_be_planned(
-    run_refusing: Run,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    assert run_refusing("+exp=tiny_from_scratch", "dry_run=true", name="train") == (0, "")
-    assert not list(tmp_path.iterdir())

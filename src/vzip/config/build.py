@@ -151,12 +151,6 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
     validate(config)
     check_quantization(config["model"]["quantization"])
     check_assembled(config["model"])
-    train = config["train"]
-    if train["name"] != "none" and "kind" not in train:
-        raise ConfigError(
-            f"train={train['name']}: eval.py trains nothing. Train with `{program('train')}"
-            f" {_recipe_word(config)}`, then evaluate with model=llava_local model.name_or_path=DIR."
-        )
     config["launcher"] = one_process(config["launcher"])
     launch = replace(launch_of(config), strategy="ddp")  # sharing weights out is for training
     if of_sweep:

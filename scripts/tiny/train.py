@@ -21,22 +21,30 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from scripts.tiny.labels import caption
+from scripts.tiny.model import build_model, build_processor, prompt
+from scripts.tiny.objective import (
+    NUM_QUESTIONS,
+    Asker,
+    Heads,
+    answer_logits,
+    cls_gathers,
+    losses,
+    make_batch,
+    run_tower,
+)
+from scripts.tiny.packing import Packer
+from scripts.tiny.questions import most_questions, placing_questions, training_questions
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from vzip.demo.objective import NUM_QUESTIONS, Asker, Heads, answer_logits, cls_gathers, losses, make_batch, run_tower
-from vzip.demo.packing import Packer
 from vzip.demo.questions import (
     TASKS,
     Question,
     counting_pairs,
     existence_questions,
-    most_questions,
-    placing_questions,
-    training_questions,
 )
 from vzip.demo.scenes import TRAIN_SEEDS, Scene, sample_scene
-from vzip.demo.tiny_model import build_model, build_processor, prompt
 
 VALIDATION_SEEDS = (2_500_000_000, 2_600_000_000)  # neither trained on nor in the benchmark
 
@@ -144,7 +152,7 @@ def tokenizer_texts(num_scenes: int = 3000) -> list[str]:
     texts = []
     for index in range(num_scenes):
         scene = sample_scene(TRAIN_SEEDS[1] - 1 - index)
-        texts.append(scene.caption())
+        texts.append(caption(scene))
         for question in training_questions(scene, np.random.RandomState(index), NUM_QUESTIONS):
             texts.append(f"{prompt(question.text)} {question.answer}")
     return texts
