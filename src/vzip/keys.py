@@ -37,6 +37,10 @@ def number(minimum: float) -> Rule:
     return Rule(f"a number, {minimum:g} or more", lambda v: _is_number(v) and v >= minimum)
 
 
+def _or_one_of(rule: Rule, *names: str) -> Rule:
+    return Rule(f"{rule.text}, or {', '.join(names)}", lambda v: v in names or rule.allows(v))
+
+
 BOOL = Rule("true or false", lambda v: isinstance(v, bool))
 POSITIVE = Rule("a number above 0", lambda v: _is_number(v) and v > 0)
 SHARE = Rule("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
@@ -107,8 +111,7 @@ def _rule_of(hint: Any, rule: Rule | None, at_least: float, what: str) -> Rule:
         first, *others = (part for part in inner if part is not type(None))
         own = _rule_of(first, rule, at_least, what)
         if rule is None and others:
-            also = get_args(others[0])
-            own = Rule(f"{own.text}, or {', '.join(also)}", lambda v, of=own: v in also or of.allows(v))
+            own = _or_one_of(own, *get_args(others[0]))
         return optional(own) if type(None) in inner and not own.allows(None) else own
     if rule is not None:
         return rule
