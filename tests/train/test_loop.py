@@ -25,7 +25,7 @@ from vzip.errors import CheckpointError, ConfigError, ImageError, RunExistsError
 from vzip.models.weights.tuned import read_tensors
 from vzip.train import stepping
 from vzip.train.checkpoint import CheckpointStore
-from vzip.train.loop import hold_out, train
+from vzip.train.loop import hold_out, prepare, train
 from vzip.train.stepping import DivergedError
 
 
@@ -226,6 +226,23 @@ def test_nothing_left_to_learn_is_refused(strategy: str, plan: Any, monkeypatch:
     with pytest.raises(ConfigError, match=rf"train\.max_length=\d\d: {strategy} has nothing left .*samples: s\d+, s"):
         train(plan(**changes))
     assert not (plan().run_dir / "final").exists()
+
+
+def test_a_run_begun_under_another_launcher_is_refused_before_the_model_is_loaded(plan: Any) -> None:
+    with dying_at(3):
+        train(plan())
+    with pytest.raises(RunExistsError, match=r"strategy=single on 1 .*cannot be read with .*strategy=zero2"):
+        prepare(plan(strategy="zero2", load_model=None))
+    # A checkpoint that does not say how it was written tells by what it holds.
+    checkpoint = plan().run_dir / "checkpoints" / "step-00000002"
+    header = json.loads((checkpoint / "tuned.json").read_text())
+    del header["launcher"]
+    (checkpoint / "tuned.json").write_text(json.dumps(header))
+    (checkpoint / "deepspeed").mkdir()
+    with pytest.raises(RunExistsError, match="was written with DeepSpeed and cannot be read without it"):
+        train(plan())
+    (checkpoint / "deepspeed").rmdir()
+    train(plan())
 
 
 def test_conversations_longer_than_the_model_reads_are_refused(plan: Any) -> None:

@@ -205,7 +205,16 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: the checkpoint cannot be read.
+            RunExistsError: it was written with DeepSpeed and is read without, or the other way round.
         """
+        shared = (directory / _DEEPSPEED_NAME).is_dir()
+        if shared != _uses_deepspeed(accelerator):
+            raise RunExistsError(
+                f"{directory} was written {'with' if shared else 'without'} DeepSpeed and cannot be read"
+                f" {'without' if shared else 'with'} it: go on with the launcher it was begun with"
+                f" (launcher.strategy={'zero2 or zero3' if shared else 'single or ddp'}), or set overwrite=true to"
+                " begin anew."
+            )
         try:
             state = torch.load(directory / _STATE_NAME, weights_only=True)
             if _uses_deepspeed(accelerator):
