@@ -17,6 +17,7 @@ from PIL import Image
 
 from vzip.config.build import model_plan
 from vzip.errors import ImageError
+from vzip.json_files import whole_text
 from vzip.media.images import load_image
 from vzip.media.video import DEFAULT_NUM_FRAMES, is_picture, load_video
 
@@ -70,6 +71,6 @@ def build_inputs(
 ) -> dict[str, Any]:
     """The model's inputs for a question about an image, or about a video's frames if there is no image."""
     processor: Any = vlm.processor
-    content = [{"type": "image" if pictures else "video"}, {"type": "text", "text": question}]
+    content = [{"type": "image" if pictures else "video"}, {"type": "text", "text": whole_text(question)}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return vlm.build_inputs([prompt], [pictures], [[] if pictures else [frames]])

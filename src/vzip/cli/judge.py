@@ -192,11 +192,8 @@ def _ask(job: _Job, meter: _Meter) -> list[Reply]:
     columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(job.chats))
-        num_done = 0
 
         def count(number: int, reply: Reply) -> None:
-            nonlocal num_done
-            num_done += 1
             bar.advance(task)
             meter.add(reply, job.chats[number], job.kind)
 
@@ -204,8 +201,9 @@ def _ask(job: _Job, meter: _Meter) -> list[Reply]:
             return job.judge.ask_all(job.chats, job.kind.usable, count)
         except JudgeError as error:
             reason, tasks = str(error).rstrip("."), ", ".join(job.tasks)
+            num_kept = len(job.chats) - len(job.new())
             raise JudgeError(
-                f"{reason}. {num_done} of {len(job.chats)} answers ({tasks}) are judged and kept in"
+                f"{reason}. {num_kept} of {len(job.chats)} answers ({tasks}) are judged and kept in"
                 f" {job.judge.cache.path}; of these nothing is in the record yet. Run the same command again to go on."
             ) from error
 

@@ -29,6 +29,7 @@ from vzip.demo.questions import (
 from vzip.demo.render import render
 from vzip.demo.scenes import TEST_SEEDS, Scene, sample_scene
 from vzip.errors import ManifestError
+from vzip.json_files import read_json_lines
 from vzip.results.files import make_folder
 
 NUM_PICTURES = 400
@@ -160,7 +161,7 @@ def _generate(folder: Path) -> None:
 
 def load_rows(folder: Path, task: str) -> list[dict]:
     """Questions of one task."""
-    return [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
+    return list(read_json_lines(folder / f"{task}.jsonl"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -37,6 +37,7 @@ from vzip.demo.questions import (
 )
 from vzip.demo.scenes import TRAIN_SEEDS, Scene, sample_scene
 from vzip.demo.tiny_model import build_model, build_processor, prompt
+from vzip.train.checkpoint import trim_metrics
 
 VALIDATION_SEEDS = (2_500_000_000, 2_600_000_000)  # neither trained on nor in the benchmark
 
@@ -184,8 +185,7 @@ def train(
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-        kept = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] <= step]
-        log_file.write_text("".join(line + "\n" for line in kept))
+        trim_metrics(log_file, step)
     total = sum(stage.num_steps for stage in stages)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress, log_file.open("a") as log:

@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vzip.errors import RunWriteError
+from vzip.json_files import to_json
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def _plain(value: object) -> object:
-    """NumPy numbers as Python's; anything else that JSON does not know as text."""
-    return value.item() if isinstance(value, np.generic) else str(value)
-
-
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes through a neighbour and renames it; RunWriteError if that cannot be."""
-    replace_file(path, json.dumps(value, indent=2, default=_plain, ensure_ascii=False) + "\n")
+    replace_file(path, to_json(value, indent=2) + b"\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """The same, one line a row."""
-    replace_file(path, "".join(json.dumps(row, default=_plain, ensure_ascii=False) + "\n" for row in rows))
+    replace_file(path, b"".join(to_json(row) + b"\n" for row in rows))
 
 
-def replace_file(path: Path, text: str) -> None:
-    """The same, of any text."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """The same, of any content; text is written as UTF-8."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with naming_the_file(path):
         try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
+            with temporary.open("wb") as file:
+                file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vzip.errors import CheckpointError, RunExistsError
+from vzip.json_files import from_json
 from vzip.models.weights.tuned import (
     atomic_directory,
     load_tensors,
@@ -23,7 +24,7 @@ from vzip.models.weights.tuned import (
     remove_tree,
     write_tuned,
 )
-from vzip.results.files import make_folder
+from vzip.results.files import make_folder, replace_file
 
 from .settings import LaunchSettings
 
@@ -230,11 +231,11 @@ def trim_metrics(path: Path, step: int) -> None:
     """Drops the lines after ``step``, which a resumed run writes again, and a last line cut off by a crash."""
     kept = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= step:
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if from_json(line)["step"] <= step:
                     kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    replace_file(path, b"".join(line + b"\n" for line in kept))
 
 
 def _save_state(state: Mapping[str, Any], path: Path) -> None:
