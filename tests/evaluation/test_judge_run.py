@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from tests.evaluation.fake_endpoint import Answer, running
+from tests.writing import held
 
 from vzip import cli
 from vzip.cli import judge as judge_cli
@@ -459,3 +460,14 @@ def test_a_pause_without_end_is_refused_and_named(run):
         pytest.raises(JudgeError, match=r"HTTP 429 slow down; it asks for a pause of 99999999 \(Retry-After\)"),
     ):
         judge(run, endpoint.url, "--yes")
+
+
+def test_a_run_that_another_process_writes(run):
+    before = (run / "run.json").read_bytes()
+    with (
+        running(by_script) as endpoint,
+        held(run),
+        pytest.raises(RunExistsError, match="writes there at this moment"),
+    ):
+        judge(run, endpoint.url, "--yes")
+    assert endpoint.requests == [] and (run / "run.json").read_bytes() == before

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 from tests.records import record
+from tests.writing import no_room
 
 from vzip.errors import ManifestError, RunWriteError
 from vzip.json_files import read_json
-from vzip.results.files import check_writable, make_folder, write_json, write_jsonl
+from vzip.results.files import check_writable, make_folder, write_json, write_jsonl, written_aside
 from vzip.results.record import SAMPLES_NAME, read_record, read_samples
 
 
@@ -82,3 +83,22 @@ def test_a_file_that_is_no_record_is_named(tmp_path: Path, content: bytes) -> No
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(ManifestError, match=r"run\.json is not (JSON|an evaluation record)"):
         read_record(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_half(tmp_path: Path) -> None:
+    write_json(tmp_path / "run.json", {"a": 1})
+    for name in ("run.json", "other.json"):
+        with no_room(), pytest.raises(RunWriteError, match=f"{name}: cannot be written"):
+            write_json(tmp_path / name, {"b": "x" * 100_000})
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"] and read_json(tmp_path / "run.json") == {"a": 1}
+
+
+def test_a_plot_takes_its_place_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ValueError), written_aside(tmp_path / "plot.png") as aside:
+        assert aside.suffix == ".png"  # by which a plot's format is told
+        aside.write_bytes(b"half")
+        raise ValueError
+    assert list(tmp_path.iterdir()) == []
+    with written_aside(tmp_path / "plot.png") as aside:
+        aside.write_bytes(b"whole")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("plot.png", b"whole")]

@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.train.kit import LORA, SETTINGS, Samples, dying_at, load_model
 from tests.train.runs import curve, finish, kill_after, metrics
+from tests.writing import held, no_room
 from torch import nn
 
-from vzip.errors import CheckpointError, ConfigError, ImageError, RunExistsError
+from vzip.errors import CheckpointError, ConfigError, ImageError, RunExistsError, RunWriteError
 from vzip.models.weights.tuned import read_tensors
 from vzip.train import stepping
 from vzip.train.checkpoint import CheckpointStore
-from vzip.train.loop import train
+from vzip.train.loop import prepare, train
 from vzip.train.stepping import DivergedError
 
 
@@ -300,3 +301,32 @@ def test_tf32_is_as_the_run_says(plan: Any) -> None:
         train(plan(name, tf32=tf32, num_steps=1))
         assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
         assert json.loads((plan(name).run_dir / "train.json").read_text())["train"]["tf32"] is tf32
+
+
+def test_a_directory_that_another_process_writes(plan: Any, tmp_path: Path) -> None:
+    def load(precision: str) -> Any:
+        raise AssertionError("refused before the model is loaded")
+
+    for changes in ({}, {"overwrite": True}):
+        with held(tmp_path / "run"), pytest.raises(RunExistsError, match="writes there at this moment"):
+            train(plan(load_model=load, **changes))
+        with held(tmp_path / "run"), pytest.raises(RunExistsError, match="writes there at this moment"):
+            prepare(plan(**changes))  # what says it before several processes start
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".owner"]
+
+
+def test_a_disk_that_is_full_at_the_beginning_blocks_nothing(plan: Any, tmp_path: Path) -> None:
+    with no_room(), pytest.raises(RunWriteError, match=r"train\.json: cannot be written"):
+        train(plan())
+    train(plan())
+
+
+@pytest.mark.parametrize("content", [b"", b'{"model": ', b"[1]", b"\xff"])
+def test_a_damaged_beginning_is_named_or_of_no_account(plan: Any, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.json").write_bytes(content)
+    with dying_at(4):
+        train(plan(save_every=2))
+    (tmp_path / "run" / "train.json").write_bytes(content)
+    with pytest.raises(RunExistsError, match=r"train\.json: damaged .* set overwrite=true"):
+        train(plan(save_every=2))

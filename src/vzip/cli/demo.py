@@ -8,7 +8,6 @@ retention.png and overlay.png (kept patches and merge groups). Files of an earli
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from pathlib import Path
 
@@ -32,6 +31,8 @@ from vzip.demo.sweep import Score, Setting, run_sweep, score, settings
 from vzip.errors import ConfigError
 from vzip.models.load import load_vlm
 from vzip.models.vlm import CompressedVlm
+from vzip.results.files import replace_file, write_json, written_aside
+from vzip.results.owner import owning
 
 OVERLAY_PICTURES = 3
 TABLE_WIDTH = 150
@@ -113,7 +114,8 @@ def write_overlay(vlm: CompressedVlm, folder: Path, out: Path) -> None:
     sheet = Image.new("RGB", (panels[0].width, sum(p.height + 8 for p in panels) - 8), "white")
     for row, panel in enumerate(panels):
         sheet.paste(panel, (0, row * (panel.height + 8)))
-    sheet.save(out)
+    with written_aside(out) as aside:
+        sheet.save(aside)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -122,6 +124,11 @@ def main(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')}={value}: must be 1 or more")
+    with owning(arguments.out, "--out DIR"):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     folder = benchmark.prepare()
     vlm = load_vlm("vzip/tiny", dtype="float32")
     rows = settings(vlm.adapter.geometry.num_patches)
@@ -139,8 +146,7 @@ def main(arguments: argparse.Namespace) -> int:
     )
     print_table(body, title)
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "table.md").write_text(markdown(body))
+    replace_file(arguments.out / "table.md", markdown(body))
     record = {
         "provisional": arguments.limit is not None,
         "num_questions": count,
@@ -160,12 +166,13 @@ def main(arguments: argparse.Namespace) -> int:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "pillow": PIL.__version__},
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
     }
-    (arguments.out / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(arguments.out / "results.json", record)
     points = [
         Point(row.method, row.num_tokens, got.retention, got.low, got.high)
         for row, got in zip(rows[1:], scores[1:], strict=True)
     ]
-    plot_retention(points, arguments.out / "retention.png", "Built-in model on scenes, training-free")
+    with written_aside(arguments.out / "retention.png") as aside:
+        plot_retention(points, aside, "Built-in model on scenes, training-free")
     write_overlay(vlm, folder, arguments.out / "overlay.png")
     print(f"written to {arguments.out}/: table.md, results.json, retention.png, overlay.png")
     return 0

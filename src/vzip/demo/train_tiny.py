@@ -37,6 +37,7 @@ from vzip.demo.questions import (
 )
 from vzip.demo.scenes import TRAIN_SEEDS, Scene, sample_scene
 from vzip.demo.tiny_model import build_model, build_processor, prompt
+from vzip.results.owner import owning
 from vzip.train.checkpoint import trim_metrics
 
 VALIDATION_SEEDS = (2_500_000_000, 2_600_000_000)  # neither trained on nor in the benchmark
@@ -168,7 +169,13 @@ def train(
     num_validation_pictures: int = 96,
 ) -> None:
     """Trains, or continues, and writes the checkpoint to `out` and the log to `run_dir/log.jsonl`."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    with owning(run_dir):
+        _train(run_dir, out, stages, seed, save_every, num_validation_pictures)
+
+
+def _train(
+    run_dir: Path, out: Path, stages: tuple[Stage, ...], seed: int, save_every: int, num_validation_pictures: int
+) -> None:
     processor = build_processor(tokenizer_texts())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(processor, seed).to(device)

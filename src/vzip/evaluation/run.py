@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from vzip.errors import ConfigError, RunExistsError, nearest
 from vzip.results import provenance
-from vzip.results.files import naming_a_full_disk, naming_the_file, write_json, write_jsonl
+from vzip.results.files import make_folder, naming_a_full_disk, write_json, write_jsonl
+from vzip.results.owner import check_free, owning
 from vzip.results.record import RECORD_NAME, SAMPLES_NAME
 from vzip.results.wandb_runs import check_wandb
 
@@ -83,6 +84,7 @@ def evaluate(
         ConfigError, RunExistsError, MissingPackageError, UnsupportedModelError: before anything is written.
         ManifestError: data that is neither here nor on a hub within reach; images or videos that cannot be read
             (see ``on_problem``).
+        RunInUseError: another process writes ``run_dir``.
         TokenCountError: measured visual tokens are not the budget's.
         DeviceMemoryError: a question that does not fit the memory alone.
         RunWriteError: a full disk. In all these cases no record is written, and answers so far are kept.
@@ -92,6 +94,7 @@ def evaluate(
     overrides = check_overrides(gen_kwargs)
     run_dir = Path(run_dir)
     check_run_dir(run_dir, overwrite=overwrite)
+    check_free(run_dir)
     check_lmms_eval()
     if trackers:
         check_wandb("eval.trackers")
@@ -116,8 +119,10 @@ def evaluate(
             processes=join_processes(),
             num_pictures=_PICTURES_PER_TASK if trackers else 0,
         )
-        with naming_the_file(run_dir):
-            run_dir.mkdir(parents=True, exist_ok=True)
+        if lm.processes.is_first:
+            stack.enter_context(owning(run_dir))
+            check_run_dir(run_dir, overwrite=overwrite)  # another process may have ended meanwhile
+        make_folder(run_dir)
         if overwrite and lm.processes.is_first:
             delete_answers(run_dir)
             for name in (RECORD_NAME, SAMPLES_NAME):

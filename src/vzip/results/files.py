@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vzip.errors import RunWriteError
+from vzip.errors import RunWriteError, VzipError
 from vzip.json_files import to_json
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -27,16 +28,27 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def replace_file(path: Path, content: str | bytes) -> None:
     """The same, of any content; text is written as UTF-8."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with written_aside(path) as aside:
+        aside.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A neighbour to write to, of the same ending, which takes the file's place if the block ends well.
+
+    Raises:
+        RunWriteError: it cannot be written; what was there before is untouched.
+    """
+    aside = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.tmp{path.suffix}")
     with naming_the_file(path):
         try:
-            with temporary.open("wb") as file:
-                file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
-                file.flush()
+            yield aside
+            with aside.open("rb") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(aside, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -57,6 +69,8 @@ def naming_the_file(path: Path) -> Iterator[None]:
     """Turns what the system says of a full disk, a lost mount or missing rights into a RunWriteError."""
     try:
         yield
+    except VzipError:
+        raise  # some are OSErrors too
     except OSError as error:
         raise _write_error(path, error) from error
 

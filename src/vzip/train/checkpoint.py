@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vzip.errors import CheckpointError, RunExistsError
-from vzip.json_files import from_json
+from vzip.json_files import from_json, read_json
 from vzip.models.weights.tuned import (
     atomic_directory,
     load_tensors,
@@ -24,7 +24,7 @@ from vzip.models.weights.tuned import (
     remove_tree,
     write_tuned,
 )
-from vzip.results.files import make_folder, replace_file
+from vzip.results.files import make_folder, replace_file, write_json
 
 from .settings import LaunchSettings
 
@@ -120,9 +120,9 @@ class CheckpointStore:
                 f"{self.final} exists: this run is finished. Evaluate it with model.projector={self.final}, set"
                 " overwrite=true to train it again, or change the seed or paths.run_dir."
             )
-        if not self._begun.is_file():
+        begun = self._begun_with()
+        if begun is None:
             return
-        begun = json.loads(self._begun.read_text(encoding="utf-8"))
         other = [key for key in {**begun, **self.identity} if begun.get(key) != _plain(self.identity).get(key)]
         if other:
             shown = "; ".join(f"{key}: {begun.get(key)} there, {self.identity.get(key)} here" for key in other[:4])
@@ -130,6 +130,28 @@ class CheckpointStore:
                 f"{self.run_dir} holds an unfinished run with other settings ({shown}). Take those up again, set"
                 " overwrite=true to begin anew, or change paths.run_dir."
             )
+
+    def _begun_with(self) -> dict[str, Any] | None:
+        """The settings that the directory was begun with; None: there is no run in it yet.
+
+        Raises:
+            RunExistsError: its file is damaged, and there are checkpoints that it should tell of.
+        """
+        if not self._begun.is_file():
+            return None
+        try:
+            begun = read_json(self._begun)
+            if isinstance(begun, dict):
+                return begun
+            reason = f"holds a {type(begun).__name__}"
+        except ValueError as error:
+            reason = str(error)
+        if self.latest() is None:
+            return None  # written by an interrupted version; nothing hangs on it
+        raise RunExistsError(
+            f"{self._begun}: damaged ({reason}), so it does not say which run the checkpoints beside it are of. Put it"
+            " back, set overwrite=true to begin anew, or change paths.run_dir."
+        )
 
     def begin(self, overwrite: bool) -> None:
         """Claims the directory for this run, unless it is this run's already; ``check`` comes first.
@@ -142,9 +164,9 @@ class CheckpointStore:
                 remove_tree(self.run_dir / name)
             for path in (self._begun, self.run_dir / "metrics.jsonl"):
                 path.unlink(missing_ok=True)
-        if not self._begun.is_file():
+        if self._begun_with() is None:
             make_folder(self.run_dir)
-            self._begun.write_text(json.dumps(_plain(self.identity), indent=1) + "\n", encoding="utf-8")
+            write_json(self._begun, _plain(self.identity))
 
     def latest(self) -> tuple[Path, int] | None:
         """The newest complete checkpoint and its step."""

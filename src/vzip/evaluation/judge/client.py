@@ -207,14 +207,16 @@ class Judge:
             return Reply("", f"not a chat completion: {self._shown(str(error))}")
         # The client reads JSON as it comes, whatever its types are, and other text as a string.
         usage = getattr(content, "usage", None)
-        counts = [_count(getattr(usage, name, None)) for name in ("prompt_tokens", "completion_tokens")]
+        sent, received = (_count(getattr(usage, name, None)) for name in ("prompt_tokens", "completion_tokens"))
         try:
             text = content.choices[0].message.content
         except (LookupError, TypeError, AttributeError):
             text = content
         if text is not None and (text is content or not isinstance(text, str)):
-            return Reply("", f"not a chat completion: {self._shown(str(text))}", None, *counts)
-        return Reply(self._struck(whole_text(text or "")), None, self._name(getattr(content, "model", None)), *counts)
+            return Reply("", f"not a chat completion: {self._shown(str(text))}", None, sent, received)
+        return Reply(
+            self._struck(whole_text(text or "")), None, self._name(getattr(content, "model", None)), sent, received
+        )
 
     def _check_on(self, request: object) -> None:
         if self._stop.is_set():
@@ -234,5 +236,6 @@ class Judge:
 
 def _count(tokens: object) -> int:
     """A number of tokens by the endpoint's word; 0, which stands for not told, where that is no such number."""
-    told = isinstance(tokens, int | float) and not isinstance(tokens, bool) and 0 <= tokens < _MAX_TOKENS_TOLD
-    return int(tokens) if told else 0  # type: ignore[arg-type]
+    if isinstance(tokens, bool) or not isinstance(tokens, int | float):
+        return 0
+    return int(tokens) if 0 <= tokens < _MAX_TOKENS_TOLD else 0
