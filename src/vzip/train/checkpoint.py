@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from vzip.errors import CheckpointError, RunExistsError
 from vzip.json_files import from_json, read_json
+from vzip.models.weights.digests import check_digests, write_digests
 from vzip.models.weights.tuned import (
     atomic_directory,
     load_tensors,
@@ -28,6 +30,19 @@ from vzip.results.files import make_folder, replace_file, write_json
 
 from .settings import LaunchSettings
 
+# What is raised for damaged content, by torch's reader, DeepSpeed and the optimizer.
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    LookupError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    UnpicklingError,
+)
+_MEND = "Remove this directory to go on from the checkpoint before it, or put the files back."
 _STEP = re.compile(r"step-(\d+)")
 _STATE_NAME, _DEEPSPEED_NAME = "state.pt", "deepspeed"
 
@@ -98,6 +113,7 @@ class CheckpointStore:
         self.run_dir, self.keep_last, self.identity = run_dir, keep_last, dict(identity)
         self.folder = run_dir / "checkpoints"
         self._begun = run_dir / "train.json"
+        self._verified: set[Path] = set()
 
     @property
     def final(self) -> Path:
@@ -182,9 +198,10 @@ class CheckpointStore:
             header = read_header(found[0])[1]
         except CheckpointError:
             return None  # load says what is wrong with it
-        if "launcher" not in header:
+        try:
+            return Begun(LaunchSettings(**header["launcher"]), int(header["num_processes"]), found[0])
+        except (KeyError, TypeError, ValueError):
             return None
-        return Begun(LaunchSettings(**header["launcher"]), header["num_processes"], found[0])
 
     def save(
         self,
@@ -218,7 +235,8 @@ class CheckpointStore:
                     (self.folder / ".deepspeed.writing").rename(work / _DEEPSPEED_NAME)
                 else:
                     state["optimizer"] = optimizer.state_dict()
-                _save_state(state, work / _STATE_NAME)
+                save_state(state, work / _STATE_NAME)
+                write_digests(work)
             for old in sorted(self._all())[: -self.keep_last]:
                 remove_tree(old)
         accelerator.wait_for_everyone()
@@ -227,23 +245,37 @@ class CheckpointStore:
         """Puts weights and optimizer back; returns ``extra`` as it was saved.
 
         Raises:
-            CheckpointError: the checkpoint cannot be read.
+            CheckpointError: the checkpoint is damaged.
         """
+        if accelerator.is_main_process:
+            self.verify(directory)
         try:
             state = torch.load(directory / _STATE_NAME, weights_only=True)
+            extra = state["extra"]
             if _uses_deepspeed(accelerator):
                 engine: Any = model
                 engine.load_checkpoint(str(directory / _DEEPSPEED_NAME), tag="state", load_module_strict=False)
             else:
-                load_tensors(accelerator.unwrap_model(model).vlm.model, read_tensors(directory), directory)
+                tensors = read_tensors(directory)
+                if absent := sorted(set(trained_tensors(accelerator, model)) - set(tensors)):
+                    raise KeyError(f"no tensor {absent[0]}, {len(absent)} in all")
+                load_tensors(accelerator.unwrap_model(model).vlm.model, tensors, directory)
                 optimizer.load_state_dict(state["optimizer"])
-        except (OSError, RuntimeError, KeyError, EOFError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                f"{directory}: cannot be read ({error}); remove it to go on from the checkpoint before it."
-            ) from error
-        return state["extra"]
+        except CheckpointError:
+            raise
+        except _UNREADABLE as error:
+            raise CheckpointError(f"{directory}: cannot be read ({type(error).__name__}: {error}). {_MEND}") from error
+        return extra
+
+    def verify(self, directory: Path) -> None:
+        """Holds a checkpoint's files against their digests, once.
+
+        Raises:
+            CheckpointError: naming the files that are missing or damaged.
+        """
+        if directory not in self._verified:
+            check_digests(directory, _MEND)
+            self._verified.add(directory)
 
     def _all(self) -> list[Path]:
         return [path for path in self.folder.glob("step-*") if path.is_dir()]
@@ -260,7 +292,7 @@ def trim_metrics(path: Path, step: int) -> None:
     replace_file(path, b"".join(line + b"\n" for line in kept))
 
 
-def _save_state(state: Mapping[str, Any], path: Path) -> None:
+def save_state(state: Mapping[str, Any], path: Path) -> None:
     """``torch.save``, whose writer tells of a full disk by a RuntimeError."""
     try:
         torch.save(state, path)

@@ -96,6 +96,7 @@ def prepare(plan: TrainPlan) -> Course:
         ManifestError, ConfigError: data that is missing or broken, or too little of it.
         RunExistsError: the run is finished, its directory another run's or in use, or its checkpoint one of another
             launcher.
+        CheckpointError: a file of the newest checkpoint is damaged.
         MissingPackageError: a tracker is not installed.
         RunWriteError: the run's directory cannot be written.
     """
@@ -112,6 +113,8 @@ def prepare(plan: TrainPlan) -> Course:
         store.check()
         if (begun := store.begun()) is not None:
             begun.check(plan.launch, num_processes_in_all(plan.launch))
+        if (found := store.latest()) is not None and os.environ.get("RANK", "0") == "0":
+            store.verify(found[0])
     return Course(data, validation, schedule, store)
 
 
