@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "vzip"
 # other. A name with a dot is a room inside a room; a file in none of them belongs to the room around it.
 ROOMS = [
     ["errors", "log"],
-    ["installed", "json_files"],
+    ["installed", "json_files", "paths"],
     ["ops", "media"],
     ["compressors"],
     ["methods"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 from safetensors import safe_open
-from tests.media.images import picture
+from tests.media.images import bomb, picture
 from transformers.models.clip import CLIPImageProcessor
 
 import vzip.media.images as images_module
@@ -173,3 +174,24 @@ def test_pillows_switch_is_turned_back_however_blocks_of_several_threads_overlap
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False  # the second still reads
     second.__exit__(None, None, None)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
+
+
+def test_too_many_pixels_are_refused_whoever_lifted_pillows_limit(tmp_path, monkeypatch):
+    """lmms-eval's tasks lift it for the whole process; an image may also come open already."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    path = bomb(tmp_path / "bomb.png")
+    for source in (path, Image.open(path)):
+        with pytest.raises(ImageError, match=r"too many pixels \(30000 x 30000\)"):
+            load_image(source)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_whatever_pillow_raises_for_damage_is_an_image_error(tmp_path, kind):
+    whole, rng = encoded(kind), np.random.RandomState(0)
+    for number in range(60):
+        data = bytearray(whole)
+        for place in rng.randint(0, 200 if number % 2 else len(data), 1 + number // 4):
+            data[place] = rng.randint(256)
+        (tmp_path / "damaged").write_bytes(data)
+        with contextlib.suppress(ImageError):
+            load_image(tmp_path / "damaged")

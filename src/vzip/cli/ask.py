@@ -20,6 +20,7 @@ from vzip.errors import ImageError
 from vzip.json_files import whole_text
 from vzip.media.images import load_image
 from vzip.media.video import DEFAULT_NUM_FRAMES, is_picture, load_video
+from vzip.paths import is_file, is_folder, shown
 
 if TYPE_CHECKING:
     from vzip.models.vlm import CompressedVlm
@@ -38,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Answers; everything that can be wrong is checked before the model is loaded."""
     model, compressor = model_plan([f"model={arguments.model}", *arguments.settings])
-    if not arguments.file.is_file():
-        raise ImageError(f"{arguments.file}: {'is a directory' if arguments.file.is_dir() else 'no such file'}.")
+    if not is_file(arguments.file):
+        kind = "is a directory" if is_folder(arguments.file) else "no such file"
+        raise ImageError(f"{shown(arguments.file)}: {kind}.")
     pictures: list[Image.Image] = []
     frames: list[Image.Image] = []
     if is_picture(arguments.file):
