@@ -183,3 +183,10 @@ def test_a_file_that_cannot_be_read_is_said_before_a_model_is_loaded(tmp_path, c
     assert cli.main([str(path) if word == "BOMB" else word for word in words]) == 2
     told = capsys.readouterr().err
     assert message in told and "Traceback" not in told and len(told) < 600
+
+
+@pytest.mark.parametrize("number", ["0", "-3"])
+def test_no_answer_is_no_answer(capsys, number):
+    for words in (["ask", "cat.png", "What?"], ["chat"]):
+        assert cli.main([*words, f"--max-new-tokens={number}"]) == 2
+        assert f"--max-new-tokens={number}: must be 1 or more" in capsys.readouterr().err

@@ -265,7 +265,7 @@ def test_an_error_of_another_kind_is_a_video_error_too(tmp_path, monkeypatch, er
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b.mp4", "~nobody-of-this-name/a.mp4", "\udcff.mp4"])
 def test_a_path_that_cannot_be(name):
     for load, kind in ((load_video, VideoError), (load_image, ImageError)):
-        with pytest.raises(kind, match="no such (image|video) file") as raised:
+        with pytest.raises(kind, match=r"no such (image|video) file") as raised:
             load(name)
         assert len(str(raised.value)) < 400
 

@@ -172,6 +172,7 @@ class BenchSettings:
         return Path("runs", "bench", name, f"{part}-{self.token_budget(model)[0]}-{dtype}-{self.torch_device.type}")
 
 
+_LARGEST = 2**32 - 1  # the largest seed of NumPy, and more than any of the others can be
 _MINIMUM = {
     "batch_size": 1,
     "num_crops": 0,
@@ -253,6 +254,9 @@ def _value(key: str, text: str, problems: list[str]) -> object:
     if key in _MINIMUM:
         if not re.fullmatch(r"\d+", text) or int(text) < _MINIMUM[key]:
             problems.append(f"{key}={text}: must be a whole number of at least {_MINIMUM[key]}")
+            return 0
+        if int(text) > _LARGEST:
+            problems.append(f"{key}={text}: must be a whole number of at most {_LARGEST}")
             return 0
         return int(text)
     if key == "overwrite":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vzip.config.build import model_plan
-from vzip.errors import ImageError
+from vzip.errors import ConfigError, ImageError
 from vzip.json_files import whole_text
 from vzip.media.images import load_image
 from vzip.media.video import DEFAULT_NUM_FRAMES, is_picture, load_video
@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Answers; everything that can be wrong is checked before the model is loaded."""
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: must be 1 or more.")
     model, compressor = model_plan([f"model={arguments.model}", *arguments.settings])
     if not is_file(arguments.file):
         kind = "is a directory" if is_folder(arguments.file) else "no such file"

@@ -6,9 +6,12 @@ training. The groups ``compressor`` and ``pruner`` are open: their keys are the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,14 @@ def whole_number(minimum: int) -> Rule:
 def number(minimum: float) -> Rule:
     return Rule(
         f"a number, {minimum:g} or more",
-        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v >= minimum,
+        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and minimum <= v < math.inf,
     )
+
+
+def seed() -> Rule:
+    """What NumPy and torch both take."""
+    rule = whole_number(0)
+    return Rule(f"a whole number, 0 or more and at most {MAX_SEED}", lambda v: rule.allows(v) and v <= MAX_SEED)
 
 
 def one_of(*names: str) -> Rule:
@@ -52,6 +61,10 @@ def texts(what: str, empty: bool = False) -> Rule:
     return Rule(
         what, lambda v: isinstance(v, list) and (empty or len(v) > 0) and all(isinstance(i, str) and i for i in v)
     )
+
+
+def once_each(rule: Rule) -> Rule:
+    return Rule(f"{rule.text}, each once", lambda v: rule.allows(v) and len(set(v)) == len(v))
 
 
 def optional(rule: Rule) -> Rule:
@@ -69,7 +82,9 @@ def count(minimum: int) -> Rule:
 
 
 def positive() -> Rule:
-    return Rule("a number above 0", lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v > 0)
+    return Rule(
+        "a number above 0", lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < math.inf
+    )
 
 
 def share() -> Rule:
@@ -91,7 +106,7 @@ BOOL = Rule("true or false", lambda v: isinstance(v, bool))
 
 TOP: Mapping[str, Rule] = {
     "recipe": optional(text("the name of a file in configs/exp")),
-    "seed": whole_number(0),
+    "seed": seed(),
     "dry_run": BOOL,
     "overwrite": BOOL,
 }
@@ -129,7 +144,7 @@ GROUPS: Mapping[str, Mapping[str, Rule]] = {
     "train": {"name": text("the option's name")},
     "eval": {
         "name": text("the option's name"),
-        "tasks": texts("a list of at least one task name, as eval.tasks=[pope,gqa]"),
+        "tasks": once_each(texts("a list of at least one task name, as eval.tasks=[pope,gqa]")),
         "limit": optional(whole_number(1)),
         "batch_size": or_auto(whole_number(1)),
         "num_workers": whole_number(0),

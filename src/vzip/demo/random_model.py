@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, ConvNextConfig, LlamaConfig, LlavaProcessor, PreTrainedTokenizerBase
 
+from vzip.compressors.base import check_seed
 from vzip.errors import ConfigError, RunExistsError, nearest
 from vzip.models.weights import from_config as fresh
 from vzip.models.weights.from_config import FAMILIES
@@ -88,6 +89,7 @@ def save(family: str, directory: Path, seed: int = 0) -> None:
         ConfigError: another family.
         RunExistsError: the directory is there and not empty.
     """
+    check_seed(seed, "--seed")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise RunExistsError(f"{directory}: is there already and not empty; choose another directory.")
     model, processor = build(family, seed)

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from vzip.compressors.base import check_seed
 from vzip.demo.objective import NUM_QUESTIONS, Asker, Heads, answer_logits, cls_gathers, losses, make_batch, run_tower
 from vzip.demo.packing import Packer
 from vzip.demo.questions import (
@@ -254,6 +255,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tiny/checkpoint"), help="where the checkpoint goes")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    check_seed(arguments.seed, "--seed")
     train(arguments.run_dir, arguments.out, seed=arguments.seed)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from .lmms_eval.model import OnProblem
 
+_MAX_SEED = 2**32 - 1
 _PICTURES_PER_TASK = 2  # shown by a tracker
 
 
@@ -202,6 +203,10 @@ def _check_arguments(
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{key}={value!r}: must be a whole number, {least} or more.")
+    if seed > _MAX_SEED:
+        raise ConfigError(
+            f"seed={seed}: must be a whole number from 0 to {_MAX_SEED}, which NumPy and torch both take."
+        )
     if on_problem not in ("refuse", "skip"):
         raise ConfigError(
             f"on_problem={on_problem!r}: must be refuse or skip{nearest(str(on_problem), ('refuse', 'skip'))}."

@@ -23,6 +23,7 @@ from vzip.pruners.context import PrunedRun, pruning, refuse_generation, refuse_t
 
 from .chat.session import ChatSession
 from .families import INPUT_NAMES, FamilyOptions, adapter_for_model
+from .families.finite import check_embeddings, check_logits, refusing_not_finite
 from .inputs import InputBuilder
 from .splice import PaddingSide, PreparedInputs, plan_splice, splice
 
@@ -146,7 +147,9 @@ class CompressedVlm(InputBuilder, nn.Module):
             PromptError: a tensor of a wrong shape; one that is missing or that the family does not have.
         """
         outputs = {"pixel_values": pixel_values, "image_sizes": image_sizes, **processor_outputs}
-        return self.adapter.encode(self.adapter.read_inputs(**outputs), self._compressor)
+        tokens = self.adapter.encode(self.adapter.read_inputs(**outputs), self._compressor)
+        check_embeddings(self.model, tokens, outputs)
+        return tokens
 
     def encode_videos(self, pixel_values_videos: Tensor) -> list[Tensor]:
         """Videos -> visual tokens, frame by frame, as they enter the language model.
@@ -162,7 +165,9 @@ class CompressedVlm(InputBuilder, nn.Module):
             PromptError: another shape.
         """
         visual = self.adapter.read_inputs(pixel_values_videos=pixel_values_videos)
-        return self.adapter.encode(visual, self._compressor)
+        tokens = self.adapter.encode(visual, self._compressor)
+        check_embeddings(self.model, tokens, {"pixel_values_videos": pixel_values_videos})
+        return tokens
 
     def expected_num_visual_tokens(self, **inputs: Any) -> list[int]:
         """Visual tokens that the compressor will make of each image, then of each video; nothing is encoded.
@@ -201,6 +206,7 @@ class CompressedVlm(InputBuilder, nn.Module):
             PromptError: placeholders and images or videos do not match; a tensor of a wrong shape, one that is missing
                 or that the family does not have.
             UnsupportedModelError: videos for a model without a video tower.
+            NotFiniteError: pixels, weights or what is made of them hold NaN or infinity.
         """
         adapter = self.adapter
         visual = adapter.read_inputs(**processor_outputs)
@@ -212,6 +218,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         images, videos = tokens[: len(visual.images)], tokens[len(visual.images) :]
         input_ids = input_ids.to(self.device)
         prepared = splice(plan, input_ids, adapter.embed_tokens, images, token_id, labels, videos, video_token_id)
+        check_embeddings(self.model, [prepared.inputs_embeds], processor_outputs)
         self.last_num_visual_tokens = prepared.num_visual_tokens
         return prepared
 
@@ -248,6 +255,10 @@ class CompressedVlm(InputBuilder, nn.Module):
             )
             if run is not None:
                 run.check_forwards(1)
+        if not self.model.training and run is None and output.logits.shape[:2] == prepared.attention_mask.shape:
+            rows = torch.arange(len(output.logits), device=output.logits.device)
+            last = prepared.attention_mask.cumsum(dim=1).argmax(dim=1).to(rows.device)
+            check_logits(self.model, output.logits[rows, last])
         return output
 
     @torch.no_grad()
@@ -279,7 +290,9 @@ class CompressedVlm(InputBuilder, nn.Module):
         prepared = self.prepare(input_ids, attention_mask, padding_side="left", **outputs)
         with self._pruning(prepared) as run:
             output = self.model.generate(
-                inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **settings
+                inputs_embeds=prepared.inputs_embeds,
+                attention_mask=prepared.attention_mask,
+                **refusing_not_finite(self.model, settings),
             )
             if run is not None:  # each new token is one forward's
                 run.check_forwards(getattr(output, "sequences", output).shape[1])

@@ -23,6 +23,7 @@ from vzip.pruners.base import Pruner
 from vzip.pruners.context import CacheStages, PrunedRun, pruning, refuse_generation
 
 from ..families import Adapter
+from ..families.finite import check_embeddings, refusing_not_finite
 from .layout import ChatLayout, EncodedVisual, message
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -165,6 +166,7 @@ class ChatSession:
     def _encode_inputs(self, kind: Literal["image", "video"], inputs: dict[str, Tensor]) -> EncodedVisual:
         visual = self._vlm.adapter.read_inputs(**inputs)
         (tokens,) = self._vlm.adapter.encode(visual, self._vlm.compressor)
+        check_embeddings(self._vlm.model, [tokens], inputs)
         of_images, of_videos = visual.num_placeholders
         return EncodedVisual(kind, tokens, [*of_images, *of_videos][0])
 
@@ -208,7 +210,7 @@ class ChatSession:
                     attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device),
                     past_key_values=self._cache,
                     streamer=None if on_text is None else _Streamer(self._tokenizer, on_text),
-                    **settings,
+                    **refusing_not_finite(self._vlm.model, settings),
                 )[0].tolist()
                 if run is not None:
                     run.check_forwards(len(new_ids))
