@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from vzip.errors import ConfigError
 
 
 def is_file(path: str | Path) -> bool:
@@ -34,3 +39,21 @@ def shown(path: object) -> str:
     text = str(path).encode("utf-8", "backslashreplace").decode()
     text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
     return text if len(text) <= 300 else f"{text[:150]}...{text[-100:]} ({len(text)} characters)"
+
+
+@contextmanager
+def naming_impossible_paths() -> Iterator[None]:
+    """Turns what the system says of a path that no file can have into a ConfigError, wherever it is met."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise ConfigError(
+            f"{shown(error.filename)}: longer than a path may be here (usually 255 bytes a name, 4096 in all). Shorten"
+            " it, as paths.run_dir=DIR."
+        ) from error
+    except ValueError as error:
+        if "embedded null" not in str(error):
+            raise
+        raise ConfigError("a path holds a NUL character, which no path can. Leave it out.") from error

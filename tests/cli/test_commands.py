@@ -190,3 +190,12 @@ def test_no_answer_is_no_answer(capsys, number):
     for words in (["ask", "cat.png", "What?"], ["chat"]):
         assert cli.main([*words, f"--max-new-tokens={number}"]) == 2
         assert f"--max-new-tokens={number}: must be 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["judge", "compare"])
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b"])
+def test_a_path_that_no_file_can_have_is_one_line(capsys, monkeypatch, command, path):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    assert cli.main([command, path]) == 2
+    told = capsys.readouterr().err
+    assert "Error: " in told and "Traceback" not in told and len(told) < 900

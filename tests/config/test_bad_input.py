@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tests.config.kit import Run
 
+from vzip.config.run_directory import _safe
+
 MESSAGES = {
     ("eval.limt=3",): ["eval.limt: no such key (did you mean 'eval.limit'?); keys of eval:"],
     ("+eval.limt=3",): ["eval.limt: no such key (did you mean 'eval.limit'?)"],
@@ -197,3 +199,15 @@ def test_training_says_what_it_cannot_do(run: Run, tmp_path: Path) -> None:
     code, message = run("train=tiny_from_scratch", name="train")
     assert code == 2 and "compressor=visionzip (must be none), budget=64tok (must be full)" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_that_cannot_be(run: Run, tmp_path: Path) -> None:
+    code, message = run(f"paths.run_dir={tmp_path}/{'x' * 300}")
+    assert code == 2 and "longer than a path may be" in message and "Traceback" not in message
+    code, message = run(r'model.system_prompt="a\0b"'.replace("\\0", "\0"))
+    assert code == 2 and "model.system_prompt" in message and "Traceback" not in message
+
+
+def test_long_names_of_different_runs_stay_different() -> None:
+    names = {_safe("same-" * 30 + end) for end in ("a", "b")}
+    assert len(names) == 2 and all(len(name) <= 120 for name in names)

@@ -471,3 +471,26 @@ def test_a_run_that_another_process_writes(run):
     ):
         judge(run, endpoint.url, "--yes")
     assert endpoint.requests == [] and (run / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"doc_id": ...},
+        {"question": None},
+        {"scores": []},
+        {"scores": ...},
+        {"filter_index": "0"},
+        {"target": ...},
+        {"answer": ...},
+    ],
+    ids=str,
+)
+def test_an_answer_of_another_shape_is_named(run, change):
+    path = run / "samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+    for key, value in change.items():
+        rows[0] = {k: v for k, v in rows[0].items() if k != key} | ({} if value is ... else {key: value})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ManifestError, match=rf"samples\.jsonl: an answer of .* has no usable {next(iter(change))}"):
+        judge(run, "http://127.0.0.1:1/v1", "--yes")

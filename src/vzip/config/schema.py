@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vzip.json_files import whole_text
+
 MAX_SEED = 2**32 - 1
 
 
@@ -54,13 +56,16 @@ def one_of(*names: str) -> Rule:
 
 
 def text(what: str) -> Rule:
-    return Rule(what, lambda v: isinstance(v, str) and v != "")
+    return Rule(what, _is_text)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a text that is not empty and that a tokenizer and a file can hold."""
+    return isinstance(value, str) and value != "" and "\0" not in value and whole_text(value) == value
 
 
 def texts(what: str, empty: bool = False) -> Rule:
-    return Rule(
-        what, lambda v: isinstance(v, list) and (empty or len(v) > 0) and all(isinstance(i, str) and i for i in v)
-    )
+    return Rule(what, lambda v: isinstance(v, list) and (empty or len(v) > 0) and all(map(_is_text, v)))
 
 
 def once_each(rule: Rule) -> Rule:
@@ -150,7 +155,7 @@ GROUPS: Mapping[str, Mapping[str, Rule]] = {
         "num_workers": whole_number(0),
         "on_problem": one_of("refuse", "skip"),
         "trackers": subset_of("wandb", empty=True),
-        "include_path": optional(text("a folder of lmms-eval task files, built-in or video")),
+        "include_path": optional(text("a folder of lmms-eval task files (their code is run), built-in or video")),
         "tower_cache_gib": optional(number(0.0)),
         "gen_kwargs": Rule("a mapping", lambda v: isinstance(v, dict)),
     },

@@ -65,7 +65,7 @@ def evaluate(
         limit: questions a task; None for all. A limited run's record is provisional.
         batch_size: questions generated together; halved, with a warning, when memory does not suffice. ``auto`` begins
             with 64 on a GPU, 8 on a CPU, and so finds what fits; the record's ``batch_sizes`` says what that was.
-        include_path: a folder of lmms-eval task files of one's own.
+        include_path: a folder of lmms-eval task files of one's own. The Python code that they name is run.
         gen_kwargs: generation settings that override the tasks' own; null entries mean "what the task says".
         seed: of Python, NumPy, torch and sampled answers.
         overwrite: replace an existing record.

@@ -15,7 +15,7 @@ was there, ``judge`` (by task: whom it asked what, and of how many answers a ver
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -171,6 +171,21 @@ def read_samples(run: str | Path) -> dict[str, list[dict[str, Any]]]:
     return by_task
 
 
+def check_answers(path: Path, rows: Iterable[Mapping[str, Any]], kinds: Mapping[str, type]) -> None:
+    """Refuses answers that lack what a reader relies on.
+
+    Raises:
+        ManifestError: naming the first of them.
+    """
+    for row in rows:
+        wrong = [key for key, kind in kinds.items() if key not in row or not isinstance(row[key], kind)]
+        if wrong:
+            raise ManifestError(
+                f"{path.with_name(SAMPLES_NAME)}: an answer of {row['task']} (doc_id {row.get('doc_id')}) has no usable"
+                f" {', '.join(wrong)}. Run the evaluation again with overwrite=true."
+            )
+
+
 def answers_of(run: Run, task: str) -> list[dict[str, Any]] | None:
     """What a paired comparison needs of a task's answers; None where the run's answers were not kept."""
     if not run.path.with_name(SAMPLES_NAME).is_file():
@@ -181,7 +196,9 @@ def answers_of(run: Run, task: str) -> list[dict[str, Any]] | None:
 @lru_cache(maxsize=2)  # a run and its vanilla run; the answers of a whole table would not fit into memory
 def _paired_fields(path: Path) -> dict[str, list[dict[str, Any]]]:
     kept = ("doc_id", "filter_index", "question", "target", "answer", "scores", "cluster")
-    return {task: [{key: row.get(key) for key in kept} for row in rows] for task, rows in read_samples(path).items()}
+    for rows in (answers := read_samples(path)).values():
+        check_answers(path, rows, {"doc_id": object, "scores": dict})
+    return {task: [{key: row.get(key) for key in kept} for row in rows] for task, rows in answers.items()}
 
 
 def score_of(record: Mapping[str, Any], task: str, metric: str) -> Score | None:

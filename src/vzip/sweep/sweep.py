@@ -27,7 +27,7 @@ from vzip.config.full_budget import full_is_vanilla
 from vzip.config.options import config_dir
 from vzip.config.overrides import is_sweep
 from vzip.config.run_directory import run_directory, training_directory
-from vzip.errors import ConfigError, VzipError
+from vzip.errors import ConfigError, ManifestError, VzipError
 from vzip.json_files import read_json
 from vzip.results.files import write_json
 from vzip.results.owner import owning
@@ -195,7 +195,16 @@ def finish() -> int:
 
 def read_entries(folder: Path) -> list[dict[str, Any]]:
     """What became of each job, in their order."""
-    return [read_json(path) for path in sorted((folder / _JOBS).glob("[0-9]*.json"))]
+    entries = []
+    for path in sorted((folder / _JOBS).glob("[0-9]*.json")):
+        try:
+            entry = read_json(path)
+            if not isinstance(entry, dict) or not {"number", "words", "run_dir", "error"} <= entry.keys():
+                raise ValueError("lacks fields")
+        except ValueError as error:
+            raise ManifestError(f"{path}: not the file of a sweep's job ({error}). Remove it.") from error
+        entries.append(entry)
+    return entries
 
 
 def one_a_run(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, ProcessorMixin, TextStre
 
 from vzip.compressors.base import Compressor
 from vzip.errors import ConfigError, PromptError, nearest
+from vzip.json_files import whole_text
 from vzip.media.video import VideoSource
 from vzip.pruners.base import Pruner
 from vzip.pruners.context import CacheStages, PrunedRun, pruning, refuse_generation
@@ -142,6 +143,7 @@ class ChatSession:
             ImageError, VideoError: an image or video that cannot be used.
             UnsupportedModelError: a video for a model without a video tower.
         """
+        question = whole_text(question)
         self._check(question, max_new_tokens, settings)
         new = [*map(self._encode, images), *map(self._encode_video, videos)]
         pending = [*self.pending, *new]
