@@ -473,6 +473,11 @@ def test_a_run_that_another_process_writes(run):
     assert endpoint.requests == [] and (run / "run.json").read_bytes() == before
 
 
+def test_a_task_named_twice(run):
+    with pytest.raises(ConfigError, match=rf"--tasks: {MSVD} named more than once"):
+        judge(run, "http://127.0.0.1:1/v1", "--yes", "--tasks", f"{MSVD},{MSVD}")
+
+
 @pytest.mark.parametrize(
     "change",
     [

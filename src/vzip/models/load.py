@@ -125,13 +125,10 @@ def load_vlm(
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = reach(source, lambda: adapter_class.load_model(directory, config, **settings))
     check_complete(source, report)
-    if damaged := damaged_weights(model):
-        raise CheckpointError(
-            f"{source}: {len(damaged)} tensors hold NaN or infinity ({', '.join(damaged[:4])}"
-            f"{', ...' if len(damaged) > 4 else ''}): the checkpoint is damaged, or its training diverged."
-        )
+    _refuse_damaged(source, model)
     if adapter_path is not None:
         apply_peft_checkpoint(model, adapter_path)
+        _refuse_damaged(f"model.adapter_path={adapter_path}", model)
     model.eval()
     vlm = CompressedVlm(model, compressor, processor, preprocess, drop_padding, row_newline, num_frames, drop_cls)
     vlm.pruner = pruner
@@ -231,6 +228,15 @@ def _check_weight_files(directory: Path) -> None:
     if not any((directory / name).is_file() for name in _WEIGHT_FILES):
         raise CheckpointError(
             f"{directory}: has a config.json but no weights ({', '.join((*_WEIGHT_FILES, *_WEIGHT_INDEXES))})."
+        )
+
+
+def _refuse_damaged(source: Path | str, model: Any) -> None:
+    """Raises CheckpointError if weights hold NaN or infinity."""
+    if damaged := damaged_weights(model):
+        raise CheckpointError(
+            f"{source}: {len(damaged)} tensors hold NaN or infinity ({', '.join(damaged[:4])}"
+            f"{', ...' if len(damaged) > 4 else ''}): the checkpoint is damaged, or its training diverged."
         )
 
 

@@ -65,6 +65,8 @@ def read_run(run: str | Path, tasks: Sequence[str] | None = None) -> JudgedRun:
     """
     record, rows = read_record(run), read_samples(run)
     chosen = [task for task in record["tasks"] if task in JUDGED_TASKS] if tasks is None else list(tasks)
+    if repeated_tasks := sorted({task for task in chosen if chosen.count(task) > 1}):
+        raise ConfigError(f"--tasks: {', '.join(repeated_tasks)} named more than once. Name each once.")
     for task in chosen:
         if task not in rows:
             raise ConfigError(f"--tasks {task}: not in this run{nearest(task, rows)}; it has {', '.join(rows)}.")
