@@ -19,6 +19,7 @@ import torch
 from transformers import CLIPVisionConfig, ConvNextConfig, LlamaConfig, LlavaProcessor, PreTrainedTokenizerBase
 
 from vzip import log
+from vzip.compressors.base import check_seed
 from vzip.errors import ConfigError, RunExistsError, VzipError, nearest
 from vzip.models.load import resolve_checkpoint
 from vzip.models.weights import from_config as fresh
@@ -133,6 +134,7 @@ def save(family: str, directory: Path, seed: int = 0) -> None:
         ConfigError: another family.
         RunExistsError: the directory is there and not empty.
     """
+    check_seed(seed, "--seed")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise RunExistsError(f"{directory}: is there already and not empty; choose another directory.")
     model, processor = build(family, seed)

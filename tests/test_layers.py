@@ -19,6 +19,7 @@ ROOMS = [
     ["errors", "log"],
     ["installed", "keys"],
     ["option_files"],
+    ["installed", "json_files", "paths"],
     ["ops", "media"],
     ["compressors"],
     ["methods"],

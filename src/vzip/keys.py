@@ -5,6 +5,7 @@ From these descriptions come the checks of a configuration, ``--help``, ``vzip l
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -12,7 +13,9 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vzip.errors import ConfigError, nearest
+from vzip.json_files import whole_text
 
+MAX_SEED = 2**32 - 1  # the largest that NumPy and torch both take
 UNSET = "???"  # in YAML, a value that the command line must give
 
 
@@ -34,7 +37,7 @@ def whole_number(minimum: int) -> Rule:
 
 
 def number(minimum: float) -> Rule:
-    return Rule(f"a number, {minimum:g} or more", lambda v: _is_number(v) and v >= minimum)
+    return Rule(f"a number, {minimum:g} or more", lambda v: _is_number(v) and minimum <= v < math.inf)
 
 
 def _or_one_of(rule: Rule, *names: str) -> Rule:
@@ -42,7 +45,7 @@ def _or_one_of(rule: Rule, *names: str) -> Rule:
 
 
 BOOL = Rule("true or false", lambda v: isinstance(v, bool))
-POSITIVE = Rule("a number above 0", lambda v: _is_number(v) and v > 0)
+POSITIVE = Rule("a number above 0", lambda v: _is_number(v) and 0 < v < math.inf)
 SHARE = Rule("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
 
 
@@ -50,12 +53,25 @@ def one_of(*names: str, note: str = "") -> Rule:
     return Rule(f"one of {', '.join(names)}{note}", lambda v: v in names, names)
 
 
+def _is_text(value: Any) -> bool:
+    """Whether it is a text that is not empty and that a tokenizer and a file can hold."""
+    return isinstance(value, str) and value != "" and "\0" not in value and whole_text(value) == value
+
+
 def text(what: str) -> Rule:
-    return Rule(what, lambda v: isinstance(v, str) and v != "")
+    return Rule(what, _is_text)
 
 
 def texts(what: str) -> Rule:
-    return Rule(what, lambda v: isinstance(v, list) and len(v) > 0 and all(isinstance(i, str) and i for i in v))
+    return Rule(what, lambda v: isinstance(v, list) and len(v) > 0 and all(map(_is_text, v)))
+
+
+def once_each(rule: Rule) -> Rule:
+    return Rule(f"{rule.text}, each once", lambda v: rule.allows(v) and len(set(v)) == len(v))
+
+
+def at_most(rule: Rule, maximum: int) -> Rule:
+    return Rule(f"{rule.text} and at most {maximum}", lambda v: rule.allows(v) and v <= maximum)
 
 
 def subset_of(*names: str, empty: bool = False) -> Rule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from typing import Any
@@ -22,7 +23,13 @@ class _StandardError(logging.StreamHandler[Any]):
 
 
 def setup(level: int = logging.INFO) -> None:
-    """Shows vzip's own messages; other libraries keep to warnings. Calling it again changes only the level."""
+    """Shows vzip's own messages; other libraries keep to warnings. Calling it again changes only the level.
+
+    What the terminal's encoding lacks is printed as an escape: no answer, name or message can end a command.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logger = logging.getLogger("vzip")
     logger.setLevel(level)
     if not any(isinstance(handler, _StandardError) for handler in logger.handlers):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.writing import held
 
 import vzip
 from vzip.bench import shapes
@@ -244,3 +245,8 @@ def test_every_method_of_the_configuration_is_measured(name: str, checkpoint: Pa
         assert stage["formula"] in (None, stage["counted"])
     projected = {key: methods[key]["flops"]["projector"]["counted"] for key in ("vanilla", "vzip")}
     assert projected["vzip"] * (1 if name == "divprune" else 4) == projected["vanilla"]
+
+
+def test_a_directory_that_another_process_writes(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(RunExistsError, match=r"writes there at this moment.* out=DIR"):
+        run("model=tiny", f"out={tmp_path}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tests.media.images import bomb
 
 from vzip import cli
 from vzip.config import schema
@@ -195,3 +196,38 @@ def test_bench_loads_no_evaluation_packages() -> None:
     )
     shown = python(code)
     assert "usage: python -m vzip bench" in shown and shown.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ask", "BOMB", "What?"], "bomb.png: too many pixels"),
+        (["chat", "--image", "BOMB"], "bomb.png: too many pixels"),
+        (["ask", "x" * 5000, "What?"], "no such file"),
+        (["ask", "a\0b", "What?"], "no such file"),
+        (["chat", "--image", "x" * 5000], "no such image file"),
+        (["chat", "--video", "x" * 5000], "no such video file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_said_before_a_model_is_loaded(tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.setattr("vzip.models.load.load_vlm", None)
+    path = bomb(tmp_path / "bomb.png")
+    assert cli.main([str(path) if word == "BOMB" else word for word in words]) == 2
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told and len(told) < 600
+
+
+@pytest.mark.parametrize("number", ["0", "-3"])
+def test_no_answer_is_no_answer(capsys, number):
+    for words in (["ask", "cat.png", "What?"], ["chat"]):
+        assert cli.main([*words, f"--max-new-tokens={number}"]) == 2
+        assert f"--max-new-tokens={number}: must be 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["judge", "compare"])
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b"])
+def test_a_path_that_no_file_can_have_is_one_line(capsys, monkeypatch, command, path):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    assert cli.main([command, path]) == 2
+    told = capsys.readouterr().err
+    assert "Error: " in told and "Traceback" not in told and len(told) < 900

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tests.writing import held
 
 import vzip
 from vzip import cli
@@ -25,7 +26,7 @@ from vzip.config.options import config_dir
 from vzip.demo import benchmark, scoring
 from vzip.demo.questions import TASKS
 from vzip.demo.sweep import BUDGETS, run_sweep, score, settings, units
-from vzip.errors import ConfigError, ManifestError
+from vzip.errors import ConfigError, ManifestError, RunExistsError
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +197,8 @@ def test_ask_refuses_bad_input_before_loading(words, said, small_benchmark, caps
     words = [str(small_benchmark / "images" / "0000.png") if w == "PICTURE" else w for w in words]
     assert cli.main(["ask", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_another_demo_writes(tmp_path):
+    with held(tmp_path), pytest.raises(RunExistsError, match=r"writes there at this moment.* --out DIR"):
+        run.main(argparse.Namespace(out=tmp_path, limit=1, batch_size=1))

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from tests.writing import held
 
 import vzip
 import vzip.errors
@@ -318,3 +319,10 @@ class TestResume:
         vlm.compressor = vzip.VisionZip(vzip.TokenBudget(4, 3))
         record = run_of(vlm, ["own_exact"])
         assert len(vlm.prompts) == 4 and record["num_resumed_answers"] == 0
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_directory_that_another_process_writes(self, run_of, scripted, tmp_path, overwrite):
+        vlm = scripted(lambda prompt: "")
+        with held(tmp_path / "run"), pytest.raises(RunExistsError, match="writes there at this moment"):
+            run_of(vlm, ["own_exact"], overwrite=overwrite)
+        assert not vlm.prompts and [path.name for path in (tmp_path / "run").iterdir()] == [".owner"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image, ImageFile
 from safetensors import safe_open
 from tests import tiny
-from tests.media.images import picture
+from tests.media.images import bomb, picture
 from transformers.models.clip import CLIPImageProcessor
 
 import vzip.media.images as images_module
@@ -233,3 +234,24 @@ def test_every_mode_becomes_rgb_of_the_same_size(mode):
     for size in ((1, 3), (3, 1), (3, 3)):
         loaded = load_image(Image.new(mode, size))
         assert (loaded.mode, loaded.size) == ("RGB", size)
+
+
+def test_too_many_pixels_are_refused_whoever_lifted_pillows_limit(tmp_path, monkeypatch):
+    """lmms-eval's tasks lift it for the whole process; an image may also come open already."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    path = bomb(tmp_path / "bomb.png")
+    for source in (path, Image.open(path)):
+        with pytest.raises(ImageError, match=r"too many pixels \(30000 x 30000\)"):
+            load_image(source)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_whatever_pillow_raises_for_damage_is_an_image_error(tmp_path, kind):
+    whole, rng = encoded(kind), np.random.RandomState(0)
+    for number in range(60):
+        data = bytearray(whole)
+        for place in rng.randint(0, 200 if number % 2 else len(data), 1 + number // 4):
+            data[place] = rng.randint(256)
+        (tmp_path / "damaged").write_bytes(data)
+        with contextlib.suppress(ImageError):
+            load_image(tmp_path / "damaged")

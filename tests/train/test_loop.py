@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests import tiny
-from tests.train.kit import LORA, SETTINGS, Samples, dying_at, load_model
+from tests.train.kit import LORA, SETTINGS, Samples, dying_at, load_model, make_plan
 from tests.train.runs import curve, finish, kill_after, metrics
+from tests.writing import held, no_room
 from torch import nn
 
-from vzip.errors import CheckpointError, ConfigError, ImageError, RunExistsError
+from vzip.errors import CheckpointError, ConfigError, ImageError, RunExistsError, RunWriteError
+from vzip.models.weights.digests import write_digests
 from vzip.models.weights.tuned import read_tensors
 from vzip.train import stepping
 from vzip.train.checkpoint import CheckpointStore
@@ -352,3 +355,94 @@ def test_tf32_is_as_the_run_says(plan: Any) -> None:
         train(plan(name, tf32=tf32, num_steps=1))
         assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
         assert json.loads((plan(name).run_dir / "train.json").read_text())["train"]["tf32"] is tf32
+
+
+def test_a_directory_that_another_process_writes(plan: Any, tmp_path: Path) -> None:
+    def load(precision: str) -> Any:
+        raise AssertionError("refused before the model is loaded")
+
+    for changes in ({}, {"overwrite": True}):
+        with held(tmp_path / "run"), pytest.raises(RunExistsError, match="writes there at this moment"):
+            train(plan(load_model=load, **changes))
+        with held(tmp_path / "run"), pytest.raises(RunExistsError, match="writes there at this moment"):
+            prepare(plan(**changes))  # what says it before several processes start
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".owner"]
+
+
+def test_a_disk_that_is_full_at_the_beginning_blocks_nothing(plan: Any, tmp_path: Path) -> None:
+    with no_room(), pytest.raises(RunWriteError, match=r"train\.json: cannot be written"):
+        train(plan())
+    train(plan())
+
+
+@pytest.mark.parametrize("content", [b"", b'{"model": ', b"[1]", b"\xff"])
+def test_a_damaged_beginning_is_named_or_of_no_account(plan: Any, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.json").write_bytes(content)
+    with dying_at(4):
+        train(plan(save_every=2))
+    (tmp_path / "run" / "train.json").write_bytes(content)
+    with pytest.raises(RunExistsError, match=r"train\.json: damaged .* set overwrite=true"):
+        train(plan(save_every=2))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def make_nan(path: Path) -> None:
+    tensors = load_file(path)
+    save_file({name: torch.full_like(tensor, math.nan) for name, tensor in tensors.items()}, path)
+
+
+def without_one(path: Path) -> None:
+    tensors = load_file(path)
+    tensors.popitem()
+    save_file(tensors, path)
+
+
+TUNED_FILES = ("tuned.safetensors", "tuned.json", "state.pt", "digests.json")
+DAMAGES = [(name, damage) for name in TUNED_FILES for damage in (flip, cut_off, Path.unlink)]
+DAMAGES += [(name, lambda path: path.write_bytes(b"")) for name in TUNED_FILES]
+DAMAGES += [("tuned.safetensors", make_nan), ("tuned.safetensors", without_one)]
+DAMAGES += [("digests.json", lambda path: path.write_text("[]")), ("digests.json", lambda path: path.write_text("{}"))]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended after its first checkpoint."""
+    run_dir = tmp_path_factory.mktemp("interrupted") / "run"
+    with dying_at(3):
+        train(make_plan(run_dir, save_every=2))
+    return run_dir
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES)
+def test_a_damaged_checkpoint_is_not_gone_on_from(
+    plan: Any, tmp_path: Path, interrupted: Path, name: str, damage: Any
+) -> None:
+    def load(precision: str) -> Any:
+        raise AssertionError("refused before the model is loaded")
+
+    shutil.copytree(interrupted, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoints" / "step-00000002" / name)
+    with pytest.raises(CheckpointError, match=rf"step-00000002.*{name}"):
+        train(plan(save_every=2, load_model=load))
+
+
+@pytest.mark.parametrize("damage", [make_nan, without_one])
+def test_a_checkpoint_that_is_wrong_with_right_digests(
+    plan: Any, tmp_path: Path, interrupted: Path, damage: Any
+) -> None:
+    shutil.copytree(interrupted, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    damage(checkpoint / "tuned.safetensors")
+    write_digests(checkpoint)
+    with pytest.raises(CheckpointError, match=r"step-00000002.*(NaN or infinity|no tensor)"):
+        train(plan(save_every=2))

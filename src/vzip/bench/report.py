@@ -14,6 +14,7 @@ from vzip.bench.run import BenchResult
 from vzip.bench.stages import STAGES
 from vzip.bench.timing import Timing
 from vzip.installed import missing_package
+from vzip.results.files import make_folder, replace_file, written_aside
 
 if TYPE_CHECKING:
     from vzip.bench.training import SideResult
@@ -187,8 +188,8 @@ def _time(t: Timing) -> str:
 
 def write_json(result: BenchResult | SideResult, path: Path) -> None:
     """Writes the whole measurement, samples included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result.to_json(), indent=1) + "\n")
+    make_folder(path.parent)
+    replace_file(path, json.dumps(result.to_json(), indent=1) + "\n")
 
 
 def write_plot(result: BenchResult, path: Path) -> None:
@@ -218,5 +219,6 @@ def write_plot(result: BenchResult, path: Path) -> None:
         fontsize="small",
     )
     axes.legend(fontsize="small", ncols=len(PLOTTED), loc="upper center", bbox_to_anchor=(0.5, -0.25))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    make_folder(path.parent)
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=150)

@@ -27,7 +27,7 @@ from transformers import (
     VideoLlavaConfig,
 )
 
-from vzip.errors import ConfigError, UnsupportedModelError, nearest
+from vzip.errors import CheckpointError, ConfigError, UnsupportedModelError, nearest
 from vzip.installed import checkout
 from vzip.media.video import DEFAULT_NUM_FRAMES
 from vzip.models.families import adapter_class_for_config
@@ -252,8 +252,8 @@ def resolve(name: str) -> BenchModel:
         )
     try:
         config = read_config(directory)
-    except (ValueError, OSError) as error:  # not JSON, or a model type that transformers does not know
-        raise UnsupportedModelError(f"model={name}: {str(error).splitlines()[0]}") from error
+    except CheckpointError as error:  # not JSON, or a model type that transformers does not know
+        raise UnsupportedModelError(f"model={name}: {error}") from error
     if config.model_type not in TOWER_TYPES:
         adapter_class_for_config(config)
     return BenchModel(name, config, str(directory), default_weights="pretrained")

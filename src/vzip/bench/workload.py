@@ -22,7 +22,7 @@ from vzip.models.families import Adapter, FamilyOptions, adapter_class_for_confi
 from vzip.models.families.llava_base import LlavaBase
 from vzip.models.families.options import check_fit
 from vzip.models.generation import max_positions
-from vzip.models.hub import Checkpoint
+from vzip.models.hub import READ_ERRORS, Checkpoint
 from vzip.models.load import load_vlm, resolve_checkpoint
 from vzip.models.towers.structure import geometry_from_config
 from vzip.models.weights.from_config import new_image_processor
@@ -175,8 +175,8 @@ def _load_tower(model: BenchModel, device: torch.device, dtype: torch.dtype) -> 
     loader = SiglipVisionModel if model.config.model_type == "siglip_vision_model" else CLIPVisionModel
     try:
         directory = Checkpoint(resolve_checkpoint(model.checkpoint)).fetch_weights()
-        loaded = loader.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
-    except OSError as error:
+        loaded = loader.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
+    except READ_ERRORS as error:
         raise CheckpointError(
             f"model={model.name} weights=pretrained: {model.checkpoint} could not be loaded ({error}); without a "
             "network give a local directory as model=DIR, or weights=random, which measures the same shapes"

@@ -18,6 +18,7 @@ from vzip import log
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.installed import checkout, optional_packages
 from vzip.log import USER_ERROR
+from vzip.paths import naming_impossible_paths
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def run(name: str, words: Sequence[str]) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(parser)
-        return int(module.main(_parse(parser, list(words))))
+        with naming_impossible_paths():
+            return int(module.main(_parse(parser, list(words))))
 
 
 def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:

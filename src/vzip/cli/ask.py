@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vzip.config.build import model_plan
-from vzip.errors import ImageError
+from vzip.errors import ConfigError, ImageError
+from vzip.json_files import whole_text
 from vzip.media.images import load_image
 from vzip.media.video import DEFAULT_NUM_FRAMES, is_picture, load_video
+from vzip.paths import is_file, is_folder, shown
 
 if TYPE_CHECKING:
     from vzip.models.vlm import CompressedVlm
@@ -36,9 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Answers; everything that can be wrong is checked before the model is loaded."""
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: must be 1 or more.")
     model, compressor = model_plan([f"model={arguments.model}", *arguments.settings])
-    if not arguments.file.is_file():
-        raise ImageError(f"{arguments.file}: {'is a directory' if arguments.file.is_dir() else 'no such file'}.")
+    if not is_file(arguments.file):
+        kind = "is a directory" if is_folder(arguments.file) else "no such file"
+        raise ImageError(f"{shown(arguments.file)}: {kind}.")
     pictures: list[Image.Image] = []
     frames: list[Image.Image] = []
     if is_picture(arguments.file):
@@ -70,7 +75,7 @@ def build_inputs(
 ) -> dict[str, Any]:
     """The model's inputs for a question about an image, or about a video's frames if there is no image."""
     processor: Any = vlm.processor
-    content = [{"type": "image" if pictures else "video"}, {"type": "text", "text": question}]
+    content = [{"type": "image" if pictures else "video"}, {"type": "text", "text": whole_text(question)}]
     turns = [{"role": "user", "content": content}]
     prompt = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     return vlm.build_inputs([prompt], [pictures], [[] if pictures else [frames]])

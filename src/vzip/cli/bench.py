@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -27,6 +28,7 @@ from vzip.bench.settings import MEMORY, PASSES, TRAIN
 from vzip.errors import MissingPackageError, RunExistsError
 from vzip.keys import describe
 from vzip.results.files import check_writable
+from vzip.results.owner import owning
 
 if TYPE_CHECKING:
     from vzip.bench.training import SideResult
@@ -66,7 +68,12 @@ def main(args: argparse.Namespace) -> int:
             f"{directory} already holds a {path.name}; give another one as out=DIR, or overwrite=true to replace it"
         )
     check_writable(directory)
-    console = Console()
+    with owning(directory, "out=DIR"):
+        return _run(chosen, mode, path)
+
+
+def _run(chosen: settings.BenchSettings, mode: settings.Mode, path: Path) -> int:
+    console, directory = Console(), path.parent
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("passes" if mode is PASSES else "steps", total=None)
         result = _measure_of(mode)(

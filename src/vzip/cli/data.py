@@ -14,7 +14,6 @@ must be fetched by hand. verify ends with 0 if all is well, 1 if something is mi
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +30,8 @@ from vzip.data.manifest import Manifest, file_table, load_manifest
 from vzip.data.subset import choose, source_table
 from vzip.data.verify import PictureProblem, find_problems
 from vzip.errors import ConfigError, ManifestError
+from vzip.json_files import to_json
+from vzip.results.files import write_jsonl, written_aside
 
 NUM_SHOWN = 20
 
@@ -170,7 +171,8 @@ def _check_pictures(
     counts: Counter[tuple[str, str]] = Counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with ExitStack() as stack:
-        report = stack.enter_context(args.report.open("w", encoding="utf-8")) if args.report else None
+        aside = stack.enter_context(written_aside(args.report)) if args.report else None
+        report = stack.enter_context(aside.open("wb")) if aside else None
         progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
         task = progress.add_task("pictures", total=None)
         problems = find_problems(
@@ -185,7 +187,7 @@ def _check_pictures(
             if len(shown) < NUM_SHOWN:
                 shown.append(problem)
             if report is not None:
-                report.write(json.dumps(_as_line(problem)) + "\n")
+                report.write(to_json(_as_line(problem)) + b"\n")
     return shown, counts
 
 
@@ -238,6 +240,5 @@ def _count_notes(source: _Source) -> list[str]:
 
 
 def _write_ids(data: LlavaJson, indices: np.ndarray, path: Path) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for i in map(int, indices):
-            file.write(json.dumps({"index": i, "id": data.record(i).id, "source": data.source_of(i)}) + "\n")
+    rows = ({"index": i, "id": data.record(i).id, "source": data.source_of(i)} for i in map(int, indices))
+    write_jsonl(path, rows)

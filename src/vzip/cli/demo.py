@@ -8,7 +8,6 @@ retention.png and overlay.png (kept patches and merge groups). Files of an earli
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,9 @@ from vzip.errors import ConfigError
 from vzip.evaluation.benchmarks.protocols import PROTOCOLS
 from vzip.models.load import load_vlm
 from vzip.models.vlm import CompressedVlm
+from vzip.results.files import replace_file, write_json, written_aside
 from vzip.results.layout import Layout, Piece, print_layout, to_markdown
+from vzip.results.owner import owning
 
 OVERLAY_PICTURES = 3
 HEAD = ("tokens", "method", *TASKS, "average", "retention [95 %]", "tower", "select", "prefill", "decode", "KV KiB")
@@ -78,7 +79,8 @@ def write_overlay(vlm: CompressedVlm, folder: Path, out: Path) -> None:
     sheet = Image.new("RGB", (panels[0].width, sum(p.height + 8 for p in panels) - 8), "white")
     for row, panel in enumerate(panels):
         sheet.paste(panel, (0, row * (panel.height + 8)))
-    sheet.save(out)
+    with written_aside(out) as aside:
+        sheet.save(aside)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -87,6 +89,11 @@ def main(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')}={value}: must be 1 or more")
+    with owning(arguments.out, "--out DIR"):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     folder = benchmark.prepare()
     vlm = load_vlm("vzip/tiny", dtype="float32")
     rows = settings(vlm.adapter.read_inputs(**vlm.adapter.blank_images(1)).images[0].num_vanilla)
@@ -104,8 +111,7 @@ def main(arguments: argparse.Namespace) -> int:
     table = lay_out(rows, scores, costs, chances, title)
     print_layout(table, Console())
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "table.md").write_text(to_markdown(replace(table, title="")))
+    replace_file(arguments.out / "table.md", to_markdown(replace(table, title="")))
     record = {
         "provisional": arguments.limit is not None,
         "num_questions": count,
@@ -125,12 +131,13 @@ def main(arguments: argparse.Namespace) -> int:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "pillow": PIL.__version__},
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
     }
-    (arguments.out / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(arguments.out / "results.json", record)
     points = [
         Point(row.method, row.num_tokens, got.retention, got.low, got.high)
         for row, got in zip(rows[1:], scores[1:], strict=True)
     ]
-    plot_retention(points, arguments.out / "retention.png", "Built-in model on scenes, training-free")
+    with written_aside(arguments.out / "retention.png") as aside:
+        plot_retention(points, aside, "Built-in model on scenes, training-free")
     write_overlay(vlm, folder, arguments.out / "overlay.png")
     print(f"written to {arguments.out}/: table.md, results.json, retention.png, overlay.png")
     return 0

@@ -24,6 +24,7 @@ from vzip.config.overrides import arrange, check_overrides
 from vzip.errors import VzipError
 from vzip.installed import is_missing, missing_package, optional_packages
 from vzip.log import USER_ERROR
+from vzip.paths import naming_impossible_paths
 from vzip.sweep import sweep
 
 _FULL = "HYDRA_FULL_ERROR"
@@ -55,7 +56,11 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 log.setup()  # a sweep's launcher may run it in another process
                 try:
                     sweep.place_job()
-                    with _as_the_user_set_it(wants_traceback), optional_packages(f"`{config_name}`", config_name):
+                    with (
+                        _as_the_user_set_it(wants_traceback),
+                        optional_packages(f"`{config_name}`", config_name),
+                        naming_impossible_paths(),
+                    ):
                         return function(cfg)
                 except VzipError as error:
                     # A sweep goes on with its other jobs, and Hydra names the overrides of the one that failed.

@@ -131,7 +131,7 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
     from vzip.bench.shapes import SHAPES
     from vzip.models.families import FamilyOptions, adapter_class_for_config
     from vzip.models.hub import Checkpoint
-    from vzip.models.load import reach, read_config, resolve_checkpoint
+    from vzip.models.load import read_config, resolve_checkpoint
 
     if model["adapter_path"] is not None:
         raise ConfigError(
@@ -144,7 +144,7 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
     else:
         source = resolve_checkpoint(model["name_or_path"])
         checkpoint = Checkpoint(source, model["revision"], key="model.name_or_path")
-        config = reach(source, lambda: read_config(checkpoint.directory))
+        config = read_config(checkpoint.directory)
     options = FamilyOptions(**{key: model[key] for key in ("drop_padding", "row_newline", "drop_cls")})
     built = build_compressor(compressor)
     adapter_class_for_config(config).check_settings(config, built, options, model["num_frames"])

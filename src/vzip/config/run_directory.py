@@ -7,6 +7,7 @@ runs share a directory by accident.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -135,5 +136,8 @@ def recipe_changes(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list
 
 
 def _safe(part: str) -> str:
-    """A part as a directory name: no separators, no spaces, at most 120 characters."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", part).strip("-.")[:120] or "unnamed"
+    """A part as a directory name: no separators, no spaces, at most 120 characters, cut ones told apart."""
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", part).strip("-.")
+    if len(name) > 120:
+        name = f"{name[:111]}-{hashlib.sha256(part.encode('utf-8', 'backslashreplace')).hexdigest()[:8]}"
+    return name or "unnamed"

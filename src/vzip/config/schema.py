@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vzip.keys import Key, Rule, key, keys_of, one_of, optional, text, texts, whole_number
+from vzip.keys import MAX_SEED, Key, Rule, at_most, key, keys_of, once_each, one_of, optional, text, texts, whole_number
 from vzip.train.settings import LaunchSettings, TrainSettings
 
 AUTO = "auto"  # of launcher
@@ -25,7 +25,7 @@ class RunSettings:
     """The keys outside of all groups."""
 
     recipe: str | None = key("the recipe, whose file sets it", what="the name of a file in configs/exp")
-    seed: int = key("seed of every random choice")
+    seed: int = key("seed of every random choice", rule=at_most(whole_number(0), MAX_SEED))
     dry_run: bool = key("check everything, print what would be done, and stop before anything is loaded or written")
     overwrite: bool = key("replace the record of an earlier run in the same run directory")
 
@@ -101,7 +101,9 @@ class GenerationSettings:
 class EvalSettings:
     """The ``eval`` group."""
 
-    tasks: list[str] = key("the benchmarks", what="a list of at least one task name, as eval.tasks=[pope,gqa]")
+    tasks: list[str] = key(
+        "the benchmarks", rule=once_each(texts("a list of at least one task name, as eval.tasks=[pope,gqa]"))
+    )
     limit: int | None = key("samples a task; null: all (a limited run is recorded as provisional)", at_least=1)
     batch_size: int | Literal["auto"] = key(
         "questions generated together, halved when memory does not suffice; auto: as many as fit (from 64, on a CPU 8)",
@@ -110,7 +112,7 @@ class EvalSettings:
     num_workers: int = key("threads that read images and videos ahead, in each process; 0: none")
     include_path: str | None = key(
         "one's own tasks, the generated scenes (built-in), those in paths.video_root (video); null: lmms-eval's alone",
-        what="a folder of lmms-eval task files, built-in or video",
+        what="a folder of lmms-eval task files (their code is run), built-in or video",
     )
     tower_cache_gib: float | None = key("memory for tower outputs between a sweep's jobs; null: 4 in a sweep, else 0")
     on_problem: Literal["refuse", "skip"] = key(

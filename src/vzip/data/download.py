@@ -7,9 +7,13 @@ so a killed run goes on where it was.
 from __future__ import annotations
 
 import errno
+import lzma
 import os
 import shutil
+import stat
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,10 +28,11 @@ from vzip.errors import ManifestError
 
 from .fetch import fetch, forget, new_client, remote_size
 from .lock import Lock
-from .manifest import Manifest, ManifestFile
+from .manifest import Manifest, ManifestFile, is_inside
 
 # The index and checkpoints need room too: a disk is not filled to the last byte.
 SPARE_BYTES = 2**30
+_ENCRYPTED = 1  # in the flags of an archive's entry
 
 
 class Downloader:
@@ -149,7 +154,7 @@ class Downloader:
     def _unpack(self, file: ManifestFile) -> None:
         archive, folder = self.root / file.path, self.root / str(file.extract_to)
         with _archive(archive) as opened, Progress(console=self.console) as progress:
-            members = [member for member in opened.infolist() if not member.is_dir()]
+            members = _members(archive, opened)
             for member in progress.track(members, description=f"unpacking {file.path}"):
                 if not _is_unpacked(member, folder):
                     opened.extract(member, folder)
@@ -167,7 +172,31 @@ class Downloader:
 
 def _bytes_to_unpack(archive: Path, folder: Path) -> int:
     with _archive(archive) as opened:
-        return sum(member.file_size for member in opened.infolist() if not _is_unpacked(member, folder))
+        return sum(member.file_size for member in _members(archive, opened) if not _is_unpacked(member, folder))
+
+
+def _members(archive: Path, opened: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The files in an archive.
+
+    Raises:
+        ManifestError: one that is encrypted, a link, or has a name that is none or would leave the folder.
+    """
+    members = [member for member in opened.infolist() if not member.is_dir()]
+    for member in members:
+        mode = member.external_attr >> 16
+        if member.flag_bits & _ENCRYPTED:
+            problem = "is encrypted"
+        elif stat.S_IFMT(mode) not in (0, stat.S_IFREG):
+            problem = "is a link or a device, not a file"
+        elif not is_inside(member.filename):
+            problem = "has a name that is too long, or that would leave the folder"
+        else:
+            continue
+        raise ManifestError(
+            f"{archive}: {member.filename!r:.200} in it {problem}. Nothing was unpacked. It is not the archive that was"
+            " published for this; remove it and look where it comes from, or unpack it by hand."
+        )
+    return members
 
 
 def _is_unpacked(member: zipfile.ZipInfo, folder: Path) -> bool:
@@ -180,8 +209,12 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as opened:
             yield opened
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, struct.error, lzma.LZMAError) as error:
+        if isinstance(error, ManifestError):
+            raise
         raise ManifestError(f"{path}: not a sound zip archive ({error}). Remove it and download again.") from error
+    except (NotImplementedError, RuntimeError) as error:
+        raise ManifestError(f"{path}: cannot be unpacked here ({error}). Unpack it by hand.") from error
 
 
 @contextmanager

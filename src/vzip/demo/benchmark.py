@@ -29,7 +29,8 @@ from vzip.demo.questions import (
 from vzip.demo.render import render
 from vzip.demo.scenes import TEST_SEEDS, Scene, sample_scene
 from vzip.errors import ManifestError
-from vzip.results.files import make_folder
+from vzip.json_files import read_json_lines
+from vzip.results.files import make_folder, naming_the_file, replace_file
 
 NUM_PICTURES = 400
 QUESTIONS_PER_TASK = 400
@@ -106,7 +107,7 @@ def write_tasks(folder: Path) -> None:
             if not source.name.endswith(".py"):
                 text = text.replace("FOLDER", folder.resolve().as_posix())
             if not target.is_file() or target.read_text(encoding="utf-8") != text:  # another process may be reading it
-                target.write_text(text, encoding="utf-8")
+                replace_file(target, text)
 
 
 def default_folder() -> Path:
@@ -129,7 +130,8 @@ def prepare(directory: Path | str | None = None) -> Path:
     with FileLock(folder.parent / f".{folder.name}.lock"):
         marker = folder / "digest.txt"
         if not marker.exists():
-            _generate(folder)
+            with naming_the_file(folder):
+                _generate(folder)
         elif marker.read_text().strip() != DIGEST:
             raise ManifestError(
                 f"'{folder}' holds another version of the scenes benchmark ({marker.read_text().strip()[:12]}, wanted "
@@ -160,7 +162,7 @@ def _generate(folder: Path) -> None:
 
 def load_rows(folder: Path, task: str) -> list[dict]:
     """Questions of one task."""
-    return [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
+    return list(read_json_lines(folder / f"{task}.jsonl"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,10 @@ the checkpoint's image processor (CLIP's cuts the centre out of an oblong image)
 
 from __future__ import annotations
 
+import struct
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vzip.errors import ConfigError, ImageError
+from vzip.paths import expanded, is_file, is_folder, shown
 
 Preprocess = Literal["llava", "hf"]
 PREPROCESSES: tuple[str, ...] = get_args(Preprocess)
@@ -29,9 +32,26 @@ MAX_PADDED_SIDE = 4096
 # CLIP's processor enlarges the short side to 336 first: at 100:1 that is already 336 x 33600 pixels.
 MAX_HF_ASPECT_RATIO = 100
 _STRIP_ROWS = 256
+# Pillow's own limit, which other packages (lmms-eval's tasks) lift for the whole process.
+MAX_PIXELS = 178_956_970
 
 # What Pillow raises for files that are cut off, damaged or no images at all (each seen from some decoder).
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
+DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 def load_image(source: str | Path | Image.Image) -> Image.Image:
@@ -61,9 +81,10 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
             return _to_rgb(source)
     if str(source).startswith(("http://", "https://")):
         raise ImageError(f"{source}: images are read from files; download it first and give the path.")
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise ImageError(f"{path}: {'is a directory, not a file' if path.is_dir() else 'no such image file'}.")
+    path = expanded(source)
+    if not is_file(path):
+        kind = "is a directory, not a file" if is_folder(path) else "no such image file"
+        raise ImageError(f"{shown(path)}: {kind}.")
     with _named_errors(str(path)), warnings.catch_warnings():
         if path.stat().st_size == 0:
             raise ImageError(f"{path}: the file is empty (0 bytes).")
@@ -74,6 +95,8 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Decodes the first frame, turns it upright and converts it to 8-bit RGB."""
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height}")
     if getattr(image, "is_animated", False):  # only multi-frame formats of Pillow define it
         image.seek(0)
     with strict_decoding():
@@ -123,9 +146,12 @@ def _named_errors(name: str) -> Iterator[None]:
     except PermissionError as error:
         raise ImageError(f"{name}: may not be read ({error.strerror}).") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: too many pixels ({error}).") from error
-    except _DECODER_ERRORS as error:
-        raise ImageError(f"{name}: cut off or damaged ({error}).") from error
+        raise ImageError(
+            f"{name}: too many pixels ({error}): up to {MAX_PIXELS:,} are read, so that a small file cannot fill the"
+            " memory. Make it smaller first."
+        ) from error
+    except DECODER_ERRORS as error:
+        raise ImageError(f"{name}: cut off or damaged ({str(error) or type(error).__name__}).") from error
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

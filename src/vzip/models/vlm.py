@@ -23,6 +23,7 @@ from vzip.pruners.context import PrunedRun, pruning, refuse_generation, refuse_t
 
 from .chat.session import ChatSession
 from .families import INPUT_NAMES, FamilyOptions, adapter_for_model
+from .families.finite import check_embeddings, check_logits, refusing_not_finite
 from .generation import (
     AnswerStreamer,
     check_length,
@@ -152,7 +153,9 @@ class CompressedVlm(InputBuilder, nn.Module):
         """
         outputs = {"pixel_values": pixel_values, "image_sizes": image_sizes, **processor_outputs}
         visual = self.adapter.read_inputs(**outputs)
-        return [tokens.rows for tokens in self.adapter.encode(visual, self._compressor)]
+        tokens = [each.rows for each in self.adapter.encode(visual, self._compressor)]
+        check_embeddings(self.model, tokens, outputs)
+        return tokens
 
     def encode_videos(self, pixel_values_videos: Tensor) -> list[Tensor]:
         """Videos -> visual tokens, frame by frame, as they enter the language model.
@@ -168,7 +171,9 @@ class CompressedVlm(InputBuilder, nn.Module):
             PromptError: another shape.
         """
         visual = self.adapter.read_inputs(pixel_values_videos=pixel_values_videos)
-        return [tokens.rows for tokens in self.adapter.encode(visual, self._compressor)]
+        tokens = [each.rows for each in self.adapter.encode(visual, self._compressor)]
+        check_embeddings(self.model, tokens, {"pixel_values_videos": pixel_values_videos})
+        return tokens
 
     def expected_num_visual_tokens(self, **inputs: Any) -> list[int]:
         """Visual tokens that the compressor will make of each image, then of each video; nothing is encoded.
@@ -207,6 +212,7 @@ class CompressedVlm(InputBuilder, nn.Module):
             PromptError: placeholders and images or videos do not match; a tensor of a wrong shape, one that is missing
                 or that the family does not have; ids outside the vocabulary; a prompt longer than the model reads.
             UnsupportedModelError: videos for a model without a video tower.
+            NotFiniteError: pixels, weights or what is made of them hold NaN or infinity.
         """
         adapter = self.adapter
         visual = adapter.read_inputs(**processor_outputs)
@@ -229,6 +235,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         before = positions_before(adapter, plan, input_ids, visual.shapes)
         tokens = adapter.encode(visual, self._compressor)
         prepared = splice_tokens(adapter, plan, input_ids.to(self.device), visual, tokens, before, labels)
+        check_embeddings(self.model, [prepared.inputs_embeds], processor_outputs)
         self.last_num_visual_tokens = prepared.num_visual_tokens
         return prepared
 
@@ -266,6 +273,10 @@ class CompressedVlm(InputBuilder, nn.Module):
             )
             if run is not None:
                 run.check_forwards(1)
+        if not self.model.training and run is None and output.logits.shape[:2] == prepared.attention_mask.shape:
+            rows = torch.arange(len(output.logits), device=output.logits.device)
+            last = prepared.attention_mask.cumsum(dim=1).argmax(dim=1).to(rows.device)
+            check_logits(self.model, output.logits[rows, last])
         return output
 
     @torch.no_grad()
@@ -317,7 +328,7 @@ class CompressedVlm(InputBuilder, nn.Module):
                 inputs_embeds=prepared.inputs_embeds,
                 attention_mask=prepared.attention_mask,
                 **positions,
-                **settings,
+                **refusing_not_finite(self.model, settings),
             )
             output = only_new(output, length)
             if run is not None:  # each new token is one forward's

@@ -15,14 +15,14 @@ was there, ``judge`` (by task: whom it asked what, and of how many answers a ver
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from vzip.errors import ManifestError
+from vzip.json_files import read_json, read_json_lines
 
 RECORD_NAME = "run.json"
 SAMPLES_NAME = "samples.jsonl"
@@ -33,6 +33,7 @@ JUDGE_ACCURACY, JUDGE_SCORE = "judge_accuracy", "judge_score"
 _OF_JUDGE = ("model", "base_url", "temperature", "max_tokens", "prompt_sha256")
 # What makes two runs runs of one model.
 _OF_MODEL = ("name_or_path", "revision", "weights_sha256", "class", "dtype", "preprocess")
+_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
 _REQUIRED = ("schema_version", "model", "compressor", "visual_tokens", "tasks", "provisional")
 
 
@@ -79,19 +80,42 @@ def read_record(run: str | Path) -> dict[str, Any]:
         what = "holds no run.json" if Path(run).is_dir() else "does not exist"
         raise ManifestError(f"{str(run)!r} {what}: a run directory of a finished evaluation is needed.")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        record = read_json(path)
+    except ValueError as error:
         raise ManifestError(f"{path} is not JSON ({error}). Run the evaluation again with overwrite=true.") from error
     missing = [key for key in _REQUIRED if key not in record] if isinstance(record, dict) else list(_REQUIRED)
-    if not missing and "name" not in record["compressor"]:
-        missing = ["compressor.name"]
-    if missing:
-        raise ManifestError(f"{path} is not an evaluation record: it lacks {', '.join(missing)}.")
+    wrong = [f"it lacks {', '.join(missing)}"] if missing else list(_wrong_shapes(record))
+    if wrong:
+        raise ManifestError(f"{path} is not an evaluation record: {'; '.join(wrong[:5])}.")
     if record["schema_version"] != SCHEMA_VERSION:
         raise ManifestError(
             f"{path} has schema_version {record['schema_version']}; this version of vzip reads {SCHEMA_VERSION}."
         )
     return record
+
+
+def _wrong_shapes(record: Mapping[str, Any]) -> Iterator[str]:
+    """What of a record that has all its fields is of another kind than every reader of it relies on."""
+    yield from _of_kind("", record, {"model": dict, "compressor": dict, "visual_tokens": dict, "tasks": dict})
+    optional = {"data": dict, "judge": dict, "pruner": dict, "config": dict, "provisional_reasons": list}
+    yield from _of_kind("", record, {key: kind for key, kind in optional.items() if record.get(key) is not None})
+    if isinstance(record["compressor"], dict):
+        yield from _of_kind("compressor.", record["compressor"], {"name": str})
+    for task, entry in record["tasks"].items() if isinstance(record["tasks"], dict) else ():
+        if not isinstance(entry, dict):
+            yield f"tasks.{task} is {entry!r:.60}, not an object"
+            continue
+        yield from _of_kind(f"tasks.{task}.", entry, {"metrics": dict, "num_samples": int})
+        for metric, score in entry["metrics"].items() if isinstance(entry.get("metrics"), dict) else ():
+            numbers = [score.get("value"), score.get("standard_error") or 0.0] if isinstance(score, dict) else [None]
+            if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+                yield f"tasks.{task}.metrics.{metric} is {score!r:.60}, which has no value or standard_error"
+
+
+def _of_kind(where: str, values: Mapping[str, Any], kinds: Mapping[str, type]) -> Iterator[str]:
+    for key, kind in kinds.items():
+        if not isinstance(values.get(key), kind):
+            yield f"{where}{key} is {values.get(key)!r:.60}, not {_KINDS[kind]}"
 
 
 def find_runs(folder: Path, pattern: str = f"**/{RECORD_NAME}", unreadable: list[str] | None = None) -> list[Run]:
@@ -129,16 +153,37 @@ def read_samples(run: str | Path) -> dict[str, list[dict[str, Any]]]:
     """The answers of a run by task, in order of question.
 
     Raises:
-        ManifestError: the run has no ``samples.jsonl``.
+        ManifestError: the run has no ``samples.jsonl``, or one that is damaged.
     """
     path = record_path(run).with_name(SAMPLES_NAME)
     if not path.is_file():
         raise ManifestError(f"{path} does not exist: the answers of this run were not kept.")
     by_task: dict[str, list[dict[str, Any]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        by_task.setdefault(row["task"], []).append(row)
+    try:
+        for row in read_json_lines(path):
+            if not isinstance(row, dict) or not isinstance(row.get("task"), str):
+                raise ValueError(f"an answer must be an object that names its task, this is {str(row)[:60]!r}")
+            by_task.setdefault(row["task"], []).append(row)
+    except ValueError as error:
+        raise ManifestError(
+            f"{path}: not the answers of a run ({error}). Run the evaluation again with overwrite=true."
+        ) from error
     return by_task
+
+
+def check_answers(path: Path, rows: Iterable[Mapping[str, Any]], kinds: Mapping[str, type]) -> None:
+    """Refuses answers that lack what a reader relies on.
+
+    Raises:
+        ManifestError: naming the first of them.
+    """
+    for row in rows:
+        wrong = [key for key, kind in kinds.items() if key not in row or not isinstance(row[key], kind)]
+        if wrong:
+            raise ManifestError(
+                f"{path.with_name(SAMPLES_NAME)}: an answer of {row['task']} (doc_id {row.get('doc_id')}) has no usable"
+                f" {', '.join(wrong)}. Run the evaluation again with overwrite=true."
+            )
 
 
 def answers_of(run: Run, task: str) -> list[dict[str, Any]] | None:
@@ -151,7 +196,9 @@ def answers_of(run: Run, task: str) -> list[dict[str, Any]] | None:
 @lru_cache(maxsize=2)  # a run and its vanilla run; the answers of a whole table would not fit into memory
 def _paired_fields(path: Path) -> dict[str, list[dict[str, Any]]]:
     kept = ("doc_id", "filter_index", "question", "target", "answer", "scores", "cluster")
-    return {task: [{key: row.get(key) for key in kept} for row in rows] for task, rows in read_samples(path).items()}
+    for rows in (answers := read_samples(path)).values():
+        check_answers(path, rows, {"doc_id": object, "scores": dict})
+    return {task: [{key: row.get(key) for key in kept} for row in rows] for task, rows in answers.items()}
 
 
 def score_of(record: Mapping[str, Any], task: str, metric: str) -> Score | None:

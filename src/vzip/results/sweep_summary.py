@@ -14,6 +14,7 @@ import numpy as np
 from vzip.analysis.plots import Point, plot_retention
 from vzip.errors import ManifestError
 from vzip.results.averages import average_retention
+from vzip.results.files import replace_file, written_aside
 from vzip.results.layout import Layout, Piece, to_markdown
 from vzip.results.paired import Paired, compare_task
 from vzip.results.record import (
@@ -211,12 +212,13 @@ def write_summary(jobs: Sequence[Job], lines: Sequence[Line], folder: Path) -> l
     Returns:
         the names of the files written.
     """
-    (folder / FILES[0]).write_text(to_markdown(lay_out_sweep(jobs, lines)), encoding="utf-8")
-    (folder / FILES[1]).write_text(to_csv(jobs, lines), encoding="utf-8")
+    replace_file(folder / FILES[0], to_markdown(lay_out_sweep(jobs, lines)))
+    replace_file(folder / FILES[1], to_csv(jobs, lines))
     points = plot_points(lines)
     if not points:
         return list(FILES[:2])
-    plot_retention(points, folder / FILES[2], "Retention against visual tokens")
+    with written_aside(folder / FILES[2]) as aside:
+        plot_retention(points, aside, "Retention against visual tokens")
     return list(FILES)
 
 

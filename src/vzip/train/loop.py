@@ -29,6 +29,7 @@ from vzip.models.generation import max_positions
 from vzip.models.vlm import CompressedVlm
 from vzip.models.weights.tuned import describe, save_tuned
 from vzip.results.files import check_writable
+from vzip.results.owner import check_free, owning
 from vzip.results.provenance import code_state, hardware, versions
 
 from .checkpoint import CheckpointStore, trained_tensors, trim_metrics
@@ -95,13 +96,16 @@ def prepare(plan: TrainPlan) -> Course:
 
     Raises:
         ManifestError, ConfigError: data that is missing or broken, or too little of it.
-        RunExistsError: the run is finished, its directory another run's, or its checkpoint one of another launcher.
+        RunExistsError: the run is finished, its directory another run's or in use, or its checkpoint one of another
+            launcher.
+        CheckpointError: a file of the newest checkpoint is damaged.
         MissingPackageError: a tracker is not installed.
         RunWriteError: the run's directory cannot be written.
     """
     for name in plan.train.trackers:
         check_tracker(name)
     check_writable(plan.run_dir)
+    check_free(plan.run_dir)
     data = plan.load_data()
     training, validation = hold_out(len(data), plan.train.num_validation_samples, plan.seed)
     schedule = StepSchedule(data, training, plan.train, plan.seed)
@@ -111,6 +115,8 @@ def prepare(plan: TrainPlan) -> Course:
         store.check()
         if (begun := store.begun()) is not None:
             begun.check(plan.launch, num_processes_in_all(plan.launch))
+        if (found := store.latest()) is not None and os.environ.get("RANK", "0") == "0":
+            store.verify(found[0])
     return Course(data, validation, schedule, store)
 
 
@@ -123,10 +129,14 @@ def train(plan: TrainPlan) -> Path:
         CheckpointError: a checkpoint cannot be written or read.
         DivergedError: the loss or the gradient is no finite number; names the samples.
     """
+    check_devices(plan.launch)
+    with owning(plan.run_dir):
+        return _train(plan, prepare(plan))
+
+
+def _train(plan: TrainPlan, course: Course) -> Path:
     # Data.
     settings, launch = plan.train, plan.launch
-    check_devices(launch)
-    course = prepare(plan)
     data, validation, schedule, store = course.data, course.validation, course.schedule, course.store
 
     # Join the other processes.

@@ -113,7 +113,7 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train_tiny.train(tmp_path / "cut", tmp_path / "cut_out", **options)
     train_tiny.train(tmp_path / "cut", tmp_path / "cut_out", **options)
-    whole, cut = (torch.load(tmp_path / run / "state.pt", weights_only=True) for run in ("whole", "cut"))
+    whole, cut = (torch.load(tmp_path / run / "state" / "state.pt", weights_only=True) for run in ("whole", "cut"))
     assert whole["step"] == cut["step"] == 4
     for part in ("model", "heads"):
         assert all(torch.equal(whole[part][k], cut[part][k]) for k in whole[part])

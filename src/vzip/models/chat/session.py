@@ -18,11 +18,13 @@ from transformers import DynamicCache, PreTrainedModel, ProcessorMixin, TextStre
 
 from vzip.compressors.base import Compressor
 from vzip.errors import ConfigError, PromptError, nearest
+from vzip.json_files import whole_text
 from vzip.media.video import VideoSource
 from vzip.pruners.base import Pruner
 from vzip.pruners.context import CacheStages, PrunedRun, pruning, refuse_generation
 
 from ..families import Adapter
+from ..families.finite import check_embeddings, refusing_not_finite
 from ..generation import max_positions, only_new, refuse_unserved
 from .layout import ChatLayout, EncodedVisual, message
 
@@ -143,6 +145,7 @@ class ChatSession:
             ImageError, VideoError: an image or video that cannot be used.
             UnsupportedModelError: a video for a model without a video tower.
         """
+        question = whole_text(question)
         self._check(question, max_new_tokens, settings)
         refuse_unserved(settings, self._vlm.model.generation_config)
         new = [*map(self._encode, images), *map(self._encode_video, videos)]
@@ -168,6 +171,7 @@ class ChatSession:
     def _encode_inputs(self, kind: Literal["image", "video"], inputs: dict[str, Tensor]) -> EncodedVisual:
         visual = self._vlm.adapter.read_inputs(**inputs)
         (encoded,) = self._vlm.adapter.encode(visual, self._vlm.compressor)
+        check_embeddings(self._vlm.model, [encoded.rows], inputs)
         of_images, of_videos = visual.num_placeholders
         num_vanilla = [*of_images, *of_videos][0]
         return EncodedVisual(kind, encoded.rows, num_vanilla, visual.shapes[0], encoded.place_index)
@@ -216,7 +220,7 @@ class ChatSession:
                     attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device),
                     past_key_values=self._cache,
                     streamer=None if on_text is None else _Streamer(self._tokenizer, on_text),
-                    **settings,
+                    **refusing_not_finite(self._vlm.model, settings),
                 )
                 new_ids: list[int] = only_new(output, len(ids))[0].tolist()
                 if run is not None:
