@@ -130,7 +130,7 @@ def test_several_processes(words: list[str], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(launch, "run_command", note)
     assert run("train", ["-m", *words, *TWO, "seed=1,2"], monkeypatch) == 0
     assert [command[-1] for command in started] == ["seed=1", "seed=2"], "a sweep goes on after its first job"
-    assert {"torch.distributed.run", "--nproc_per_node=2"} <= set(started[0])
+    assert {"vzip.train.torchrun", "--nproc_per_node=2"} <= set(started[0])
 
 
 def test_trained_needs_a_training(words: list[str], tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_order_of_samples() -> None:
 
 def test_launch_commands() -> None:
     launch = dataclasses.replace(LAUNCH, num_processes=8, strategy="ddp")
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=8"]
+    start = [sys.executable, "-m", "vzip.train.torchrun", "--nproc_per_node=8"]
     assert launch_command(LAUNCH, SCRIPT, ["a=b"], {}) is None
     assert launch_command(launch, SCRIPT, ["a=b"], {"RANK": "3"}) is None, "this is one of the processes already"
     assert launch_command(launch, SCRIPT, ["a=b"], {}) == [*start, "--standalone", "train.py", "a=b"]

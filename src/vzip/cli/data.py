@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vzip.data.llava_json import LlavaJson
@@ -31,6 +30,7 @@ from vzip.data.manifest import Manifest, file_table, load_manifest
 from vzip.data.subset import choose, source_table
 from vzip.data.verify import PictureProblem, find_problems
 from vzip.errors import ConfigError, ManifestError
+from vzip.progress import Progress
 
 NUM_SHOWN = 20
 
@@ -168,17 +168,15 @@ def _check_pictures(
     """Looks at every image; returns the first problems and how many there are by source and kind."""
     shown: list[PictureProblem] = []
     counts: Counter[tuple[str, str]] = Counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with ExitStack() as stack:
         report = stack.enter_context(args.report.open("w", encoding="utf-8")) if args.report else None
-        progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
-        task = progress.add_task("pictures", total=None)
+        progress = stack.enter_context(Progress("reading", "images"))
         problems = find_problems(
             data,
             indices,
             decode=not args.quick,
             num_workers=args.workers,
-            on_picture=lambda done, total: progress.update(task, completed=done, total=total),
+            on_picture=progress.update,
         )
         for problem in problems:
             counts[problem.picture.source, problem.kind] += 1

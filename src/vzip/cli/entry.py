@@ -38,7 +38,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     summary, also where jobs failed; then the exit code is not 0.
 
     What the user caused (``VzipError``, Hydra's and OmegaConf's errors) is printed as one message, exit code 2;
-    everything else keeps its traceback. ``HYDRA_FULL_ERROR=1`` shows every traceback.
+    an interruption (ctrl-C) is one line, exit code 130; everything else keeps its traceback.
+    ``HYDRA_FULL_ERROR=1`` shows every traceback.
     """
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -69,6 +70,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 with sweep.leaving_nothing_if_dry(sys.argv):
                     try:
                         hydra.main(version_base="1.3", config_path=str(directory), config_name=config_name)(job)()
+                    except KeyboardInterrupt as error:
+                        raise sweep.interruption(error) from None
                     finally:
                         num_failed = sweep.finish()
                 if num_failed:  # a sweeper that lives with failures
@@ -77,6 +80,10 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 if wants_traceback:
                     raise
                 fail(_missing_plugin(error) or error)
+            except KeyboardInterrupt as error:
+                if wants_traceback:
+                    raise
+                sys.exit(log.tell_interruption(error))
             finally:
                 if not wants_traceback:
                     os.environ.pop(_FULL, None)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vzip.data.llava_index import cache_folder
@@ -31,6 +30,7 @@ from vzip.evaluation.benchmarks.judged import JudgedTask, judged_task
 from vzip.evaluation.judge.cache import ReplyCache
 from vzip.evaluation.judge.record import JudgedRun, open_tasks, read_run, unusable, write_verdicts
 from vzip.evaluation.judge.settings import OFFICIAL_URL, JudgeSettings, read_key
+from vzip.progress import Progress
 from vzip.results.record import JUDGE_ACCURACY, JUDGE_SCORE, score_of
 
 if TYPE_CHECKING:
@@ -189,15 +189,10 @@ def _ask(job: _Job, meter: _Meter) -> list[Reply]:
     Raises:
         JudgeError: the endpoint failed for good, or more was spent than allowed; what has come is kept.
     """
-    columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=len(job.chats))
-        num_done = 0
+    with Progress("judging", "answers", len(job.chats)) as progress:
 
         def count(number: int, reply: Reply) -> None:
-            nonlocal num_done
-            num_done += 1
-            bar.advance(task)
+            progress.advance()
             meter.add(reply, job.chats[number], job.kind)
 
         try:
@@ -205,7 +200,7 @@ def _ask(job: _Job, meter: _Meter) -> list[Reply]:
         except JudgeError as error:
             reason, tasks = str(error).rstrip("."), ", ".join(job.tasks)
             raise JudgeError(
-                f"{reason}. {num_done} of {len(job.chats)} answers ({tasks}) are judged and kept in"
+                f"{reason}. {progress.done} of {len(job.chats)} answers ({tasks}) are judged and kept in"
                 f" {job.judge.cache.path}; of these nothing is in the record yet. Run the same command again to go on."
             ) from error
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from rich.progress import track
 
 from vzip.demo.questions import (
     TASKS,
@@ -29,6 +28,7 @@ from vzip.demo.questions import (
 from vzip.demo.render import render
 from vzip.demo.scenes import TEST_SEEDS, Scene, sample_scene
 from vzip.errors import ManifestError
+from vzip.progress import Progress
 from vzip.results.files import make_folder
 
 NUM_PICTURES = 400
@@ -87,10 +87,11 @@ def write(folder: Path) -> str:
     scenes = test_scenes()
     digest = hashlib.sha256()
     (folder / "images").mkdir()
-    for index, scene in enumerate(track(scenes, description="generating scenes")):
-        picture = render(scene)
-        digest.update(picture.tobytes())
-        picture.save(folder / "images" / f"{index:04d}.png", compress_level=1)
+    with Progress("generating", "images", len(scenes)) as progress:
+        for index, scene in enumerate(progress.track(scenes)):
+            picture = render(scene)
+            digest.update(picture.tobytes())
+            picture.save(folder / "images" / f"{index:04d}.png", compress_level=1)
     for task, rows in build_rows(scenes).items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         digest.update(text.encode())

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vzip.bench.settings import BUDGETS
 from vzip.compressors.base import Compressor, TokenBudget
@@ -26,6 +25,7 @@ from vzip.demo.scoring import METRICS, Result, normalise
 from vzip.models.splice import plan_splice, splice
 from vzip.models.towers.cache import TowerCache
 from vzip.models.vlm import CompressedVlm
+from vzip.progress import Progress
 from vzip.results.stats import retention_interval
 
 MAX_NEW_TOKENS = 8
@@ -86,9 +86,7 @@ def run_sweep(
     pictures = list(by_picture(folder).items())[:limit]
     template: Any = vlm.processor
     found: dict[Setting, dict[str, list[tuple[int, Result]]]] = {s: {task: [] for task in TASKS} for s in rows}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task(f"{len(rows)} settings, pictures", total=len(pictures))
+    with Progress(f"answering under {len(rows)} settings", "images", len(pictures)) as progress:
         for batch in batches(pictures, batch_size):
             opened = [Image.open(folder / name).convert("RGB") for name, _ in batch]
             pixels = vlm.preprocess_images(opened)["pixel_values"]
@@ -115,7 +113,7 @@ def run_sweep(
                 for (_, (task, position, row)), said in zip(asked, answers(vlm, encoded, images, asked), strict=True):
                     result = Result(answer=row["answer"], said=normalise(said), pair=row["pair"])
                     found[setting][task].append((position, result))
-            progress.advance(bar, len(batch))
+            progress.advance(len(batch))
     vlm.adapter.tower_cache = None
     return {s: {t: [r for _, r in sorted(v, key=lambda p: p[0])] for t, v in d.items()} for s, d in found.items()}
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -37,6 +36,7 @@ from vzip.demo.questions import (
 )
 from vzip.demo.scenes import TRAIN_SEEDS, Scene, sample_scene
 from vzip.demo.tiny_model import build_model, build_processor, prompt
+from vzip.progress import Progress
 
 VALIDATION_SEEDS = (2_500_000_000, 2_600_000_000)  # neither trained on nor in the benchmark
 
@@ -187,9 +187,7 @@ def train(
         kept = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] <= step]
         log_file.write_text("".join(line + "\n" for line in kept))
     total = sum(stage.num_steps for stage in stages)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress, log_file.open("a") as log:
-        bar = progress.add_task("training", total=total, completed=step)
+    with Progress("training", "steps", total, done=step) as progress, log_file.open("a") as log:
         started, pictures = time.perf_counter(), 0
         sums: dict[str, float] = {}
         while step < total:
@@ -210,11 +208,7 @@ def train(
             pictures += batch_size
             for name, value in {**terms, "grad_norm": norm}.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-            progress.update(
-                bar,
-                completed=step,
-                description=f"{canvas} px, loss {torch.stack(list(terms.values())).sum().item():.2f}",
-            )
+            progress.advance(note=f"{canvas} px, loss {torch.stack(list(terms.values())).sum().item():.2f}")
             if step % 50 == 0 or step == total:
                 count = 50 if step % 50 == 0 else step % 50
                 row: dict[str, Any] = {

@@ -193,6 +193,16 @@ def finish() -> int:
     return len(failed)
 
 
+def interruption(error: KeyboardInterrupt) -> KeyboardInterrupt:
+    """What is kept of the sweep that this process started, and no summary of it; else the error as it is."""
+    folder, SweepCallback.folder = SweepCallback.folder, None
+    if folder is None:
+        return error
+    num_finished = sum(entry["error"] is None for entry in read_entries(folder))
+    last = f"; of the one under way {error.args[0]}" if error.args else ""
+    return KeyboardInterrupt(f"{num_finished} jobs of the sweep are finished and kept{last}")
+
+
 def read_entries(folder: Path) -> list[dict[str, Any]]:
     """What became of each job, in their order."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / _JOBS).glob("*.json"))]
