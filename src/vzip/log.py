@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 USER_ERROR = 2  # the exit codes
 INTERRUPTED = 130
+_LIBRARIES = r"(torch|transformers|accelerate|deepspeed|peft|datasets|lmms_eval|hydra|omegaconf)(\.|$)"
 
 
 class _StandardError(logging.StreamHandler[Any]):
@@ -26,6 +29,7 @@ class _StandardError(logging.StreamHandler[Any]):
 
 def setup(level: int = logging.INFO) -> None:
     """Shows vzip's own messages; other libraries keep to warnings. Calling it again changes only the level."""
+    _quiet()
     logger = logging.getLogger("vzip")
     logger.setLevel(level)
     if not any(isinstance(handler, _StandardError) for handler in logger.handlers):
@@ -33,6 +37,21 @@ def setup(level: int = logging.INFO) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
+
+
+def _quiet() -> None:
+    """Keeps back what libraries say that nobody can act on, unless ``python -W`` or their own variable wants it."""
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_hint)
+    if not sys.warnoptions:
+        for kind in (FutureWarning, DeprecationWarning):  # of one library about another, both of our choice
+            warnings.filterwarnings("ignore", category=kind, module=_LIBRARIES)
+    if not sys.stderr.isatty():  # their bars write a line for each time they move
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _is_no_hint(record: logging.LogRecord) -> bool:
+    """False for transformers' advice to install torchvision, which vzip does without."""
+    return "requires torchvision" not in record.getMessage()
 
 
 def tell_error(error: Exception) -> int:
@@ -55,8 +74,10 @@ def keeping(what: Callable[[], str]) -> Iterator[None]:
 
 
 def tell_interruption(error: KeyboardInterrupt) -> int:
-    """Prints one line, what is kept and how to go on, or nothing if who was started has said it; the exit code."""
-    kept = error.args[0] if error.args else "nothing was begun that would have to be kept"
-    if kept:
-        print(f"interrupted: {kept}. The same command continues.", file=sys.stderr, flush=True)
+    """Prints one line, what is kept and how to go on, or nothing if another process has said it; the exit code."""
+    kept = "nothing new is kept, nothing old is lost. The same command begins anew."
+    if error.args:
+        kept = error.args[0] and f"{error.args[0]}. The same command continues."
+    if kept and os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
+        print(f"interrupted: {kept}", file=sys.stderr, flush=True)
     return INTERRUPTED

@@ -23,14 +23,14 @@ def python(code: str) -> str:
     return done.stdout
 
 
-def module_with(monkeypatch: pytest.MonkeyPatch, outcome: int | Exception) -> list[Namespace]:
+def module_with(monkeypatch: pytest.MonkeyPatch, outcome: int | BaseException) -> list[Namespace]:
     """Makes `ask` a command that ends as told, and returns what it was called with."""
     calls: list[Namespace] = []
     module = ModuleType("a command")
 
     def main(args: Namespace) -> int:
         calls.append(args)
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
@@ -163,3 +163,12 @@ def test_bench_loads_no_evaluation_packages() -> None:
     )
     shown = python(code)
     assert "usage: python -m vzip bench" in shown and shown.splitlines()[-1] == "[]"
+
+
+def test_an_interrupted_command_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module_with(monkeypatch, KeyboardInterrupt("what has arrived is kept in data"))
+    assert cli.main(["ask", "a.png"]) == 130
+    told = capsys.readouterr().err
+    assert told == "interrupted: what has arrived is kept in data. The same command continues.\n"

@@ -30,6 +30,7 @@ from vzip.evaluation.benchmarks.judged import JudgedTask, judged_task
 from vzip.evaluation.judge.cache import ReplyCache
 from vzip.evaluation.judge.record import JudgedRun, open_tasks, read_run, unusable, write_verdicts
 from vzip.evaluation.judge.settings import OFFICIAL_URL, JudgeSettings, read_key
+from vzip.log import keeping
 from vzip.progress import Progress
 from vzip.results.record import JUDGE_ACCURACY, JUDGE_SCORE, score_of
 
@@ -195,13 +196,15 @@ def _ask(job: _Job, meter: _Meter) -> list[Reply]:
             progress.advance()
             meter.add(reply, job.chats[number], job.kind)
 
+        of = f"of {len(job.chats)} answers are judged and kept in {job.judge.cache.path}"
         try:
-            return job.judge.ask_all(job.chats, job.kind.usable, count)
+            with keeping(lambda: f"{progress.done} {of}"):
+                return job.judge.ask_all(job.chats, job.kind.usable, count)
         except JudgeError as error:
             reason, tasks = str(error).rstrip("."), ", ".join(job.tasks)
             raise JudgeError(
-                f"{reason}. {progress.done} of {len(job.chats)} answers ({tasks}) are judged and kept in"
-                f" {job.judge.cache.path}; of these nothing is in the record yet. Run the same command again to go on."
+                f"{reason}. {progress.done} {of} ({tasks}); of these nothing is in the record yet. Run the"
+                " same command again to go on."
             ) from error
 
 

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from vzip.errors import ManifestError
+from vzip.log import keeping
 from vzip.progress import Progress
 
 from .fetch import fetch, forget, new_client, remote_size
@@ -72,7 +73,8 @@ class Downloader:
                 archive, a full disk, another download into the same folder. What has arrived stays and is continued by
                 the next run.
         """
-        with self._alone(), _full_disk_named(self.root):
+        kept = keeping(lambda: f"what has arrived is kept in {self.root}")
+        with kept, self._alone(), _full_disk_named(self.root):
             wanted = [file for file in files if file.url is not None and not self._is_done(file)]
             self._check_room(wanted, extract)
             for file in wanted:

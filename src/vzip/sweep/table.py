@@ -18,7 +18,6 @@ arXiv 2412.04467, scenes (the built-in model), or a .json file of one's own.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +37,7 @@ from vzip.results.layout import print_layout, to_latex, to_markdown
 from vzip.results.record import Run, find_runs
 from vzip.sweep.execute import evaluate_words
 from vzip.sweep.plan import Planned, Todo, hours, missing, plan, runs_of
+from vzip.train.launch import LaunchError, run_command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -214,7 +214,11 @@ def run_one(todo: Todo, launcher: str | None) -> bool:
 
 
 def _process(words: Sequence[str]) -> bool:
-    return subprocess.run([sys.executable, *words], check=False).returncode == 0
+    try:
+        run_command([sys.executable, *words])
+    except LaunchError:  # its own message is above
+        return False
+    return True
 
 
 def print_table(table: PaperTable, planned: Mapping[str, Planned], found: Found, form: str | None) -> None:

@@ -124,7 +124,7 @@ def train(plan: TrainPlan) -> Path:
     """
     check_devices(plan.launch)
     course = prepare(plan)
-    with keeping(lambda: _kept(course) if os.environ.get("RANK", "0") == "0" else ""):
+    with keeping(lambda: _kept(course)):
         return _train(plan, course)
 
 

@@ -14,7 +14,8 @@ from torch.distributed.run import main
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun sets, with four lines that say so
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
+        logging.getLogger(name).setLevel(logging.ERROR)  # each has a level of its own
     try:
         main()
     except SignalException as error:
