@@ -140,7 +140,7 @@ def main(arguments: argparse.Namespace) -> int:
     print_table(body, title)
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "table.md").write_text(markdown(body))
+    (arguments.out / "table.md").write_text(markdown(body) + (f"\n{provisional.strip()}\n" if provisional else ""))
     record = {
         "provisional": arguments.limit is not None,
         "num_questions": count,
@@ -162,7 +162,7 @@ def main(arguments: argparse.Namespace) -> int:
     }
     (arguments.out / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     points = [
-        Point(row.method, row.num_tokens, got.retention, got.low, got.high)
+        Point(row.method, row.num_tokens, got.retention, got.low, got.high, arguments.limit is not None)
         for row, got in zip(rows[1:], scores[1:], strict=True)
     ]
     plot_retention(points, arguments.out / "retention.png", "Built-in model on scenes, training-free")

@@ -36,6 +36,10 @@ _OF_MODEL = ("name_or_path", "revision", "weights_sha256", "class", "dtype", "pr
 _REQUIRED = ("schema_version", "model", "compressor", "visual_tokens", "tasks", "provisional")
 
 
+# Weights on top of the model, as a title names them.
+_ON_TOP = {"projector": "tuned projector", "adapter_path": "LoRA adapter"}
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished evaluation: its ``run.json`` and what it says."""
@@ -205,6 +209,24 @@ def method_of(record: Mapping[str, Any]) -> str:
     """The compressor's class and, if there is one, the pruner's."""
     pruner = record.get("pruner")
     return record["compressor"]["name"] + (f"+{pruner['name']}" if pruner else "")
+
+
+def title_of(record: Mapping[str, Any]) -> str:
+    """What was evaluated, as a person would say it: ``"tiny + tuned projector, VisionZip, 64 tokens"``."""
+    model, chosen = record["model"], (record.get("config") or {}).get("model") or {}
+    path = Path(str(model.get("name_or_path") or model["class"]))
+    # A directory of one's own, which has no revision, is called by its name, not by the option that reads it.
+    is_published = model.get("revision") is not None or path.parent.name == "vzip"
+    parts = [str(chosen.get("name") or path.name) if is_published else path.name]
+    parts += [words for key, words in _ON_TOP.items() if chosen.get(key)]
+    parts += [f"{chosen['quantization']} weights"] if chosen.get("quantization") else []
+    fewest, most = visual_tokens_of(record)
+    tokens = "no visual" if most is None else f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    pruner = record.get("pruner")
+    compressor = record["compressor"]["name"]
+    methods = [compressor] if compressor != "Identity" else []
+    method = " + ".join([*methods, *([pruner["name"]] if pruner else [])]) or "vanilla"
+    return f"{' + '.join(parts)}, {method}, {tokens} tokens" + (" (provisional)" if record["provisional"] else "")
 
 
 def is_vanilla_of(candidate: Mapping[str, Any], record: Mapping[str, Any]) -> bool:

@@ -164,8 +164,8 @@ def _cells(line: Line, tasks: Sequence[str]) -> list[str]:
     return [
         "" if fewest is None else f"{fewest}" if fewest == most else f"{fewest} to {most}",
         *(f"{line.scores[task].value:.4g}{mark}" if task in line.scores else "" for task in tasks),
-        "" if line.average is None else f"{line.average:.2f}",
-        "" if line.retention is None else f"{line.retention:.1f}",
+        "" if line.average is None else f"{line.average:.2f}{mark}",
+        "" if line.retention is None else f"{line.retention:.1f}{mark}",
         "" if line.low is None else f"{line.low:.1f} to {line.high:.1f}",
         f"{line.run.record['wall_time_s']:.0f}",
     ]
@@ -229,5 +229,5 @@ def plot_points(lines: Sequence[Line]) -> list[Point]:
             continue
         low = line.retention if line.low is None else line.low
         high = line.retention if line.high is None else line.high
-        points.append(Point(line.job.method, most, line.retention, low, high))
+        points.append(Point(line.job.method, most, line.retention, low, high, line.run.record["provisional"]))
     return points
