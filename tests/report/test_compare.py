@@ -220,7 +220,7 @@ def test_table(capsys):
             {
                 "model": {"name_or_path": "llava-hf/llava-1.5-7b-hf", "revision": "8c85e9", "class": "L"},
                 "config": {"model": {"name": "llava15_7b", "quantization": "4bit"}},
-                "visual_tokens": {"measured_min": 300, "measured_max": 640},
+                "visual_tokens": {"measured_min": 300, "measured_max": 640, "num_images": 9},
                 "provisional": True,
             },
             "llava15_7b + 4bit weights, VisionZip, 300 to 640 tokens (provisional)",

@@ -155,7 +155,7 @@ def test_an_interrupted_training_of_two_processes_is_one_line(words: list[str]) 
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
     told = process.communicate(timeout=120)[1]
-    lines = [line for line in told.splitlines() if "interrupted" in line]
+    lines = [line for line in told.splitlines() if line.startswith("interrupted:")]
     assert process.returncode == 130 and len(lines) == 1 and "Traceback" not in told, told
     assert re.fullmatch(r"interrupted: step \d+ of 1,000 is kept in runs/.*\. The same command continues\.", lines[0])
     assert "Loading weights" not in told and "accelerator" not in told and "Warning" not in told

@@ -20,6 +20,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vzip.errors import ConfigError, ImageError
+from vzip.installed import missing_package
 
 Preprocess = Literal["llava", "hf"]
 PREPROCESSES: tuple[str, ...] = get_args(Preprocess)
@@ -29,6 +30,7 @@ MAX_PADDED_SIDE = 4096
 # CLIP's processor enlarges the short side to 336 first: at 100:1 that is already 336 x 33600 pixels.
 MAX_HF_ASPECT_RATIO = 100
 _STRIP_ROWS = 256
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 # What Pillow raises for files that are cut off, damaged or no images at all (each seen from some decoder).
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
@@ -49,6 +51,7 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
 
     Raises:
         ImageError: no such file, empty, not an image, cut off, damaged, or more pixels than Pillow's safety limit.
+        MissingPackageError: an image of a phone (HEIC), and pillow-heif is not installed.
     """
     if isinstance(source, Image.Image):
         with _named_errors("the image given"):
@@ -61,9 +64,33 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     with _named_errors(str(path)), warnings.catch_warnings():
         if path.stat().st_size == 0:
             raise ImageError(f"{path}: the file is empty (0 bytes).")
+        if is_heic(path):
+            _register_heic(path)
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is allowed; twice that is an error
         with Image.open(path) as image:
             return _to_rgb(image)
+
+
+def is_heic(path: Path) -> bool:
+    """Whether a file is an image in the format of phones (HEIC, HEIF), by its content."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
+
+
+def _register_heic(path: Path) -> None:
+    """Teaches Pillow the format.
+
+    Raises:
+        MissingPackageError: pillow-heif is not installed.
+    """
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise missing_package(
+            f"{path}: a HEIC image", "pillow_heif", error, extra="heic", otherwise="save it as JPEG or PNG"
+        ) from error
+    pillow_heif.register_heif_opener()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

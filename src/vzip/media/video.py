@@ -20,7 +20,7 @@ from torch import Tensor
 from vzip.errors import ConfigError, VideoError
 from vzip.installed import missing_package
 
-from .images import MAX_HF_ASPECT_RATIO, load_image
+from .images import MAX_HF_ASPECT_RATIO, is_heic, load_image
 
 DEFAULT_NUM_FRAMES = 8  # Video-LLaVA's own, in training and evaluation
 
@@ -105,6 +105,8 @@ def pixels(pictures: Sequence[Image.Image], image_processor: Any) -> Tensor:
 def is_picture(path: Path) -> bool:
     """Whether a file is an image for Pillow (an animated one too) rather than a video, by its content."""
     try:
+        if is_heic(path):
+            return True
         with Image.open(path) as image:
             return image.format != "MPEG"  # Pillow recognises these videos but cannot read them
     except (UnidentifiedImageError, OSError):
