@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from typing import Any
 
 USER_ERROR = 2  # the exit codes
 INTERRUPTED = 130
+_NEAREST = re.compile(r"\(did you mean ('.*?')\?\)")  # as vzip.errors.nearest writes it
+_SHORT = 60  # characters behind a name that do not hide it
 _LIBRARIES = r"(torch|transformers|accelerate|deepspeed|peft|datasets|lmms_eval|hydra|omegaconf)(\.|$)"
 
 
@@ -56,8 +59,15 @@ def _is_no_hint(record: logging.LogRecord) -> bool:
 
 def tell_error(error: Exception) -> int:
     """Prints a user's error without a traceback; returns the exit code."""
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    print(f"{type(error).__name__}: {nearest_last(str(error))}", file=sys.stderr)
     return USER_ERROR
+
+
+def nearest_last(message: str) -> str:
+    """The message with the nearest names once more at its end, where a long list has pushed them out of sight."""
+    found = list(dict.fromkeys(_NEAREST.findall(message)))
+    tail = message[message.rindex(found[-1]) :] if found else ""
+    return f"{message}\nDid you mean {' and '.join(found)}?" if len(tail) > _SHORT else message
 
 
 @contextlib.contextmanager

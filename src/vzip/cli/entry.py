@@ -119,5 +119,5 @@ def _missing_plugin(error: Exception) -> VzipError | None:
 def fail(error: Exception) -> NoReturn:
     """Prints a user's error, without Hydra's lines about where it searched, and ends with USER_ERROR."""
     message = str(error).split("\nConfig search path:")[0].strip()
-    print(f"{type(error).__name__}: {message}", file=sys.stderr)
+    print(f"{type(error).__name__}: {log.nearest_last(message)}", file=sys.stderr)
     sys.exit(USER_ERROR)

@@ -25,7 +25,7 @@ from vzip.models.weights.tuned import (
 )
 from vzip.results.files import make_folder
 
-from .settings import LaunchSettings
+from .settings import LaunchSettings, refuse_finished
 
 _STEP = re.compile(r"step-(\d+)")
 _STATE_NAME, _DEEPSPEED_NAME = "state.pt", "deepspeed"
@@ -114,11 +114,7 @@ class CheckpointStore:
         Raises:
             RunExistsError: the run is finished, or the directory belongs to a run with other settings.
         """
-        if self.final.exists():
-            raise RunExistsError(
-                f"{self.final} exists: this run is finished. Evaluate it with model.projector={self.final}, set"
-                " overwrite=true to train it again, or change the seed or paths.run_dir."
-            )
+        refuse_finished(self.run_dir)
         if not self._begun.is_file():
             return
         begun = json.loads(self._begun.read_text(encoding="utf-8"))
