@@ -1,6 +1,7 @@
 """A record beside what its recipe must produce, or beside another record.
 
   python -m vzip compare RUN            against its recipe's row in the paper's tables and our own vanilla run
+  python -m vzip compare runs/scenes/tiny/visionzip-64tok/seed0       as the built-in model's
   python -m vzip compare RUN OTHER      any two runs: scores, paired statistics on the same questions, settings; and how
                                         much of what OTHER loses against vanilla RUN has won back
 

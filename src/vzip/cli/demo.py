@@ -1,5 +1,9 @@
 """The whole story on the built-in model, offline: every method and budget in one table, a plot and an image.
 
+  python -m vzip demo                   some minutes on two cores (make demo)
+  python -m vzip demo --limit 20        twenty of its 400 images: the table is provisional
+  python -m vzip demo --out DIR         elsewhere than runs/demo
+
 Evaluates vanilla (all 576 visual tokens), VisionZip and two controls at 192, 128, 64 and 32 tokens on the 1600
 questions of the scenes benchmark, measures what each costs, and writes to `--out`: table.md, results.json,
 retention.png and overlay.png (kept patches and merge groups). Files of an earlier demo there are replaced.

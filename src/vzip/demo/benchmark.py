@@ -1,5 +1,9 @@
 """The `scenes` benchmark: 400 generated images, 400 questions in each of four tasks, as local lmms-eval tasks.
 
+  python -m vzip scenes                 writes it, or checks what is there
+  python -m vzip scenes --out DIR       elsewhere than in the cache
+  python eval.py eval=scenes            asks a model
+
 The images are generated on first use (about a quarter of a minute) into a cache folder and compared with DIGEST, so
 that a score means the same questions on every machine. Their seeds are disjoint from training's.
 """

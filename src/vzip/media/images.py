@@ -12,15 +12,17 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import PIL
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from vzip.errors import ConfigError, ImageError
 from vzip.installed import missing_package
+
+if TYPE_CHECKING:  # the commands that only read images need not wait for torch
+    from torch import Tensor
 
 Preprocess = Literal["llava", "hf"]
 PREPROCESSES: tuple[str, ...] = get_args(Preprocess)

@@ -10,17 +10,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from vzip.errors import ConfigError, VideoError
 from vzip.installed import missing_package
 
 from .images import MAX_HF_ASPECT_RATIO, is_heic, load_image
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEFAULT_NUM_FRAMES = 8  # Video-LLaVA's own, in training and evaluation
 
@@ -93,6 +94,8 @@ def prepare_videos(videos: Sequence[VideoSource], image_processor: Any, num_fram
     Raises:
         as ``load_video``.
     """
+    import torch  # only here: the commands that only read videos need not wait for it
+
     return torch.stack([pixels(load_video(video, num_frames), image_processor) for video in videos])
 
 

@@ -37,7 +37,6 @@ from vzip.results.layout import print_layout, to_latex, to_markdown
 from vzip.results.record import Run, find_runs
 from vzip.sweep.execute import evaluate_words
 from vzip.sweep.plan import Planned, Todo, hours, missing, plan, runs_of
-from vzip.train.launch import LaunchError, run_command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +213,8 @@ def run_one(todo: Todo, launcher: str | None) -> bool:
 
 
 def _process(words: Sequence[str]) -> bool:
+    from vzip.train.launch import LaunchError, run_command  # only here: it takes its time
+
     try:
         run_command([sys.executable, *words])
     except LaunchError:  # its own message is above
