@@ -109,11 +109,16 @@ def test_a_run_without_a_recipe_is_held_against_the_row_that_is_named(tree, caps
 
 
 @pytest.mark.parametrize("recipe", ["tiny_64tok", "llava15_7b_64tok_split"])
-def test_a_recipe_without_published_numbers_is_said(tree, recipe):
-    run, _ = tree
+def test_a_recipe_without_published_numbers_is_beside_vanilla(tree, recipe, capsys):
+    run, folder = tree
     (run / "run.json").write_text(json.dumps(record(config={"recipe": recipe})))
-    with pytest.raises(ManifestError, match=f"recipe {recipe} has no numbers in any table"):
-        run_main(run)
+    with pytest.raises(ManifestError, match=rf"no table has numbers for it \(its recipe: {recipe}\)"):
+        run_main(run, "--vanilla", run)
+    (folder / "runs" / "bad").mkdir()
+    (folder / "runs" / "bad" / "run.json").write_bytes(b"\xff\xfe{")
+    assert run_main(run) == 0, "held against our own vanilla run, whatever lies beside it"
+    told = capsys.readouterr().out
+    assert "no table has numbers for m, VisionZip, 64 tokens: beside our own vanilla run" in told
 
 
 def test_a_vanilla_run_of_another_pillow_is_said(tree, capsys):

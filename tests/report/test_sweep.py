@@ -77,7 +77,7 @@ def test_retention_is_that_of_the_paired_bootstrap(jobs: list[Job]) -> None:
     assert ours.low < ours.retention < 100
     assert full.retention == 100
     assert ours.average == pytest.approx(50 * sum(np.mean(COMPRESSED[task]) for task in TASKS))
-    assert other.retention is None and other.remark == "no vanilla run of its model and questions in the sweep"
+    assert other.retention is None and other.remark == "no vanilla run of its model and questions under the runs folder"
 
 
 def test_the_plot_has_a_point_for_each_compressed_run_with_a_retention(jobs: list[Job]) -> None:

@@ -62,7 +62,8 @@ def print_result(result: BenchResult | SideResult, console: Console) -> None:
     console.print(build_table(result))
     for key, words in RATIO_WORDS.items():
         if key in result.ratios():
-            console.print("  vzip " + words.format(result.ratios()[key]), highlight=False)
+            single = "" if r["repeats"] > 1 else " (one pass each: that may be chance; repeats=5 would tell)"
+            console.print("  vzip " + words.format(result.ratios()[key]) + single, highlight=False)
     if result.agreement is not None:
         tokens, overlap = result.agreement.max_token_difference, result.selection_overlap
         console.print(
@@ -157,7 +158,9 @@ _MEMORY_WORDS = {
 
 def build_table(result: BenchResult) -> Table:
     """One column a method, one row a quantity; times are medians with the quartiles."""
-    table = Table(title="times in milliseconds: median \\[quartiles]", title_justify="left")
+    num_passes = min(len(timing.samples_ms) for m in result.methods.values() for timing in m.stages.values())
+    spread = "of one pass each, so their spread is not known" if num_passes == 1 else "median \\[quartiles]"
+    table = Table(title=f"times in milliseconds: {spread}", title_justify="left")
     table.add_column("")
     for name in result.methods:
         table.add_column(name, justify="right")
@@ -182,6 +185,8 @@ def build_table(result: BenchResult) -> Table:
 
 def _time(t: Timing) -> str:
     digits = 0 if t.median_ms >= 100 else 1 if t.median_ms >= 10 else 2
+    if len(t.samples_ms) == 1:
+        return f"{t.median_ms:.{digits}f}"
     return f"{t.median_ms:.{digits}f} [{t.q1_ms:.{digits}f}-{t.q3_ms:.{digits}f}]"
 
 

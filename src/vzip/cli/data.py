@@ -26,7 +26,7 @@ from rich.table import Table
 
 from vzip.data.llava_json import LlavaJson
 from vzip.data.lock import Lock
-from vzip.data.manifest import Manifest, file_table, load_manifest
+from vzip.data.manifest import Manifest, addresses, file_table, load_manifest
 from vzip.data.subset import choose, source_table
 from vzip.data.verify import PictureProblem, find_problems
 from vzip.errors import ConfigError, ManifestError
@@ -89,6 +89,7 @@ def _download(args: argparse.Namespace) -> int:
     files = manifest.choose(args.only)
     if args.list:
         Console().print(file_table(manifest, files))
+        print(*addresses(files), sep="\n")  # not in the table, which would break them
         return 0
     if args.root is None:
         raise ConfigError("--root DIR is missing: the folder to fetch into.")

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from vzip import demo
 from vzip.config.full_budget import full_is_vanilla
 from vzip.config.options import RECIPE_GROUP, config_dir, options
-from vzip.config.overrides import check_overrides
+from vzip.config.overrides import check_overrides, counted_budgets
 from vzip.config.run_directory import budget_label, recipe_changes, run_directory, training_directory
 from vzip.config.same_run import same_run
 from vzip.config.schema import AUTO
@@ -350,9 +350,10 @@ def model_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor]:
 def chat_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor, str | None]:
     """As ``model_plan``, and the model's system prompt (None: none)."""
     directory = config_dir()
-    check_overrides(list(words), directory, "eval")
+    words = counted_budgets(words, directory)
+    check_overrides(words, directory, "eval")
     with initialize_config_dir(config_dir=str(directory), version_base="1.3"):
-        config = resolved(compose("eval", list(words)))
+        config = resolved(compose("eval", words))
     validate(config)
     model = {**config["model"], "projector": tuned_weights(config, directory)}
     arguments = {**load_arguments(model), "pruner": build_pruner(config["pruner"])}

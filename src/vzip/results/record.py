@@ -110,7 +110,7 @@ def find_runs(folder: Path, pattern: str = f"**/{RECORD_NAME}", unreadable: list
     for path in sorted(folder.glob(pattern)):
         try:
             found.append(Run(path, read_record(path)))
-        except ManifestError as error:
+        except (OSError, ValueError) as error:  # a ManifestError, and what the system says of a neighbour
             if unreadable is not None:
                 unreadable.append(str(error))
     return found
@@ -119,14 +119,14 @@ def find_runs(folder: Path, pattern: str = f"**/{RECORD_NAME}", unreadable: list
 def runs_beside(run: Run) -> list[Run]:
     """The evaluations of the runs tree that a record lies in, itself among them; none where it lies elsewhere.
 
-    The tree is ``runs/<task>/<recipe or model>/<compressor>-<budget>/seed<k>``; its root is told by its name, or else
-    by the seed's, four levels below it.
+    Wherever they lie in it: the tree is usually ``runs/<task>/<recipe or model>/<compressor>-<budget>/seed<k>``; its
+    root is told by its name, or else by the seed's, four levels below it.
     """
     above = run.path.resolve().parents
     root = next((folder for folder in above if folder.name == "runs"), None)
     if root is None and above[0].name.startswith("seed") and len(above) > 4:
         root = above[4]
-    return [] if root is None else find_runs(root, f"*/*/*/*/{RECORD_NAME}")
+    return [] if root is None else find_runs(root)
 
 
 def read_samples(run: str | Path) -> dict[str, list[dict[str, Any]]]:
