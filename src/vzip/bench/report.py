@@ -62,7 +62,7 @@ def print_result(result: BenchResult | SideResult, console: Console) -> None:
     console.print(build_table(result))
     for key, words in RATIO_WORDS.items():
         if key in result.ratios():
-            single = "" if r["repeats"] > 1 else " (one pass each: that may be chance; repeats=5 would tell)"
+            single = "" if _num_passes(result) > 1 else " (one pass each: that may be chance; repeats=5 would tell)"
             console.print("  vzip " + words.format(result.ratios()[key]) + single, highlight=False)
     if result.agreement is not None:
         tokens, overlap = result.agreement.max_token_difference, result.selection_overlap
@@ -156,10 +156,14 @@ _MEMORY_WORDS = {
 }
 
 
+def _num_passes(result: BenchResult) -> int:
+    """How often each stage was timed."""
+    return min(len(timing.samples_ms) for method in result.methods.values() for timing in method.stages.values())
+
+
 def build_table(result: BenchResult) -> Table:
     """One column a method, one row a quantity; times are medians with the quartiles."""
-    num_passes = min(len(timing.samples_ms) for m in result.methods.values() for timing in m.stages.values())
-    spread = "of one pass each, so their spread is not known" if num_passes == 1 else "median \\[quartiles]"
+    spread = "of one pass each, so their spread is not known" if _num_passes(result) == 1 else "median \\[quartiles]"
     table = Table(title=f"times in milliseconds: {spread}", title_justify="left")
     table.add_column("")
     for name in result.methods:

@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
         if vanilla is None or vanilla.path.resolve() == run.path.resolve():
             recipe = (run.record.get("config") or {}).get("recipe")
             raise ManifestError(
-                f"{args.run}: no table has numbers for it (its recipe: {recipe}), and there is no other run of its model"
+                f"{args.run}: no table has numbers for it (its recipe: {recipe}), and there is no run of its model"
                 " without compression under its runs folder. Make one (compressor=none budget=full), or name what to"
                 " compare with: OTHER, or --expected TABLE --row LABEL (as in --expected 1 --row '64, VisionZip')."
             )
