@@ -60,6 +60,8 @@ def print_result(result: BenchResult | SideResult, console: Console) -> None:
     )
     console.print(f"[bold]{result.model}[/bold]: " + "; ".join(facts), highlight=False)
     console.print(build_table(result))
+    if _num_passes(result) == 1:
+        console.print("  each time is of one pass, so their spread is not known", highlight=False)
     for key, words in RATIO_WORDS.items():
         if key in result.ratios():
             single = "" if _num_passes(result) > 1 else " (one pass each: that may be chance; repeats=5 would tell)"
@@ -163,8 +165,8 @@ def _num_passes(result: BenchResult) -> int:
 
 def build_table(result: BenchResult) -> Table:
     """One column a method, one row a quantity; times are medians with the quartiles."""
-    spread = "of one pass each, so their spread is not known" if _num_passes(result) == 1 else "median \\[quartiles]"
-    table = Table(title=f"times in milliseconds: {spread}", title_justify="left")
+    shown = "one pass each" if _num_passes(result) == 1 else "median \\[quartiles]"
+    table = Table(title=f"times in milliseconds: {shown}", title_justify="left")
     table.add_column("")
     for name in result.methods:
         table.add_column(name, justify="right")
