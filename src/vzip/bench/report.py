@@ -65,7 +65,7 @@ def print_result(result: BenchResult | SideResult, console: Console) -> None:
     for key, words in RATIO_WORDS.items():
         if key in result.ratios():
             single = "" if _num_passes(result) > 1 else " (one pass each: that may be chance; repeats=5 would tell)"
-            console.print("  vzip " + words.format(result.ratios()[key]) + single, highlight=False)
+            console.print("  vzip " + words.format(result.ratios()[key]) + single, highlight=False, soft_wrap=True)
     if result.agreement is not None:
         tokens, overlap = result.agreement.max_token_difference, result.selection_overlap
         console.print(
