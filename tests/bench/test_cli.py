@@ -190,7 +190,7 @@ def test_one_pass_has_no_quartiles_and_no_ratio_without_saying_so(
     words = [f"model={checkpoint}", "budget=12+4", "device=cpu", "repeats=1", "warmup=0", "methods=vanilla,vzip"]
     assert run(*words, f"out={tmp_path}") == 0
     told = capsys.readouterr()
-    assert "each time is of one pass, so their spread is not known" in told.out and "quartiles" not in told.out
+    assert "each time is of one pass, so their spread is not known" in told.out and "[quartiles]" not in told.out
     ratios = [line for line in told.out.splitlines() if "as fast as" in line]
     assert ratios and all("(one pass each: that may be chance" in line for line in ratios)
     assert "measuring: " in told.err and " passes (100 %)" in told.err, "progress without a terminal"

@@ -12,7 +12,6 @@ import pytest
 
 import vzip
 import vzip.errors
-from vzip import log
 from vzip.errors import ConfigError, RunExistsError, UnsupportedModelError
 from vzip.evaluation.run import evaluate
 from vzip.results import record as reading
@@ -300,7 +299,6 @@ class TestResume:
             run_of(scripted(until_the_third), ["own_exact"])
         assert (tmp_path / "run" / "answers.partial.jsonl").exists()
         vlm = scripted(lambda prompt: answers[question_in(prompt)])
-        log.setup()
         record = run_of(vlm, ["own_exact"], progress=True)
         told = capfd.readouterr().err
         assert "2 of 4 answers kept from the interrupted run" in told and "answering: 4 of 4 questions (100 %)" in told

@@ -163,8 +163,9 @@ class VzipLmms(lmms):
         known = {} if self.store is None else {q.key: log for q in questions if (log := self.store.find(q)) is not None}
         self.samples = known
         batches = self._plan(questions, known)
-        if known and self.processes.is_first:
-            logger.info("%d of %d answers kept from the interrupted run", len(known), len(questions))
+        if known and self.progress and self.processes.is_first:  # not logged: that goes to lmms-eval's log meanwhile
+            told = f"{len(known)} of {len(questions)} answers kept from the interrupted run"
+            print(told, file=self._console.file, flush=True)
         with strict_decoding():
             self._answer(self.processes.share(batches), len(known))
         self._collect()
