@@ -138,7 +138,7 @@ def test_a_job_that_does_not_end_is_in_the_summary(
     monkeypatch.setattr(vzip.evaluation.run, "evaluate", stops_on_random)
     code, _, err = sweep("budget=17tok", "compressor=visionzip,random")
     assert code == 130 and "Traceback" not in err
-    (directory,) = (path.parent / "random-17tok/seed0" for path in Path("runs").rglob("visionzip-17tok"))
+    (directory,) = (path.parent / "random-17tok/seed0" for path in (tmp_path / "runs").rglob("visionzip-17tok"))
     kept = f"1 jobs of the sweep are finished and kept; of the one under way 0 answers are kept in {directory}"
     assert err.splitlines()[-1] == f"interrupted: {kept}. The same command continues."
     (folder,) = (tmp_path / "runs/sweeps").iterdir()
