@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from scripts.tiny.labels import caption
 from scripts.tiny.model import build_model, build_processor, prompt
 from scripts.tiny.objective import (
@@ -47,6 +46,7 @@ from vzip.demo.questions import (
 from vzip.demo.scenes import TRAIN_SEEDS, Scene, sample_scene
 from vzip.models.weights.digests import check_digests, write_digests
 from vzip.models.weights.tuned import atomic_directory
+from vzip.progress import Progress
 from vzip.results.owner import owning
 from vzip.train.checkpoint import save_state, trim_metrics
 
@@ -206,9 +206,7 @@ def _train(
         step = state["step"]
         trim_metrics(log_file, step)
     total = sum(stage.num_steps for stage in stages)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress, log_file.open("a") as log:
-        bar = progress.add_task("training", total=total, completed=step)
+    with Progress("training", "steps", total, done=step) as progress, log_file.open("a") as log:
         started, pictures = time.perf_counter(), 0
         sums: dict[str, float] = {}
         while step < total:
@@ -229,11 +227,7 @@ def _train(
             pictures += batch_size
             for name, value in {**terms, "grad_norm": norm}.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-            progress.update(
-                bar,
-                completed=step,
-                description=f"{canvas} px, loss {torch.stack(list(terms.values())).sum().item():.2f}",
-            )
+            progress.advance(note=f"{canvas} px, loss {torch.stack(list(terms.values())).sum().item():.2f}")
             if step % 50 == 0 or step == total:
                 count = 50 if step % 50 == 0 else step % 50
                 row: dict[str, Any] = {

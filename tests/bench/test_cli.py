@@ -250,3 +250,15 @@ def test_every_method_of_the_configuration_is_measured(name: str, checkpoint: Pa
 def test_a_directory_that_another_process_writes(tmp_path: Path) -> None:
     with held(tmp_path), pytest.raises(RunExistsError, match=r"writes there at this moment.* out=DIR"):
         run("model=tiny", f"out={tmp_path}")
+
+
+def test_one_pass_has_no_quartiles_and_no_ratio_without_saying_so(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"model={checkpoint}", "budget=12+4", "device=cpu", "repeats=1", "warmup=0", "methods=vanilla,vzip"]
+    assert run(*words, f"out={tmp_path}") == 0
+    told = capsys.readouterr()
+    assert "each time is of one pass, so their spread is not known" in told.out and "[quartiles]" not in told.out
+    ratios = [line for line in told.out.splitlines() if "as fast as" in line]
+    assert ratios and all("(one pass each: that may be chance" in line for line in ratios)
+    assert "measuring: " in told.err and " passes (100 %)" in told.err, "progress without a terminal"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -25,14 +27,14 @@ def python(code: str) -> str:
     return done.stdout
 
 
-def module_with(monkeypatch: pytest.MonkeyPatch, outcome: int | Exception) -> list[Namespace]:
+def module_with(monkeypatch: pytest.MonkeyPatch, outcome: int | BaseException) -> list[Namespace]:
     """Makes `ask` a command that ends as told, and returns what it was called with."""
     calls: list[Namespace] = []
     module = ModuleType("a command")
 
     def main(args: Namespace) -> int:
         calls.append(args)
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
@@ -231,3 +233,37 @@ def test_a_path_that_no_file_can_have_is_one_line(capsys, monkeypatch, command, 
     assert cli.main([command, path]) == 2
     told = capsys.readouterr().err
     assert "Error: " in told and "Traceback" not in told and len(told) < 900
+
+
+def test_an_interrupted_command_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module_with(monkeypatch, KeyboardInterrupt("what has arrived is kept in data"))
+    assert cli.main(["ask", "a.png"]) == 130
+    told = capsys.readouterr().err
+    assert told == "interrupted: what has arrived is kept in data. The same command continues.\n"
+
+
+# What these two measure or show decides their options, so torch and transformers are imported for them.
+_SLOW = ("bench", "demo")
+
+
+def test_help_needs_nothing_heavy() -> None:
+    modules = [command.module for name, command in cli.COMMANDS.items() if name not in _SLOW]
+    heavy = ("torch", "transformers", "lmms_eval", "datasets", "deepspeed", "matplotlib")
+    code = f"import sys, {', '.join(modules)}; print([name for name in {heavy} if name in sys.modules])"
+    assert python(code) == "[]\n"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_begins_with_three_examples(name: str) -> None:
+    path = ROOT / "src" / f"{cli.COMMANDS[name].module.replace('.', '/')}.py"
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    examples = [line for line in text.splitlines() if re.match(r"\s*(python -m vzip|python eval\.py|printf)\b", line)]
+    assert len(examples) >= 3 and f"python -m vzip {name}" in examples[0], text
+    assert text.index(examples[0]) < 250, "they come first"
+
+
+def test_the_nearest_name_comes_last_behind_a_long_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["benhc"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "Did you mean 'bench'?"

@@ -103,7 +103,7 @@ def test_the_processes_take_what_was_chosen(at: Any, monkeypatch: pytest.MonkeyP
     assert run("train", given, monkeypatch) == 0
     (command,) = started
     before, _, words = " ".join(command).partition("train.py ")
-    assert "torch.distributed.run" in before and "--nproc_per_node=4" in before
+    assert "vzip.train.torchrun" in before and "--nproc_per_node=4" in before
     assert words.startswith(" ".join(given))
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)

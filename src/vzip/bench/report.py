@@ -61,9 +61,12 @@ def print_result(result: BenchResult | SideResult, console: Console) -> None:
     )
     console.print(f"[bold]{result.model}[/bold]: " + "; ".join(facts), highlight=False)
     console.print(build_table(result))
+    if _num_passes(result) == 1:
+        console.print("  each time is of one pass, so their spread is not known", highlight=False)
     for key, words in RATIO_WORDS.items():
         if key in result.ratios():
-            console.print("  vzip " + words.format(result.ratios()[key]), highlight=False)
+            single = "" if _num_passes(result) > 1 else " (one pass each: that may be chance; repeats=5 would tell)"
+            console.print("  vzip " + words.format(result.ratios()[key]) + single, highlight=False, soft_wrap=True)
     if result.agreement is not None:
         tokens, overlap = result.agreement.max_token_difference, result.selection_overlap
         console.print(
@@ -156,9 +159,15 @@ _MEMORY_WORDS = {
 }
 
 
+def _num_passes(result: BenchResult) -> int:
+    """How often each stage was timed."""
+    return min(len(timing.samples_ms) for method in result.methods.values() for timing in method.stages.values())
+
+
 def build_table(result: BenchResult) -> Table:
     """One column a method, one row a quantity; times are medians with the quartiles."""
-    table = Table(title="times in milliseconds: median \\[quartiles]", title_justify="left")
+    shown = "one pass each" if _num_passes(result) == 1 else "median \\[quartiles]"
+    table = Table(title=f"times in milliseconds: {shown}", title_justify="left")
     table.add_column("")
     for name in result.methods:
         table.add_column(name, justify="right")
@@ -183,6 +192,8 @@ def build_table(result: BenchResult) -> Table:
 
 def _time(t: Timing) -> str:
     digits = 0 if t.median_ms >= 100 else 1 if t.median_ms >= 10 else 2
+    if len(t.samples_ms) == 1:
+        return f"{t.median_ms:.{digits}f}"
     return f"{t.median_ms:.{digits}f} [{t.q1_ms:.{digits}f}-{t.q3_ms:.{digits}f}]"
 
 

@@ -56,7 +56,7 @@ COMMANDS: Mapping[str, Command] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, what the command returns, or 2 for a user's error."""
+    """Runs a command; returns the exit code: 0, the command's own, 2: a user's error, 130: interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     log.setup()
     try:
@@ -68,12 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         script = str(checkout() / f"{words[0]}.py")
     except VzipError as error:
         return log.tell_error(error)
+    except KeyboardInterrupt as error:
+        return log.tell_interruption(error)
     sys.argv = [script, *words[1:]]
     try:
         with optional_packages(f"`vzip {words[0]}`"):
             runpy.run_path(script, run_name="__main__")  # tells of errors itself
     except VzipError as error:
         return log.tell_error(error)
+    except KeyboardInterrupt as error:  # while it was being imported
+        return log.tell_interruption(error)
     return 0
 
 

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from vzip.bench import report, settings, shapes
 from vzip.bench.run import BenchResult, measure
 from vzip.bench.settings import MEMORY, PASSES, TRAIN
 from vzip.errors import MissingPackageError, RunExistsError
 from vzip.keys import describe
+from vzip.progress import Progress
 from vzip.results.files import check_writable
 from vzip.results.owner import owning
 
@@ -74,12 +74,11 @@ def main(args: argparse.Namespace) -> int:
 
 def _run(chosen: settings.BenchSettings, mode: settings.Mode, path: Path) -> int:
     console, directory = Console(), path.parent
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("passes" if mode is PASSES else "steps", total=None)
+    with Progress("measuring", "passes" if mode is PASSES else "steps") as progress:
         result = _measure_of(mode)(
             chosen,
             log=lambda line: console.print(line, highlight=False),
-            on_step=lambda done, total: progress.update(task, completed=done, total=total),
+            on_step=progress.update,
         )
     report.print_result(result, console)
     report.write_json(result, path)

@@ -21,16 +21,16 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vzip.data.llava_json import LlavaJson
 from vzip.data.lock import Lock
-from vzip.data.manifest import Manifest, file_table, load_manifest
+from vzip.data.manifest import Manifest, addresses, file_table, load_manifest
 from vzip.data.subset import choose, source_table
 from vzip.data.verify import PictureProblem, find_problems
 from vzip.errors import ConfigError, ManifestError
 from vzip.json_files import to_json
+from vzip.progress import Progress
 from vzip.results.files import write_jsonl, written_aside
 
 NUM_SHOWN = 20
@@ -90,6 +90,7 @@ def _download(args: argparse.Namespace) -> int:
     files = manifest.choose(args.only)
     if args.list:
         Console().print(file_table(manifest, files))
+        print(*addresses(files), sep="\n")  # not in the table, which would break them
         return 0
     if args.root is None:
         raise ConfigError("--root DIR is missing: the folder to fetch into.")
@@ -169,18 +170,16 @@ def _check_pictures(
     """Looks at every image; returns the first problems and how many there are by source and kind."""
     shown: list[PictureProblem] = []
     counts: Counter[tuple[str, str]] = Counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with ExitStack() as stack:
         aside = stack.enter_context(written_aside(args.report)) if args.report else None
         report = stack.enter_context(aside.open("wb")) if aside else None
-        progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
-        task = progress.add_task("pictures", total=None)
+        progress = stack.enter_context(Progress("reading", "images"))
         problems = find_problems(
             data,
             indices,
             decode=not args.quick,
             num_workers=args.workers,
-            on_picture=lambda done, total: progress.update(task, completed=done, total=total),
+            on_picture=progress.update,
         )
         for problem in problems:
             counts[problem.picture.source, problem.kind] += 1

@@ -1,5 +1,9 @@
 """The whole story on the built-in model, offline: every method and budget in one table, a plot and an image.
 
+  python -m vzip demo                   some minutes on two cores (make demo)
+  python -m vzip demo --limit 20        twenty of its 400 images: the table is provisional
+  python -m vzip demo --out DIR         elsewhere than runs/demo
+
 Evaluates vanilla (all 576 visual tokens), VisionZip and two controls at 192, 128, 64 and 32 tokens on the 1600
 questions of the scenes benchmark, measures what each costs, and writes to `--out`: table.md, results.json,
 retention.png and overlay.png (kept patches and merge groups). Files of an earlier demo there are replaced.
@@ -111,7 +115,8 @@ def _run(arguments: argparse.Namespace) -> int:
     table = lay_out(rows, scores, costs, chances, title)
     print_layout(table, Console())
 
-    replace_file(arguments.out / "table.md", to_markdown(replace(table, title="")))
+    remark = f"\n{provisional.strip()}\n" if provisional else ""
+    replace_file(arguments.out / "table.md", to_markdown(replace(table, title="")) + remark)
     record = {
         "provisional": arguments.limit is not None,
         "num_questions": count,
@@ -133,7 +138,7 @@ def _run(arguments: argparse.Namespace) -> int:
     }
     write_json(arguments.out / "results.json", record)
     points = [
-        Point(row.method, row.num_tokens, got.retention, got.low, got.high)
+        Point(row.method, row.num_tokens, got.retention, got.low, got.high, arguments.limit is not None)
         for row, got in zip(rows[1:], scores[1:], strict=True)
     ]
     with written_aside(arguments.out / "retention.png") as aside:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vzip.data.llava_index import cache_folder
@@ -31,6 +30,8 @@ from vzip.evaluation.benchmarks.judged import JudgedTask, judged_task
 from vzip.evaluation.judge.cache import ReplyCache
 from vzip.evaluation.judge.record import JudgedRun, open_tasks, read_run, unusable, write_verdicts
 from vzip.evaluation.judge.settings import OFFICIAL_URL, JudgeSettings, read_key
+from vzip.log import keeping
+from vzip.progress import Progress
 from vzip.results.owner import owning
 from vzip.results.record import JUDGE_ACCURACY, JUDGE_SCORE, read_record, record_path, score_of
 
@@ -196,16 +197,16 @@ def _ask(job: _Job, meter: _Meter) -> list[Reply]:
     Raises:
         JudgeError: the endpoint failed for good, or more was spent than allowed; what has come is kept.
     """
-    columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=len(job.chats))
+    with Progress("judging", "answers", len(job.chats)) as progress:
 
         def count(number: int, reply: Reply) -> None:
-            bar.advance(task)
+            progress.advance()
             meter.add(reply, job.chats[number], job.kind)
 
+        of = f"of {len(job.chats)} answers are judged and kept in {job.judge.cache.path}"
         try:
-            return job.judge.ask_all(job.chats, job.kind.usable, count)
+            with keeping(lambda: f"{progress.done} {of}"):
+                return job.judge.ask_all(job.chats, job.kind.usable, count)
         except JudgeError as error:
             reason, tasks = str(error).rstrip("."), ", ".join(job.tasks)
             num_kept = len(job.chats) - len(job.new())

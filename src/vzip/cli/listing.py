@@ -1,5 +1,9 @@
 """What can be named on the command line of eval.py and train.py.
 
+   python -m vzip list                   everything
+   python -m vzip list exp               the recipes
+   python -m vzip list budget            one group
+
 Recipes (+exp=NAME) and the options of every group (group=NAME), each in a sentence. With a group: all that its files
 say, and the group's keys.
 """

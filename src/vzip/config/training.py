@@ -58,10 +58,13 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
     Raises:
         ConfigError: settings that contradict one another.
     """
-    from vzip.train.loop import TrainPlan
+    from vzip.train.settings import refuse_finished
 
     model = config["model"]
     settings, launch = settings_of(config)
+    run_dir = training_directory(config, config_dir())
+    if not config["overwrite"]:
+        refuse_finished(run_dir)
     if launch.num_machines == 1:
         launch.accumulation(settings.samples_per_step, launch.num_processes)
     if settings.lora is not None and model["adapter_path"] is not None:
@@ -73,12 +76,14 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
     start = None if model["projector"] == TRAINED else model["projector"]
     # What a training's model is; the precision is training's own, and the start is named apart.
     identity_keys = [key for key in RESULT_KEYS["model"] if key not in ("dtype", "projector")]
+    from vzip.train.loop import TrainPlan  # only here: it takes its time
+
     return TrainPlan(
         load_data=data_loader(config["data"]),
         load_model=_model_loader(model, compressor, start, launch.device),
         train=settings,
         launch=launch,
-        run_dir=training_directory(config, config_dir()),
+        run_dir=run_dir,
         seed=config["seed"],
         overwrite=config["overwrite"],
         system_prompt=model["system_prompt"],

@@ -22,9 +22,10 @@ from pathlib import Path
 import httpx
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from vzip.errors import ManifestError
+from vzip.log import keeping
+from vzip.progress import Progress
 
 from .fetch import fetch, forget, new_client, remote_size
 from .lock import Lock
@@ -77,7 +78,8 @@ class Downloader:
                 archive, a full disk, another download into the same folder. What has arrived stays and is continued by
                 the next run.
         """
-        with self._alone(), _full_disk_named(self.root):
+        kept = keeping(lambda: f"what has arrived is kept in {self.root}")
+        with kept, self._alone(), _full_disk_named(self.root):
             wanted = [file for file in files if file.url is not None and not self._is_done(file)]
             self._check_room(wanted, extract)
             for file in wanted:
@@ -129,17 +131,16 @@ class Downloader:
             self.console.print(f"{file.path}: there, and as recorded")
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(TextColumn("{task.description}"), *columns, console=self.console) as progress:
-            task = progress.add_task(file.path, total=file.num_bytes)
+        arrived = part.stat().st_size if part.exists() else 0
+        with Progress(file.path, "bytes", file.num_bytes, done=arrived, console=self.console) as progress:
             fetch(
                 self.client,
                 str(file.url),
                 part,
                 num_attempts=self.num_attempts,
                 max_wait_s=self.max_wait_s,
-                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-                on_failure=lambda reason: progress.console.print(f"{file.path}: {reason}; trying again"),
+                on_progress=progress.update,
+                on_failure=lambda reason: self.console.print(f"{file.path}: {reason}; trying again"),
             )
         try:
             entry = self.lock.check(file, part)
@@ -153,11 +154,12 @@ class Downloader:
 
     def _unpack(self, file: ManifestFile) -> None:
         archive, folder = self.root / file.path, self.root / str(file.extract_to)
-        with _archive(archive) as opened, Progress(console=self.console) as progress:
+        with _archive(archive) as opened:
             members = _members(archive, opened)
-            for member in progress.track(members, description=f"unpacking {file.path}"):
-                if not _is_unpacked(member, folder):
-                    opened.extract(member, folder)
+            with Progress(f"unpacking {file.path}", "files", len(members), console=self.console) as progress:
+                for member in progress.track(members):
+                    if not _is_unpacked(member, folder):
+                        opened.extract(member, folder)
         self.lock.record(file.path, replace(self.lock.entries[file.path], extracted=len(members)))
 
     @contextmanager

@@ -107,13 +107,23 @@ def file_table(manifest: Manifest, files: list[ManifestFile]) -> Table:
     """What there is to fetch, to be printed."""
     table = Table("source", "file", title=f"{manifest.name}: {manifest.description}", title_justify="left")
     table.add_column("GB", justify="right")
-    for heading in ("SHA-256", "licence", "from"):
+    for heading in ("SHA-256", "licence"):
         table.add_column(heading, overflow="fold")
     for file in files:
         size = f"{file.num_bytes / 1e9:.2f}" if file.num_bytes else "?"
         checksum = file.sha256[:12] if file.sha256 else file.checksum_source.partition(":")[0]
-        table.add_row(file.source, file.path, size, checksum, file.licence, file.url or file.note)
+        table.add_row(file.source, file.path, size, checksum, file.licence)
+    known = [file.num_bytes for file in files if file.num_bytes]
+    unknown = len(files) - len(known)
+    more = f" and {unknown} of unknown size" if unknown else ""
+    table.add_section()
+    table.add_row("total", f"{len(files)} files{more}", f"{sum(known) / 1e9:.2f}")
     return table
+
+
+def addresses(files: list[ManifestFile]) -> list[str]:
+    """Where each file comes from, one unbroken line a file."""
+    return [f"{file.path}: {file.url or file.note}" for file in files]
 
 
 def _find(name_or_path: str | Path) -> Path:

@@ -1,5 +1,9 @@
 """The `scenes` benchmark: 400 generated images, 400 questions in each of four tasks, as local lmms-eval tasks.
 
+  python -m vzip scenes                 writes it, or checks what is there
+  python -m vzip scenes --out DIR       elsewhere than in the cache
+  python eval.py eval=scenes            asks a model
+
 The images are generated on first use (about a quarter of a minute) into a cache folder and compared with DIGEST, so
 that a score means the same questions on every machine. Their seeds are disjoint from training's.
 """
@@ -16,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from rich.progress import track
 
 from vzip.demo.questions import (
     TASKS,
@@ -30,6 +33,7 @@ from vzip.demo.render import render
 from vzip.demo.scenes import TEST_SEEDS, Scene, sample_scene
 from vzip.errors import ManifestError
 from vzip.json_files import read_json_lines
+from vzip.progress import Progress
 from vzip.results.files import make_folder, naming_the_file, replace_file
 
 NUM_PICTURES = 400
@@ -88,10 +92,11 @@ def write(folder: Path) -> str:
     scenes = test_scenes()
     digest = hashlib.sha256()
     (folder / "images").mkdir()
-    for index, scene in enumerate(track(scenes, description="generating scenes")):
-        picture = render(scene)
-        digest.update(picture.tobytes())
-        picture.save(folder / "images" / f"{index:04d}.png", compress_level=1)
+    with Progress("generating", "images", len(scenes)) as progress:
+        for index, scene in enumerate(progress.track(scenes)):
+            picture = render(scene)
+            digest.update(picture.tobytes())
+            picture.save(folder / "images" / f"{index:04d}.png", compress_level=1)
     for task, rows in build_rows(scenes).items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         digest.update(text.encode())

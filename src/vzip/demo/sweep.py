@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vzip.compressors.base import Compressor, TokenBudget
 from vzip.compressors.controls import Identity, RandomTokens, UniformTokens
@@ -23,6 +22,7 @@ from vzip.demo.questions import TASKS
 from vzip.demo.scoring import METRICS, Result, normalise
 from vzip.models.towers.cache import TowerCache
 from vzip.models.vlm import CompressedVlm
+from vzip.progress import Progress
 from vzip.results.score_units import Units, units_of
 from vzip.results.stats import retention_interval
 from vzip.results.token_count import TokenCountError
@@ -82,9 +82,7 @@ def run_sweep(
     pictures = by_picture(folder)[:limit]
     found: dict[Setting, dict[str, list[Result]]] = {setting: {task: [] for task in TASKS} for setting in rows}
     processor: Any = vlm.processor
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task(f"{len(rows)} settings, images", total=len(pictures))
+    with Progress(f"answering under {len(rows)} settings", "images", len(pictures)) as progress:
         for start in range(0, len(pictures), batch_size):
             batch = pictures[start : start + batch_size]
             asked = [item for items in batch for item in items]
@@ -99,7 +97,7 @@ def run_sweep(
                 said = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
                 for (task, row), text in zip(asked, said, strict=True):
                     found[setting][task].append(Result(answer=row["answer"], said=normalise(text), pair=row["pair"]))
-            progress.advance(bar, len(batch))
+            progress.advance(len(batch))
     vlm.adapter.tower_cache = None
     return found
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vzip.errors import ConfigError, RunExistsError, nearest
+from vzip.log import keeping
 from vzip.results import provenance
 from vzip.results.files import make_folder, naming_a_full_disk, write_json, write_jsonl
 from vzip.results.owner import check_free, owning
@@ -100,7 +101,7 @@ def evaluate(
     if trackers:
         check_wandb("eval.trackers")
     from .answering.processes import join_processes
-    from .answering.resume import AnswerStore, delete_answers, settings_of
+    from .answering.resume import AnswerStore, delete_answers, kept_answers, settings_of
     from .benchmarks.catalog import find_tasks
     from .benchmarks.task_data import check_data, naming_data_errors
     from .lmms_eval.model import VzipLmms
@@ -140,7 +141,8 @@ def evaluate(
         stack.callback(lm.store.close)
         provenance.reset_peak_memory()
         started = time.perf_counter()
-        with naming_a_full_disk(run_dir), naming_data_errors(tasks):
+        kept = keeping(lambda: kept_answers(run_dir, lm.num_questions))
+        with kept, naming_a_full_disk(run_dir), naming_data_errors(tasks):
             output = run_lmms_eval(lm, manager, tasks, run_dir=run_dir, limit=limit, seed=seed)
         if output is None:  # not the first process
             return {}

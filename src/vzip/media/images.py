@@ -14,15 +14,18 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import PIL
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from vzip.errors import ConfigError, ImageError
+from vzip.installed import missing_package
 from vzip.paths import expanded, is_file, is_folder, shown
+
+if TYPE_CHECKING:  # the commands that only read images need not wait for torch
+    from torch import Tensor
 
 Preprocess = Literal["llava", "hf"]
 PREPROCESSES: tuple[str, ...] = get_args(Preprocess)
@@ -34,6 +37,7 @@ MAX_HF_ASPECT_RATIO = 100
 _STRIP_ROWS = 256
 # Pillow's own limit, which other packages (lmms-eval's tasks) lift for the whole process.
 MAX_PIXELS = 178_956_970
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 # What Pillow raises for files that are cut off, damaged or no images at all (each seen from some decoder).
 DECODER_ERRORS = (
@@ -70,6 +74,7 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     Raises:
         ImageError: neither a path nor a PIL image; no such file, empty, not an image, cut off, damaged, or more pixels
             than Pillow's safety limit.
+        MissingPackageError: an image of a phone (HEIC), and pillow-heif is not installed.
     """
     if not isinstance(source, Image.Image | str | Path):
         raise ImageError(
@@ -88,9 +93,33 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     with _named_errors(str(path)), warnings.catch_warnings():
         if path.stat().st_size == 0:
             raise ImageError(f"{path}: the file is empty (0 bytes).")
+        if is_heic(path):
+            _register_heic(path)
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is allowed; twice that is an error
         with Image.open(path) as image:
             return _to_rgb(image)
+
+
+def is_heic(path: Path) -> bool:
+    """Whether a file is an image in the format of phones (HEIC, HEIF), by its content."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
+
+
+def _register_heic(path: Path) -> None:
+    """Teaches Pillow the format.
+
+    Raises:
+        MissingPackageError: pillow-heif is not installed.
+    """
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise missing_package(
+            f"{path}: a HEIC image", "pillow_heif", error, extra="heic", otherwise="save it as JPEG or PNG"
+        ) from error
+    pillow_heif.register_heif_opener()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -11,18 +11,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from vzip.errors import ConfigError, VideoError
 from vzip.installed import missing_package
 from vzip.paths import expanded, is_file, is_folder, shown
 
-from .images import DECODER_ERRORS, MAX_HF_ASPECT_RATIO, MAX_PIXELS, call_processor, load_image
+from .images import DECODER_ERRORS, MAX_HF_ASPECT_RATIO, MAX_PIXELS, call_processor, is_heic, load_image
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEFAULT_NUM_FRAMES = 8  # Video-LLaVA's own, in training and evaluation
 
@@ -100,6 +101,8 @@ def prepare_videos(videos: Sequence[VideoSource], image_processor: Any, num_fram
     Raises:
         as ``load_video``.
     """
+    import torch  # only here: the commands that only read videos need not wait for it
+
     return torch.stack([pixels(load_video(video, num_frames), image_processor) for video in videos])
 
 
@@ -112,6 +115,8 @@ def pixels(pictures: Sequence[Image.Image], image_processor: Any) -> Tensor:
 def is_picture(path: Path) -> bool:
     """Whether a file is an image for Pillow (an animated one too) rather than a video, by its content."""
     try:
+        if is_heic(path):
+            return True
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from vzip.json_files import read_json, read_json_lines
 from vzip.results.record import Run
 
 from .paper_tables import Column, Row
+
+logger = logging.getLogger(__name__)
 
 MIB_PER_GIB = 1024
 MS_PER_HOUR = 3_600_000
@@ -92,21 +95,20 @@ def took_something_over(record: Mapping[str, Any]) -> bool:
 
 
 def find_benches(folder: Path) -> list[Bench]:
-    """Every measurement of ``python -m vzip bench`` below a runs folder, the oldest first.
-
-    Raises:
-        ManifestError: a ``bench.json`` that cannot be read.
-    """
+    """Every measurement of ``python -m vzip bench`` below a runs folder, the oldest first; what is none is named."""
     found = []
     for path in folder.glob("bench/**/bench.json"):
         try:
             content = read_json(path)
             found.append((str(content["environment"]["time"]), str(path), Bench(path, content)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ManifestError(
-                f"{path} is no measurement of `python -m vzip bench` ({type(error).__name__}: {error}). Remove it, or"
-                " measure again with overwrite=true."
-            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning(
+                "%s: left out, it is no measurement of `python -m vzip bench` (%s: %s). Remove it, or measure again"
+                " with overwrite=true.",
+                path,
+                type(error).__name__,
+                error,
+            )
     return [bench for *_, bench in sorted(found, key=lambda entry: entry[:2])]
 
 

@@ -37,6 +37,10 @@ _KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number
 _REQUIRED = ("schema_version", "model", "compressor", "visual_tokens", "tasks", "provisional")
 
 
+# Weights on top of the model, as a title names them.
+_ON_TOP = {"projector": "tuned projector", "adapter_path": "LoRA adapter"}
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished evaluation: its ``run.json`` and what it says."""
@@ -130,7 +134,7 @@ def find_runs(folder: Path, pattern: str = f"**/{RECORD_NAME}", unreadable: list
     for path in sorted(folder.glob(pattern)):
         try:
             found.append(Run(path, read_record(path)))
-        except ManifestError as error:
+        except (OSError, ValueError) as error:  # a ManifestError, and what the system says of a neighbour
             if unreadable is not None:
                 unreadable.append(str(error))
     return found
@@ -139,14 +143,14 @@ def find_runs(folder: Path, pattern: str = f"**/{RECORD_NAME}", unreadable: list
 def runs_beside(run: Run) -> list[Run]:
     """The evaluations of the runs tree that a record lies in, itself among them; none where it lies elsewhere.
 
-    The tree is ``runs/<task>/<recipe or model>/<compressor>-<budget>/seed<k>``; its root is told by its name, or else
-    by the seed's, four levels below it.
+    Wherever they lie in it: the tree is usually ``runs/<task>/<recipe or model>/<compressor>-<budget>/seed<k>``; its
+    root is told by its name, or else by the seed's, four levels below it.
     """
     above = run.path.resolve().parents
     root = next((folder for folder in above if folder.name == "runs"), None)
     if root is None and above[0].name.startswith("seed") and len(above) > 4:
         root = above[4]
-    return [] if root is None else find_runs(root, f"*/*/*/*/{RECORD_NAME}")
+    return [] if root is None else find_runs(root)
 
 
 def read_samples(run: str | Path) -> dict[str, list[dict[str, Any]]]:
@@ -252,6 +256,24 @@ def method_of(record: Mapping[str, Any]) -> str:
     """The compressor's class and, if there is one, the pruner's."""
     pruner = record.get("pruner")
     return record["compressor"]["name"] + (f"+{pruner['name']}" if pruner else "")
+
+
+def title_of(record: Mapping[str, Any]) -> str:
+    """What was evaluated, as a person would say it: ``"tiny + tuned projector, VisionZip, 64 tokens"``."""
+    model, chosen = record["model"], (record.get("config") or {}).get("model") or {}
+    path = Path(str(model.get("name_or_path") or model["class"]))
+    # A directory of one's own, which has no revision, is called by its name, not by the option that reads it.
+    is_published = model.get("revision") is not None or path.parent.name == "vzip"
+    parts = [str(chosen.get("name") or path.name) if is_published else path.name]
+    parts += [words for key, words in _ON_TOP.items() if chosen.get(key)]
+    parts += [f"{chosen['quantization']} weights"] if chosen.get("quantization") else []
+    fewest, most = visual_tokens_of(record)
+    tokens = "no visual" if most is None else f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    pruner = record.get("pruner")
+    compressor = record["compressor"]["name"]
+    methods = [compressor] if compressor != "Identity" else []
+    method = " + ".join([*methods, *([pruner["name"]] if pruner else [])]) or "vanilla"
+    return f"{' + '.join(parts)}, {method}, {tokens} tokens" + (" (provisional)" if record["provisional"] else "")
 
 
 def is_vanilla_of(candidate: Mapping[str, Any], record: Mapping[str, Any]) -> bool:

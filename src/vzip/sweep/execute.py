@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from vzip.config.build import EvaluationPlan, evaluation_plan
 from vzip.config.options import config_dir
+from vzip.log import keeping
 from vzip.results.owner import owning
 
 logger = logging.getLogger("vzip.eval")
@@ -24,13 +25,14 @@ def run_plan(plan: EvaluationPlan) -> dict[str, Any]:
     # Imported only now: the configuration was judged before torch, transformers and lmms-eval cost their seconds.
     import torch
 
+    from vzip.evaluation.answering.resume import kept_answers
     from vzip.evaluation.run import check_run_dir, evaluate
     from vzip.models.model_cache import KEEPER
 
     if plan.num_threads is not None:
         torch.set_num_threads(plan.num_threads)
     directory = plan.evaluation["run_dir"]
-    with owning(directory):
+    with owning(directory), keeping(lambda: kept_answers(directory)):
         check_run_dir(directory, overwrite=plan.evaluation["overwrite"])  # another process may just have ended
         include_path = plan.include_path()
         plan.check_tasks(include_path)

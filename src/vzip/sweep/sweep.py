@@ -162,8 +162,11 @@ def _directory(config: DictConfig) -> Path:
     return run_directory(full_is_vanilla(own, config_dir()), config_dir())
 
 
-def finish() -> int:
+def finish(briefly: bool = False) -> int:
     """Prints and writes the summary of the sweep that this process started; does nothing if it started none.
+
+    Args:
+        briefly: only write it.
 
     Returns:
         how many jobs failed.
@@ -182,15 +185,29 @@ def finish() -> int:
     ]
     if not SweepCallback.is_dry:
         lines = summarise(jobs)
-        print_layout(lay_out_sweep(jobs, lines), Console())
         written = write_summary(jobs, lines, folder)
-        print(f"written to {folder}/: {', '.join(written)}")
+        if not briefly:
+            print_layout(lay_out_sweep(jobs, lines), Console())
+            print(f"written to {folder}/: {', '.join(written)}")
     failed = [job for job in jobs if job.error is not None]
+    if briefly:
+        return len(failed)
     if failed:
         print(f"\n{len(failed)} of {len(jobs)} jobs failed:", file=sys.stderr)
     for job in failed:
         print(f"  job {job.number} ({' '.join(job.words)}): {job.error}", file=sys.stderr)
     return len(failed)
+
+
+def interruption(error: KeyboardInterrupt) -> KeyboardInterrupt:
+    """What is kept of the sweep that this process started, whose summary is written; else the error as it is."""
+    folder = SweepCallback.folder
+    if folder is None:
+        return error
+    finish(briefly=True)
+    num_finished = sum(entry["error"] is None for entry in read_entries(folder))
+    last = f"; of the one under way {error.args[0]}" if error.args else ""
+    return KeyboardInterrupt(f"{num_finished} jobs of the sweep are finished and kept{last}")
 
 
 def read_entries(folder: Path) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from vzip.models.weights.tuned import (
 )
 from vzip.results.files import make_folder, replace_file, write_json
 
-from .settings import LaunchSettings
+from .settings import LaunchSettings, refuse_finished
 
 # What is raised for damaged content, by torch's reader, DeepSpeed and the optimizer.
 _UNREADABLE = (
@@ -131,11 +131,7 @@ class CheckpointStore:
         Raises:
             RunExistsError: the run is finished, or the directory belongs to a run with other settings.
         """
-        if self.final.exists():
-            raise RunExistsError(
-                f"{self.final} exists: this run is finished. Evaluate it with model.projector={self.final}, set"
-                " overwrite=true to train it again, or change the seed or paths.run_dir."
-            )
+        refuse_finished(self.run_dir)
         begun = self._begun_with()
         if begun is None:
             return

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vzip.data.collate import Collator, TrainingSet
 from vzip.data.conversations import find_template
 from vzip.errors import ConfigError
+from vzip.log import keeping
 from vzip.models.generation import max_positions
 from vzip.models.vlm import CompressedVlm
 from vzip.models.weights.tuned import describe, save_tuned
+from vzip.progress import Progress
 from vzip.results.files import check_writable
 from vzip.results.owner import check_free, owning
 from vzip.results.provenance import code_state, hardware, versions
@@ -123,6 +123,8 @@ def prepare(plan: TrainPlan) -> Course:
 def train(plan: TrainPlan) -> Path:
     """Runs a training, or takes it up again; returns the directory of the tuned weights.
 
+    An interruption says which checkpoint is kept.
+
     Raises:
         ConfigError, ManifestError, RunExistsError, MissingPackageError: before the model is loaded.
         ConfigError: conversations may be longer than the model reads; nothing is left to learn.
@@ -131,7 +133,16 @@ def train(plan: TrainPlan) -> Path:
     """
     check_devices(plan.launch)
     with owning(plan.run_dir):
-        return _train(plan, prepare(plan))
+        course = prepare(plan)
+        with keeping(lambda: _kept(course)):
+            return _train(plan, course)
+
+
+def _kept(course: Course) -> str:
+    found = course.store.latest()
+    if found is None:
+        return f"{course.store.run_dir} has no checkpoint yet (train.save_every says how often there is one)"
+    return f"step {found[1]:,} of {course.schedule.num_steps:,} is kept in {found[0]}"
 
 
 def _train(plan: TrainPlan, course: Course) -> Path:
@@ -194,8 +205,8 @@ def _train(plan: TrainPlan, course: Course) -> Path:
         tracker = Tracker(plan.run_dir, settings.trackers, {**store.identity, "launcher": asdict(launch)}, step)
 
     batches = load_batches(data, collator, stepper.lists(schedule, step), launch.num_workers)
-    with tracker or contextlib.nullcontext(), _progress(accelerator) as bar:
-        task = bar.add_task("training", total=schedule.num_steps, completed=step)
+    progress = Progress("training", "steps", schedule.num_steps, done=step, show=accelerator.is_main_process)
+    with tracker or contextlib.nullcontext(), progress:
         while step < schedule.num_steps:
             # Step.
             metrics = stepper.step(step, schedule.num_steps, batches)
@@ -206,7 +217,7 @@ def _train(plan: TrainPlan, course: Course) -> Path:
             # Log.
             if tracker is not None:
                 tracker.log({"step": step, **metrics})
-            bar.update(task, completed=step, description=f"loss {metrics['loss']:.3f}")
+            progress.advance(note=f"loss {metrics['loss']:.3f}")
             # Save.
             if metrics.get("validation_loss", math.inf) < best:
                 best = metrics["validation_loss"]
@@ -245,8 +256,3 @@ def _save(accelerator: Accelerator, model: torch.nn.Module, directory: Path, hea
 def _say(accelerator: Accelerator, line: str) -> None:
     if accelerator.is_main_process:
         logger.info("%s", line)
-
-
-def _progress(accelerator: Accelerator) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process)

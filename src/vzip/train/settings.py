@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-from vzip.errors import ConfigError
+from vzip.errors import ConfigError, RunExistsError
 from vzip.keys import POSITIVE, SHARE, key
 
 Part = Literal["projector", "language_model", "vision_tower"]
@@ -141,3 +142,17 @@ def learning_rate_factor(step: int, num_steps: int, warmup_fraction: float) -> f
         return step / num_warmup
     progress = (step - num_warmup) / max(1, num_steps - num_warmup)
     return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def refuse_finished(run_dir: Path) -> None:
+    """Refuses a directory whose training is done.
+
+    Raises:
+        RunExistsError: it holds tuned weights.
+    """
+    final = run_dir / "final"
+    if final.exists():
+        raise RunExistsError(
+            f"{final} exists: this run is finished. Evaluate it with model.projector={final}, set"
+            " overwrite=true to train it again, or change the seed or paths.run_dir."
+        )

@@ -157,6 +157,15 @@ class AnswerStore:
         delete_answers(self.run_dir)
 
 
+def kept_answers(run_dir: Path, num_questions: int | None = None) -> str:
+    """What an interrupted run has kept, in words."""
+    kept = Kept()
+    for path in run_dir.glob(_PARTIAL_FILES):
+        _read(path, path.open(encoding="utf-8", errors="replace").readline().rstrip("\n"), kept)
+    of = "" if num_questions is None else f" of {num_questions:,}"
+    return f"{len(kept.answers):,}{of} answers are kept in {run_dir}"
+
+
 def delete_answers(run_dir: Path) -> None:
     """Removes what an interrupted run left."""
     for path in run_dir.glob(_PARTIAL_FILES):
