@@ -331,6 +331,12 @@ def test_wrong_inputs_are_refused(model, change, message):
         vlm.prepare(**batch(prompt(5, "6x10", 7)), **{**images("6x10"), **change})
 
 
+def test_an_image_without_its_placeholder_is_told_the_id(model):
+    vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET))
+    with pytest.raises(PromptError, match=rf"0 <image> placeholders .*one placeholder \(id {tiny_qwen.IMAGE}\)"):
+        vlm.prepare(torch.tensor([[5, 7]]), **images("4x8"))
+
+
 def test_what_is_not_served_is_refused_by_name(model):
     vlm, inputs = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET)), images("4x8", "4x8")
     touching = torch.tensor([[5, *[tiny_qwen.IMAGE] * 16, 7]])

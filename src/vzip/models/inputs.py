@@ -96,9 +96,7 @@ class InputBuilder:
                 )
         images = [[]] * len(texts) if images is None else images
         videos = [[]] * len(texts) if videos is None else videos
-        placeholders: list[Placeholders] = [
-            ("image", self.adapter.written_image, self.adapter.image_token_id, images)
-        ]
+        placeholders: list[Placeholders] = [("image", self.adapter.written_image, self.adapter.image_token_id, images)]
         flat_videos = [video for own in videos for video in own]
         if self.adapter.video_token_id is not None:
             placeholders.append(("video", "<video>", self.adapter.video_token_id, videos))
