@@ -70,7 +70,7 @@ test-latest:  ## the fast tests with the newest of everything that pyproject.tom
 	.venv-latest/bin/python -m pytest
 
 tiny: install  ## train the built-in model again, data and weights, from its seed (106 minutes on two shared cores)
-	$(VENV)/bin/python -m vzip.demo.train_tiny
+	$(VENV)/bin/python -m scripts.tiny.train
 
 clean:  ## remove the environments and caches; runs/ stays
 	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info

@@ -4,7 +4,6 @@ python train.py +exp=tiny_64tok                            the built-in model's 
 python train.py +exp=llava15_7b_64tok                      a fine-tuned row of the paper's tables, on the GPUs there are
 python train.py +exp=llava15_7b_64tok dry_run=true         what that would do: data, steps, launcher, memory
 python train.py train=projector data=llava_json data.json=FILE data.image_root=DIR model=...   one's own data
-python train.py +exp=tiny_from_scratch                     the built-in model itself
 
 Then: python eval.py with the same words and model.projector=trained.
 """
@@ -18,22 +17,13 @@ from omegaconf import DictConfig
 
 from vzip.cli.entry import entry_point
 from vzip.config.launching import launching
-from vzip.config.training import FROM_SCRATCH, checked, from_scratch_plan, tuning_plan
-from vzip.config.training_preview import from_scratch_outlook, outlook
+from vzip.config.training import checked, tuning_plan
+from vzip.config.training_preview import outlook
 
 
 @entry_point("train")
 def main(cfg: DictConfig) -> None:
     config = checked(cfg)
-    if config["train"]["name"] == FROM_SCRATCH:
-        arguments = from_scratch_plan(config)
-        print(from_scratch_outlook(arguments), flush=True)
-        if config["dry_run"]:
-            return None
-        from vzip.demo import train_tiny
-
-        return train_tiny.train(**arguments)
-
     found = launching(config)
     plan = tuning_plan(found.config)
     if not found.is_told:

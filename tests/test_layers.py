@@ -16,13 +16,15 @@ PACKAGE = ROOT / "src" / "vzip"
 # Lowest first. Each room may import those above it in this list alone: rooms on one line know nothing of each
 # other. A name with a dot is a room inside a room; a file in none of them belongs to the room around it.
 ROOMS = [
-    ["errors", "log"],
-    ["installed"],
+    ["errors", "log", "progress"],
+    ["installed", "json_files", "paths"],
+    ["keys"],
+    ["option_files"],
     ["ops", "media"],
     ["compressors"],
     ["methods"],
     ["pruners"],
-    ["models.environment", "models.devices", "models.hub"],
+    ["models.environment", "models.devices", "models.hub", "models.tokens", "models.generation"],
     ["models.towers"],
     ["models.families"],
     ["models.freeze", "models.weights", "models.chat"],

@@ -1,4 +1,4 @@
-"""Methods by name, from ``configs/compressor`` and ``configs/pruner``: for who builds one without Hydra."""
+"""Methods and budgets by name, from ``configs``: for who builds one without Hydra."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from vzip.compressors import TokenBudget
 from vzip.errors import ConfigError, nearest
 from vzip.installed import checkout
+from vzip.keys import show
+from vzip.option_files import option_values, options
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class MethodFile:
     """A method as its file describes it.
 
     Attributes:
+        group: ``compressor`` or ``pruner``.
         name: of the file.
         method: the class.
         settings: what it takes beside the budget, with the file's value, or the class's own where the file takes it
@@ -27,39 +28,62 @@ class MethodFile:
         has_budget: whether it takes a budget.
     """
 
+    group: str
     name: str
     method: Callable[..., Any]
     settings: Mapping[str, Any]
     has_budget: bool
 
     def build(self, budget: TokenBudget | None = None, **settings: Any) -> Any:
-        """The method with this budget, and these settings in place of the file's; raises as its class does."""
+        """The method with this budget, and these settings in place of the file's.
+
+        Raises:
+            ConfigError: a setting that it does not have, or what its class refuses.
+        """
+        for key in settings.keys() - self.settings.keys():
+            raise ConfigError(
+                f"{self.group}.{key}: {self.group}={self.name} has no such setting{nearest(key, self.settings)};"
+                f" it has: {', '.join(self.settings) or 'none'}."
+            )
         return self.method(**({"budget": budget} if self.has_budget else {}), **{**self.settings, **settings})
+
+    def label(self, settings: Mapping[str, Any]) -> str:
+        """The name, and those settings that are not the file's."""
+        changed = {key: value for key, value in settings.items() if value != self.settings.get(key)}
+        return self.name + "".join(f"_{key}-{show(value)}" for key, value in changed.items())
 
 
 def method_files(group: str = "compressor") -> dict[str, MethodFile]:
     """Every method of a group by name; ``pruner=none``, which is no method, left out."""
-    files = sorted((checkout() / "configs" / group).glob("*.yaml"))
-    values = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
-    return {name: _read(name, own) for name, own in values.items() if "_target_" in own}
+    directory = checkout() / "configs"
+    values = {name: option_values(directory, group, name) for name in options(directory, group)}
+    return {name: _read(group, name, own) for name, own in values.items() if "_target_" in own}
 
 
-def find_method(name: str) -> MethodFile:
+def budgets() -> dict[str, TokenBudget]:
+    """Every budget by name, the largest first; ``budget=full``, which is none, left out."""
+    directory = checkout() / "configs"
+    counts = {name: option_values(directory, "budget", name) for name in options(directory, "budget")}
+    found = {n: TokenBudget(c["num_dominant"], c["num_contextual"]) for n, c in counts.items() if c["num_dominant"]}
+    return dict(sorted(found.items(), key=lambda item: -item[1].num_tokens))
+
+
+def find_method(name: str, group: str = "compressor") -> MethodFile:
     """The method of that name.
 
     Raises:
         ConfigError: there is none.
     """
-    known = method_files()
+    known = method_files(group)
     if name not in known:
-        raise ConfigError(f"compressor={name}: not known{nearest(name, known)}; allowed are {', '.join(known)}.")
+        raise ConfigError(f"{group}={name}: not known{nearest(name, known)}; allowed are {', '.join(known)}.")
     return known[name]
 
 
-def _read(name: str, values: Mapping[str, Any]) -> MethodFile:
+def _read(group: str, name: str, values: Mapping[str, Any]) -> MethodFile:
     module, _, class_name = str(values["_target_"]).rpartition(".")
     method = getattr(importlib.import_module(module), class_name)
     parameters = inspect.signature(method).parameters
     settings = {key: values.get(key, parameter.default) for key, parameter in parameters.items() if key != "budget"}
     own = {key: parameters[key].default if "${" in str(value) else value for key, value in settings.items()}
-    return MethodFile(name, method, own, "budget" in parameters)
+    return MethodFile(group, name, method, own, "budget" in parameters)

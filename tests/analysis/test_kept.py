@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts.make_random_model import FAMILIES, build
 
 import vzip
 from vzip.analysis.kept import draw_kept
 from vzip.analysis.overlay import DIMMED
-from vzip.demo.random_model import FAMILIES, build
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8))
 BUDGET = vzip.TokenBudget(5, 2)

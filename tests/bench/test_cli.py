@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.writing import held
 
-from vzip.bench.settings import HELP, BenchSettings, parse
+import vzip
+from vzip.bench import shapes
+from vzip.bench.settings import KEYS, MEMORY, BenchSettings, parse
 from vzip.cli import bench as cli
 from vzip.errors import ConfigError, RunExistsError
-from vzip.methods import method_files
+from vzip.methods import budgets, method_files
 
 
 def run(*words: str) -> int:
@@ -23,7 +26,12 @@ def run(*words: str) -> int:
 
 
 def test_every_key_is_documented() -> None:
-    assert list(HELP) and set(HELP) == set(BenchSettings.__dataclass_fields__)
+    assert set(KEYS) == set(BenchSettings.__dataclass_fields__) - {"method_settings"}
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    assert parser.epilog is not None
+    for name, described in KEYS.items():
+        assert f"  {name} [" in parser.epilog and described.sentence.split()[0] in parser.epilog
 
 
 def test_values_are_read() -> None:
@@ -40,8 +48,8 @@ def test_values_are_read() -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("compressor=fastvlm", "compressor=fastvlm: not known (did you mean 'fastervlm'?)"),
-        ("compressor=none", "compressor=none: compresses nothing; the method 'vanilla' is measured"),
+        ("compressor=fastvlm", "(did you mean 'fastervlm'?)"),
+        ("compressor=none", "all tokens: methods=vanilla"),
         ("batchsize=2", "unknown key 'batchsize' (did you mean 'batch_size'?)"),
         ("budget", "'budget' is not of the form key=value"),
         ("budget=64", "did you mean '64tok'?"),
@@ -52,13 +60,21 @@ def test_values_are_read() -> None:
         ("dtype=fp16", "did you mean 'float16'?"),
         ("device=tpu", "must be auto, cpu, cuda or cuda:N"),
         ("device=cuda:99", "CUDA devices"),
-        ("repeats=0", "repeats=0: must be a whole number of at least 1"),
+        ("repeats=0", "repeats=0: must be a whole number, 1 or more"),
         ("num_crops=two", "num_crops=two"),
         ("warmup=-1", "warmup=-1"),
-        ("methods=vzip,eager", "unknown method 'eager' (did you mean 'eager_maps'?)"),
+        (
+            "methods=vzip,eager",
+            "methods=eager: must be one of vanilla, vzip, eager_maps, fastv (did you mean 'eager_maps'?)",
+        ),
         ("weights=randm", "did you mean 'random'?"),
         ("overwrite=yes", "must be true or false"),
-        ("out=", "out= is empty"),
+        ("out=", "out=: must be a directory"),
+        ("compressor.merge_rul=mean", "compressor=visionzip has no such setting (did you mean 'merge_rule'?); it has:"),
+        ("compressor.merge_rule=max", "merge_rule='max': must be one of sum, mean"),
+        ("compressor.merge_rule=[", "compressor.merge_rule=[: cannot be read as YAML"),
+        ("pruner=fastw", "did you mean 'fastv'?"),
+        ("pruner.K=3", "pruner.K: pruner=none has no settings; add pruner=fastv"),
         ("model=llava15_7", "did you mean 'llava15_7b'?"),
     ],
 )
@@ -71,8 +87,55 @@ def test_bad_word(word: str, message: str) -> None:
 def test_all_mistakes_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         parse(["repeat=3", "dtype=half", "budget=1:2", "seed=1", "seed=2"])
-    lines = str(error.value).splitlines()
-    assert len(lines) == 4 and "seed is given twice" in lines[-1]
+    message = str(error.value)
+    assert message.startswith("4 problems")
+    for part in ("'repeat'", "dtype=half", "budget=1:2", "seed is given twice"):
+        assert part in message
+
+
+def test_a_pruner_is_one_of_the_methods() -> None:
+    words = ["pruner=fastv", "pruner.K=3", "pruner.keep=166"]
+    implied, named = parse(words), parse(["methods=vanilla,fastv", *words[1:]])
+    assert implied.methods == ("vanilla", "vzip", "eager_maps", "fastv") and named.methods == ("vanilla", "fastv")
+    assert implied.built_pruner() == named.built_pruner() == vzip.FastV(3, 166)
+    assert parse([]).built_pruner() is None and "fastv" not in parse([]).methods
+    for contrary in (["methods=vanilla", "pruner=fastv"], ["methods=fastv", "pruner=none"]):
+        with pytest.raises(ConfigError, match="the pruner must be one of the methods"):
+            parse(contrary)
+
+
+def test_settings_of_the_compressor() -> None:
+    model = shapes.resolve("llava15_7b")
+    assert parse(["compressor.merge_rule=mean"]).method(model) == vzip.VisionZip(vzip.TokenBudget(54, 10), "mean")
+    assert parse(["compressor.score=key_norms"]).methods == ("vanilla", "vzip"), "not what eager_maps computes"
+    with pytest.raises(ConfigError, match=r"leave it out with compressor=visionzip_score-key_norms"):
+        parse(["compressor.score=key_norms", "methods=vzip,eager_maps"])
+
+
+def test_budgets_are_those_of_the_configuration() -> None:
+    model = shapes.resolve("llava15_7b")
+    assert parse(["budget=17tok"]).token_budget(model) == ("17tok", vzip.TokenBudget(14, 3))
+    assert list(budgets()) == ["192tok", "128tok", "64tok", "32tok", "17tok"]
+
+
+def test_each_measurement_has_a_folder_of_its_own() -> None:
+    given = {
+        "": "vzip-64tok",
+        "methods=eager_maps,vzip,vanilla": "vzip-64tok",
+        "methods=vzip": "vzip-only-vzip-64tok",
+        "compressor=fastervlm": "vzip-fastervlm-64tok",
+        "compressor.merge_rule=mean": "vzip-visionzip_merge_rule-mean-64tok",
+        "pruner=fastv": "vzip-fastv-64tok",
+        "methods=vanilla,fastv": "vzip-fastv-only-vanilla+fastv-64tok",
+        "pruner=fastv pruner.keep=166": "vzip-fastv_keep-166-64tok",
+        "budget=12+4": "vzip-12+4",
+    }
+    model = shapes.resolve("llava15_7b")
+    for words, folder in given.items():
+        settings = parse(["model=llava15_7b", "device=cpu", *words.split()])
+        assert str(settings.out_directory(model)) == f"runs/bench/llava15_7b/{folder}-float32-cpu"
+    settings = parse(["model=llava15_7b", "device=cpu"], MEMORY)
+    assert str(settings.out_directory(model, MEMORY)) == "runs/bench/llava15_7b/memory-64tok-float32-cpu"
 
 
 def test_budget_larger_than_the_tower(checkpoint: Path, tmp_path: Path) -> None:
@@ -182,3 +245,20 @@ def test_every_method_of_the_configuration_is_measured(name: str, checkpoint: Pa
         assert stage["formula"] in (None, stage["counted"])
     projected = {key: methods[key]["flops"]["projector"]["counted"] for key in ("vanilla", "vzip")}
     assert projected["vzip"] * (1 if name == "divprune" else 4) == projected["vanilla"]
+
+
+def test_a_directory_that_another_process_writes(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(RunExistsError, match=r"writes there at this moment.* out=DIR"):
+        run("model=tiny", f"out={tmp_path}")
+
+
+def test_one_pass_has_no_quartiles_and_no_ratio_without_saying_so(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"model={checkpoint}", "budget=12+4", "device=cpu", "repeats=1", "warmup=0", "methods=vanilla,vzip"]
+    assert run(*words, f"out={tmp_path}") == 0
+    told = capsys.readouterr()
+    assert "each time is of one pass, so their spread is not known" in told.out and "[quartiles]" not in told.out
+    ratios = [line for line in told.out.splitlines() if "as fast as" in line]
+    assert ratios and all("(one pass each: that may be chance" in line for line in ratios)
+    assert "measuring: " in told.err and " passes (100 %)" in told.err, "progress without a terminal"

@@ -18,6 +18,7 @@ from vzip.bench.shapes import BenchModel
 from vzip.bench.stages import METHOD_CLASSES, run_pass
 from vzip.bench.visuals import visuals_of
 from vzip.bench.workload import check
+from vzip.config.options import config_dir, option_values
 from vzip.errors import ConfigError, UnsupportedModelError
 from vzip.models.families import adapter_for_model
 
@@ -128,6 +129,11 @@ def test_local_directory_is_read(checkpoint: Path) -> None:
     model = shapes.resolve(str(checkpoint))
     assert model.default_weights == "pretrained" and not model.tower_only
     assert model.vision_config.hidden_size == 32
+
+
+def test_published_models_are_those_of_the_configuration() -> None:
+    for name in set(shapes.SHAPES) - {"clip_l_336"}:
+        assert shapes.resolve(name).checkpoint == option_values(config_dir(), "model", name)["name_or_path"]
 
 
 def test_unknown_name_gets_the_nearest() -> None:

@@ -82,11 +82,15 @@ def test_compressed_methods_decode_what_the_wrapper_decodes(method: str, family:
     assert passed.num_visual_tokens == num_crops * 16 and sum(vlm.last_num_visual_tokens) == 2 * num_crops * 16
 
 
+def pruned_by(**settings: Any) -> dict[str, Any]:
+    return {"pruner": "fastv", "methods": ("vanilla", "fastv"), "method_settings": {"pruner": settings}}
+
+
 @pytest.mark.parametrize("family", [("llava", 2), ("llava_next", 3), ("video_llava", 3)], ids=str)
 def test_fastv_decodes_what_the_wrapper_decodes_and_saves_what_its_schedule_says(family: tuple[str, int]) -> None:
     name, num_crops = family
     model = bench_model(family=name)
-    w = build(model, num_crops=num_crops, batch_size=2, pruner="1:0.25", methods=("vanilla", "fastv"))
+    w = build(model, num_crops=num_crops, batch_size=2, **pruned_by(K=1, keep=0.25))
     method = METHOD_CLASSES["fastv"](w)
     passed, whole = run_pass(method), run_pass(METHOD_CLASSES["vanilla"](w))
     vlm = CompressedVlm(w.model, Identity(), pruner=FastV(1, 0.25))
@@ -107,13 +111,12 @@ def test_fastv_decodes_what_the_wrapper_decodes_and_saves_what_its_schedule_says
 
 def test_a_pruner_that_cannot_be_measured(clip_tower: BenchModel) -> None:
     with pytest.raises(ConfigError, match="cuts at the input of layer 2, but the language model has the layers 0 to 1"):
-        build(bench_model(), methods=("fastv",))
+        build(bench_model(), **pruned_by())
     with pytest.raises(ConfigError, match="tower is a vision tower alone"):
-        build(clip_tower, methods=("fastv",), pruner="1:3")
-    for wrong in ("2", "2:x", "0:3", "2:1.5"):
-        with pytest.raises(ConfigError, match="pruner"):
-            parse([f"pruner={wrong}"])
-    assert parse(["pruner=3:166"]).fastv() == FastV(3, 166) and "fastv" not in parse([]).methods
+        build(clip_tower, **pruned_by(K=1, keep=3))
+    for wrong in ("pruner.keep=x", "pruner.K=0", "pruner.keep=1.5"):
+        with pytest.raises(ConfigError, match=r"pruner\.\w+=.*: must"):
+            parse(["pruner=fastv", wrong])
 
 
 def test_a_picture_in_a_number_of_crops_that_is_not_made() -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from tests.bench.conftest import bench_model
 
 import vzip
@@ -23,7 +22,7 @@ from vzip.bench.memory.model_shape import ModelShape
 from vzip.bench.settings import MEMORY, TRAIN, parse
 from vzip.bench.training import NUM_SAMPLES, measure_training_steps
 from vzip.cli import bench as cli
-from vzip.config.options import config_dir
+from vzip.config.options import config_dir, option_values
 from vzip.errors import ConfigError, RunExistsError
 from vzip.train.stepping import Stepper
 
@@ -104,7 +103,7 @@ def test_a_measured_model_is_gone_afterwards() -> None:
 
 
 def test_the_step_is_that_of_train_projector() -> None:
-    projector = yaml.safe_load((config_dir() / "train" / "projector.yaml").read_text())
+    projector = option_values(config_dir(), "train", "projector")
     expected = {name: value for name, value in projector.items() if name not in ("name", "kind")}
     expected |= {"parts": ("projector",), "trackers": (), "samples_per_step": 2, "precision": "float32"}
     train, launch = training.train_settings(parse(WORDS, TRAIN))
@@ -115,9 +114,11 @@ def test_the_step_is_that_of_train_projector() -> None:
 @pytest.mark.parametrize(
     ("mode", "word", "message"),
     [
-        (TRAIN, "methods=vzip,eager_maps", "--train has no eager_maps; methods: vanilla, vzip"),
+        (TRAIN, "methods=vzip,eager_maps", "methods=eager_maps: must be one of vanilla, vzip with --train"),
         (TRAIN, "num_new_tokens=3", "num_new_tokens=3: has no meaning with --train"),
-        (TRAIN, "dtype=float16", "--train takes auto, float32, bfloat16"),
+        (TRAIN, "dtype=float16", "dtype=float16: must be one of auto, float32, bfloat16 with --train, which trains"),
+        (TRAIN, "pruner.K=3", "pruner.K=3: has no meaning with --train"),
+        (MEMORY, "device=cuda:1", "must be auto, cpu or cuda with --memory, since a training takes the first device"),
         (MEMORY, "repeats=3", "repeats=3: has no meaning with --memory"),
     ],
 )

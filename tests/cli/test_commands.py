@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -9,8 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tests.media.images import bomb
 
 from vzip import cli
+from vzip.config import schema
 from vzip.config.options import RECIPE_GROUP, config_dir, groups, options
 from vzip.errors import ImageError
 
@@ -23,14 +27,14 @@ def python(code: str) -> str:
     return done.stdout
 
 
-def module_with(monkeypatch: pytest.MonkeyPatch, outcome: int | Exception) -> list[Namespace]:
+def module_with(monkeypatch: pytest.MonkeyPatch, outcome: int | BaseException) -> list[Namespace]:
     """Makes `ask` a command that ends as told, and returns what it was called with."""
     calls: list[Namespace] = []
     module = ModuleType("a command")
 
     def main(args: Namespace) -> int:
         calls.append(args)
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
@@ -60,6 +64,37 @@ def test_list_of_one_group(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert "python eval.py +exp=llava15_7b_64tok" in capsys.readouterr().out
     assert cli.main(["list", "budgets"]) == 2
     assert "'budgets': no such group (did you mean 'budget'?)" in capsys.readouterr().err
+
+
+def test_list_describes_a_groups_keys_in_whole_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list", "launcher"]) == 0
+    shown = capsys.readouterr().out
+    for name, described in schema.keys_in("launcher").items():
+        assert name == "name" or f"  launcher.{name}: {described.rule.text}\n" in shown
+        assert name == "name" or described.sentence in " ".join(shown.split())
+    assert cli.main(["list", "compressor"]) == 0
+    shown = capsys.readouterr().out
+    assert "compressor.window: of compressor=vscan\n      side of a window in patches" in shown
+
+
+@pytest.mark.parametrize("name", list(cli.PROGRAMS))
+def test_help_lists_every_key_and_option_without_composing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['{name}.py', '--help']\n"
+        f"runpy.run_path('{name}.py', run_name='__main__')\n"
+        "print([module for module in ('torch', 'transformers', 'lmms_eval', 'datasets') if module in sys.modules])"
+    )
+    shown = python(code)
+    assert shown.splitlines()[-1] == "[]" and f"python {name}.py" in shown
+    words = " ".join(shown.split())
+    for group in groups(config_dir()):
+        assert f"{group}: {', '.join(options(config_dir(), group))}" in shown
+        for key, described in schema.keys_in(group).items():
+            assert key in ("name", "kind") or described.sentence in words
+    for key in schema.known_keys():
+        assert key.endswith((".name", ".kind")) or f"  {key}: " in shown
+    assert "compressor.merge_rule: of compressor=visionzip" in shown
 
 
 def test_an_unknown_command_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,3 +198,72 @@ def test_bench_loads_no_evaluation_packages() -> None:
     )
     shown = python(code)
     assert "usage: python -m vzip bench" in shown and shown.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ask", "BOMB", "What?"], "bomb.png: too many pixels"),
+        (["chat", "--image", "BOMB"], "bomb.png: too many pixels"),
+        (["ask", "x" * 5000, "What?"], "no such file"),
+        (["ask", "a\0b", "What?"], "no such file"),
+        (["chat", "--image", "x" * 5000], "no such image file"),
+        (["chat", "--video", "x" * 5000], "no such video file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_said_before_a_model_is_loaded(tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.setattr("vzip.models.load.load_vlm", None)
+    path = bomb(tmp_path / "bomb.png")
+    assert cli.main([str(path) if word == "BOMB" else word for word in words]) == 2
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told and len(told) < 600
+
+
+@pytest.mark.parametrize("number", ["0", "-3"])
+def test_no_answer_is_no_answer(capsys, number):
+    for words in (["ask", "cat.png", "What?"], ["chat"]):
+        assert cli.main([*words, f"--max-new-tokens={number}"]) == 2
+        assert f"--max-new-tokens={number}: must be 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["judge", "compare"])
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b"])
+def test_a_path_that_no_file_can_have_is_one_line(capsys, monkeypatch, command, path):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    assert cli.main([command, path]) == 2
+    told = capsys.readouterr().err
+    assert "Error: " in told and "Traceback" not in told and len(told) < 900
+
+
+def test_an_interrupted_command_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module_with(monkeypatch, KeyboardInterrupt("what has arrived is kept in data"))
+    assert cli.main(["ask", "a.png"]) == 130
+    told = capsys.readouterr().err
+    assert told == "interrupted: what has arrived is kept in data. The same command continues.\n"
+
+
+# What these two measure or show decides their options, so torch and transformers are imported for them.
+_SLOW = ("bench", "demo")
+
+
+def test_help_needs_nothing_heavy() -> None:
+    modules = [command.module for name, command in cli.COMMANDS.items() if name not in _SLOW]
+    heavy = ("torch", "transformers", "lmms_eval", "datasets", "deepspeed", "matplotlib")
+    code = f"import sys, {', '.join(modules)}; print([name for name in {heavy} if name in sys.modules])"
+    assert python(code) == "[]\n"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_begins_with_three_examples(name: str) -> None:
+    path = ROOT / "src" / f"{cli.COMMANDS[name].module.replace('.', '/')}.py"
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    examples = [line for line in text.splitlines() if re.match(r"\s*(python -m vzip|python eval\.py|printf)\b", line)]
+    assert len(examples) >= 3 and f"python -m vzip {name}" in examples[0], text
+    assert text.index(examples[0]) < 250, "they come first"
+
+
+def test_the_nearest_name_comes_last_behind_a_long_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["benhc"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "Did you mean 'bench'?"

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tests.config.kit import Run
 
+from vzip.config.run_directory import _safe
+
 MESSAGES = {
     ("eval.limt=3",): ["eval.limt: no such key (did you mean 'eval.limit'?); keys of eval:"],
     ("+eval.limt=3",): ["eval.limt: no such key (did you mean 'eval.limit'?)"],
@@ -68,10 +70,24 @@ MESSAGES = {
     ("compressor.merge_rul=mean",): ["compressor.merge_rul: no such key (did you mean 'compressor.merge_rule'?)"],
     ("compressor._target_=vzip.Nothing",): ["compressor._target_=vzip.Nothing: cannot be imported"],
     ("seed=-1",): ["seed=-1: must be a whole number, 0 or more"],
+    ("seed=4294967296",): ["seed=4294967296: must be a whole number, 0 or more and at most 4294967295"],
+    ("compressor=random", "compressor.seed=4294967296"): ["compressor.seed=4294967296: must be a whole number, 0 or"],
+    ("eval.tasks=[pope,gqa,pope]",): ["eval.tasks=['pope', 'gqa', 'pope']: must be a list of", "each once"],
+    ("compressor._target_=os.getcwd",): ["compressor._target_=os.getcwd: is no Compressor; it must be a class"],
+    ("compressor._target_=builtins.dict",): ["compressor._target_=builtins.dict: is no Compressor"],
+    ("compressor._target_=vzip.FastV",): ["compressor._target_=vzip.FastV: is no Compressor"],
+    ("compressor._target_=vzip",): ["compressor._target_=vzip: cannot be imported"],
+    ("compressor._target_='..x.y'",): ["compressor._target_=..x.y: cannot be imported"],
+    ("pruner=fastv", "pruner._target_=vzip.Identity"): ["pruner._target_=vzip.Identity: is no Pruner"],
+    ("train=projector", "train.learning_rate=inf"): ["train.learning_rate=inf: must be a number, 0 or more"],
+    ("eval.gen_kwargs.temperature=nan",): ["eval.gen_kwargs.temperature=nan: must be a number, 0 or more"],
+    ("model=llava_local", f"model.name_or_path=./{'x' * 300}"): ["no such directory"],
+    ("model=llava_local", "model.name_or_path='~nobody-of-this-name/x'"): ["no such directory"],
+    ("model.projector=" + "x" * 5000,): ["no such directory"],
+    ("eval.include_path=" + "x" * 5000,): ["no such directory"],
     ("overwrite=1",): ["overwrite=1: must be true or false"],
     ("eval.limit=${nowhere}",): ["Interpolation key 'nowhere' not found"],
     ("launcher.num_threads=0",): ["launcher.num_threads=0: must be a whole number, 1 or more, or null"],
-    ("+exp=tiny_from_scratch",): ["train=tiny_from_scratch: eval.py trains nothing"],
     ("model=llava15_7b_untuned",): [
         "CheckpointError: model.name_or_path=checkpoints/llava15_7b_untuned: no such directory.",
         "python scripts/assemble_llava.py openai/clip-vit-large-patch14-336 lmsys/vicuna-7b-v1.5 checkpoints/llava",
@@ -179,6 +195,16 @@ def test_training_says_what_it_cannot_do(run: Run, tmp_path: Path) -> None:
     assert code == 2 and "checkpoints/llava15_7b_untuned: no such directory" in message
     code, message = run("train=projector", "data=scenes_dialogues", "pruner=fastv", name="train")
     assert code == 2 and "pruner=fastv: nothing is dropped inside the language model while it trains" in message
-    code, message = run("train=tiny_from_scratch", name="train")
-    assert code == 2 and "compressor=visionzip (must be none), budget=64tok (must be full)" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_that_cannot_be(run: Run, tmp_path: Path) -> None:
+    code, message = run(f"paths.run_dir={tmp_path}/{'x' * 300}")
+    assert code == 2 and "longer than a path may be" in message and "Traceback" not in message
+    code, message = run(r'model.system_prompt="a\0b"'.replace("\\0", "\0"))
+    assert code == 2 and "model.system_prompt" in message and "Traceback" not in message
+
+
+def test_long_names_of_different_runs_stay_different() -> None:
+    names = {_safe("same-" * 30 + end) for end in ("a", "b")}
+    assert len(names) == 2 and all(len(name) <= 120 for name in names)

@@ -154,12 +154,28 @@ def test_every_option_composes_and_is_valid(group: str, option: str) -> None:
     assert header(CONFIGS / group / f"{option}.yaml"), "the first line says what the option is"
 
 
-def test_what_all_models_share_is_no_option() -> None:
+@pytest.mark.parametrize("group", ["model", "launcher", "train", "eval", "compressor"])
+def test_what_all_options_share_is_no_option(group: str) -> None:
     with pytest.raises(MissingConfigException) as raised:
-        compose("eval", ["model=none_of_these"])
+        compose("eval", [f"{group}=none_of_these"])
     shown = str(raised.value)
-    assert "model_base" not in shown and all(f"\t{name}\n" in shown for name in options(CONFIGS, "model"))
-    assert option_values(CONFIGS, "model", "tiny")["quantization"] is None, "the shared keys count as the option's own"
+    assert f"{group}_base" not in shown and all(f"\t{name}\n" in shown for name in options(CONFIGS, group))
+    shared = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{group}_base.yaml"))
+    assert isinstance(shared, dict)
+    some = {"compressor": "visionzip", "train": "projector"}.get(group, options(CONFIGS, group)[0])
+    own = option_values(CONFIGS, group, some)
+    assert shared.keys() - {"defaults"} <= own.keys(), "the shared keys count as the option's own"
+
+
+def test_an_option_states_only_what_differs() -> None:
+    for group in ("model", "launcher", "train", "eval", "compressor"):
+        shared = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{group}_base.yaml"))
+        for name in options(CONFIGS, group):
+            own = OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml"))
+            assert isinstance(own, dict) and isinstance(shared, dict)
+            if own.get("defaults", [""])[0] == f"/{group}_base@_here_":
+                same = [key for key in own.keys() & shared.keys() - {"defaults"} if own[key] == shared[key]]
+                assert not same, f"{group}/{name}: {same}"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -185,7 +201,7 @@ def test_a_recipe_that_trains_is_a_training(recipe: str, tmp_path: Path, monkeyp
     if config["model"]["assembled_from"] is not None:
         Path(config["model"]["name_or_path"]).mkdir(parents=True)
     if "kind" not in config["train"]:
-        assert config["train"]["name"] in ("none", "tiny_from_scratch")
+        assert config["train"]["name"] == "none"
         return
     plan = tuning_plan(checked(OmegaConf.create(config)))
     assert plan.run_dir == training_directory(config, CONFIGS)

@@ -37,7 +37,7 @@ def test_the_launcher_starts_the_processes(monkeypatch, tmp_path):
         script("eval").main()
     for command, launcher in zip(started, ("ddp", "zero2_8gpu"), strict=True):
         before, _, words = " ".join(command).partition("eval.py ")
-        assert "torch.distributed.run" in before and "--nproc_per_node=8" in before
+        assert "vzip.train.torchrun" in before and "--nproc_per_node=8" in before
         assert words == f"launcher={launcher} budget=32tok"
     assert len(checked) == 2 and not list(tmp_path.iterdir())
 
@@ -89,7 +89,7 @@ def test_two_processes_of_the_built_in_model_equal_one(tmp_path):
         command = [sys.executable, str(ROOT / "eval.py"), *more, *words, f"paths.run_dir={tmp_path / name}"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert ("torch.distributed.run --nproc_per_node=2" in done.stderr) == (name == "two")
+        assert ("vzip.train.torchrun --nproc_per_node=2" in done.stderr) == (name == "two")
         assert done.stdout.count("visual tokens an image, measured: 64 (48 images)") == 1
         records.append(json.loads((tmp_path / name / "run.json").read_text()))
     one, two = records

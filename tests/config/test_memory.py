@@ -126,11 +126,6 @@ def test_what_cannot_be_told_is_refused(
     assert message in error and "Traceback" not in error
 
 
-def test_the_built_in_models_own_training_has_no_estimate(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["memory", "+exp=tiny_from_scratch"]) == 2
-    assert "vzip.demo.train_tiny" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_the_built_in_model_measured() -> None:
     plan = memory_plan(["+exp=tiny_64tok", "data.num_questions=2", "launcher.batch_size=1"], length=80)

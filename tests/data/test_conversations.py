@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -132,6 +133,57 @@ def test_the_checkpoints_own_template_is_the_evaluations(built_in: Any) -> None:
     first = next(index for index, label in enumerate(ours.labels) if label != IGNORED_LABEL)
     assert ours.ids[:first] == prompt
     assert tokenizer.decode([label for label in ours.labels if label != IGNORED_LABEL]) == " red</s> blue</s>"
+
+
+IN_ORDER = (
+    "{% for m in messages %}{{ m['role'] }}:{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+# As LLaVA-1.5's own: a turn's images, then its words.
+IMAGES_FIRST = (
+    "{% for m in messages %}{{ m['role'] }}:"
+    "{% for c in m['content'] if c['type'] == 'image' %}<image>{% endfor %}"
+    "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}"
+    "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture
+def templated(processor: Any) -> Iterator[Any]:
+    before = processor.chat_template
+    yield lambda template: setattr(processor, "chat_template", template) or processor
+    processor.chat_template = before
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("one <image> two <image> which?", "one <image> two <image> which?"),
+        ("<image><image>\nwhich?", "<image><image>\nwhich?"),
+        ("<image>\n<image>\nwhich?", "<image><image>\nwhich?"),
+        ("which?\n<image><image>", "which?\n<image><image>"),
+        ("<image> is it like <image>", "<image> is it like <image>"),
+        ("<image>\nred?", "<image>red?"),
+        ("red?\n<image>", "<image>red?"),
+        ("<image> <image> <image>", "<image><image><image>"),
+        ("<image>", "<image>"),
+        (" red? ", " red? "),
+    ],
+)
+def test_a_chat_template_gets_images_where_the_turn_has_them(text: str, written: str, templated: Any) -> None:
+    conversation = turns(text, "b", "c", "d")
+    whole, targets = shown(chat, conversation, templated(IN_ORDER))
+    assert whole == f"<s>user:{written}assistant:b</s>user:cassistant:d</s>"
+    assert targets == "b|</s>|d|</s>"
+
+
+def test_a_chat_template_that_moves_images_among_words_is_refused(templated: Any) -> None:
+    processor = templated(IMAGES_FIRST)
+    for text in ("one <image> two <image> which?", "which?\n<image><image>"):
+        with pytest.raises(PromptError, match=r"does not write '<image>' where the turn has it.*vicuna_v1"):
+            chat(turns(text, "b"), None, processor)
+    assert shown(chat, turns("<image>\n<image>\nwhich?", "b"), processor)[0].startswith("<s>user:<image><image>")
 
 
 def test_a_chat_template_without_an_end_is_refused(processor: Any) -> None:

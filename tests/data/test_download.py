@@ -10,6 +10,7 @@ import io
 import json
 import re
 import shutil
+import stat
 import threading
 import zipfile
 from collections import namedtuple
@@ -303,3 +304,44 @@ def test_a_full_disk_and_a_second_run_are_named(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download_module, "fetch", full)
     with pytest.raises(ManifestError, match="the disk is full"):
         run(tmp_path, entry(server))
+
+
+def special(kind: str) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as opened:
+        opened.writestr("train/one.jpg", b"1" * 100)
+        names = {"leaves": "../out.jpg", "absolute": "/out.jpg", "windows": "..\\out.jpg", "long": "x" * 300 + ".jpg"}
+        info = zipfile.ZipInfo(names.get(kind, "train/two.jpg"))
+        if kind == "link":
+            info.external_attr = (stat.S_IFLNK | 0o777) << 16
+        opened.writestr(info, b"/etc/passwd")
+    content = bytearray(packed.getvalue())
+    if kind == "encrypted":
+        for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            content[content.rindex(signature) + offset] |= 1
+    if kind == "method":
+        for signature, offset in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+            content[content.rindex(signature) + offset] = 97
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("encrypted", "is encrypted"),
+        ("link", "is a link or a device"),
+        ("leaves", "would leave the folder"),
+        ("absolute", "would leave the folder"),
+        ("windows", "would leave the folder"),
+        ("long", "too long"),
+        ("method", "cannot be unpacked here"),
+    ],
+)
+def test_an_archive_that_holds_what_it_must_not_is_named(server, tmp_path, kind, message):
+    server.body = special(kind)
+    (tmp_path / "root").mkdir()
+    with pytest.raises(ManifestError, match=rf"a\.zip: .*{message}"):
+        run(tmp_path / "root", zipped(server))
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+    if kind != "method":
+        assert not (tmp_path / "root" / "coco").exists()

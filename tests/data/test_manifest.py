@@ -109,6 +109,12 @@ def download(*words: str) -> int:
 
 
 def test_the_download_lists_chooses_and_refuses(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert download("--list") == 0
+    text = capsys.readouterr().out
+    files = load_manifest("llava_v1_5_mix665k").files
+    assert f"{sum(file.num_bytes or 0 for file in files) / 1e9:.2f}" in text and f"{len(files)} files" in text
+    assert all(file.url in text for file in files if file.url), "whole addresses"
     monkeypatch.setenv("COLUMNS", "200")
     assert download("--list", "--only", "gqa") == 0
     text = capsys.readouterr().out
@@ -119,3 +125,26 @@ def test_the_download_lists_chooses_and_refuses(capsys, tmp_path, monkeypatch):
     assert "--root DIR is missing" in capsys.readouterr().err
     assert download("open_llava_next_mix1m", "--root", str(tmp_path), "--only", "sam") == 1
     assert "sam: to be fetched by hand. From https://" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "value", ["../out", "/etc", "a/../../b", "..", "", None, 3, "a\0b", "x" * 5000, "..\\up", "a\nb"]
+)
+@pytest.mark.parametrize("key", ["name", "image_root", "path", "extract_to"])
+def test_no_name_in_a_manifest_leaves_the_data_folder(tmp_path, good, key, value):
+    """``name`` too: the lock file and the mark of a running download are called by it."""
+    if key == "extract_to" and value is None:
+        return  # nothing to unpack
+    raw = json.loads(json.dumps(good))
+    (raw["files"][0] if key in ("path", "extract_to") else raw)[key] = value
+    refused(tmp_path, raw, key)
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[" * 100_000, b"3"])
+def test_a_file_that_is_no_manifest_is_named(tmp_path, content):
+    (tmp_path / "m.json").write_bytes(content)
+    with pytest.raises(ManifestError, match=r"m\.json"):
+        load_manifest(tmp_path / "m.json")
+    for name in ("x" * 5000, "a\0b", "~nobody-of-this-name/m"):
+        with pytest.raises(ManifestError, match="no such file, and no manifest of that name"):
+            load_manifest(name)

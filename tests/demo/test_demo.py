@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
+from tests.writing import held
 
 import vzip
 from vzip import cli
@@ -19,10 +22,11 @@ from vzip.analysis.overlay import DIMMED, KEPT_COLOR, draw_overlay
 from vzip.analysis.plots import Point, plot_retention
 from vzip.cli import demo as run
 from vzip.compressors.base import CompressedTokens
+from vzip.config.options import config_dir
 from vzip.demo import benchmark, scoring
 from vzip.demo.questions import TASKS
-from vzip.demo.sweep import f1_of_units, run_sweep, score, settings, units
-from vzip.errors import ConfigError, ManifestError
+from vzip.demo.sweep import BUDGETS, run_sweep, score, settings, units
+from vzip.errors import ConfigError, ManifestError, RunExistsError
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +85,8 @@ def test_bootstrap_units_reproduce_the_metrics():
         scoring.Result(answer=("yes", "no")[i % 2], said=("yes", "no")[rng.integers(2)], pair=str(i // 2))
         for i in range(40)
     ]
-    assert 100 * f1_of_units(units("existence", rows)) == pytest.approx(scoring.f1(rows))
-    assert 100 * units("counting", rows).mean() == pytest.approx(scoring.mme(rows))
-    assert 100 * units("reading", rows).mean() == pytest.approx(scoring.accuracy(rows))
+    for task, metric in scoring.METRICS.items():
+        assert units(task, rows).score == pytest.approx(metric(rows))
 
 
 def test_score_of_vanilla_against_itself_is_exactly_one():
@@ -143,7 +146,14 @@ def test_several_processes_generate_the_benchmark_once(tmp_path, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in found[0].iterdir()} == before and len(before) > 5
 
 
-def test_demo_end_to_end_on_two_pictures(small_benchmark, tmp_path, monkeypatch, capsys):
+def test_the_budgets_are_those_of_the_options():
+    for budget in BUDGETS:
+        option = yaml.safe_load((config_dir() / "budget" / f"{budget.num_tokens}tok.yaml").read_text())
+        assert vzip.TokenBudget(option["num_dominant"], option["num_contextual"]) == budget
+
+
+def test_demo_end_to_end_on_two_pictures_without_lmms_eval(small_benchmark, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)  # importing it fails: the core requirements suffice
     monkeypatch.setattr(benchmark, "prepare", lambda: small_benchmark)
     monkeypatch.setattr(run, "measure", lambda rows: [run.Cost(dict.fromkeys(STAGE_NAMES, 1.5), 2048) for _ in rows])
     arguments = argparse.Namespace(out=tmp_path / "demo", limit=2, batch_size=2)
@@ -187,3 +197,8 @@ def test_ask_refuses_bad_input_before_loading(words, said, small_benchmark, caps
     words = [str(small_benchmark / "images" / "0000.png") if w == "PICTURE" else w for w in words]
     assert cli.main(["ask", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_another_demo_writes(tmp_path):
+    with held(tmp_path), pytest.raises(RunExistsError, match=r"writes there at this moment.* --out DIR"):
+        run.main(argparse.Namespace(out=tmp_path, limit=1, batch_size=1))

@@ -215,3 +215,29 @@ def test_another_error_in_a_worker_names_the_question(vlm, include_path, tmp_pat
     with pytest.raises(ZeroDivisionError) as caught:
         run(vlm, include_path, tmp_path / "run", num_workers=2)
     assert any(note.startswith("While working on task own_exact, question ") for note in caught.value.__notes__)
+
+
+class TestLongPrompts:
+    """The language model reads so few tokens that questions, or their answers, do not fit."""
+
+    def shorten(self, vlm: Any, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+        monkeypatch.setattr(vlm.model.config.text_config, "max_position_embeddings", limit)
+
+    def test_questions_longer_than_the_model_reads_are_named_or_left_out(
+        self, vlm, include_path, tmp_path, monkeypatch
+    ):
+        self.shorten(vlm, monkeypatch, 8)
+        with pytest.raises(ManifestError, match=r"(?s)4 of 4 questions cannot.*question 3: Prompt 0 is 17"):
+            run(vlm, include_path, tmp_path / "run", batch_size=4)
+
+    def test_an_answer_is_cut_where_the_model_ends_whatever_is_asked_beside_it(
+        self, vlm, include_path, tmp_path, monkeypatch, caplog
+    ):
+        self.shorten(vlm, monkeypatch, 64)
+        settings = {"gen_kwargs": {"max_new_tokens": 60}}
+        caplog.set_level(logging.WARNING, "vzip")
+        together = run(vlm, include_path, tmp_path / "four", batch_size=4, **settings)
+        alone = run(vlm, include_path, tmp_path / "one", batch_size=1, **settings)
+        assert read_samples(tmp_path / "four") == read_samples(tmp_path / "one")
+        assert together["tasks"] == alone["tasks"]
+        assert "task own_exact, question" in caplog.text and "Its answer is cut there." in caplog.text

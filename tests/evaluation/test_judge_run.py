@@ -7,18 +7,21 @@ import io
 import json
 import math
 import random
+import re
 from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from tests.evaluation.fake_endpoint import Answer, running
+from tests.writing import held
 
 from vzip import cli
 from vzip.cli import judge as judge_cli
 from vzip.cli.judge import estimate_tokens
 from vzip.errors import ConfigError, JudgeError, ManifestError, RunExistsError
 from vzip.evaluation.benchmarks.judge_prompts import read_prompt
+from vzip.results.record import read_samples
 
 KEY = "sk-secret-0123456789"
 MSVD, TGIF = "msvd_qa_zero_shot", "tgif_qa_zero_shot"
@@ -366,3 +369,133 @@ def test_without_a_key_openai_is_not_asked(run, monkeypatch, capsys):
     monkeypatch.delenv("OPENAI_API_KEY")
     assert cli.main(["judge", str(run), "--yes"]) == 2
     assert "wants a key: set the environment variable OPENAI_API_KEY" in capsys.readouterr().err
+
+
+def body(text: object, **change: object) -> str:
+    """A completion with fields of one's own; JSON escapes what UTF-8 cannot hold."""
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    usage = {"prompt_tokens": 200, "completion_tokens": 10}
+    return json.dumps({"object": "chat.completion", "model": "judge-1", "choices": [choice], "usage": usage} | change)
+
+
+def as_json(text: str) -> Answer:
+    return Answer(body=text, headers={"Content-Type": "application/json"})
+
+
+UNUSUAL = "a\u2028b\u2029c\x85d\x0be\x1cf\x00g\ud83dh"
+
+
+def test_no_reply_and_no_answer_makes_a_run_unreadable(run):
+    """Line ends of Python's and half a surrogate pair: in the reply, the model's name, the answer and the question."""
+    path = run / "samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+    path.write_text("".join(json.dumps(r | {"answer": r["answer"] + UNUSUAL}, ensure_ascii=True) + "\n" for r in rows))
+    reply = as_json(body(f"{{'pred': 'yes', 'score': 5}}{UNUSUAL}", model=f"judge{UNUSUAL}"))
+    with running(lambda request, number: reply) as endpoint:
+        code, _ = judge(run, endpoint.url, "--yes")
+        assert code == 0
+        again, _ = judge(run, endpoint.url, "--yes", "--overwrite")  # reads what it wrote, replies from the cache
+        assert again == 0 and len(endpoint.requests) == 6
+    kept = read_samples(run)[MSVD][0]
+    assert kept["answer"].endswith(UNUSUAL)
+    assert kept["judge"]["reply"].endswith(UNUSUAL.replace("\ud83d", "\N{REPLACEMENT CHARACTER}"))
+
+
+def test_the_key_is_in_no_file_whatever_the_endpoint_repeats(run, tmp_path):
+    replies = [body(f"{{'pred': 'yes', 'score': 5}} {KEY}", model=f"judge {KEY}"), body("no idea", model=KEY)]
+    replies += [json.dumps({"error": KEY}), f"<{KEY}>", body([KEY]), body(None, model=[KEY])]
+    with running(lambda request, number: as_json(replies[number % len(replies)])) as endpoint:
+        _, shown = judge(run, endpoint.url, "--yes", "--workers", "1")
+    assert KEY not in shown
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) >= 3 and not [file for file in files if KEY.encode() in file.read_bytes()]
+    assert "judge ***" in (run / "run.json").read_text()
+
+
+@pytest.mark.parametrize("where", ["--base-url", "--model"])
+def test_the_key_is_no_part_of_what_is_recorded(run, where):
+    words = [where, f"http://localhost/{KEY}/v1" if where == "--base-url" else f"judge-{KEY}"]
+    with pytest.raises(ConfigError, match="must not hold the key") as raised:
+        judge(run, "http://localhost/v1", "--yes", *words)
+    assert KEY not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        None,
+        "many",
+        [1],
+        7,
+        {},
+        {"prompt_tokens": "200", "completion_tokens": None},
+        {"prompt_tokens": -5000, "completion_tokens": -1},
+        {"prompt_tokens": float("nan"), "completion_tokens": float("inf")},
+        {"prompt_tokens": True, "completion_tokens": {}},
+        {"prompt_tokens": [3], "completion_tokens": 10**30},
+    ],
+    ids=str,
+)
+def test_usage_that_is_no_number_is_taken_as_not_told(run, usage):
+    """The reply was paid: it counts, and the meter has our own estimate."""
+    with running(lambda request, number: as_json(body("{'pred': 'yes', 'score': 5}", usage=usage))) as endpoint:
+        code, shown = judge(run, endpoint.url, "--yes", "--price-in", "1", "--price-out", "1")
+    assert code == 0 and record_of(run)["judge"][MSVD]["num_judged"] == 4
+    sent, received = re.search(r"([\d,]+) tokens sent, ([\d,]+) came back", shown).groups()
+    assert int(sent.replace(",", "")) > 6 * 50 and int(received) == 6 * 20
+
+
+def test_only_what_is_kept_is_said_to_be_kept(run):
+    with (
+        running(lambda request, number: Answer("I cannot say.")) as endpoint,
+        pytest.raises(JudgeError, match=r"0 of 6 answers .* are judged and kept"),
+    ):
+        judge(run, endpoint.url, "--yes", "--workers", "1")
+
+
+def test_a_pause_without_end_is_refused_and_named(run):
+    slow = Answer(status=429, body="slow down", headers={"Retry-After": "99999999"})
+    with (
+        running(lambda request, number: slow) as endpoint,
+        pytest.raises(JudgeError, match=r"HTTP 429 slow down; it asks for a pause of 99999999 \(Retry-After\)"),
+    ):
+        judge(run, endpoint.url, "--yes")
+
+
+def test_a_run_that_another_process_writes(run):
+    before = (run / "run.json").read_bytes()
+    with (
+        running(by_script) as endpoint,
+        held(run),
+        pytest.raises(RunExistsError, match="writes there at this moment"),
+    ):
+        judge(run, endpoint.url, "--yes")
+    assert endpoint.requests == [] and (run / "run.json").read_bytes() == before
+
+
+def test_a_task_named_twice(run):
+    with pytest.raises(ConfigError, match=rf"--tasks: {MSVD} named more than once"):
+        judge(run, "http://127.0.0.1:1/v1", "--yes", "--tasks", f"{MSVD},{MSVD}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"doc_id": ...},
+        {"question": None},
+        {"scores": []},
+        {"scores": ...},
+        {"filter_index": "0"},
+        {"target": ...},
+        {"answer": ...},
+    ],
+    ids=str,
+)
+def test_an_answer_of_another_shape_is_named(run, change):
+    path = run / "samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+    for key, value in change.items():
+        rows[0] = {k: v for k, v in rows[0].items() if k != key} | ({} if value is ... else {key: value})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ManifestError, match=rf"samples\.jsonl: an answer of .* has no usable {next(iter(change))}"):
+        judge(run, "http://127.0.0.1:1/v1", "--yes")

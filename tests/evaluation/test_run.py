@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from tests.writing import held
 
 import vzip
 import vzip.errors
@@ -29,7 +30,7 @@ def samples(run_dir: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def run_of(tmp_path: Path, include_path: Path) -> Callable[..., dict[str, Any]]:
     def run(vlm: Any, tasks: list[str], name: str = "run", **kwargs: Any) -> dict[str, Any]:
-        settings = {"include_path": include_path, "progress": False} | kwargs
+        settings = {"include_path": include_path, "progress": False, **kwargs}
         return evaluate(vlm, tasks=tasks, run_dir=tmp_path / name, **settings)
 
     return run
@@ -289,17 +290,19 @@ class TestRecord:
 
 
 class TestResume:
-    def test_goes_on_where_it_stopped(self, run_of, scripted, answers, tmp_path):
+    def test_goes_on_where_it_stopped(self, run_of, scripted, answers, tmp_path, capfd):
         def until_the_third(prompt: str) -> str:
             if "how many" in prompt:
                 raise KeyboardInterrupt
             return answers[question_in(prompt)]
 
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=r"^2 of 4 answers are kept in .*run$"):
             run_of(scripted(until_the_third), ["own_exact"])
         assert (tmp_path / "run" / "answers.partial.jsonl").exists()
         vlm = scripted(lambda prompt: answers[question_in(prompt)])
-        record = run_of(vlm, ["own_exact"])
+        record = run_of(vlm, ["own_exact"], progress=True)
+        told = capfd.readouterr().err
+        assert "2 of 4 answers kept from the interrupted run" in told and "answering: 4 of 4 questions (100 %)" in told
         assert [question_in(prompt) for prompt in vlm.prompts] == ["how many?", "where?"]
         assert record["num_resumed_answers"] == 2
         assert record["tasks"]["own_exact"]["metrics"]["exact_match"]["value"] == 1.0
@@ -318,3 +321,10 @@ class TestResume:
         vlm.compressor = vzip.VisionZip(vzip.TokenBudget(4, 3))
         record = run_of(vlm, ["own_exact"])
         assert len(vlm.prompts) == 4 and record["num_resumed_answers"] == 0
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_directory_that_another_process_writes(self, run_of, scripted, tmp_path, overwrite):
+        vlm = scripted(lambda prompt: "")
+        with held(tmp_path / "run"), pytest.raises(RunExistsError, match="writes there at this moment"):
+            run_of(vlm, ["own_exact"], overwrite=overwrite)
+        assert not vlm.prompts and [path.name for path in (tmp_path / "run").iterdir()] == [".owner"]

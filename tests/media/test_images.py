@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 from safetensors import safe_open
-from tests.media.images import picture
+from tests import tiny
+from tests.media.images import bomb, picture
 from transformers.models.clip import CLIPImageProcessor
 
 import vzip.media.images as images_module
 from vzip.errors import ConfigError, ImageError
 from vzip.media.images import load_image, pad_and_shrink, pad_to_square, prepare_pictures, strict_decoding
+from vzip.models.families.llava_next.anyres import prepare_crops
 
 SIZE = {"height": 336, "width": 336}
 PROCESSOR = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=SIZE)
@@ -173,3 +176,82 @@ def test_pillows_switch_is_turned_back_however_blocks_of_several_threads_overlap
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False  # the second still reads
     second.__exit__(None, None, None)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
+
+
+@pytest.mark.parametrize("mean", [None, 0.5, [0.5, 0.25, 0.125]])
+def test_the_padding_is_what_the_mean_says_and_black_without_one(mean):
+    """Rescaled alone; the image is 2 x 1, so that half of its square is padding."""
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, resample=0)
+    image_processor.image_mean, image_processor.do_normalize = mean, False
+    padded = prepare_pictures([Image.new("RGB", (4, 2), "white")], image_processor, "llava")["pixel_values"][0]
+    expected = {None: (0, 0, 0)}.get(mean, (127, 127, 127)) if not isinstance(mean, list) else (127, 63, 31)
+    assert (padded[:, -1, 0] * 255).round().tolist() == list(expected)
+    assert (padded[:, 4, 0] * 255).round().tolist() == [255, 255, 255]
+
+
+def test_an_image_processor_without_what_its_steps_need_is_refused():
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    image_processor.image_mean = image_processor.resample = None
+    for rule in ("llava", "hf"):
+        with pytest.raises(ConfigError, match=r"do_normalize=true needs image_mean, which is null; do_resize=true"):
+            prepare_pictures([picture(9, 9)], image_processor, rule)
+
+
+@pytest.mark.parametrize(
+    ("rule", "size"),  # padded to a square, others show not their colour alone
+    [("llava", (1, 1)), ("llava", (3, 3)), *(("hf", size) for size in [(1, 1), (3, 3), (40, 3), (3, 40), (40, 1)])],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["image", "next", "video_llava"])
+def test_no_side_is_taken_for_the_colours(kind, rule, size):
+    image_processor = {
+        "image": tiny.processor().image_processor,
+        "next": tiny.next_processor().image_processor,
+        "video_llava": tiny.video_image_processor(),
+    }[kind]
+    given = Image.new("RGB", size, (250, 10, 120))
+    if kind == "next":
+        prepared = prepare_crops([given], image_processor, rule, tiny.PINPOINTS, tiny.IMAGE_SIZE)
+    else:
+        prepared = prepare_pictures([given], image_processor, rule)
+    (values,) = prepared.values() if kind != "next" else [prepared["pixel_values"][:, :1]]
+    shown = values.reshape(3, -1)[:, values.shape[-1] * (values.shape[-2] // 2) + values.shape[-1] // 2]
+    mean, deviation = (np.asarray(part) for part in (image_processor.image_mean, image_processor.image_std))
+    np.testing.assert_allclose(shown, (np.asarray([250, 10, 120]) / 255 - mean) / deviation, atol=0.02)
+
+
+@pytest.mark.parametrize("source", [np.zeros((3, 9, 3), np.uint8), torch.zeros(3, 3, 3), b"photo.png", None, 5])
+def test_what_is_no_image_is_named_and_never_read_as_one(source):
+    with pytest.raises(ImageError, match=rf"given as {type(source).__name__}: images are PIL images or paths"):
+        load_image(source)
+
+
+MODES = ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA", "PA", "La"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_rgb_of_the_same_size(mode):
+    for size in ((1, 3), (3, 1), (3, 3)):
+        loaded = load_image(Image.new(mode, size))
+        assert (loaded.mode, loaded.size) == ("RGB", size)
+
+
+def test_too_many_pixels_are_refused_whoever_lifted_pillows_limit(tmp_path, monkeypatch):
+    """lmms-eval's tasks lift it for the whole process; an image may also come open already."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    path = bomb(tmp_path / "bomb.png")
+    for source in (path, Image.open(path)):
+        with pytest.raises(ImageError, match=r"too many pixels \(30000 x 30000\)"):
+            load_image(source)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_whatever_pillow_raises_for_damage_is_an_image_error(tmp_path, kind):
+    whole, rng = encoded(kind), np.random.RandomState(0)
+    for number in range(60):
+        data = bytearray(whole)
+        for place in rng.randint(0, 200 if number % 2 else len(data), 1 + number // 4):
+            data[place] = rng.randint(256)
+        (tmp_path / "damaged").write_bytes(data)
+        with contextlib.suppress(ImageError):
+            load_image(tmp_path / "damaged")

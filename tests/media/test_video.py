@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 
 import av
@@ -11,11 +12,14 @@ import torch
 from av.stream import Disposition
 from PIL import Image
 from tests.media.clips import HEIGHT, WIDTH, write
+from tests.media.images import bomb
 from tests.tiny import video_image_processor
 
+from vzip.data.verify import NamedPicture, check_picture
 from vzip.errors import ConfigError, ImageError, MissingPackageError, VideoError
 from vzip.media import video
-from vzip.media.video import load_video, prepare_videos, sample_indices
+from vzip.media.images import load_image
+from vzip.media.video import is_picture, load_video, prepare_videos, sample_indices
 
 
 def greys(frames):
@@ -205,3 +209,90 @@ def test_what_is_a_picture_and_what_a_video(tmp_path):
     assert video.is_picture(tmp_path / "a.png")
     assert not video.is_picture(write(tmp_path / "a.mp4", 2))
     assert not video.is_picture(tmp_path / "absent.png")
+
+
+@pytest.mark.parametrize("size", [(3, 3), (40, 3), (40, 1), (1, 40)], ids=str)
+def test_no_side_of_a_frame_is_taken_for_the_colours(size):
+    image_processor = video_image_processor()
+    values = prepare_videos([[Image.new("RGB", size, (250, 10, 120))]], image_processor, 2)
+    mean, deviation = (np.asarray(part) for part in (image_processor.image_mean, image_processor.image_std))
+    expected = (np.asarray([250, 10, 120]) / 255 - mean) / deviation
+    np.testing.assert_allclose(values.mean(dim=(0, 1, 3, 4)), expected, atol=0.02)
+
+
+def test_an_array_is_no_video():
+    with pytest.raises(VideoError, match="given as ndarray: it is a path or a list of PIL images"):
+        load_video(np.zeros((4, 3, 9, 3), np.uint8))
+
+
+LATIN = "T\xe9l\xe9vision".encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "mpeg4"), ("a.avi", "mpeg4"), ("a.mkv", "mpeg4"), ("a.mov", "mpeg4")]
+)
+@pytest.mark.parametrize("where", ["file", "stream"])
+def test_a_title_of_another_encoding_does_not_matter(tmp_path, name, codec, where):
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        (container if where == "file" else stream).metadata["title"] = "Txlxvision"
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame(WIDTH, HEIGHT, "yuv420p")))
+        container.mux(stream.encode())
+    data = path.read_bytes()
+    if b"Txlxvision" not in data and where == "file":
+        raise AssertionError("the title was not written")
+    path.write_bytes(data.replace(b"Txlxvision", LATIN))
+    assert len(load_video(path, 3)) == 3
+    assert check_picture(NamedPicture(name, path, "1", ".", is_video=True)) is None
+
+
+@pytest.mark.parametrize("ending", ["mp4", "avi", "mkv", "webm"])
+def test_whatever_the_decoder_raises_for_damage_is_a_video_error(tmp_path, ending):
+    """Bytes changed at random all over the file, its header and its names included."""
+    whole = write(tmp_path / f"whole.{ending}", 6, codec="libvpx-vp9" if ending == "webm" else "mpeg4").read_bytes()
+    rng = np.random.RandomState(0)
+    for number in range(25):
+        data = bytearray(whole)
+        for place in rng.randint(0, len(data), 1 + number * 2):
+            data[place] = rng.randint(256)
+        (tmp_path / f"damaged.{ending}").write_bytes(data)
+        with contextlib.suppress(VideoError):
+            load_video(tmp_path / f"damaged.{ending}", 2)
+
+
+@pytest.mark.parametrize(
+    "error", [UnicodeDecodeError("utf-8", b"", 0, 1, "x"), ValueError(), MemoryError(), OverflowError(), KeyError("x")]
+)
+def test_an_error_of_another_kind_is_a_video_error_too(tmp_path, monkeypatch, error):
+    def raises(*_, **__):
+        raise error
+
+    path = write(tmp_path / "a.mp4")
+    monkeypatch.setattr(av, "open", raises)
+    with pytest.raises(VideoError, match=r"a\.mp4: not a video, cut off or damaged"):
+        load_video(path)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b.mp4", "~nobody-of-this-name/a.mp4", "\udcff.mp4"])
+def test_a_path_that_cannot_be(name):
+    for load, kind in ((load_video, VideoError), (load_image, ImageError)):
+        with pytest.raises(kind, match=r"no such (image|video) file") as raised:
+            load(name)
+        assert len(str(raised.value)) < 400
+
+
+def test_frames_larger_than_an_image_may_be(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.mp4")
+    monkeypatch.setattr(video, "MAX_PIXELS", WIDTH * HEIGHT - 1)
+    with pytest.raises(VideoError, match=r"frames of 64 x 48 pixels"):
+        load_video(path)
+
+
+def test_a_small_file_of_many_pixels_is_an_image_that_is_refused(tmp_path):
+    path = bomb(tmp_path / "bomb.png")
+    assert path.stat().st_size < 10_000 and is_picture(path)
+    with pytest.raises(ImageError, match=r"bomb\.png: too many pixels"):
+        load_image(path)

@@ -92,3 +92,30 @@ def test_bad_input_is_named():
         crops_of(picture(9, 9), rule="pad")
     with pytest.raises(ImageError, match="no pixels"):
         crops_of(Image.new("RGB", (0, 5)))
+
+
+@pytest.mark.parametrize("rule", ["llava", "hf"])
+@pytest.mark.parametrize(("rescales", "normalises"), [(True, False), (False, True), (False, False)])
+def test_a_step_that_the_image_processor_leaves_out_is_left_out(rule, rescales, normalises):
+    settings = {"do_rescale": rescales, "do_normalize": normalises, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    if not normalises:
+        settings |= {"image_mean": None, "image_std": None}
+    image_processor = LlavaNextImageProcessor(
+        size={"shortest_edge": 336}, crop_size=SIZE, image_grid_pinpoints=PINPOINTS, **settings
+    )
+    for name, value in settings.items():  # a null of the file's stays one
+        setattr(image_processor, name, value)
+    own = prepare_crops([Image.new("RGB", (672, 672), (51, 102, 255))], image_processor, rule, PINPOINTS, 336)
+    colour = torch.tensor([51.0, 102.0, 255.0]) / (255 if rescales else 1)
+    expected = (colour - 0.5) / 0.25 if normalises else colour
+    assert own["pixel_values"].shape == (1, 5, 3, 336, 336)
+    torch.testing.assert_close(own["pixel_values"].float().amax(dim=(0, 1, 3, 4)), expected)
+    torch.testing.assert_close(own["pixel_values"].float().amin(dim=(0, 1, 3, 4)), expected)
+
+
+@pytest.mark.parametrize("rule", ["llava", "hf"])
+def test_settings_of_the_image_processor_that_contradict_each_other(rule):
+    image_processor = LlavaNextImageProcessor(size={"shortest_edge": 336}, crop_size=SIZE)
+    image_processor.image_mean = image_processor.rescale_factor = None
+    with pytest.raises(ConfigError, match=r"do_rescale=true needs rescale_factor.*do_normalize=true needs image_mean"):
+        prepare_crops([picture(9, 9)], image_processor, rule, PINPOINTS, 336)

@@ -229,3 +229,15 @@ def test_the_evaluations_count_check_agrees_and_sees_a_difference(model, options
         vlm.last_num_visual_tokens[2] += 1
         with pytest.raises(TokenCountError, match=str(counts[2])):
             check_token_counts(vlm, inputs, [1, 3], [0, 0])
+
+
+@pytest.mark.parametrize("rule", ["llava", "hf"])
+def test_black_tiles_that_are_not_normalised_are_tiles(rule):
+    processor = tiny.next_processor()
+    processor.image_processor.do_normalize = False
+    vlm = vzip.CompressedVlm(tiny.llava_next(vocab_size=320), vzip.Identity(), processor, preprocess=rule)
+    black_below = Image.new("RGB", (224, 224), "white")
+    black_below.paste("black", (0, 100, 224, 224))
+    prepared = vlm.preprocess_images([black_below, Image.new("RGB", (100, 330), "white")])
+    assert not prepared["pixel_values"][0, 3:].any()
+    assert [len(tokens) for tokens in vlm.encode_images(**prepared)] == vlm.expected_num_visual_tokens(**prepared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import subprocess
@@ -11,14 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.tiny import IMAGE_TOKEN
 from transformers import LlavaForConditionalGeneration, LlavaOnevisionConfig
 
 import vzip
-from vzip.errors import CheckpointError, ConfigError, MissingPackageError, UnsupportedModelError
+from vzip.errors import CheckpointError, ConfigError, MissingPackageError, UnsupportedModelError, VzipError
 from vzip.models import load
 from vzip.models.environment import refuse_broken_packages
+from vzip.models.families.mini_gemini.tensors import CHECKPOINT_FILES, weight_files
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
@@ -201,3 +204,161 @@ def test_a_broken_timm_is_named_and_absent_packages_are_fine(tmp_path, monkeypat
     with pytest.raises(MissingPackageError, match="pip uninstall timm"):
         vzip.load_vlm(checkpoint)
     refuse_broken_packages(["certainly_not_installed_anywhere"])
+
+
+def add_weights(directory, **shapes):
+    """Puts weights of ones into a checkpoint, under names with ``__`` for a dot."""
+    tensors = load_file(directory / "model.safetensors")
+    tensors |= {name.replace("__", "."): torch.ones(shape) for name, shape in shapes.items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("language_model__model__layers__0__self_attn__q_proj__bias", [32]),  # attention_bias is false
+        ("language_model__model__layers__7__mlp__up_proj__weight", [64, 32]),
+        ("vision_tower__encoder__layers__9__mlp__fc1__weight", [80, 32]),
+        ("multi_modal_projector__linear_3__weight", [32, 32]),
+        ("something__else", [1]),
+    ],
+)
+def test_weights_without_a_place_are_refused(copy, name, shape):
+    add_weights(copy[0], **{name: shape})
+    part = name.replace("__", ".").removeprefix("language_model.model.")
+    with pytest.raises(CheckpointError, match=rf"1 weights have no place.*{part}"):
+        vzip.load_vlm(copy[0])
+
+
+def test_a_tower_cut_short_by_its_config_is_refused(copy):
+    directory, edit = copy
+    config = json.loads((directory / "config.json").read_text())
+    edit(vision_config=config["vision_config"] | {"num_hidden_layers": 3})
+    with pytest.raises(CheckpointError, match=r"16 weights have no place .*encoder\.layers\.3\."):
+        vzip.load_vlm(directory)
+
+
+@torch.no_grad()
+def test_buffers_of_older_checkpoints_are_no_weights(copy, checkpoint):
+    add_weights(
+        copy[0],
+        language_model__model__layers__0__self_attn__rotary_emb__inv_freq=[4],
+        vision_tower__embeddings__position_ids=[1, 65],
+        vision_tower__vision_model__embeddings__position_ids=[1, 65],
+    )
+    ids, pixels = torch.tensor([[5, IMAGE_TOKEN, 6]]), tiny.pixels(1)
+    older, newer = (vzip.load_vlm(path).forward(ids, pixel_values=pixels).logits for path in (copy[0], checkpoint))
+    assert torch.equal(older, newer)
+
+
+OWN_CODE = """
+from transformers import LlavaConfig
+open({mark!r}, "w").write("run")
+class Own(LlavaConfig):
+    model_type = "own"
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "auto_map"),
+    [
+        ("config.json", {"AutoConfig": "own.Own", "AutoModelForImageTextToText": "own.Own"}),
+        ("processor_config.json", {"AutoProcessor": "own.Own"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.Own", "own.Own"], "AutoProcessor": "own.Own"}),
+    ],
+)
+def test_code_that_a_checkpoint_brings_is_never_run_nor_asked_about(
+    copy, monkeypatch, tmp_path_factory, file, auto_map
+):
+    directory, _ = copy
+    mark = tmp_path_factory.mktemp("mark") / "mark"
+    (directory / "own.py").write_text(OWN_CODE.format(mark=str(mark)))
+    path = directory / file
+    content = json.loads(path.read_text()) | {"auto_map": auto_map}
+    path.write_text(json.dumps(content | ({"model_type": "own"} if file == "config.json" else {})))
+
+    def asked(*_):
+        raise AssertionError("asked on the standard input")
+
+    monkeypatch.setattr("builtins.input", asked)
+    if file == "config.json":
+        with pytest.raises(CheckpointError, match="code of its own, which vzip never runs"):
+            load.load_vlm(directory)
+    else:
+        with contextlib.suppress(CheckpointError):
+            load.load_vlm(directory)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '"llava"',
+        "{}",
+        "[" * 100_000,
+        b"\xff\xfe",
+        '{"model_type": "llava", "text_config": 3, "vision_config": {"model_type": "clip_vision_model"}}',
+        '{"model_type": "llava", "vision_config": []}',
+        '{"model_type": ["llava"]}',
+        '{"model_type": "llava", "text_config": {"model_type": "llama", "hidden_size": "wide"}}',
+        '{"model_type": "llava", "text_config": {"model_type": "llama", "num_attention_heads": 0}}',
+        '{"model_type": "llava", "vision_config": {"model_type": "clip_vision_model", "patch_size": 0}}',
+        '{"model_type": "llava", "vision_config": {"model_type": "clip_vision_model", "image_size": null}}',
+    ],
+)
+def test_a_broken_configuration_is_named(copy, no_weights, content):
+    directory, _ = copy
+    (directory / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(VzipError) as raised:
+        load.load_vlm(directory)
+    assert isinstance(raised.value, CheckpointError | UnsupportedModelError)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": ["x"]}}',
+        '{"weight_map": {"a": "../model.safetensors"}}',
+        '{"weight_map": {"a": "/etc/passwd"}}',
+        '{"weight_map": {"a": ""}}',
+        b"\xff",
+    ],
+)
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_a_broken_weight_index_is_named(copy, no_weights, content, name):
+    directory, _ = copy
+    (directory / "model.safetensors").unlink()
+    (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CheckpointError, match=f"{name}: not a readable weight index"):
+        load.load_vlm(directory)
+    with pytest.raises(CheckpointError, match=f"{name}: not a readable weight index"):
+        weight_files(directory, CHECKPOINT_FILES)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x/" + "y" * 300, "a\0b", "~nobody-of-this-name", "a/../b", "a/b--c"])
+def test_a_name_that_cannot_be(name):
+    with pytest.raises(CheckpointError, match="no such directory") as raised:
+        load.load_vlm(name)
+    assert len(str(raised.value)) < 600
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(copy, value):
+    directory, _ = copy
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "multi_modal_projector" in name or "projector" in name)
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 tensors hold NaN or infinity \(.*projector"):
+        load.load_vlm(directory)

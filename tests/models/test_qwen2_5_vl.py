@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from scripts import make_random_model
 from tests import methods, tiny_qwen
 from tests.isolation.snapshot import changed, snapshot
 from tests.tiny_qwen import GRIDS, batch, golden, images, num_units, prompt, stock
@@ -13,7 +14,6 @@ from transformers import AttentionInterface
 
 import vzip
 from vzip.compressors import FractionBudget, Selection, Signal
-from vzip.demo import random_model
 from vzip.errors import ConfigError, ImageError, PromptError, UnsupportedModelError
 from vzip.models.families.qwen2_5_vl.tower import window_order
 from vzip.models.freeze import train_projector_only
@@ -360,7 +360,7 @@ def test_what_is_not_served_is_refused_by_name(model):
 @pytest.fixture(scope="module")
 def with_processor(tmp_path_factory):
     directory = tmp_path_factory.mktemp("qwen") / "model"
-    random_model.save("qwen2_5_vl", directory)
+    make_random_model.save("qwen2_5_vl", directory)
     return vzip.load_vlm(directory, compressor=vzip.VisionZip(BUDGET))
 
 

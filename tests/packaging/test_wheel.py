@@ -74,6 +74,7 @@ SHOWN = [
     ("list", 0, "recipes: vzip eval +exp=NAME"),
     ("ask photo.jpg What budget=32tok", 0, "(32 visual tokens, 576 without compression)"),
     ("bench budget=64tok repeats=2 warmup=1", 0, "wrote runs/bench/tiny/"),
+    ("demo --limit 1", 0, "written to runs/demo/"),
     ("table 1", 0, "vzip eval +exp=llava15_7b_64tok"),
     ("memory +exp=tiny_64tok", 0, "activations"),
     ("data download --list", 0, "gqa/images.zip"),

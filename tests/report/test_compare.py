@@ -12,7 +12,7 @@ from vzip.cli import compare as comparison
 from vzip.errors import ConfigError, ManifestError
 from vzip.report.table import print_record
 from vzip.report.table_files import read_table
-from vzip.results.record import Run, primary_scores, read_record, read_samples, score_of
+from vzip.results.record import Run, primary_scores, read_record, read_samples, score_of, title_of
 
 TABLE = {
     "name": "mine",
@@ -109,11 +109,16 @@ def test_a_run_without_a_recipe_is_held_against_the_row_that_is_named(tree, caps
 
 
 @pytest.mark.parametrize("recipe", ["tiny_64tok", "llava15_7b_64tok_split"])
-def test_a_recipe_without_published_numbers_is_said(tree, recipe):
-    run, _ = tree
+def test_a_recipe_without_published_numbers_is_beside_vanilla(tree, recipe, capsys):
+    run, folder = tree
     (run / "run.json").write_text(json.dumps(record(config={"recipe": recipe})))
-    with pytest.raises(ManifestError, match=f"recipe {recipe} has no numbers in any table"):
-        run_main(run)
+    with pytest.raises(ManifestError, match=rf"no table has numbers for it \(its recipe: {recipe}\)"):
+        run_main(run, "--vanilla", run)
+    (folder / "runs" / "bad").mkdir()
+    (folder / "runs" / "bad" / "run.json").write_bytes(b"\xff\xfe{")
+    assert run_main(run) == 0, "held against our own vanilla run, whatever lies beside it"
+    told = capsys.readouterr().out
+    assert "no table has numbers for m, VisionZip, 64 tokens: beside our own vanilla run" in told
 
 
 def test_a_vanilla_run_of_another_pillow_is_said(tree, capsys):
@@ -198,11 +203,50 @@ def test_samples(tmp_path):
 
 def test_table(capsys):
     console = Console(width=120)
-    print_record(record(provisional_reasons=["limit=5"]), console)
+    print_record(record(provisional=True, provisional_reasons=["limit=5"]), console)
     print_record({}, console)
     out = capsys.readouterr().out
-    for text in ("gqa", "exact_match", "0.6", "0.01", "50", "measured: 64 (100 images)", "provisional: limit=5"):
+    for text in ("gqa", "exact_match", "0.6*", "0.01", "50", "measured: 64 (100 images)", "* provisional: limit=5"):
         assert text in out, text
+
+
+@pytest.mark.parametrize(
+    ("change", "title"),
+    [
+        ({}, "m, VisionZip, 64 tokens"),
+        (
+            {
+                "model": {"name_or_path": "vzip/tiny", "class": "L"},
+                "config": {"model": {"name": "tiny", "projector": "runs/train/final"}},
+            },
+            "tiny + tuned projector, VisionZip, 64 tokens",
+        ),
+        (
+            {
+                "model": {"name_or_path": "llava-hf/llava-1.5-7b-hf", "revision": "8c85e9", "class": "L"},
+                "config": {"model": {"name": "llava15_7b", "quantization": "4bit"}},
+                "visual_tokens": {"measured_min": 300, "measured_max": 640, "num_images": 9},
+                "provisional": True,
+            },
+            "llava15_7b + 4bit weights, VisionZip, 300 to 640 tokens (provisional)",
+        ),
+        (
+            {
+                "model": {"name_or_path": "checkpoints/mine", "class": "L"},
+                "config": {"model": {"name": "llava_local", "adapter_path": "lora"}},
+                "compressor": {"name": "Identity"},
+                "pruner": {"name": "FastV", "settings": "FastV()", "average_min": 198.6, "average_max": 198.6},
+            },
+            "mine + LoRA adapter, FastV, 198.6 tokens",
+        ),
+        ({"compressor": {"name": "Identity"}}, "m, vanilla, 64 tokens"),
+    ],
+)
+def test_a_title_names_a_run_as_a_person_would(change, title, capsys):
+    content = record() | change
+    assert title_of(content) == title
+    print_record(content, Console(width=200))
+    assert title in capsys.readouterr().out
 
 
 def test_scores_that_are_not_the_papers_are_marked(capsys):

@@ -77,7 +77,7 @@ def test_retention_is_that_of_the_paired_bootstrap(jobs: list[Job]) -> None:
     assert ours.low < ours.retention < 100
     assert full.retention == 100
     assert ours.average == pytest.approx(50 * sum(np.mean(COMPRESSED[task]) for task in TASKS))
-    assert other.retention is None and other.remark == "no vanilla run of its model and questions in the sweep"
+    assert other.retention is None and other.remark == "no vanilla run of its model and questions under the runs folder"
 
 
 def test_the_plot_has_a_point_for_each_compressed_run_with_a_retention(jobs: list[Job]) -> None:
@@ -135,3 +135,35 @@ def test_the_objective_is_one_number_of_one_unit() -> None:
     assert average_score(record(a=(0.5, "fraction"), b=(1500.0, "points"))) is None
     assert average_score(record(a=(0.25, None), b=(0.75, None))) == 0.5
     assert average_score(record()) is None
+
+
+def test_a_vanilla_run_elsewhere_under_the_runs_folder_is_found(tmp_path: Path) -> None:
+    put(tmp_path / "runs" / "deep" / "er" / "than" / "the" / "usual" / "tree", "Identity", VANILLA, 576)
+    ours = put(tmp_path / "runs" / "scenes" / "m" / "visionzip-64tok" / "seed0", "VisionZip", COMPRESSED, 64)
+    (line,) = summarise([Job(0, ("budget=64tok",), ours)])
+    assert line.retention is not None and line.retention < 100 and line.remark is None
+
+
+@pytest.mark.parametrize(
+    ("unit", "words"), [("fraction", "in percent"), ("points", "in points"), (None, "in the benchmarks' own unit")]
+)
+def test_an_average_is_in_the_unit_it_says(unit: str | None, words: str, tmp_path: Path) -> None:
+    run = put(tmp_path / "a", "VisionZip", COMPRESSED, 64)
+    record = {**run.record, "tasks": {name: {**task, "unit": unit} for name, task in run.record["tasks"].items()}}
+    jobs = [Job(0, ("budget=64tok",), Run(run.path, record))]
+    lines = summarise(jobs)
+    mean = np.mean([np.mean(values) for values in COMPRESSED.values()])
+    assert lines[0].average == pytest.approx(mean * (100 if unit == "fraction" else 1))
+    assert f"average: {words}" in lay_out_sweep(jobs, lines).remarks[0]
+
+
+def test_a_limited_run_is_marked_wherever_it_has_a_number(tmp_path: Path) -> None:
+    full = put(tmp_path / "full", "Identity", VANILLA, 576, provisional=True)
+    jobs = [
+        Job(0, ("budget=full",), full),
+        Job(1, (), put(tmp_path / "o", "VisionZip", COMPRESSED, 64, provisional=True)),
+    ]
+    lines = summarise(jobs)
+    cells = [piece.text for piece in lay_out_sweep(jobs, lines).blocks[0][1]]
+    assert sum(cell.endswith("*") for cell in cells) == len(TASKS) + 2, "each score, the average and retention"
+    assert [point.provisional for point in plot_points(lines)] == [True]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from vzip.config.options import config_dir
+from vzip.config.options import config_dir, option_values
 from vzip.train.choosing import Device, Place
 from vzip.train.settings import LaunchSettings
 
@@ -15,9 +13,7 @@ CPU = Device("CPU", 16 * GIB)
 
 
 def option(name: str) -> dict[str, Any]:
-    loaded = OmegaConf.to_container(OmegaConf.load(config_dir() / "launcher" / f"{name}.yaml"))
-    assert isinstance(loaded, dict)
-    return {str(key): value for key, value in loaded.items()}
+    return option_values(config_dir(), "launcher", name)
 
 
 def preset(name: str) -> LaunchSettings:

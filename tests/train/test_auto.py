@@ -103,7 +103,7 @@ def test_the_processes_take_what_was_chosen(at: Any, monkeypatch: pytest.MonkeyP
     assert run("train", given, monkeypatch) == 0
     (command,) = started
     before, _, words = " ".join(command).partition("train.py ")
-    assert "torch.distributed.run" in before and "--nproc_per_node=4" in before
+    assert "vzip.train.torchrun" in before and "--nproc_per_node=4" in before
     assert words.startswith(" ".join(given))
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
@@ -170,11 +170,3 @@ def test_the_real_estimate_grows_evenly_with_the_batch(words: list[str]) -> None
     needed = training_estimate(checked(composed([*words, "train.max_length=64", "train.samples_per_step=16"])))
     two, four, eight = (needed(dataclasses.replace(LAUNCH, batch_size=size), 1) for size in (2, 4, 8))
     assert eight - four == pytest.approx(2 * (four - two), rel=0.02)
-
-
-def test_training_from_scratch_can_be_planned(
-    run_refusing: Run,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    assert run_refusing("+exp=tiny_from_scratch", "dry_run=true", name="train") == (0, "")
-    assert not list(tmp_path.iterdir())

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ from transformers import LlavaForConditionalGeneration
 import vzip
 from vzip.cli.merge import merge
 from vzip.config.build import evaluation_plan
+from vzip.config.options import config_dir
 from vzip.config.training import checked, tuning_plan
 from vzip.demo.dialogues import SceneDialogues, scene_of
 from vzip.errors import ConfigError
@@ -130,7 +136,29 @@ def test_several_processes(words: list[str], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(launch, "run_command", note)
     assert run("train", ["-m", *words, *TWO, "seed=1,2"], monkeypatch) == 0
     assert [command[-1] for command in started] == ["seed=1", "seed=2"], "a sweep goes on after its first job"
-    assert {"torch.distributed.run", "--nproc_per_node=2"} <= set(started[0])
+    assert {"vzip.train.torchrun", "--nproc_per_node=2"} <= set(started[0])
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_of_two_processes_is_one_line(words: list[str]) -> None:
+    """As ctrl-C in a terminal, once there is a checkpoint."""
+    command = [
+        sys.executable,
+        str(config_dir().parent / "train.py"),
+        *words,
+        *TWO,
+        "train.num_epochs=500",
+        "train.save_every=2",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and not list(Path("runs").rglob("step-*")):
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate(timeout=120)[1]
+    lines = [line for line in told.splitlines() if line.startswith("interrupted:")]
+    assert process.returncode == 130 and len(lines) == 1 and "Traceback" not in told, told
+    assert re.fullmatch(r"interrupted: step \d+ of 1,000 is kept in runs/.*\. The same command continues\.", lines[0])
+    assert "Loading weights" not in told and "accelerator" not in told and "Warning" not in told
 
 
 def test_trained_needs_a_training(words: list[str], tmp_path: Path) -> None:

@@ -7,24 +7,28 @@ import dataclasses
 import json
 import math
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests import tiny
-from tests.train.kit import LORA, SETTINGS, Samples, dying_at, load_model
+from tests.train.kit import LORA, SETTINGS, Samples, dying_at, load_model, make_plan
 from tests.train.runs import curve, finish, kill_after, metrics
+from tests.writing import held, no_room
 from torch import nn
 
-from vzip.errors import CheckpointError, ConfigError, ImageError, RunExistsError
+from vzip.errors import CheckpointError, ConfigError, ImageError, RunExistsError, RunWriteError
+from vzip.models.weights.digests import write_digests
 from vzip.models.weights.tuned import read_tensors
 from vzip.train import stepping
 from vzip.train.checkpoint import CheckpointStore
-from vzip.train.loop import train
+from vzip.train.loop import hold_out, prepare, train
 from vzip.train.stepping import DivergedError
 
 
@@ -198,6 +202,57 @@ def test_unreadable_pictures(plan: Any) -> None:
     assert sum(row["num_skipped"] for row in rows) == 2, "once in each epoch"
 
 
+def test_answers_that_max_length_cuts_off_are_counted_and_named(plan: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A prompt with its image is 30 tokens long, from number 10 on 31."""
+    setup = plan(max_length=31, num_epochs=1)
+    train(setup)
+    rows = metrics(setup.run_dir)
+    silent = [number for number in range(10, 24) if Samples().has_images[number]]
+    assert sum(row["num_skipped"] for row in rows) == len(silent) > 0
+    assert all(row["num_target_tokens"] for row in rows)
+    named = [message for message in caplog.messages if "train.max_length=31 leaves no target of an answer" in message]
+    assert sorted(",".join(message.rpartition(": ")[2] for message in named).replace(" ", "").split(",")) == sorted(
+        f"s{number}" for number in silent
+    )
+
+
+@pytest.mark.parametrize("strategy", ["step 1", "the validation set"])
+def test_nothing_left_to_learn_is_refused(strategy: str, plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {"max_length": 17}
+    if strategy == "the validation set":
+        # Only the samples held out have images, which leave no room for their answers.
+        changes = {"max_length": 30, "num_validation_samples": 4, "samples_per_step": 4, "save_every": 1}
+        held_out = set(hold_out(24, 4, 0)[1].tolist())
+        pictures = np.array([number in held_out for number in range(24)])
+        init = Samples.__init__
+        monkeypatch.setattr(Samples, "__init__", lambda self: (init(self), setattr(self, "has_images", pictures))[0])
+    with pytest.raises(ConfigError, match=rf"train\.max_length=\d\d: {strategy} has nothing left .*samples: s\d+, s"):
+        train(plan(**changes))
+    assert not (plan().run_dir / "final").exists()
+
+
+def test_a_run_begun_under_another_launcher_is_refused_before_the_model_is_loaded(plan: Any) -> None:
+    with dying_at(3):
+        train(plan())
+    with pytest.raises(RunExistsError, match=r"strategy=single on 1 .*cannot be read with .*strategy=zero2"):
+        prepare(plan(strategy="zero2", load_model=None))
+    # A checkpoint that does not say how it was written tells by what it holds.
+    checkpoint = plan().run_dir / "checkpoints" / "step-00000002"
+    header = json.loads((checkpoint / "tuned.json").read_text())
+    del header["launcher"]
+    (checkpoint / "tuned.json").write_text(json.dumps(header))
+    (checkpoint / "deepspeed").mkdir()
+    with pytest.raises(RunExistsError, match="was written with DeepSpeed and cannot be read without it"):
+        train(plan())
+    (checkpoint / "deepspeed").rmdir()
+    train(plan())
+
+
+def test_conversations_longer_than_the_model_reads_are_refused(plan: Any) -> None:
+    with pytest.raises(ConfigError, match=r"train\.max_length=4096: the language model reads 2048 tokens"):
+        train(plan(max_length=4096))
+
+
 @contextlib.contextmanager
 def files_of_at_most(num_bytes: int) -> Iterator[None]:
     """The system refuses to make a file longer: torch and safetensors meet it as they meet a full disk."""
@@ -300,3 +355,94 @@ def test_tf32_is_as_the_run_says(plan: Any) -> None:
         train(plan(name, tf32=tf32, num_steps=1))
         assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
         assert json.loads((plan(name).run_dir / "train.json").read_text())["train"]["tf32"] is tf32
+
+
+def test_a_directory_that_another_process_writes(plan: Any, tmp_path: Path) -> None:
+    def load(precision: str) -> Any:
+        raise AssertionError("refused before the model is loaded")
+
+    for changes in ({}, {"overwrite": True}):
+        with held(tmp_path / "run"), pytest.raises(RunExistsError, match="writes there at this moment"):
+            train(plan(load_model=load, **changes))
+        with held(tmp_path / "run"), pytest.raises(RunExistsError, match="writes there at this moment"):
+            prepare(plan(**changes))  # what says it before several processes start
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".owner"]
+
+
+def test_a_disk_that_is_full_at_the_beginning_blocks_nothing(plan: Any, tmp_path: Path) -> None:
+    with no_room(), pytest.raises(RunWriteError, match=r"train\.json: cannot be written"):
+        train(plan())
+    train(plan())
+
+
+@pytest.mark.parametrize("content", [b"", b'{"model": ', b"[1]", b"\xff"])
+def test_a_damaged_beginning_is_named_or_of_no_account(plan: Any, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.json").write_bytes(content)
+    with dying_at(4):
+        train(plan(save_every=2))
+    (tmp_path / "run" / "train.json").write_bytes(content)
+    with pytest.raises(RunExistsError, match=r"train\.json: damaged .* set overwrite=true"):
+        train(plan(save_every=2))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def make_nan(path: Path) -> None:
+    tensors = load_file(path)
+    save_file({name: torch.full_like(tensor, math.nan) for name, tensor in tensors.items()}, path)
+
+
+def without_one(path: Path) -> None:
+    tensors = load_file(path)
+    tensors.popitem()
+    save_file(tensors, path)
+
+
+TUNED_FILES = ("tuned.safetensors", "tuned.json", "state.pt", "digests.json")
+DAMAGES = [(name, damage) for name in TUNED_FILES for damage in (flip, cut_off, Path.unlink)]
+DAMAGES += [(name, lambda path: path.write_bytes(b"")) for name in TUNED_FILES]
+DAMAGES += [("tuned.safetensors", make_nan), ("tuned.safetensors", without_one)]
+DAMAGES += [("digests.json", lambda path: path.write_text("[]")), ("digests.json", lambda path: path.write_text("{}"))]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended after its first checkpoint."""
+    run_dir = tmp_path_factory.mktemp("interrupted") / "run"
+    with dying_at(3):
+        train(make_plan(run_dir, save_every=2))
+    return run_dir
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES)
+def test_a_damaged_checkpoint_is_not_gone_on_from(
+    plan: Any, tmp_path: Path, interrupted: Path, name: str, damage: Any
+) -> None:
+    def load(precision: str) -> Any:
+        raise AssertionError("refused before the model is loaded")
+
+    shutil.copytree(interrupted, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoints" / "step-00000002" / name)
+    with pytest.raises(CheckpointError, match=rf"step-00000002.*{name}"):
+        train(plan(save_every=2, load_model=load))
+
+
+@pytest.mark.parametrize("damage", [make_nan, without_one])
+def test_a_checkpoint_that_is_wrong_with_right_digests(
+    plan: Any, tmp_path: Path, interrupted: Path, damage: Any
+) -> None:
+    shutil.copytree(interrupted, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    damage(checkpoint / "tuned.safetensors")
+    write_digests(checkpoint)
+    with pytest.raises(CheckpointError, match=r"step-00000002.*(NaN or infinity|no tensor)"):
+        train(plan(save_every=2))

@@ -6,7 +6,11 @@ import dataclasses
 import json
 import logging
 import math
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +118,7 @@ def test_order_of_samples() -> None:
 
 def test_launch_commands() -> None:
     launch = dataclasses.replace(LAUNCH, num_processes=8, strategy="ddp")
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=8"]
+    start = [sys.executable, "-m", "vzip.train.torchrun", "--nproc_per_node=8"]
     assert launch_command(LAUNCH, SCRIPT, ["a=b"], {}) is None
     assert launch_command(launch, SCRIPT, ["a=b"], {"RANK": "3"}) is None, "this is one of the processes already"
     assert launch_command(launch, SCRIPT, ["a=b"], {}) == [*start, "--standalone", "train.py", "a=b"]
@@ -129,6 +133,29 @@ def test_launch_commands() -> None:
     run_command([sys.executable, "-c", ""])
     with pytest.raises(LaunchError, match="ended with code 3"):
         run_command([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_an_interruption_is_handed_on_once_and_the_child_has_the_last_word(tmp_path: Path) -> None:
+    child = """
+import pathlib, sys, time
+try:
+    pathlib.Path(sys.argv[1]).touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)  # longer than subprocess.run would wait before it kills
+    pathlib.Path(sys.argv[1]).write_text("kept")
+"""
+
+    def interrupt() -> None:
+        while not (tmp_path / "there").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        run_command([sys.executable, "-c", child, str(tmp_path / "there")])
+    assert (tmp_path / "there").read_text() == "kept"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_more_devices_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

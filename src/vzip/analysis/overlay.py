@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from vzip.compressors.base import CompressedTokens
 
@@ -16,6 +16,32 @@ def group_colors(count: int) -> np.ndarray:
     hues = (np.arange(count) * 0.61803398875) % 1.0
     rgb = [Image.new("HSV", (1, 1), (int(255 * h), 190, 235)).convert("RGB").getpixel((0, 0)) for h in hues]
     return np.array(rgb, dtype=np.uint8).reshape(count, 3)
+
+
+def with_text(picture: Image.Image, title: str, below: str) -> Image.Image:
+    """An image with a line of text above it and lines below it, broken to its width."""
+    font, margin = ImageFont.load_default(15), 6
+    pen = ImageDraw.Draw(picture)
+
+    def broken(text: str) -> str:
+        lines: list[str] = []
+        for word in (word for line in text.splitlines() for word in [None, *line.split()]):
+            if word is None:
+                lines.append("")
+            elif pen.textlength(f"{lines[-1]} {word}", font) <= picture.width - 2 * margin or not lines[-1]:
+                lines[-1] = f"{lines[-1]} {word}".strip()
+            else:
+                lines.append(word)
+        return "\n".join(lines)
+
+    texts = [broken(title), broken(below)]
+    heights = [int(pen.multiline_textbbox((0, 0), text, font)[3]) + 2 * margin for text in texts]
+    sheet = Image.new("RGB", (picture.width, picture.height + sum(heights)), "white")
+    sheet.paste(picture, (0, heights[0]))
+    pen = ImageDraw.Draw(sheet)
+    for text, top in zip(texts, (0, heights[0] + picture.height), strict=True):
+        pen.multiline_text((margin, top + margin), text, "black", font)
+    return sheet
 
 
 def draw_overlay(

@@ -9,13 +9,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Point:
-    """One run: retention in percent of vanilla with the ends of its confidence interval."""
+    """One run: retention in percent of vanilla with the ends of its confidence interval, and whether it was limited."""
 
     method: str
     num_tokens: float
     retention: float
     low: float
     high: float
+    provisional: bool = False
 
 
 def plot_retention(points: Sequence[Point], out: Path, title: str) -> None:
@@ -28,21 +29,23 @@ def plot_retention(points: Sequence[Point], out: Path, title: str) -> None:
     axes.annotate("vanilla", (0.995, 100), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4")
     for method in dict.fromkeys(p.method for p in points):
         line = sorted((p for p in points if p.method == method), key=lambda p: p.num_tokens)
+        is_provisional = any(p.provisional for p in line)
         axes.errorbar(
             [p.num_tokens for p in line],
             [p.retention for p in line],
             yerr=[[p.retention - p.low for p in line], [p.high - p.retention for p in line]],
             marker="o",
             capsize=3,
-            label=method,
+            label=f"{method} (provisional)" if is_provisional else method,
+            markerfacecolor="white" if is_provisional else None,
         )
     ticks = sorted({p.num_tokens for p in points})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("visual tokens per picture")
+    axes.set_xlabel("visual tokens per image")
     axes.set_ylabel("retention, % of vanilla (95 % interval)")
-    axes.set_title(title)
+    axes.set_title(f"{title} (provisional)" if any(p.provisional for p in points) else title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out, dpi=150)

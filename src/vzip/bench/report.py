@@ -14,6 +14,7 @@ from vzip.bench.run import BenchResult
 from vzip.bench.stages import STAGES
 from vzip.bench.timing import Timing
 from vzip.installed import missing_package
+from vzip.results.files import make_folder, replace_file, written_aside
 
 if TYPE_CHECKING:
     from vzip.bench.training import SideResult
@@ -60,9 +61,12 @@ def print_result(result: BenchResult | SideResult, console: Console) -> None:
     )
     console.print(f"[bold]{result.model}[/bold]: " + "; ".join(facts), highlight=False)
     console.print(build_table(result))
+    if _num_passes(result) == 1:
+        console.print("  each time is of one pass, so their spread is not known", highlight=False)
     for key, words in RATIO_WORDS.items():
         if key in result.ratios():
-            console.print("  vzip " + words.format(result.ratios()[key]), highlight=False)
+            single = "" if _num_passes(result) > 1 else " (one pass each: that may be chance; repeats=5 would tell)"
+            console.print("  vzip " + words.format(result.ratios()[key]) + single, highlight=False, soft_wrap=True)
     if result.agreement is not None:
         tokens, overlap = result.agreement.max_token_difference, result.selection_overlap
         console.print(
@@ -155,9 +159,15 @@ _MEMORY_WORDS = {
 }
 
 
+def _num_passes(result: BenchResult) -> int:
+    """How often each stage was timed."""
+    return min(len(timing.samples_ms) for method in result.methods.values() for timing in method.stages.values())
+
+
 def build_table(result: BenchResult) -> Table:
     """One column a method, one row a quantity; times are medians with the quartiles."""
-    table = Table(title="times in milliseconds: median \\[quartiles]", title_justify="left")
+    shown = "one pass each" if _num_passes(result) == 1 else "median \\[quartiles]"
+    table = Table(title=f"times in milliseconds: {shown}", title_justify="left")
     table.add_column("")
     for name in result.methods:
         table.add_column(name, justify="right")
@@ -182,13 +192,15 @@ def build_table(result: BenchResult) -> Table:
 
 def _time(t: Timing) -> str:
     digits = 0 if t.median_ms >= 100 else 1 if t.median_ms >= 10 else 2
+    if len(t.samples_ms) == 1:
+        return f"{t.median_ms:.{digits}f}"
     return f"{t.median_ms:.{digits}f} [{t.q1_ms:.{digits}f}-{t.q3_ms:.{digits}f}]"
 
 
 def write_json(result: BenchResult | SideResult, path: Path) -> None:
     """Writes the whole measurement, samples included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result.to_json(), indent=1) + "\n")
+    make_folder(path.parent)
+    replace_file(path, json.dumps(result.to_json(), indent=1) + "\n")
 
 
 def write_plot(result: BenchResult, path: Path) -> None:
@@ -218,5 +230,6 @@ def write_plot(result: BenchResult, path: Path) -> None:
         fontsize="small",
     )
     axes.legend(fontsize="small", ncols=len(PLOTTED), loc="upper center", bbox_to_anchor=(0.5, -0.25))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    make_folder(path.parent)
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=150)

@@ -1,12 +1,15 @@
-"""The settings of one measurement: ``key=value`` words in, checked values out, all mistakes named at once."""
+"""The settings of one measurement: ``key=value`` overrides in, checked values out, all mistakes named at once.
+
+Models, budgets, compressors and pruners are those of ``configs`` and named as for eval.py, but read without Hydra.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PretrainedConfig
@@ -15,25 +18,20 @@ from vzip.bench import shapes
 from vzip.bench.shapes import BenchModel
 from vzip.compressors import Compressor, TokenBudget
 from vzip.errors import ConfigError, VzipError, nearest
-from vzip.methods import find_method
+from vzip.keys import MAX_SEED, Rule, at_most, check_value, key, keys_of, one_of, raise_all, show, whole_number
+from vzip.methods import budgets, find_method, method_files
 from vzip.models.families.mini_gemini import MiniGeminiConfig
-from vzip.pruners import FastV
+from vzip.option_files import read_yaml
+from vzip.pruners import Pruner
 
-BUDGETS: dict[str, tuple[int, int]] = {
-    "192tok": (162, 30),
-    "128tok": (108, 20),
-    "64tok": (54, 10),
-    "32tok": (27, 5),
-    "17tok": (14, 3),
-}
-"""Names of budgets: dominant and contextual tokens per crop (the paper's Tables 8 and 9) or, for 17, per frame, whose
-split the paper does not give: this is configs/budget/17tok.yaml's."""
-
+BUDGETS = budgets()
+COMPRESSORS = tuple(name for name, file in method_files().items() if file.has_budget)
+PRUNERS = tuple(method_files("pruner"))
 DEFAULT_COMPRESSOR = "visionzip"
-METHODS = ("vanilla", "vzip", "eager_maps", "fastv")
-DEFAULT_METHODS = METHODS[:3]
+NO_PRUNER = "none"
+DEFAULT_METHODS = ("vanilla", "vzip", "eager_maps")
+METHODS = (*DEFAULT_METHODS, *PRUNERS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHTS = ("auto", "random", "pretrained")
 
 
 @dataclass(frozen=True)
@@ -45,81 +43,103 @@ class Mode:
         name: of its results' file and directory.
         defaults: its own, where they differ from ``BenchSettings``.
         unused: keys that have no meaning in it.
-        methods, dtypes: that it can measure.
+        rules: its own, where it takes less than the others.
     """
 
     flag: str
     name: str
-    defaults: Mapping[str, object] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
-    methods: tuple[str, ...] = METHODS
-    dtypes: tuple[str, ...] = tuple(DTYPES)
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+
+
+def _trained(flag: str) -> dict[str, Rule]:
+    return {
+        "methods": one_of("vanilla", "vzip", note=f" with {flag}"),
+        "dtype": one_of("auto", "float32", "bfloat16", note=f" with {flag}, which trains"),
+        "device": Rule(
+            f"auto, cpu or cuda with {flag}, since a training takes the first device it sees; hide the others with"
+            " CUDA_VISIBLE_DEVICES=N",
+            lambda v: re.fullmatch(r"auto|cpu|cuda(:0)?", v) is not None,
+        ),
+    }
 
 
 PASSES = Mode("", "bench")
-_TRAINABLE: dict[str, tuple[str, ...]] = {"methods": ("vanilla", "vzip"), "dtypes": ("float32", "bfloat16")}
 TRAIN = Mode(
     "--train",
     "train",
     {"methods": ("vanilla", "vzip"), "batch_size": 16, "prompt_tokens": 256},
     ("num_crops", "num_new_tokens", "pruner"),
-    **_TRAINABLE,
+    _trained("--train"),
 )
 MEMORY = Mode(
     "--memory",
     "memory",
     {"methods": ("vzip",), "batch_size": 16, "prompt_tokens": 256, "num_new_tokens": 128},
     ("num_crops", "repeats", "warmup", "weights", "pruner"),
-    **_TRAINABLE,
+    _trained("--memory"),
 )
-MODES = (PASSES, TRAIN, MEMORY)
-
-HELP = {
-    "model": f"tiny, {', '.join(shapes.SHAPES)} (clip_l_336: the tower alone), or a directory",
-    "weights": "auto | random | pretrained (auto: random for bare shapes, pretrained for tiny and directories)",
-    "budget": f"auto | {' | '.join(BUDGETS)} | D+C: dominant and contextual tokens per crop (auto: 64tok; LLaVA-NeXT: "
-    "32tok; Video-LLaVA: 17tok)",
-    "compressor": "what the method vzip compresses by: an option of configs/compressor",
-    "methods": "comma-separated, of vanilla, vzip, eager_maps, fastv (every visual token enters, FastV drops)",
-    "pruner": "K:keep of the method fastv: layers that see every visual token, and how many (or what fraction) go on",
-    "dtype": "auto | float32 | bfloat16 | float16 (auto: bfloat16 on a GPU, float32 on a CPU)",
-    "device": "auto | cpu | cuda | cuda:N",
-    "batch_size": "prompts in a batch",
-    "num_crops": "tower inputs in each prompt: images, crops of one image (LLaVA-NeXT) or frames of one video "
-    "(Video-LLaVA); 0: the model's own (1, 5, 8)",
-    "num_new_tokens": "tokens decoded after the first one",
-    "prompt_tokens": "text tokens in each prompt or conversation, placeholders not counted",
-    "repeats": "measured rounds",
-    "warmup": "rounds before them that are thrown away",
-    "threads": "CPU threads; 0: torch's default",
-    "seed": "of the random weights, images and prompts",
-    "out": "directory for bench.json and bench.png; auto: runs/bench/...",
-    "overwrite": "true | false: whether an existing out directory may be written to",
-}
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """One measurement; see ``HELP`` for what each value means."""
+    """One measurement.
 
-    model: str = "tiny"
-    weights: str = "auto"
-    compressor: str = DEFAULT_COMPRESSOR
-    budget: str = "auto"
-    methods: tuple[str, ...] = DEFAULT_METHODS
-    pruner: str = "2:0.5"
-    dtype: str = "auto"
-    device: str = "auto"
-    batch_size: int = 1
-    num_crops: int = 0
-    num_new_tokens: int = 8
-    prompt_tokens: int = 60
-    repeats: int = 5
-    warmup: int = 1
-    threads: int = 0
-    seed: int = 0
-    out: str = "auto"
-    overwrite: bool = False
+    Attributes:
+        method_settings: of compressor and pruner, where they are not the file's: ``compressor.merge_rule=mean``.
+    """
+
+    model: str = key(
+        "what is measured (clip_l_336: the tower alone)",
+        rule=Rule(f"tiny, one of {', '.join(shapes.SHAPES)}, or a directory", bool),
+        default="tiny",
+    )
+    weights: Literal["auto", "random", "pretrained"] = key("auto: random for bare shapes alone", default="auto")
+    compressor: str = key(
+        "what the method vzip compresses by; its settings as compressor.merge_rule=mean",
+        rule=one_of(*COMPRESSORS, note=" (all tokens: methods=vanilla)"),
+        default=DEFAULT_COMPRESSOR,
+    )
+    budget: str = key(
+        "tokens a crop; auto: 64tok (LLaVA-NeXT: 32tok, Video-LLaVA: 17tok)",
+        rule=Rule(
+            f"auto, one of {', '.join(BUDGETS)}, or counts a crop as DOMINANT+CONTEXTUAL, such as 54+10"
+            " (all tokens: methods=vanilla)",
+            lambda v: v == "auto" or v in BUDGETS or re.fullmatch(r"\d+\+\d+", v) is not None,
+            tuple(BUDGETS),
+        ),
+        default="auto",
+    )
+    methods: tuple[str, ...] = key(
+        "several with commas; a pruner's: every visual token enters, and it drops",
+        rule=one_of(*METHODS),
+        default=DEFAULT_METHODS,
+    )
+    pruner: str = key(
+        "one of the methods, too; its settings as pruner.K=2 pruner.keep=166",
+        rule=one_of(NO_PRUNER, *PRUNERS),
+        default=NO_PRUNER,
+    )
+    dtype: str = key("auto: bfloat16 on a GPU, float32 on a CPU", rule=one_of("auto", *DTYPES), default="auto")
+    device: str = key(
+        "auto: CUDA if there is one",
+        rule=Rule("auto, cpu, cuda or cuda:N", lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", v) is not None),
+        default="auto",
+    )
+    batch_size: int = key("prompts in a batch", at_least=1, default=1)
+    num_crops: int = key("tower inputs a prompt: images, crops of one image, frames; 0: 1, 5, 8 by model", default=0)
+    num_new_tokens: int = key("tokens decoded after the first one", at_least=1, default=8)
+    prompt_tokens: int = key("text tokens a prompt or conversation, placeholders not counted", at_least=1, default=60)
+    repeats: int = key("measured rounds", at_least=1, default=5)
+    warmup: int = key("rounds before them that are thrown away", default=1)
+    threads: int = key("CPU threads; 0: torch's default", default=0)
+    seed: int = key(
+        "seed of the random weights, images and prompts", rule=at_most(whole_number(0), MAX_SEED), default=0
+    )
+    out: str = key("for bench.json and bench.png; auto: runs/bench/...", what="a directory", default="auto")
+    overwrite: bool = key("whether an existing out directory may be written to", default=False)
+    method_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def torch_device(self) -> torch.device:
@@ -138,19 +158,28 @@ class BenchSettings:
     def token_budget(self, model: BenchModel) -> tuple[str, TokenBudget]:
         """Returns the budget's name and counts per crop."""
         name = model.default_budget if self.budget == "auto" else self.budget
-        dominant, contextual = BUDGETS[name] if name in BUDGETS else map(int, name.split("+"))
-        return name, TokenBudget(num_dominant=dominant, num_contextual=contextual)
+        return name, BUDGETS[name] if name in BUDGETS else TokenBudget(*map(int, name.split("+")))
 
-    def method(self, model: BenchModel) -> Compressor:
-        """What the method ``vzip`` compresses by; ConfigError where there is none of that name."""
-        return find_method(self.compressor).build(self.token_budget(model)[1])
+    def method(self, model: BenchModel | None = None) -> Compressor:
+        """What the method ``vzip`` compresses by (by default with any budget); ConfigError for wrong settings."""
+        budget = next(iter(BUDGETS.values())) if model is None else self.token_budget(model)[1]
+        built: Compressor = find_method(self.compressor).build(budget, **self.method_settings.get("compressor", {}))
+        return built
 
-    def fastv(self) -> FastV:
-        """What the method ``fastv`` drops by; ConfigError for values that cannot be."""
-        layers, _, keep = self.pruner.partition(":")
-        if not re.fullmatch(r"\d+", layers) or not re.fullmatch(r"\d+|\d*\.\d+", keep):
-            raise ConfigError(f"pruner={self.pruner}: must be K:keep, as 2:166 or 2:0.5.")
-        return FastV(int(layers), float(keep) if "." in keep else int(keep))
+    def built_pruner(self) -> Pruner | None:
+        """What the method of the pruner's name drops by; ConfigError for wrong settings."""
+        settings = self.method_settings.get("pruner", {})
+        if self.pruner == NO_PRUNER:
+            if settings:
+                raise ConfigError(f"pruner.{min(settings)}: pruner=none has no settings; add pruner={PRUNERS[0]}.")
+            return None
+        built: Pruner = find_method(self.pruner, "pruner").build(**settings)
+        return built
+
+    @property
+    def reads_as_published(self) -> bool:
+        """Whether the compressor reads what the published code does, which ``eager_maps`` is."""
+        return self.compressor == DEFAULT_COMPRESSOR and self.method().reads() == BenchSettings().method().reads()
 
     def weights_of(self, model: BenchModel) -> str:
         """Returns ``random`` or ``pretrained``."""
@@ -160,173 +189,120 @@ class BenchSettings:
         """Returns the number of tower inputs in each prompt."""
         return self.num_crops or model.num_crops
 
+    def usual_methods(self, mode: Mode) -> tuple[str, ...]:
+        """The methods that are measured where none are named."""
+        names: tuple[str, ...] = mode.defaults.get("methods", DEFAULT_METHODS)
+        if not self.reads_as_published:
+            names = tuple(name for name in names if name != "eager_maps")
+        return names if self.pruner == NO_PRUNER else (*names, self.pruner)
+
+    def labels(self) -> list[str]:
+        """The compressor's and the pruner's name, each with its settings that are not the file's."""
+        chosen = {"compressor": self.compressor, "pruner": self.pruner}
+        files = {g: find_method(name, g) for g, name in chosen.items() if name != NO_PRUNER}
+        return [file.label(self.method_settings.get(group, {})) for group, file in files.items()]
+
     def out_directory(self, model: BenchModel, mode: Mode = PASSES) -> Path:
-        """Returns where the results go."""
+        """Returns where the results go: another folder for other methods or settings of theirs."""
         if self.out != "auto":
             return Path(self.out).expanduser()
-        name = Path(self.model).name
+        parts = ["vzip" if mode is PASSES else mode.name, *self.labels()]
+        parts = [part for part in parts if part not in (DEFAULT_COMPRESSOR, NO_PRUNER)]
+        if set(self.methods) != set(self.usual_methods(mode)):
+            parts.append("only-" + "+".join(sorted(self.methods, key=METHODS.index)))
         dtype = str(self.torch_dtype).removeprefix("torch.")
-        part = "vzip" if mode is PASSES else mode.name
-        if self.compressor != DEFAULT_COMPRESSOR:
-            part += f"-{self.compressor}"
-        return Path("runs", "bench", name, f"{part}-{self.token_budget(model)[0]}-{dtype}-{self.torch_device.type}")
+        parts += [self.token_budget(model)[0], dtype, self.torch_device.type]
+        return Path("runs", "bench", Path(self.model).name, "-".join(parts))
 
 
-_MINIMUM = {
-    "batch_size": 1,
-    "num_crops": 0,
-    "num_new_tokens": 1,
-    "prompt_tokens": 1,
-    "repeats": 1,
-    "warmup": 0,
-    "threads": 0,
-    "seed": 0,
-}
+KEYS = keys_of(BenchSettings)
 
 
-def default_word(key: str, mode: Mode = PASSES) -> str:
-    """Returns a key's default the way a user writes it."""
-    value = mode.defaults.get(key, getattr(BenchSettings(), key))
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+def shown_defaults(mode: Mode = PASSES) -> dict[str, str]:
+    """Each key's default the way a user writes it."""
+    values = {name: mode.defaults.get(name, getattr(BenchSettings(), name)) for name in KEYS}
+    return {name: ",".join(value) if isinstance(value, tuple) else show(value) for name, value in values.items()}
 
 
 def parse(words: Sequence[str], mode: Mode = PASSES) -> BenchSettings:
-    """Reads ``key=value`` words, for one way of measuring.
+    """Reads ``key=value`` overrides, for one way of measuring.
 
     Raises:
-        ConfigError: with every mistake of the line, one a row.
+        ConfigError: with every mistake of the line.
     """
-    known = [field.name for field in fields(BenchSettings)]
-    keys = ", ".join(known)
-    values: dict[str, object] = {}
+    given: dict[str, Any] = {}
+    of_methods: dict[str, dict[str, Any]] = {"compressor": {}, "pruner": {}}
     problems: list[str] = []
     for word in words:
-        key, separator, text = word.partition("=")
+        name, separator, value = word.partition("=")
+        group, dot, own = name.partition(".")
+        own, values = (own, of_methods.get(group)) if dot else (name, given)
         if not separator:
-            problems.append(f"{word!r} is not of the form key=value{nearest(key, known)}; keys: {keys}")
-        elif key not in known:
-            problems.append(f"unknown key {key!r}{nearest(key, known)}; keys: {keys}")
-        elif key in values:
-            problems.append(f"{key} is given twice")
-        elif key in mode.unused:
-            problems.append(f"{key}={text}: has no meaning with {mode.flag}; leave it out")
+            problems.append(f"{word!r} is not of the form key=value{nearest(name, KEYS)}; keys: {', '.join(KEYS)}")
+        elif values is None or not (dot or name in KEYS):
+            problems.append(f"unknown key {name!r}{nearest(name, KEYS)}; keys: {', '.join(KEYS)}")
+        elif own in values:
+            problems.append(f"{name} is given twice")
+        elif group in mode.unused:
+            problems.append(f"{word}: has no meaning with {mode.flag}; leave it out")
         else:
-            values[key] = _value(key, text, problems)
-            _check_mode(key, text, mode, problems)
-    if (compressor := values.get("compressor", DEFAULT_COMPRESSOR)) != DEFAULT_COMPRESSOR:
-        chosen = values.setdefault("methods", tuple(m for m in _default_methods(mode) if m != "eager_maps"))
-        if isinstance(chosen, tuple) and "eager_maps" in chosen and not problems:
-            problems.append(
-                f"methods={','.join(chosen)}: eager_maps is the published way of {DEFAULT_COMPRESSOR}; leave it out"
-                f" with compressor={compressor}"
-            )
-    if problems:
-        raise ConfigError("\n".join(problems))
-    given: dict[str, Any] = {**mode.defaults, **values}  # _value gave each key the type of its field
-    return BenchSettings(**given)
-
-
-def _default_methods(mode: Mode) -> tuple[str, ...]:
-    chosen = mode.defaults.get("methods", DEFAULT_METHODS)
-    assert isinstance(chosen, tuple)
-    return chosen
-
-
-def _check_mode(key: str, text: str, mode: Mode, problems: list[str]) -> None:
-    """Names what the other ways of measuring know and this one does not."""
-    if key == "methods":
-        other = [method for method in text.split(",") if method in METHODS and method not in mode.methods]
-        problems += [f"methods={text}: {mode.flag} has no {m}; methods: {', '.join(mode.methods)}" for m in other]
-    elif key == "dtype" and text in DTYPES and text not in mode.dtypes:
-        problems.append(f"dtype={text}: nothing trains in it; {mode.flag} takes auto, {', '.join(mode.dtypes)}")
-    elif key == "device" and mode is not PASSES and re.fullmatch(r"cuda:[1-9]\d*", text):
-        problems.append(
-            f"device={text}: {mode.flag} trains, and a training takes the first device it sees; hide the others with"
-            f" CUDA_VISIBLE_DEVICES={text.partition(':')[2]}, and set device=cuda"
-        )
-
-
-def _value(key: str, text: str, problems: list[str]) -> object:
-    """Converts one value; what is wrong with it goes into ``problems``."""
-    if key in _MINIMUM:
-        if not re.fullmatch(r"\d+", text) or int(text) < _MINIMUM[key]:
-            problems.append(f"{key}={text}: must be a whole number of at least {_MINIMUM[key]}")
-            return 0
-        return int(text)
-    if key == "overwrite":
-        if text not in ("true", "false"):
-            problems.append(f"overwrite={text}: must be true or false")
-        return text == "true"
-    if key == "methods":
-        chosen = tuple(dict.fromkeys(text.split(",")))
-        problems += [
-            f"methods={text}: unknown method {m!r}{nearest(m, METHODS)}; methods: {', '.join(METHODS)}"
-            for m in chosen
-            if m not in METHODS
-        ]
-        return chosen
-    if key == "model":
+            try:
+                values[own] = read_yaml(value) if dot else _value(name, value)
+            except ConfigError as error:
+                problems.append(f"{name}={value}: {error}")
+    for name in list(given):
+        if wrong := _problems_of(name, given[name], mode.rules.get(name, KEYS[name].rule)):
+            problems += wrong
+            del given[name]  # the rest is judged without it
+            of_methods.pop(name, None)
+    named = [method for method in given.get("methods", ()) if method in PRUNERS]
+    given.setdefault("pruner", named[0] if named else NO_PRUNER)
+    given["method_settings"] = {group: values for group, values in of_methods.items() if values}
+    settings = BenchSettings(**{**mode.defaults, **given})
+    for build in (settings.method, settings.built_pruner):
         try:
-            shapes.resolve(text)
-        except VzipError as error:
-            problems.append(str(error))
-    elif key == "budget":
-        _check_budget(text, problems)
-    elif key == "compressor":
-        _check_compressor(text, problems)
-    elif key == "pruner":
-        try:
-            BenchSettings(pruner=text).fastv()
+            build()
         except ConfigError as error:
             problems.append(str(error))
-    elif key == "device":
-        _check_device(text, problems)
-    elif key in ("dtype", "weights"):
-        allowed = ("auto", *DTYPES) if key == "dtype" else WEIGHTS
-        if text not in allowed:
-            problems.append(f"{key}={text}: must be one of {', '.join(allowed)}{nearest(text, allowed)}")
-    elif not text:
-        problems.append(f"{key}= is empty: {HELP[key]}")
-    return text
+    raise_all(problems)
+    if "methods" not in given:
+        return replace(settings, methods=settings.usual_methods(mode))
+    shown = f"methods={','.join(settings.methods)}"
+    if named != [settings.pruner] and (named or settings.pruner != NO_PRUNER):
+        raise ConfigError(f"{shown} pruner={settings.pruner}: the pruner must be one of the methods, and no other.")
+    if "eager_maps" in settings.methods and not settings.reads_as_published:
+        raise ConfigError(
+            f"{shown}: eager_maps is the published way of {DEFAULT_COMPRESSOR}; leave it out with"
+            f" compressor={settings.labels()[0]}."
+        )
+    return settings
 
 
-def _check_compressor(text: str, problems: list[str]) -> None:
+def _value(name: str, value: str) -> Any:
+    """What a user typed, as the type of the key's default; what cannot be stays as it is, for the rule to refuse."""
+    default = getattr(BenchSettings(), name)
+    if isinstance(default, tuple):
+        return tuple(dict.fromkeys(value.split(",")))
+    if isinstance(default, bool):
+        return {"true": True, "false": False}.get(value, value)
+    return value if isinstance(default, str) else read_yaml(value)
+
+
+def _problems_of(name: str, value: Any, rule: Rule) -> list[str]:
+    """What is wrong with a key's value: by its rule, and by what is on this machine."""
+    broken = [problem for one in (value if name == "methods" else (value,)) for problem in check_value(name, one, rule)]
+    if broken:
+        return broken
     try:
-        if not find_method(text).has_budget:
-            problems.append(f"compressor={text}: compresses nothing; the method 'vanilla' is measured beside it always")
-    except ConfigError as error:
-        problems.append(str(error))
-
-
-def _check_budget(text: str, problems: list[str]) -> None:
-    if text == "full":
-        problems.append(
-            "budget=full is the method 'vanilla', which is always measured: methods=vanilla measures it alone"
-        )
-    elif re.fullmatch(r"\d+\+\d+", text):
-        try:
-            TokenBudget(*map(int, text.split("+")))
-        except ConfigError as error:
-            problems.append(f"budget={text}: {error}")
-    elif text != "auto" and text not in BUDGETS:
-        hint = f" (did you mean '{text}tok'?)" if f"{text}tok" in BUDGETS else nearest(text, BUDGETS)
-        problems.append(
-            f"budget={text}: must be auto, one of {', '.join(BUDGETS)}, or counts per crop as DOMINANT+CONTEXTUAL such "
-            f"as 54+10{hint}"
-        )
-
-
-def _check_device(text: str, problems: list[str]) -> None:
-    if text not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", text):
-        problems.append(f"device={text}: must be auto, cpu, cuda or cuda:N")
-    elif text.startswith("cuda"):
-        index = int(text.partition(":")[2] or 0)
-        if index >= torch.cuda.device_count():
-            problems.append(
-                f"device={text}: this machine's torch sees {torch.cuda.device_count()} CUDA devices; use cpu"
-            )
+        if name == "model":
+            shapes.resolve(value)
+        elif name == "budget" and "+" in value:
+            TokenBudget(*map(int, value.split("+")))
+    except VzipError as error:
+        return [f"budget={value}: {error}" if name == "budget" else str(error)]
+    if name == "device" and value.startswith("cuda") and int(value[5:] or 0) >= torch.cuda.device_count():
+        return [f"device={value}: this machine's torch sees {torch.cuda.device_count()} CUDA devices; use cpu"]
+    return []
 
 
 def estimate_bytes(settings: BenchSettings, model: BenchModel, num_parameters: int, num_visual_tokens: int) -> int:

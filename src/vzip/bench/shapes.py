@@ -27,11 +27,13 @@ from transformers import (
     VideoLlavaConfig,
 )
 
-from vzip.errors import ConfigError, UnsupportedModelError, nearest
+from vzip.errors import CheckpointError, ConfigError, UnsupportedModelError, nearest
+from vzip.installed import checkout
 from vzip.media.video import DEFAULT_NUM_FRAMES
 from vzip.models.families import adapter_class_for_config
 from vzip.models.load import read_config
 from vzip.models.weights.from_config import family_config, pinpoints, qwen2_5_vl_config
+from vzip.option_files import option_values
 
 NOISE_PERIOD = 1_048_573  # a prime just under 2**20: rows of a matrix, whose lengths are composite, then all differ
 
@@ -122,19 +124,25 @@ def _vicuna(size: str, vocab_size: int = 32064) -> LlamaConfig:
     )
 
 
+def _published(name: str, config: PretrainedConfig, *notes: str) -> BenchModel:
+    """A model of ``configs/model``, whose file names the checkpoint."""
+    checkpoint = option_values(checkout() / "configs", "model", name)["name_or_path"]
+    return BenchModel(name, config, checkpoint, notes=notes)
+
+
 def _clip_alone() -> BenchModel:
     return BenchModel("clip_l_336", clip_l(336), "openai/clip-vit-large-patch14-336")
 
 
 def _llava(size: str) -> BenchModel:
     config = family_config("llava", clip_l(336), _vicuna(size), 32000)
-    return BenchModel(f"llava15_{size}", config, f"llava-hf/llava-1.5-{size}-hf")
+    return _published(f"llava15_{size}", config)
 
 
 def _llava_untuned() -> BenchModel:
     # Assembled: Vicuna's 32000 words and the placeholder.
     config = family_config("llava", clip_l(336), _vicuna("7b", vocab_size=32001), 32000)
-    return BenchModel("llava15_7b_untuned", config, "checkpoints/llava15_7b_untuned")
+    return _published("llava15_7b_untuned", config)
 
 
 def _llava_next(size: str) -> BenchModel:
@@ -143,26 +151,26 @@ def _llava_next(size: str) -> BenchModel:
         "vanilla is Hugging Face's packing: a square image is 5 x 576 = 2880 patches, the number the paper compares"
         " with, and 48 newline tokens"
     )
-    return BenchModel(f"llava_next_{size}", config, f"llava-hf/llava-v1.6-vicuna-{size}-hf", notes=(note,))
+    return _published(f"llava_next_{size}", config, note)
 
 
 def _llava_next_mistral() -> BenchModel:
     text = MistralConfig(vocab_size=32064, rope_theta=1e6, max_position_embeddings=32768, sliding_window=None)
     config = family_config("llava_next", clip_l(336), text, 32000, image_grid_pinpoints=pinpoints(336))
-    return BenchModel("llava_next_mistral_7b", config, "llava-hf/llava-v1.6-mistral-7b-hf")
+    return _published("llava_next_mistral_7b", config)
 
 
 def _video_llava() -> BenchModel:
     config = family_config("video_llava", clip_l(224), _vicuna("7b"), 32000, video_token_index=32001)
     note = "a frame is 257 visual tokens in vanilla, CLS among them: 2056 in 8 frames, where the paper counts 2048"
-    return BenchModel("video_llava_7b", config, "LanguageBind/Video-LLaVA-7B-hf", notes=(note,))
+    return _published("video_llava_7b", config, note)
 
 
 def _mini_gemini(size: str) -> BenchModel:
     # The configuration's own high-resolution tower is the published one. The placeholder is no word of the model's.
     config = family_config("mini_gemini", clip_l(336), _vicuna(size, vocab_size=32000), 32000)
     note = "high_res_tower and mining are the same work in every method: all patches are mined before selection"
-    return BenchModel(f"mini_gemini_{size}", config, f"YanweiLi/MGM-{size.upper()}", notes=(note,))
+    return _published(f"mini_gemini_{size}", config, note)
 
 
 def _qwen2_5_vl(size: str) -> BenchModel:
@@ -198,7 +206,7 @@ def _qwen2_5_vl(size: str) -> BenchModel:
         "video_token_id": 151656,
     }
     config = qwen2_5_vl_config(text, vision, ids)
-    return BenchModel(f"qwen2_5_vl_{size}", config, f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct")
+    return _published(f"qwen2_5_vl_{size}", config)
 
 
 SHAPES: dict[str, Callable[[], BenchModel]] = {
@@ -244,8 +252,8 @@ def resolve(name: str) -> BenchModel:
         )
     try:
         config = read_config(directory)
-    except (ValueError, OSError) as error:  # not JSON, or a model type that transformers does not know
-        raise UnsupportedModelError(f"model={name}: {str(error).splitlines()[0]}") from error
+    except CheckpointError as error:  # not JSON, or a model type that transformers does not know
+        raise UnsupportedModelError(f"model={name}: {error}") from error
     if config.model_type not in TOWER_TYPES:
         adapter_class_for_config(config)
     return BenchModel(name, config, str(directory), default_weights="pretrained")

@@ -13,7 +13,7 @@ from torch import Tensor
 from vzip.bench.device_memory import storage_bytes
 from vzip.bench.eager_maps import EagerMaps, select_layer_index
 from vzip.bench.hooks import recorded_outputs
-from vzip.bench.settings import DEFAULT_COMPRESSOR
+from vzip.bench.settings import PRUNERS
 from vzip.bench.timing import StageTimes, Stopwatch, Untimed
 from vzip.bench.visuals import Pictures
 from vzip.bench.workload import Workload
@@ -93,6 +93,7 @@ class Vzip(Method):
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
         self._projections: dict[str, Tensor] = {}
+        self.reads_as_published = workload.settings.reads_as_published
 
     def run_tower(self, pixel_values: Tensor) -> VisionOutput:
         w = self.workload
@@ -128,17 +129,21 @@ class EagerMapsMethod(Method):
         return self.eager.encode(pixel_values)
 
 
-class FastVMethod(Vanilla):
-    """Every visual token enters the unmodified model; FastV drops some inside the language model."""
+class Pruned(Vanilla):
+    """Every visual token enters the unmodified model; a pruner, whose name it has, drops some inside."""
 
-    name = "fastv"
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self.name = workload.settings.pruner
+        self._pruner = workload.settings.built_pruner()
 
     @property
-    def pruner(self) -> Pruner:
-        return self.workload.settings.fastv()
+    def pruner(self) -> Pruner | None:
+        return self._pruner
 
 
-METHOD_CLASSES: dict[str, type[Method]] = {m.name: m for m in (Vanilla, Vzip, EagerMapsMethod, FastVMethod)}
+METHOD_CLASSES: dict[str, type[Method]] = {m.name: m for m in (Vanilla, Vzip, EagerMapsMethod)}
+METHOD_CLASSES |= dict.fromkeys(PRUNERS, Pruned)
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ def run_pass(method: Method) -> PassResult:
     with watch.stage("preprocess"):
         inputs = preprocess(w)
     tokens = _visual_tokens(method, inputs, watch)
-    if isinstance(method, Vzip) and w.settings.compressor == DEFAULT_COMPRESSOR and w.visuals.has_tower:
+    if isinstance(method, Vzip) and method.reads_as_published and w.visuals.has_tower:
         method.run_scoring(w.visuals.tower_inputs(inputs), watch)
     if w.adapter is None:
         return PassResult(watch.times_ms, len(tokens[0].rows) * w.visuals.num_crops, 0, 0, [], None)

@@ -8,11 +8,10 @@ clock starts, so reading and preparing data is not counted.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import yaml
 
 from vzip.bench import shapes, workload
 from vzip.bench.device_memory import PeakMemory, refuse_if_too_large
@@ -28,7 +27,9 @@ from vzip.compressors import Compressor, Identity
 from vzip.errors import ConfigError
 from vzip.installed import checkout
 from vzip.models.families import FamilyOptions, adapter_class_for_config
+from vzip.models.generation import max_positions
 from vzip.models.vlm import CompressedVlm
+from vzip.option_files import option_values
 from vzip.train.settings import LaunchSettings, TrainSettings
 
 NUM_SAMPLES = 66_500
@@ -109,20 +110,13 @@ def side_result(
 
 def train_settings(settings: BenchSettings) -> tuple[TrainSettings, LaunchSettings]:
     """``train=projector``, a step of one batch on one device."""
-    projector = yaml.safe_load((checkout() / "configs/train/projector.yaml").read_text(encoding="utf-8"))
+    configs = checkout() / "configs"
+    projector = option_values(configs, "train", "projector")
     precision = "bfloat16" if settings.torch_dtype == torch.bfloat16 else "float32"
     train = TrainSettings.of_group({**projector, "precision": precision, "samples_per_step": settings.batch_size})
-    launch = LaunchSettings(
-        num_threads=None,
-        device=settings.torch_device.type,
-        num_processes=1,
-        num_machines=1,
-        strategy="single",
-        batch_size=settings.batch_size,
-        gradient_checkpointing=True,
-        num_workers=0,
-    )
-    return train, launch
+    inline = {key: value for key, value in option_values(configs, "launcher", "inline").items() if key != "name"}
+    launch = LaunchSettings(**inline | {"device": settings.torch_device.type, "gradient_checkpointing": True})
+    return train, replace(launch, batch_size=settings.batch_size)
 
 
 def method_shapes(settings: BenchSettings, model: BenchModel) -> dict[str, ModelShape]:
@@ -151,8 +145,8 @@ def load_of(settings: BenchSettings, shape: ModelShape, num_new_tokens: int = 0)
     """
     num_visual = num_visual_tokens(shape.on_meta_device(torch.float32))
     length = num_visual + settings.prompt_tokens
-    allowed = shape.config.text_config.max_position_embeddings
-    if length + num_new_tokens > allowed:
+    allowed = max_positions(shape.config)
+    if allowed is not None and length + num_new_tokens > allowed:
         raise ConfigError(
             f"{num_visual} visual, {settings.prompt_tokens} text and {num_new_tokens} new tokens are"
             f" {length + num_new_tokens}, and the language model has {allowed} positions; lower prompt_tokens or"

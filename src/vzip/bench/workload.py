@@ -21,7 +21,8 @@ from vzip.errors import CheckpointError, ConfigError
 from vzip.models.families import Adapter, FamilyOptions, adapter_class_for_config, adapter_for_model
 from vzip.models.families.llava_base import LlavaBase
 from vzip.models.families.options import check_fit
-from vzip.models.hub import Checkpoint
+from vzip.models.generation import max_positions
+from vzip.models.hub import READ_ERRORS, Checkpoint
 from vzip.models.load import load_vlm, resolve_checkpoint
 from vzip.models.towers.structure import geometry_from_config
 from vzip.models.weights.from_config import new_image_processor
@@ -91,22 +92,22 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
     else:
         adapter_class_for_config(model.config).check_settings(model.config, compressor, FamilyOptions())
     meta = shapes.build_meta(model, settings.torch_dtype)
-    if "fastv" in settings.methods:
+    if (pruner := settings.built_pruner()) is not None:
         if model.tower_only:
             raise ConfigError(
-                f"methods=fastv: {model.name} is a vision tower alone, and FastV drops in language models."
+                f"pruner={settings.pruner}: {model.name} is a vision tower alone, and pruners drop in language models."
             )
-        adapter_for_model(meta).check_pruner(model.config, settings.fastv())
+        adapter_for_model(meta).check_pruner(model.config, pruner)
     num_visual = 0
     if not model.tower_only:
         num_crops = settings.crops_per_prompt(model)
         visuals = visuals_of(adapter_for_model(meta), num_crops)
-        is_whole = not {"vanilla", "fastv"}.isdisjoint(settings.methods)
+        is_whole = not {"vanilla", settings.pruner}.isdisjoint(settings.methods)
         method = Identity() if is_whole else compressor
         num_visual = sum(method.num_visual_tokens(shape) for shape in visuals.shapes())
         longest = num_visual + settings.prompt_tokens + settings.num_new_tokens
-        allowed = model.config.text_config.max_position_embeddings
-        if longest > allowed:
+        allowed = max_positions(model.config)
+        if allowed is not None and longest > allowed:
             raise ConfigError(
                 f"a prompt of up to {num_visual} visual, {settings.prompt_tokens} text and "
                 f"{settings.num_new_tokens} new tokens is {longest} long, and {model.name} has {allowed} positions; "
@@ -174,8 +175,8 @@ def _load_tower(model: BenchModel, device: torch.device, dtype: torch.dtype) -> 
     loader = SiglipVisionModel if model.config.model_type == "siglip_vision_model" else CLIPVisionModel
     try:
         directory = Checkpoint(resolve_checkpoint(model.checkpoint)).fetch_weights()
-        loaded = loader.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
-    except OSError as error:
+        loaded = loader.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
+    except READ_ERRORS as error:
         raise CheckpointError(
             f"model={model.name} weights=pretrained: {model.checkpoint} could not be loaded ({error}); without a "
             "network give a local directory as model=DIR, or weights=random, which measures the same shapes"

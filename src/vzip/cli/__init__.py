@@ -18,6 +18,7 @@ from vzip import log
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.installed import checkout, optional_packages
 from vzip.log import USER_ERROR
+from vzip.paths import naming_impossible_paths
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ COMMANDS: Mapping[str, Command] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, what the command returns, or 2 for a user's error."""
+    """Runs a command; returns the exit code: 0, the command's own, 2: a user's error, 130: interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     log.setup()
     try:
@@ -67,12 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         script = str(checkout() / f"{words[0]}.py")
     except VzipError as error:
         return log.tell_error(error)
+    except KeyboardInterrupt as error:
+        return log.tell_interruption(error)
     sys.argv = [script, *words[1:]]
     try:
         with optional_packages(f"`vzip {words[0]}`"):
             runpy.run_path(script, run_name="__main__")  # tells of errors itself
     except VzipError as error:
         return log.tell_error(error)
+    except KeyboardInterrupt as error:  # while it was being imported
+        return log.tell_interruption(error)
     return 0
 
 
@@ -95,7 +100,8 @@ def run(name: str, words: Sequence[str]) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(parser)
-        return int(module.main(_parse(parser, list(words))))
+        with naming_impossible_paths():
+            return int(module.main(_parse(parser, list(words))))
 
 
 def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:

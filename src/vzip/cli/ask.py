@@ -1,9 +1,9 @@
 """Asks a model one question about an image or video file, and says how many visual tokens the answer rests on.
 
 python -m vzip ask photo.jpg "What color is the star?"
-python -m vzip ask photo.jpg "What does the sign say?" budget=32tok
-python -m vzip ask photo.jpg "What does the sign say?" compressor=none budget=full pruner=fastv pruner.keep=100
+python -m vzip ask photo.jpg "What word is written on the sign?" budget=32tok --overlay out.png
 python -m vzip ask photo.jpg "What is this?" --model llava15_7b model.device_map=auto
+python -m vzip ask photo.jpg "What does the sign say?" compressor=none budget=full pruner=fastv pruner.keep=100
 python -m vzip ask clip.mp4 "What happens?" --model video_llava_7b budget=17tok model.num_frames=80
 """
 
@@ -13,40 +13,54 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
-from vzip.config.build import model_plan
-from vzip.errors import ImageError
-from vzip.media.images import load_image
-from vzip.media.video import DEFAULT_NUM_FRAMES, is_picture, load_video
+from vzip.errors import ConfigError, ImageError
+from vzip.json_files import whole_text
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from vzip.models.vlm import CompressedVlm
+
+_OVERLAY_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="an image of any format Pillow reads, or a video of any FFmpeg reads")
+    parser.add_argument("file", help="an image of any format Pillow reads (HEIC too), or a video of any FFmpeg reads")
     parser.add_argument("question")
     parser.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="as for eval.py: budget=32tok, compressor=none budget=full ..."
     )
     parser.add_argument("--model", default="tiny", help="a name in configs/model (default: tiny)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument(
+        "--overlay",
+        type=Path,
+        metavar="FILE",
+        help="draw what was kept (left, framed) and merged (right, a colour a group), with question and answer",
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Answers; everything that can be wrong is checked before the model is loaded."""
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: must be 1 or more.")
+    file = _checked_file(arguments.file)
+    _check_overlay(arguments.overlay)
+    from vzip.config.build import model_plan
+    from vzip.media.images import load_image
+    from vzip.media.video import DEFAULT_NUM_FRAMES, is_picture, load_video
+
     model, compressor = model_plan([f"model={arguments.model}", *arguments.settings])
-    if not arguments.file.is_file():
-        raise ImageError(f"{arguments.file}: {'is a directory' if arguments.file.is_dir() else 'no such file'}.")
     pictures: list[Image.Image] = []
     frames: list[Image.Image] = []
-    if is_picture(arguments.file):
-        pictures = [load_image(arguments.file)]
+    if is_picture(file):
+        pictures = [load_image(file)]
+    elif arguments.overlay is not None:
+        raise ConfigError(f"--overlay {arguments.overlay}: draws over an image, and {file} is none. Leave it out.")
     else:
         # Said outright, so that a model without a video tower is refused before its weights are read.
         model["num_frames"] = model["num_frames"] or DEFAULT_NUM_FRAMES
-        frames = load_video(arguments.file, model["num_frames"])
+        frames = load_video(file, model["num_frames"])
 
     import vzip
 
@@ -54,15 +68,48 @@ def main(arguments: argparse.Namespace) -> int:
     inputs = build_inputs(vlm, arguments.question, pictures, frames)
     new = vlm.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
     processor: Any = vlm.processor
-    print(processor.tokenizer.decode(new[0], skip_special_tokens=True).strip())
+    answer = processor.tokenizer.decode(new[0], skip_special_tokens=True).strip()
+    print(answer or "(no words)")
     seen = {name: value for name, value in inputs.items() if name in vlm.adapter.input_names}
     (shape,) = vlm.adapter.read_inputs(**seen).shapes
-    counts = f"{vlm.last_num_visual_tokens[0]} visual tokens, {shape.num_vanilla} without compression"
+    num_tokens = vlm.last_num_visual_tokens[0]
+    counts = f"{num_tokens} visual tokens, {shape.num_vanilla} without compression"
     if vlm.last_pruned is not None:
         layers = vlm.last_pruned.visual_schedule[0]
         counts += f"; {sum(layers) / len(layers):.1f} on average over the language model's layers"
     print(f"({counts})")
+    if arguments.overlay is not None:
+        title = f"{arguments.model}, {type(compressor).__name__}, {num_tokens} of {shape.num_vanilla} visual tokens"
+        _draw(vlm, pictures[0], title, f"{arguments.question}\n{answer}", arguments.overlay)
+        print(f"wrote {arguments.overlay}")
     return 0
+
+
+def _checked_file(given: str) -> Path:
+    if given.startswith(("http://", "https://")):
+        raise ImageError(f"{given}: images and videos are read from files; download it first and give the path.")
+    file = Path(given).expanduser()
+    if not file.is_file():
+        raise ImageError(f"{given}: {'is a directory' if file.is_dir() else 'no such file'}.")
+    return file
+
+
+def _check_overlay(path: Path | None) -> None:
+    if path is None:
+        return
+    if path.suffix.lower() not in _OVERLAY_FORMATS:
+        raise ConfigError(f"--overlay {path}: must end in one of {', '.join(_OVERLAY_FORMATS)}.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--overlay {path}: no folder {path.parent}. Make it, or name another.")
+
+
+def _draw(vlm: CompressedVlm, picture: Image.Image, title: str, text: str, path: Path) -> None:
+    from vzip.analysis.kept import draw_kept
+    from vzip.analysis.overlay import with_text
+    from vzip.results.files import naming_the_file
+
+    with naming_the_file(path):
+        with_text(draw_kept(vlm, picture), title, text).save(path)
 
 
 def build_inputs(
@@ -70,6 +117,7 @@ def build_inputs(
 ) -> dict[str, Any]:
     """The model's inputs for a question about an image, or about a video's frames if there is no image."""
     processor: Any = vlm.processor
-    content = [{"type": "image" if pictures else "video"}, {"type": "text", "text": question}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    content = [{"type": "image" if pictures else "video"}, {"type": "text", "text": whole_text(question)}]
+    turns = [{"role": "user", "content": content}]
+    prompt = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     return vlm.build_inputs([prompt], [pictures], [[] if pictures else [frames]])

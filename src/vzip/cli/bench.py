@@ -16,16 +16,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from vzip.bench import report, settings, shapes
 from vzip.bench.run import BenchResult, measure
 from vzip.bench.settings import MEMORY, PASSES, TRAIN
 from vzip.errors import MissingPackageError, RunExistsError
+from vzip.keys import describe
+from vzip.progress import Progress
 from vzip.results.files import check_writable
+from vzip.results.owner import owning
 
 if TYPE_CHECKING:
     from vzip.bench.training import SideResult
@@ -39,13 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     other.add_argument(
         "--memory", const=MEMORY, help="peaks of training and answering, estimated and measured", **words
     )
-    keys = "\n".join(f"  {key:<15} {text} [{settings.default_word(key)}]" for key, text in settings.HELP.items())
+    keys = "\n".join(describe(settings.KEYS, defaults=settings.shown_defaults()))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
     parser.epilog = f"keys [default]:\n{keys}\n\n" + "\n".join(_mode_words(mode) for mode in (TRAIN, MEMORY))
 
 
 def _mode_words(mode: settings.Mode) -> str:
-    own = ", ".join(f"{key}={settings.default_word(key, mode)}" for key in mode.defaults)
+    defaults = settings.shown_defaults(mode)
+    own = ", ".join(f"{key}={defaults[key]}" for key in mode.defaults)
     return f"with {mode.flag}: {own}; without {', '.join(mode.unused)}"
 
 
@@ -64,13 +68,17 @@ def main(args: argparse.Namespace) -> int:
             f"{directory} already holds a {path.name}; give another one as out=DIR, or overwrite=true to replace it"
         )
     check_writable(directory)
-    console = Console()
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("passes" if mode is PASSES else "steps", total=None)
+    with owning(directory, "out=DIR"):
+        return _run(chosen, mode, path)
+
+
+def _run(chosen: settings.BenchSettings, mode: settings.Mode, path: Path) -> int:
+    console, directory = Console(), path.parent
+    with Progress("measuring", "passes" if mode is PASSES else "steps") as progress:
         result = _measure_of(mode)(
             chosen,
             log=lambda line: console.print(line, highlight=False),
-            on_step=lambda done, total: progress.update(task, completed=done, total=total),
+            on_step=progress.update,
         )
     report.print_result(result, console)
     report.write_json(result, path)

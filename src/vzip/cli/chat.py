@@ -9,7 +9,7 @@ A line is a question, or one of
   /image FILE   adds an image to the next question
   /video FILE   adds a video to the next question (Video-LLaVA)
   /reset        begins anew, without turns, images and videos
-Ctrl-C stops an answer (the turn is forgotten), ctrl-D ends.
+Ctrl-C stops an answer (the turn is forgotten), or ends with exit code 130 where none is being given; ctrl-D ends.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class _Terminal:
         while True:
             try:
                 line = self.console.input("> ").strip()
-            except (EOFError, KeyboardInterrupt):
+            except EOFError:
                 self.console.print()
                 return
             if not self.interactive:

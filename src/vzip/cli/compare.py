@@ -1,6 +1,7 @@
 """A record beside what its recipe must produce, or beside another record.
 
   python -m vzip compare RUN            against its recipe's row in the paper's tables and our own vanilla run
+  python -m vzip compare runs/scenes/tiny/visionzip-64tok/seed0       as the built-in model's
   python -m vzip compare RUN OTHER      any two runs: scores, paired statistics on the same questions, settings; and how
                                         much of what OTHER loses against vanilla RUN has won back
 
@@ -32,6 +33,7 @@ from vzip.results.record import (
     record_path,
     runs_beside,
     score_of,
+    title_of,
     unit_factor,
 )
 
@@ -87,6 +89,17 @@ def main(args: argparse.Namespace) -> int:
     if args.other is not None:
         print_layout(lay_out_pair(run, _run(args.other), vanilla), Console())
         return 0
+    if args.expected is None and not has_row(run):
+        if vanilla is None or vanilla.path.resolve() == run.path.resolve():
+            recipe = (run.record.get("config") or {}).get("recipe")
+            raise ManifestError(
+                f"{args.run}: no table has numbers for it (its recipe: {recipe}), and there is no run of its model"
+                " without compression under its runs folder. Make one (compressor=none budget=full), or name what to"
+                " compare with: OTHER, or --expected TABLE --row LABEL (as in --expected 1 --row '64, VisionZip')."
+            )
+        print(f"no table has numbers for {title_of(run.record)}: beside our own vanilla run, {vanilla_path}")
+        print_layout(lay_out_pair(run, vanilla, vanilla), Console())
+        return 0
     table, row = find_row(run, args.expected, args.row)
     rows = compare(run, table, row, vanilla)
     _print(run.record, table, row, rows, vanilla_path)
@@ -140,6 +153,17 @@ def _compare_score(run: Run, table: PaperTable, row: Row, column: Column, vanill
     )
 
 
+def has_row(run: Run) -> bool:
+    """Whether a table has numbers for the run's recipe."""
+    recipe = (run.record.get("config") or {}).get("recipe")
+    return recipe is not None and row_of_recipe(str(recipe), _tables()) is not None
+
+
+def _tables() -> list[str]:
+    """The package's tables, then the user's own, ``configs/exp/*.json``."""
+    return [*table_names(), *(str(path) for path in sorted(Path.cwd().glob("configs/exp/*.json")))]
+
+
 def find_row(run: Run, table: str | None = None, label: str | None = None) -> tuple[PaperTable, Row]:
     """The numbers that a run must produce.
 
@@ -164,8 +188,7 @@ def find_row(run: Run, table: str | None = None, label: str | None = None) -> tu
     say = "say what to compare with, --expected TABLE --row LABEL (as in --expected 1 --row '64, VisionZip')."
     if not recipe:
         raise ManifestError(f"{run.path} was not made by a recipe (+exp=NAME): {say}")
-    own = (str(path) for path in sorted(Path.cwd().glob("configs/exp/*.json")))
-    found = row_of_recipe(recipe, [*table_names(), *own] if table is None else [table])
+    found = row_of_recipe(recipe, _tables() if table is None else [table])
     if found is None:
         raise ManifestError(f"recipe {recipe} has no numbers in {f'table {table}' if table else 'any table'}: {say}")
     return found

@@ -14,7 +14,6 @@ must be fetched by hand. verify ends with 0 if all is well, 1 if something is mi
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,15 +21,17 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vzip.data.llava_json import LlavaJson
 from vzip.data.lock import Lock
-from vzip.data.manifest import Manifest, file_table, load_manifest
+from vzip.data.manifest import Manifest, addresses, file_table, load_manifest
 from vzip.data.subset import choose, source_table
 from vzip.data.verify import PictureProblem, find_problems
 from vzip.errors import ConfigError, ManifestError
+from vzip.json_files import to_json
+from vzip.progress import Progress
+from vzip.results.files import write_jsonl, written_aside
 
 NUM_SHOWN = 20
 
@@ -89,6 +90,7 @@ def _download(args: argparse.Namespace) -> int:
     files = manifest.choose(args.only)
     if args.list:
         Console().print(file_table(manifest, files))
+        print(*addresses(files), sep="\n")  # not in the table, which would break them
         return 0
     if args.root is None:
         raise ConfigError("--root DIR is missing: the folder to fetch into.")
@@ -168,24 +170,23 @@ def _check_pictures(
     """Looks at every image; returns the first problems and how many there are by source and kind."""
     shown: list[PictureProblem] = []
     counts: Counter[tuple[str, str]] = Counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with ExitStack() as stack:
-        report = stack.enter_context(args.report.open("w", encoding="utf-8")) if args.report else None
-        progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
-        task = progress.add_task("pictures", total=None)
+        aside = stack.enter_context(written_aside(args.report)) if args.report else None
+        report = stack.enter_context(aside.open("wb")) if aside else None
+        progress = stack.enter_context(Progress("reading", "images"))
         problems = find_problems(
             data,
             indices,
             decode=not args.quick,
             num_workers=args.workers,
-            on_picture=lambda done, total: progress.update(task, completed=done, total=total),
+            on_picture=progress.update,
         )
         for problem in problems:
             counts[problem.picture.source, problem.kind] += 1
             if len(shown) < NUM_SHOWN:
                 shown.append(problem)
             if report is not None:
-                report.write(json.dumps(_as_line(problem)) + "\n")
+                report.write(to_json(_as_line(problem)) + b"\n")
     return shown, counts
 
 
@@ -238,6 +239,5 @@ def _count_notes(source: _Source) -> list[str]:
 
 
 def _write_ids(data: LlavaJson, indices: np.ndarray, path: Path) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for i in map(int, indices):
-            file.write(json.dumps({"index": i, "id": data.record(i).id, "source": data.source_of(i)}) + "\n")
+    rows = ({"index": i, "id": data.record(i).id, "source": data.source_of(i)} for i in map(int, indices))
+    write_jsonl(path, rows)

@@ -18,11 +18,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from vzip import log
+from vzip.cli.listing import program_help
 from vzip.config.options import config_dir
-from vzip.config.overrides import arrange, check_overrides
+from vzip.config.overrides import arrange, check_overrides, counted_budgets
 from vzip.errors import VzipError
 from vzip.installed import is_missing, missing_package, optional_packages
 from vzip.log import USER_ERROR
+from vzip.paths import naming_impossible_paths
 from vzip.sweep import sweep
 
 _FULL = "HYDRA_FULL_ERROR"
@@ -38,12 +40,15 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     summary, also where jobs failed; then the exit code is not 0.
 
     What the user caused (``VzipError``, Hydra's and OmegaConf's errors) is printed as one message, exit code 2;
-    everything else keeps its traceback. ``HYDRA_FULL_ERROR=1`` shows every traceback.
+    an interruption (ctrl-C) is one line, exit code 130; everything else keeps its traceback.
+    ``HYDRA_FULL_ERROR=1`` shows every traceback.
     """
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(function)
         def main() -> None:
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                return print(program_help(function.__globals__["__doc__"]))
             log.setup()
             sys.argv[1:] = arrange(sys.argv[1:])
             wants_traceback = os.environ.get(_FULL) == "1"
@@ -52,7 +57,11 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 log.setup()  # a sweep's launcher may run it in another process
                 try:
                     sweep.place_job()
-                    with _as_the_user_set_it(wants_traceback), optional_packages(f"`{config_name}`", config_name):
+                    with (
+                        _as_the_user_set_it(wants_traceback),
+                        optional_packages(f"`{config_name}`", config_name),
+                        naming_impossible_paths(),
+                    ):
                         return function(cfg)
                 except VzipError as error:
                     # A sweep goes on with its other jobs, and Hydra names the overrides of the one that failed.
@@ -62,6 +71,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
 
             try:
                 directory = config_dir()
+                sys.argv[1:] = counted_budgets(sys.argv[1:], directory)
                 check_overrides(sys.argv[1:], directory, config_name)
                 # Hydra must hand its exceptions on instead of printing them: this is its own switch for that.
                 os.environ[_FULL] = "1"
@@ -69,6 +79,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 with sweep.leaving_nothing_if_dry(sys.argv):
                     try:
                         hydra.main(version_base="1.3", config_path=str(directory), config_name=config_name)(job)()
+                    except KeyboardInterrupt as error:
+                        raise sweep.interruption(error) from None
                     finally:
                         num_failed = sweep.finish()
                 if num_failed:  # a sweeper that lives with failures
@@ -77,6 +89,10 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 if wants_traceback:
                     raise
                 fail(_missing_plugin(error) or error)
+            except KeyboardInterrupt as error:
+                if wants_traceback:
+                    raise
+                sys.exit(log.tell_interruption(error))
             finally:
                 if not wants_traceback:
                     os.environ.pop(_FULL, None)
@@ -112,5 +128,5 @@ def _missing_plugin(error: Exception) -> VzipError | None:
 def fail(error: Exception) -> NoReturn:
     """Prints a user's error, without Hydra's lines about where it searched, and ends with USER_ERROR."""
     message = str(error).split("\nConfig search path:")[0].strip()
-    print(f"{type(error).__name__}: {message}", file=sys.stderr)
+    print(f"{type(error).__name__}: {log.nearest_last(message)}", file=sys.stderr)
     sys.exit(USER_ERROR)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vzip.data.llava_index import cache_folder
@@ -31,7 +30,10 @@ from vzip.evaluation.benchmarks.judged import JudgedTask, judged_task
 from vzip.evaluation.judge.cache import ReplyCache
 from vzip.evaluation.judge.record import JudgedRun, open_tasks, read_run, unusable, write_verdicts
 from vzip.evaluation.judge.settings import OFFICIAL_URL, JudgeSettings, read_key
-from vzip.results.record import JUDGE_ACCURACY, JUDGE_SCORE, score_of
+from vzip.log import keeping
+from vzip.progress import Progress
+from vzip.results.owner import owning
+from vzip.results.record import JUDGE_ACCURACY, JUDGE_SCORE, read_record, record_path, score_of
 
 if TYPE_CHECKING:
     from vzip.evaluation.judge.client import Judge, Message, Reply
@@ -109,6 +111,12 @@ def main(args: argparse.Namespace, console: Console | None = None) -> int:
     if args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: must be 1 or more.")
     key = read_key(JudgeSettings(args.model or "any", args.base_url))
+    read_record(args.run)
+    with owning(record_path(args.run).parent, "the path of another run"):
+        return _run(args, console, prices, key)
+
+
+def _run(args: argparse.Namespace, console: Console, prices: Mapping[str, float] | None, key: str | None) -> int:
     run = read_run(args.run, args.tasks.split(",") if args.tasks else None)
     settings = {
         kind: JudgeSettings(args.model or kind.model, args.base_url, args.temperature, kind.max_tokens)
@@ -189,23 +197,21 @@ def _ask(job: _Job, meter: _Meter) -> list[Reply]:
     Raises:
         JudgeError: the endpoint failed for good, or more was spent than allowed; what has come is kept.
     """
-    columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=len(job.chats))
-        num_done = 0
+    with Progress("judging", "answers", len(job.chats)) as progress:
 
         def count(number: int, reply: Reply) -> None:
-            nonlocal num_done
-            num_done += 1
-            bar.advance(task)
+            progress.advance()
             meter.add(reply, job.chats[number], job.kind)
 
+        of = f"of {len(job.chats)} answers are judged and kept in {job.judge.cache.path}"
         try:
-            return job.judge.ask_all(job.chats, job.kind.usable, count)
+            with keeping(lambda: f"{progress.done} {of}"):
+                return job.judge.ask_all(job.chats, job.kind.usable, count)
         except JudgeError as error:
             reason, tasks = str(error).rstrip("."), ", ".join(job.tasks)
+            num_kept = len(job.chats) - len(job.new())
             raise JudgeError(
-                f"{reason}. {num_done} of {len(job.chats)} answers ({tasks}) are judged and kept in"
+                f"{reason}. {num_kept} of {len(job.chats)} answers ({tasks}) are judged and kept in"
                 f" {job.judge.cache.path}; of these nothing is in the record yet. Run the same command again to go on."
             ) from error
 

@@ -1,22 +1,31 @@
 """What can be named on the command line of eval.py and train.py.
 
-Recipes (+exp=NAME) with their first line, and the options of every group (group=NAME).
+   python -m vzip list                   everything
+   python -m vzip list exp               the recipes
+   python -m vzip list budget            one group
+
+Recipes (+exp=NAME) and the options of every group (group=NAME), each in a sentence. With a group: all that its files
+say, and the group's keys.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from vzip.config.options import RECIPE_GROUP, config_dir, groups, header, options
+from vzip.config import schema
+from vzip.config.options import RECIPE_GROUP, config_dir, groups, header, option_values, options
 from vzip.errors import ConfigError, nearest
 from vzip.installed import program
+from vzip.keys import describe
+from vzip.option_files import comments, summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("group", nargs="?", help="only this group, or 'exp' for the recipes with their whole header")
+    parser.add_argument("group", nargs="?", help="only this group, or 'exp' for the recipes, with their whole header")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -25,18 +34,40 @@ def main(args: argparse.Namespace) -> int:
     if args.group is not None and args.group not in known:
         raise ConfigError(f"'{args.group}': no such group{nearest(args.group, known)}; groups: {', '.join(known)}.")
     console = Console()
-    if args.group in (None, RECIPE_GROUP):
-        table = Table("recipe", "what it is", title=f"recipes: {program('eval')} +exp=NAME", title_justify="left")
-        for name in options(directory, RECIPE_GROUP):
-            lines = header(directory / RECIPE_GROUP / f"{name}.yaml")
-            table.add_row(name, "\n".join(lines if args.group else lines[:1]))
+    chosen = [RECIPE_GROUP, *groups(directory)] if args.group is None else [args.group]
+    for group in chosen:
+        written = f"{program('eval')} +exp=NAME" if group == RECIPE_GROUP else f"{group}=OPTION"
+        table = Table("option", "what it is", title=written, title_justify="left")
+        for name in options(directory, group):
+            path = directory / group / f"{name}.yaml"
+            table.add_row(name, "\n".join(header(path)) if args.group else summary(path))
         console.print(table)
-    if args.group != RECIPE_GROUP:
-        table = Table("group", "option", "what it is", title="options: GROUP=OPTION", title_justify="left")
-        for group in groups(directory) if args.group is None else [args.group]:
-            for row, name in enumerate(options(directory, group)):
-                first = header(directory / group / f"{name}.yaml")[:1]
-                table.add_row("" if row else group, name, *first)
-            table.add_section()
-        console.print(table)
+    if args.group not in (None, RECIPE_GROUP):
+        print("\n".join([f"keys of {args.group}, as KEY=VALUE:", *key_lines(args.group, directory)]))
     return 0
+
+
+def key_lines(group: str, directory: Path) -> list[str]:
+    """The keys of a group with rule and sentence; of an open group, with what its files say."""
+    if group not in schema.OPEN_GROUPS:
+        keys = schema.keys_in(group)
+        return describe({name: own for name, own in keys.items() if name not in ("name", "kind")}, f"{group}.")
+    lines = []
+    for name in options(directory, group):
+        said = comments(directory / group / f"{name}.yaml")
+        own_keys = [key for key in option_values(directory, group, name) if key not in ("name", "_target_", "budget")]
+        for own in own_keys:
+            lines += [f"  {group}.{own}: of {group}={name}", *([f"      {said[own]}"] if own in said else [])]
+    return lines
+
+
+def program_help(description: str) -> str:
+    """What ``eval.py --help`` and ``train.py --help`` print: examples, options, and every key."""
+    directory = config_dir()
+    lines = [description.strip(), "", "GROUP=OPTION (what they are: python -m vzip list [GROUP]):"]
+    lines += [f"  {group}: {', '.join(options(directory, group))}" for group in groups(directory)]
+    lines += ["+exp=RECIPE (python -m vzip list exp)", "", "KEY=VALUE:", *describe(schema.TOP)]
+    for group in groups(directory):
+        lines += key_lines(group, directory)
+    lines += ["", "-m: a sweep over values with commas. --cfg job --resolve: the configuration that the words make."]
+    return "\n".join([*lines, "--hydra-help: the other flags."])

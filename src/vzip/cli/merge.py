@@ -1,6 +1,8 @@
 """Writes a plain Hugging Face checkpoint with the tuned weights in it, which stock from_pretrained loads.
 
   python -m vzip merge runs/train/.../final --out DIR
+  python -m vzip merge runs/train/.../best --out DIR            as it was where the validation loss was lowest
+  python -m vzip merge FINAL --out DIR --base CHECKPOINT        with the base model elsewhere
 
 The base model is read as the tuned weights' header names it, or from --base DIR; the result is in the base's precision.
 LoRA layers that were trained with them are added into the weights that they belong to.

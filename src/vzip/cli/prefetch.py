@@ -36,6 +36,7 @@ from vzip.config.validate import BUILT_IN, VIDEO, validate
 from vzip.data.manifest import Manifest, load_manifest, manifest_folder
 from vzip.errors import CheckpointError, ConfigError, ManifestError, VzipError
 from vzip.installed import program
+from vzip.json_files import read_json
 from vzip.log import USER_ERROR
 from vzip.report.table_files import read_table
 from vzip.sweep.plan import plan
@@ -331,7 +332,11 @@ def _towers(name: str, revision: str | None, files: Mapping[str, Any] | None, hu
         return
     from huggingface_hub import hf_hub_download
 
-    fields = json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text(encoding="utf-8"))
+    path = Path(hf_hub_download(name, "config.json", revision=revision))
+    try:
+        fields = dict(read_json(path))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{name}: its config.json cannot be read ({error}).") from error
     for key in ("mm_vision_tower", "mm_vision_tower_aux"):
         hub_id = HUB_IDS.get(Path(str(fields.get(key))).name)
         if hub_id is not None:

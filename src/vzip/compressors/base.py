@@ -382,7 +382,7 @@ def check_count(num_tokens: int, available: int, what: Iterable[str] | str) -> N
         )
 
 
-def check_seed(seed: object) -> None:
-    """Raises ConfigError unless a compressor's ``seed`` is a whole number from 0 up."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"compressor.seed={seed!r}: must be a whole number, 0 or more.")
+def check_seed(seed: object, key: str = "compressor.seed") -> None:
+    """Raises ConfigError unless ``seed`` is a whole number that NumPy and torch both take."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ConfigError(f"{key}={seed!r}: must be a whole number, 0 or more and at most {2**32 - 1}.")

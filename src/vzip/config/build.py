@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from vzip import demo
 from vzip.config.full_budget import full_is_vanilla
-from vzip.config.options import RECIPE_GROUP, config_dir, options
-from vzip.config.overrides import check_overrides
+from vzip.config.options import RECIPE_GROUP, config_dir, option_values, options
+from vzip.config.overrides import check_overrides, counted_budgets
 from vzip.config.run_directory import budget_label, recipe_changes, run_directory, training_directory
 from vzip.config.same_run import same_run
 from vzip.config.schema import AUTO
 from vzip.config.validate import BUILT_IN, TRAINED, VIDEO, build_compressor, build_pruner, validate
 from vzip.errors import CheckpointError, ConfigError, RunExistsError, nearest
+from vzip.evaluation.benchmarks.task_names import refuse_unknown
 from vzip.installed import check_quantization, program
 from vzip.results.files import check_writable
 from vzip.results.record import RECORD_NAME
@@ -151,12 +153,6 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
     validate(config)
     check_quantization(config["model"]["quantization"])
     check_assembled(config["model"])
-    train = config["train"]
-    if train["name"] != "none" and "kind" not in train:
-        raise ConfigError(
-            f"train={train['name']}: eval.py trains nothing. Train with `{program('train')}"
-            f" {_recipe_word(config)}`, then evaluate with model=llava_local model.name_or_path=DIR."
-        )
     config["launcher"] = one_process(config["launcher"])
     launch = replace(launch_of(config), strategy="ddp")  # sharing weights out is for training
     if of_sweep:
@@ -177,6 +173,7 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
                 f"{run_dir} already holds a record (run.json){' of other settings' if of_sweep else ''}: set"
                 " overwrite=true to replace it, or paths.run_dir=DIR to write elsewhere."
             )
+    _refuse_unknown_tasks(evaluation["tasks"], evaluation["include_path"])
     if not config["dry_run"]:
         check_writable(run_dir)
     cache_gib = evaluation["tower_cache_gib"]
@@ -212,6 +209,17 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
     )
 
 
+def _refuse_unknown_tasks(tasks: Sequence[str], include_path: str | None) -> None:
+    """Names no file has, before lmms-eval is imported; ``check_tasks`` looks at the tasks themselves."""
+    if include_path == VIDEO:
+        return
+    folder = None if include_path is None else Path(include_path).expanduser()
+    if include_path == BUILT_IN:
+        folder = Path(demo.__path__[0]) / "tasks"
+    if folder is None or folder.is_dir():
+        refuse_unknown(tasks, folder)
+
+
 def _one_process_a_job(launch: LaunchSettings) -> None:
     """Raises ConfigError for a sweep whose jobs are of several processes."""
     if launch.num_processes != 1 or launch.num_machines != 1 or "RANK" in os.environ:
@@ -244,8 +252,7 @@ def one_process(launcher: Mapping[str, Any]) -> dict[str, Any]:
     """The ``launcher`` group; what ``launcher=auto`` leaves open as in configs/launcher/inline.yaml."""
     if launcher["name"] != AUTO:
         return dict(launcher)
-    inline = OmegaConf.to_container(OmegaConf.load(config_dir() / "launcher" / "inline.yaml"))
-    assert isinstance(inline, dict)
+    inline = option_values(config_dir(), "launcher", "inline")
     return {key: inline[key] if value is None else value for key, value in launcher.items()}
 
 
@@ -336,9 +343,10 @@ def model_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor]:
 def chat_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor, str | None]:
     """As ``model_plan``, and the model's system prompt (None: none)."""
     directory = config_dir()
-    check_overrides(list(words), directory, "eval")
+    words = counted_budgets(words, directory)
+    check_overrides(words, directory, "eval")
     with initialize_config_dir(config_dir=str(directory), version_base="1.3"):
-        config = resolved(compose("eval", list(words)))
+        config = resolved(compose("eval", words))
     validate(config)
     model = {**config["model"], "projector": tuned_weights(config, directory)}
     arguments = {**load_arguments(model), "pruner": build_pruner(config["pruner"])}

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from vzip.config.options import option_values
 from vzip.config.validate import COUNTS
 
 
@@ -28,5 +27,4 @@ def full_is_vanilla(config: dict[str, Any], directory: Path) -> dict[str, Any]:
         return config
     if any(budget.get(key) is not None for key in COUNTS):
         return config
-    none = OmegaConf.to_container(OmegaConf.load(directory / "compressor/none.yaml"))
-    return {**config, "compressor": none}
+    return {**config, "compressor": option_values(directory, "compressor", "none")}

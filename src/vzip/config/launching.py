@@ -13,8 +13,8 @@ from vzip.config.options import config_dir
 from vzip.config.run_directory import training_directory
 from vzip.config.schema import AUTO
 from vzip.config.training import settings_of
-from vzip.config.validate import show
 from vzip.errors import RunExistsError
+from vzip.keys import show
 
 if TYPE_CHECKING:
     from vzip.train.checkpoint import Begun

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from vzip.config.build import launch_of, load_arguments, one_process, resolved
 from vzip.config.options import config_dir
 from vzip.config.overrides import check_overrides
-from vzip.config.training import FROM_SCRATCH, settings_of, tuning_plan
+from vzip.config.training import settings_of, tuning_plan
 from vzip.config.validate import build_compressor, validate
 from vzip.errors import ConfigError
 from vzip.evaluation.answering.batching import AUTO, AUTO_ON_GPU
@@ -85,7 +85,7 @@ def memory_plan(
     validate(config)
     config["launcher"] = one_process(config["launcher"])
     trains = "kind" in config["train"] and not inference
-    _check_asked(config["train"], trains, inference, length, num_new_tokens)
+    _check_asked(config["train"], trains, length, num_new_tokens)
     train, launch = settings_of(config) if trains else (None, launch_of(config))
     shape = model_shape(config["model"], config["compressor"])
     num_frames = None if trains else config["model"]["num_frames"]
@@ -101,15 +101,8 @@ def memory_plan(
     return MemoryPlan(config, shape, load, num_visual, train, launch)
 
 
-def _check_asked(
-    train: Mapping[str, Any], trains: bool, inference: bool, length: int | None, num_new_tokens: int | None
-) -> None:
+def _check_asked(train: Mapping[str, Any], trains: bool, length: int | None, num_new_tokens: int | None) -> None:
     """Raises ConfigError for options that go neither with each other nor with the training."""
-    if train["name"] == FROM_SCRATCH and not inference:
-        raise ConfigError(
-            f"train={FROM_SCRATCH}: the built-in model's own training has its batches in vzip.demo.train_tiny and no"
-            " estimate. Choose a recipe that tunes (+exp=tiny_64tok), or ask for --inference."
-        )
     for name, value in (("--length", length), ("--new-tokens", num_new_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value}: must be 1 or more.")
@@ -138,7 +131,7 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
     from vzip.bench.shapes import SHAPES
     from vzip.models.families import FamilyOptions, adapter_class_for_config
     from vzip.models.hub import Checkpoint
-    from vzip.models.load import reach, read_config, resolve_checkpoint
+    from vzip.models.load import read_config, resolve_checkpoint
 
     if model["adapter_path"] is not None:
         raise ConfigError(
@@ -151,7 +144,7 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
     else:
         source = resolve_checkpoint(model["name_or_path"])
         checkpoint = Checkpoint(source, model["revision"], key="model.name_or_path")
-        config = reach(source, lambda: read_config(checkpoint.directory))
+        config = read_config(checkpoint.directory)
     options = FamilyOptions(**{key: model[key] for key in ("drop_padding", "row_newline", "drop_cls")})
     built = build_compressor(compressor)
     adapter_class_for_config(config).check_settings(config, built, options, model["num_frames"])

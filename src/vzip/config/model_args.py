@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import vzip
 from vzip import log
 from vzip.config.schema import OPEN_GROUPS
-from vzip.config.validate import COUNTS, raise_all
+from vzip.config.validate import COUNTS
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.evaluation.answering.batching import check_batch_size
 from vzip.evaluation.lmms_eval.model import VzipLmms
+from vzip.keys import raise_all
 from vzip.methods import MethodFile, method_files
 from vzip.models.load import load_vlm
 

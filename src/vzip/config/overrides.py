@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +18,18 @@ from vzip.config import schema
 from vzip.config.full_budget import full_is_vanilla
 from vzip.config.missing_keys import absent_settings
 from vzip.config.options import RECIPE_GROUP, groups, option_values, options
-from vzip.config.validate import find_problems, raise_all
+from vzip.config.validate import find_problems
 from vzip.errors import ConfigError, nearest
+from vzip.keys import raise_all
 
 # Words of Hydra's own command line that take a value of their own.
 _FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
 _FLAGS_WITH_VALUE |= {"--config-dir", "-cd", "--experimental-rerun", "--info", "-i"}
 _SWEEP_FLAGS = ("-m", "--multirun")
 _SHOW_FLAGS = ("--cfg", "-c", "--info", "-i")
+
+_COUNTED = re.compile(r"budget=(\d+)tok")
+logger = logging.getLogger(__name__)
 
 # A sweep's jobs that are composed beforehand (a quarter of a second each); every job is checked again when it starts.
 MAX_JOBS_CHECKED = 64
@@ -73,6 +78,24 @@ def check_overrides(arguments: Sequence[str], directory: Path, config_name: str)
 
 def is_sweep(arguments: Sequence[str]) -> bool:
     return any(word in _SWEEP_FLAGS for word in arguments)
+
+
+def counted_budgets(arguments: Sequence[str], directory: Path) -> list[str]:
+    """The words with ``budget=48tok``, of which there is no file, as two counts in the paper's ratio.
+
+    The paper's 64, 128 and 192 are 54 + 10, 108 + 20 and 162 + 30: 5.4 dominant tokens to 1 contextual.
+    """
+    words: list[str] = []
+    for word in arguments:
+        found = _COUNTED.fullmatch(word)
+        if found is None or int(found[1]) < 2 or f"{found[1]}tok" in options(directory, "budget"):
+            words.append(word)
+            continue
+        num_tokens = int(found[1])
+        num_contextual = max(1, round(num_tokens / 6.4))
+        words += [f"budget.num_dominant={num_tokens - num_contextual}", f"budget.num_contextual={num_contextual}"]
+        logger.info("%s: %d dominant + %d contextual tokens", word, num_tokens - num_contextual, num_contextual)
+    return words
 
 
 def arrange(arguments: Sequence[str]) -> list[str]:

@@ -7,36 +7,22 @@ runs share a directory by accident.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vzip.config.options import option_values
-from vzip.config.schema import OPEN_GROUPS
-from vzip.config.validate import TRAINED, show
+from vzip.config.schema import GROUPS, NOT_RESULTS, OPEN_GROUPS
+from vzip.config.validate import TRAINED
+from vzip.keys import show
 
 TUNED = "_tuned"  # ends the name of a recipe that evaluates what its namesake trains
 
-# Settings that change results, by group; where to run and how many at once do not. All of ``OPEN_GROUPS`` do.
+# Settings that change results, by group; all of ``OPEN_GROUPS`` do.
 RESULT_KEYS: Mapping[str, tuple[str, ...]] = {
-    "model": (
-        "name_or_path",
-        "revision",
-        "dtype",
-        "attn_implementation",
-        "quantization",
-        "preprocess",
-        "drop_padding",
-        "row_newline",
-        "num_frames",
-        "drop_cls",
-        "adapter_path",
-        "system_prompt",
-        "projector",
-    ),
-    "budget": ("num_dominant", "num_contextual"),
-    "eval": ("tasks", "include_path", "gen_kwargs"),
+    group: tuple(key for key in GROUPS[group] if key not in NOT_RESULTS) for group in ("model", "budget", "eval")
 }
 
 
@@ -150,5 +136,8 @@ def recipe_changes(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list
 
 
 def _safe(part: str) -> str:
-    """A part as a directory name: no separators, no spaces, at most 120 characters."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", part).strip("-.")[:120] or "unnamed"
+    """A part as a directory name: no separators, no spaces, at most 120 characters, cut ones told apart."""
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", part).strip("-.")
+    if len(name) > 120:
+        name = f"{name[:111]}-{hashlib.sha256(part.encode('utf-8', 'backslashreplace')).hexdigest()[:8]}"
+    return name or "unnamed"

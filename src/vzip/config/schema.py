@@ -1,252 +1,212 @@
-"""Every key that a configuration may hold, and the rule for its value.
+"""Every key that a configuration may hold, for evaluation and training alike.
 
-The YAML files carry the defaults and say what a key means; here stands what is allowed, once for evaluation and
-training. The groups ``compressor`` and ``pruner`` are open: their keys are the arguments of their ``_target_``.
+The YAML files carry the values. The groups ``compressor`` and ``pruner`` are open: their keys are the arguments of
+their ``_target_``. The groups ``train`` and ``launcher`` are described by ``vzip.train.settings``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from vzip.keys import MAX_SEED, Key, Rule, at_most, key, keys_of, once_each, one_of, optional, text, texts, whole_number
+from vzip.train.settings import LaunchSettings, TrainSettings
+
+AUTO = "auto"  # of launcher
+OPEN_GROUPS = ("compressor", "pruner")
+# Where to run, how many at once, what is told: of model, budget and eval all other settings change results.
+NOT_RESULTS = frozenset({"name", "assembled_from", "device_map", "num_tower_tokens", "limit", "batch_size"})
+NOT_RESULTS |= {"num_workers", "tower_cache_gib", "on_problem", "trackers"}
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What a value must be.
+class RunSettings:
+    """The keys outside of all groups."""
 
-    Attributes:
-        text: the rule in words, ending the sentence "must be ...".
-        allows: whether a value keeps it.
-        choices: the names to choose from, if the rule is a list of names.
-    """
-
-    text: str
-    allows: Callable[[Any], bool]
-    choices: tuple[str, ...] = ()
+    recipe: str | None = key("the recipe, whose file sets it", what="the name of a file in configs/exp")
+    seed: int = key("seed of every random choice", rule=at_most(whole_number(0), MAX_SEED))
+    dry_run: bool = key("check everything, print what would be done, and stop before anything is loaded or written")
+    overwrite: bool = key("replace the record of an earlier run in the same run directory")
 
 
-def whole_number(minimum: int) -> Rule:
-    return Rule(
-        f"a whole number, {minimum} or more",
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= minimum,
+@dataclass(frozen=True)
+class ModelSettings:
+    """The ``model`` group."""
+
+    name_or_path: str = key("the weights", what="a hub id, a checkpoint directory or vzip/tiny")
+    revision: str | None = key(
+        "of the weights; null: the newest", what="a commit, tag or branch of the hub's repository"
+    )
+    assembled_from: list[str] | None = key(
+        "what scripts/assemble_llava.py makes the directory of; null: it is not made here",
+        rule=Rule("a list of vision tower and language model", lambda v: texts("").allows(v) and len(v) == 2),
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("dtype of the weights; auto: the checkpoint's")
+    device_map: str | dict[str, Any] | None = key(
+        "where the model goes; null: the CPU",
+        rule=Rule(
+            "auto, cpu, cuda, cuda:0 ..., or a mapping of modules to devices", lambda v: isinstance(v, str | dict)
+        ),
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = key("attention of the language model")
+    quantization: Literal["8bit", "4bit"] | None = key("of the language model alone (bitsandbytes); null: none")
+    preprocess: Literal["llava", "hf"] = key(
+        "llava: pad to a square (LLaVA-NeXT: the scripts' tiles), as the published scripts; hf: the checkpoint's own"
+        " processor (crops; LLaVA-NeXT: other tiles on small images)"
+    )
+    drop_padding: bool = key("LLaVA-NeXT: patches of mere padding are never selected; as published they are")
+    row_newline: bool = key("LLaVA-NeXT: the newline token after each row, on top of the budget; published: none")
+    num_frames: int | None = key("Video-LLaVA: frames of a video, spread from first to last; null: 8", at_least=1)
+    drop_cls: bool = key("Mini-Gemini: compress mined patches alone; else CLS, which is not mined, is the first kept")
+    adapter_path: str | None = key(
+        "put on top; null: none", what="a directory with a PEFT checkpoint (LoRA), or a hub id"
+    )
+    system_prompt: str | None = key("text before each question; null: none", what="a text")
+    projector: str | None = key(
+        "tuned weights; null: none", what="a directory that train.py wrote, or trained: this command line's own"
+    )
+    num_tower_tokens: int | None = key(
+        "of a tower input, CLS among them: the most a budget can be; null: read from the checkpoint", at_least=1
     )
 
 
-def number(minimum: float) -> Rule:
-    return Rule(
-        f"a number, {minimum:g} or more",
-        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v >= minimum,
+def _tokens(minimum: int) -> Rule:
+    """Null stands for "no budget" in budget=full."""
+    allows = optional(whole_number(minimum)).allows
+    return Rule(f"a whole number of tokens a crop, {minimum} or more (not a ratio)", allows)
+
+
+@dataclass(frozen=True)
+class BudgetSettings:
+    """The ``budget`` group."""
+
+    num_dominant: int | None = key("dominant tokens: kept by their scores, CLS among them", rule=_tokens(1))
+    num_contextual: int | None = key("contextual tokens: what the others are merged into", rule=_tokens(0))
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """``eval.gen_kwargs``: what is asked of each answer."""
+
+    max_new_tokens: int | None = key("tokens an answer may have", at_least=1, default=None)
+    do_sample: bool | None = key("draw tokens instead of taking the likeliest", default=None)
+    temperature: float | None = key("divides the logits of drawn tokens", default=None)
+    top_p: float | None = key("share of the probability that tokens are drawn from", default=None)
+    num_beams: int | None = key("beams of a beam search", at_least=1, default=None)
+    until: list[str] | None = key("what ends it", what="a list of strings at which an answer ends", default=None)
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """The ``eval`` group."""
+
+    tasks: list[str] = key(
+        "the benchmarks", rule=once_each(texts("a list of at least one task name, as eval.tasks=[pope,gqa]"))
     )
-
-
-def one_of(*names: str) -> Rule:
-    return Rule("one of " + ", ".join(names), lambda v: v in names, names)
-
-
-def text(what: str) -> Rule:
-    return Rule(what, lambda v: isinstance(v, str) and v != "")
-
-
-def texts(what: str, empty: bool = False) -> Rule:
-    return Rule(
-        what, lambda v: isinstance(v, list) and (empty or len(v) > 0) and all(isinstance(i, str) and i for i in v)
+    limit: int | None = key("samples a task; null: all (a limited run is recorded as provisional)", at_least=1)
+    batch_size: int | Literal["auto"] = key(
+        "questions generated together, halved when memory does not suffice; auto: as many as fit (from 64, on a CPU 8)",
+        at_least=1,
     )
-
-
-def optional(rule: Rule) -> Rule:
-    return Rule(f"{rule.text}, or null", lambda v: v is None or rule.allows(v), rule.choices)
-
-
-def or_auto(rule: Rule) -> Rule:
-    return Rule(f"{rule.text}, or auto", lambda v: v == "auto" or rule.allows(v), rule.choices)
-
-
-def count(minimum: int) -> Rule:
-    """A number of tokens; null stands for "no budget" in budget=full."""
-    rule = optional(whole_number(minimum))
-    return Rule(f"a whole number of tokens a crop, {minimum} or more (not a ratio)", rule.allows)
-
-
-def positive() -> Rule:
-    return Rule("a number above 0", lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v > 0)
-
-
-def share() -> Rule:
-    return Rule(
-        "a number from 0 to 1", lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1
+    num_workers: int = key("threads that read images and videos ahead, in each process; 0: none")
+    include_path: str | None = key(
+        "one's own tasks, the generated scenes (built-in), those in paths.video_root (video); null: lmms-eval's alone",
+        what="a folder of lmms-eval task files (their code is run), built-in or video",
     )
-
-
-def subset_of(*names: str, empty: bool = False) -> Rule:
-    return Rule(
-        f"a list of {'any' if empty else 'at least one'} of {', '.join(names)}, each once",
-        lambda v: isinstance(v, list) and (empty or len(v) > 0) and set(v) <= set(names) and len(set(v)) == len(v),
+    tower_cache_gib: float | None = key("memory for tower outputs between a sweep's jobs; null: 4 in a sweep, else 0")
+    on_problem: Literal["refuse", "skip"] = key(
+        "an image or video that cannot be read: refuse (once all else is answered), or leave the question out"
     )
+    trackers: list[Literal["wandb"]] = key("what is told of the finished run: scores, retention, a few answers")
+    gen_kwargs: GenerationSettings = key("how answers are generated; null: what the task says", what="a mapping")
 
 
-AUTO = "auto"  # of launcher
+@dataclass(frozen=True)
+class PathSettings:
+    """The ``paths`` group."""
 
-BOOL = Rule("true or false", lambda v: isinstance(v, bool))
+    runs_dir: str = key("of <task>/<recipe or model>/<compressor>-<budget>/seed<k>/run.json", what="a directory")
+    run_dir: str | None = key("the record's own directory; null: one in paths.runs_dir", what="a directory")
+    scenes_dir: str | None = key("the generated benchmark's data; null: the project's own cache", what="a directory")
+    video_root: str | None = key("the video benchmarks, see data_manifests/video_qa.json", what="a directory")
 
-TOP: Mapping[str, Rule] = {
-    "recipe": optional(text("the name of a file in configs/exp")),
-    "seed": whole_number(0),
-    "dry_run": BOOL,
-    "overwrite": BOOL,
+
+@dataclass(frozen=True)
+class LlavaJsonSettings:
+    """The ``data`` group for a file in LLaVA's format."""
+
+    json: str = key("conversations with their images", what="a file in LLaVA's format, as data.json=FILE")
+    image_root: str | None = key("null: the file's own", what="the folder that the file's image paths start from")
+    fraction: float | str = key(
+        "share of the samples, by a hash of each one and data.subset_seed: any order and any machine choose the same",
+        rule=Rule(
+            "a number above 0 and at most 1, as 0.1 or 1/10",
+            lambda v: isinstance(v, int | float | str) and not isinstance(v, bool),
+        ),
+    )
+    subset_seed: int = key("seed of data.fraction")
+    keep_text_only: bool = key("whether samples without an image count (they cannot change the projector)")
+    on_problem: Literal["refuse", "skip"] = key("at missing images, broken records; skip says how many there were")
+
+
+@dataclass(frozen=True)
+class ScenesSettings:
+    """The ``data`` group for generated images."""
+
+    num_pictures: int = key("number of generated images", at_least=1)
+    num_questions: int = key("questions an image at most; one pass of the vision tower serves them all", at_least=1)
+
+
+TOP: Mapping[str, Key] = keys_of(RunSettings)
+NAME = {"name": Key(text("the option's name"), "the file's own")}
+GROUPS: Mapping[str, Mapping[str, Key]] = {
+    "model": NAME | keys_of(ModelSettings),
+    "budget": NAME | keys_of(BudgetSettings),
+    "data": NAME,
+    "train": NAME,
+    "eval": NAME | keys_of(EvalSettings),
+    "launcher": NAME | keys_of(LaunchSettings),
+    "paths": keys_of(PathSettings),
 }
 
-GROUPS: Mapping[str, Mapping[str, Rule]] = {
-    "model": {
-        "name": text("the option's name"),
-        "name_or_path": text("a hub id, a checkpoint directory or vzip/tiny"),
-        "revision": optional(text("a commit, tag or branch of the hub's repository")),
-        "assembled_from": optional(
-            Rule("a list of vision tower and language model", lambda v: texts("").allows(v) and len(v) == 2)
-        ),
-        "dtype": one_of("auto", "float32", "bfloat16", "float16"),
-        "device_map": optional(
-            Rule("auto, cpu, cuda, cuda:0 ..., or a mapping of modules to devices", lambda v: isinstance(v, str | dict))
-        ),
-        "attn_implementation": one_of("sdpa", "eager", "flash_attention_2"),
-        "quantization": optional(one_of("8bit", "4bit")),
-        "preprocess": one_of("llava", "hf"),
-        "drop_padding": BOOL,
-        "row_newline": BOOL,
-        "num_frames": optional(whole_number(1)),
-        "drop_cls": BOOL,
-        "adapter_path": optional(text("a directory with a PEFT checkpoint (LoRA), or a hub id")),
-        "projector": optional(text("a directory that train.py wrote, or trained: this command line's own")),
-        "num_tower_tokens": optional(whole_number(1)),
-        "system_prompt": optional(text("a text")),
-    },
-    "budget": {
-        "name": text("the option's name"),
-        "num_dominant": count(1),
-        "num_contextual": count(0),
-    },
-    "data": {"name": text("the option's name")},
-    "train": {"name": text("the option's name")},
-    "eval": {
-        "name": text("the option's name"),
-        "tasks": texts("a list of at least one task name, as eval.tasks=[pope,gqa]"),
-        "limit": optional(whole_number(1)),
-        "batch_size": or_auto(whole_number(1)),
-        "num_workers": whole_number(0),
-        "on_problem": one_of("refuse", "skip"),
-        "trackers": subset_of("wandb", empty=True),
-        "include_path": optional(text("a folder of lmms-eval task files, built-in or video")),
-        "tower_cache_gib": optional(number(0.0)),
-        "gen_kwargs": Rule("a mapping", lambda v: isinstance(v, dict)),
-    },
-    "launcher": {
-        "name": text("the option's name"),
-        "num_threads": optional(whole_number(1)),
-        "device": one_of("auto", "cpu", "cuda"),
-        "num_processes": whole_number(1),
-        "num_machines": optional(whole_number(1)),
-        "strategy": one_of("single", "ddp", "zero2", "zero3"),
-        "batch_size": whole_number(1),
-        "gradient_checkpointing": BOOL,
-        "num_workers": whole_number(0),
-    },
-    "paths": {
-        "runs_dir": text("a directory"),
-        "run_dir": optional(text("a directory")),
-        "scenes_dir": optional(text("a directory")),
-        "video_root": optional(text("a directory")),
-    },
-}
+
+def _kind(name: str, settings: type) -> Mapping[str, Key]:
+    return NAME | {"kind": Key(one_of(name), "of the option's settings")} | keys_of(settings)
+
 
 # Groups whose options are of different kinds, with keys of their own; an option without a kind has a name only.
-KINDS: Mapping[str, Mapping[str, Mapping[str, Rule]]] = {
-    "data": {
-        "llava_json": {
-            "name": text("the option's name"),
-            "kind": one_of("llava_json"),
-            "json": text("a file in LLaVA's format, as data.json=FILE"),
-            "image_root": optional(text("the folder that the file's image paths start from")),
-            "fraction": Rule(
-                "a number above 0 and at most 1, as 0.1 or 1/10",
-                lambda v: isinstance(v, int | float | str) and not isinstance(v, bool),
-            ),
-            "subset_seed": whole_number(0),
-            "keep_text_only": BOOL,
-            "on_problem": one_of("refuse", "skip"),
-        },
-        "scenes": {
-            "name": text("the option's name"),
-            "kind": one_of("scenes"),
-            "num_pictures": whole_number(1),
-            "num_questions": whole_number(1),
-        },
-    },
-    "train": {
-        "tune": {
-            "name": text("the option's name"),
-            "kind": one_of("tune"),
-            "parts": subset_of("projector", "language_model", "vision_tower"),
-            "reset_projector": BOOL,
-            "template": one_of("vicuna_v1", "plain", "chat"),
-            "max_length": whole_number(16),
-            "learning_rate": number(0.0),
-            "tower_learning_rate": optional(number(0.0)),
-            "weight_decay": number(0.0),
-            "warmup_fraction": share(),
-            "num_epochs": whole_number(1),
-            "num_steps": optional(whole_number(1)),
-            "samples_per_step": whole_number(1),
-            "max_grad_norm": optional(positive()),
-            "loss_norm": one_of("tokens", "samples"),
-            "precision": one_of("float32", "bfloat16"),
-            "tf32": BOOL,
-            "save_every": whole_number(1),
-            "keep_last": whole_number(1),
-            "num_validation_samples": whole_number(0),
-            "trackers": subset_of("wandb", "tensorboard", empty=True),
-            "lora": optional(Rule("a mapping (train=projector_lora has one)", lambda v: isinstance(v, dict))),
-        },
-    },
+KINDS: Mapping[str, Mapping[str, Mapping[str, Key]]] = {
+    "data": {"llava_json": _kind("llava_json", LlavaJsonSettings), "scenes": _kind("scenes", ScenesSettings)},
+    "train": {"tune": _kind("tune", TrainSettings)},
 }
 
-GENERATION: Mapping[str, Rule] = {
-    "max_new_tokens": optional(whole_number(1)),
-    "do_sample": optional(BOOL),
-    "temperature": optional(number(0.0)),
-    "top_p": optional(number(0.0)),
-    "num_beams": optional(whole_number(1)),
-    "until": optional(texts("a list of strings at which an answer ends")),
-}
 
-LORA: Mapping[str, Rule] = {
-    "r": whole_number(1),
-    "alpha": positive(),
-    "dropout": share(),
-    "target_modules": texts("a list of at least one name of the language model's linear layers, as [q_proj,v_proj]"),
-    "learning_rate": optional(number(0.0)),
-}
-
-# Values that are mappings with rules of their own.
-NESTED: Mapping[str, Mapping[str, Rule]] = {"eval.gen_kwargs": GENERATION, "train.lora": LORA}
-
-OPEN_GROUPS = ("compressor", "pruner")
-
-
-def rules_of(group: str, values: Mapping[str, Any]) -> Mapping[str, Rule]:
-    """The rules for a group's values: those of their kind, where the group's options are of several.
+def keys_for(group: str, values: Mapping[str, Any]) -> Mapping[str, Key]:
+    """The keys of a group's values: those of their kind, where the group's options are of several.
 
     In ``launcher=auto`` a null stands for what train.py chooses.
     """
     if group == "launcher" and values.get("name") == AUTO:
-        return {key: optional(rule) for key, rule in GROUPS[group].items()}
+        return {name: replace(own, rule=optional(own.rule)) for name, own in GROUPS[group].items()}
     return KINDS.get(group, {}).get(str(values.get("kind")), GROUPS[group])
+
+
+def keys_in(group: str) -> Mapping[str, Key]:
+    """All keys that options of a group have, whatever their kind."""
+    found = dict(GROUPS.get(group, {}))
+    for keys in KINDS.get(group, {}).values():
+        found |= keys
+    return found
 
 
 def known_keys() -> list[str]:
     """Every dotted key of the schema; the open groups' own keys are not among them."""
-    keys = [*TOP, *(f"{name}.{key}" for name, rules in NESTED.items() for key in rules)]
-    for group, rules in GROUPS.items():
-        keys += [f"{group}.{key}" for key in rules]
-    for group, kinds in KINDS.items():
-        keys += [f"{group}.{key}" for rules in kinds.values() for key in rules]
-    return list(dict.fromkeys(keys))
+    return [*TOP, *(name for group in GROUPS for name in _dotted(group, keys_in(group)))]
+
+
+def _dotted(prefix: str, keys: Mapping[str, Key]) -> list[str]:
+    names = []
+    for name, own in keys.items():
+        names += [f"{prefix}.{name}", *_dotted(f"{prefix}.{name}", own.nested)]
+    return names

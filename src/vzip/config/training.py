@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from vzip.models.vlm import CompressedVlm
     from vzip.train.loop import TrainPlan
     from vzip.train.settings import LaunchSettings, TrainSettings
-
-FROM_SCRATCH = "tiny_from_scratch"
 
 
 def checked(cfg: DictConfig) -> dict[str, Any]:
@@ -40,7 +37,7 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
             f"nothing to train: {what} goes with train=none. Add train=projector and data=..., or choose a recipe that"
             f" trains: {program('train')} +exp=tiny_64tok."
         )
-    if train["name"] != FROM_SCRATCH and "kind" not in data:
+    if "kind" not in data:
         raise ConfigError(
             f"train={train['name']} needs data to train on, but data={data['name']}: choose data=llava_json"
             " data.json=FILE, data=llava_mix665k_tenth or data=scenes_dialogues."
@@ -55,41 +52,19 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
     return config
 
 
-def from_scratch_plan(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of ``vzip.demo.train_tiny.train``.
-
-    Raises:
-        ConfigError: settings that this training would ignore.
-    """
-    name = config["train"]["name"]
-    wrong = [
-        f"{group}={config[group]['name']} (must be {option})"
-        for group, option in (("model", "tiny"), ("compressor", "none"), ("budget", "full"), ("data", "scenes"))
-        if config[group]["name"] != option
-    ]
-    if wrong:
-        raise ConfigError(
-            f"train={name} builds the built-in model on generated images with every visual token, so these have no"
-            f" effect: {', '.join(wrong)}. Use {program('train')} +exp={FROM_SCRATCH}."
-        )
-    paths = config["paths"]
-    if paths["run_dir"] is not None:
-        run_dir = Path(paths["run_dir"]).expanduser()
-    else:
-        run_dir = Path(paths["runs_dir"]).expanduser() / "train" / name / f"seed{config['seed']}"
-    return {"run_dir": run_dir, "out": run_dir / "checkpoint", "seed": config["seed"]}
-
-
 def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
     """What ``vzip.train.loop.train`` needs; nothing is loaded.
 
     Raises:
         ConfigError: settings that contradict one another.
     """
-    from vzip.train.loop import TrainPlan
+    from vzip.train.settings import refuse_finished
 
     model = config["model"]
     settings, launch = settings_of(config)
+    run_dir = training_directory(config, config_dir())
+    if not config["overwrite"]:
+        refuse_finished(run_dir)
     if launch.num_machines == 1:
         launch.accumulation(settings.samples_per_step, launch.num_processes)
     if settings.lora is not None and model["adapter_path"] is not None:
@@ -101,12 +76,14 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
     start = None if model["projector"] == TRAINED else model["projector"]
     # What a training's model is; the precision is training's own, and the start is named apart.
     identity_keys = [key for key in RESULT_KEYS["model"] if key not in ("dtype", "projector")]
+    from vzip.train.loop import TrainPlan  # only here: it takes its time
+
     return TrainPlan(
         load_data=data_loader(config["data"]),
         load_model=_model_loader(model, compressor, start, launch.device),
         train=settings,
         launch=launch,
-        run_dir=training_directory(config, config_dir()),
+        run_dir=run_dir,
         seed=config["seed"],
         overwrite=config["overwrite"],
         system_prompt=model["system_prompt"],

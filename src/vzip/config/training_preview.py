@@ -47,17 +47,6 @@ def outlook(plan: TrainPlan, launching: Launching) -> str:
     return "\n".join(f"{name:<14}{text}" for name, text in lines.items())
 
 
-def from_scratch_outlook(arguments: Mapping[str, Any]) -> str:
-    """The same of ``train=tiny_from_scratch``."""
-    return "\n".join(
-        (
-            f"{'model':<14}the built-in model, from seed {arguments['seed']}, with every visual token",
-            f"{'data':<14}generated images; the settings stand in vzip.demo.train_tiny",
-            f"{'run directory':<14}{arguments['run_dir']}",
-        )
-    )
-
-
 @dataclass(frozen=True)
 class _Samples:
     """How many there are, if that is known, and what is to be said of them."""

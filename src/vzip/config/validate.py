@@ -12,8 +12,9 @@ from typing import Any
 from vzip.config import schema
 from vzip.config.options import config_dir, option_values, options
 from vzip.errors import ConfigError, VzipError, nearest
+from vzip.keys import check_group, check_value, raise_all, show
+from vzip.paths import expanded, is_file, is_folder
 
-MISSING = "???"
 BUILT_IN = "built-in"
 VIDEO = "video"  # of eval.include_path: the benchmarks in paths.video_root
 TRAINED = "trained"
@@ -30,25 +31,15 @@ def validate(config: Mapping[str, Any]) -> None:
     raise_all(find_problems(config))
 
 
-def raise_all(problems: list[str]) -> None:
-    """Raises one ConfigError for all problems, or does nothing if there is none."""
-    if len(problems) == 1:
-        raise ConfigError(problems[0])
-    if problems:
-        listed = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))
-        raise ConfigError(f"{len(problems)} problems in the configuration:\n{listed}")
-
-
 def find_problems(config: Mapping[str, Any]) -> list[str]:
     """Every problem of a configuration, in the order of the keys."""
     problems: list[str] = []
     allowed = [*schema.TOP, *schema.GROUPS, *schema.OPEN_GROUPS]
     for key, value in config.items():
         if key in schema.TOP:
-            problems += _check_value(key, value, schema.TOP[key])
+            problems += check_value(key, value, schema.TOP[key].rule)
         elif key in schema.GROUPS:
-            rules = schema.rules_of(key, value) if isinstance(value, Mapping) else {}
-            problems += _check_group(key, value, rules)
+            problems += check_group(key, value, schema.keys_for(key, value) if isinstance(value, Mapping) else {})
         elif key not in schema.OPEN_GROUPS:
             problems.append(f"{key}: no such key{nearest(key, allowed)}; allowed: {', '.join(allowed)}.")
     absent = [key for key in allowed if key not in config]
@@ -66,46 +57,8 @@ def find_problems(config: Mapping[str, Any]) -> list[str]:
 def _with_usable_seed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The compressor; a seed that it has from the run, and that is reported as the run's, is not reported twice."""
     compressor, seed = config["compressor"], config["seed"]
-    borrowed = compressor.get("seed") == seed and not schema.TOP["seed"].allows(seed)
+    borrowed = compressor.get("seed") == seed and not schema.TOP["seed"].rule.allows(seed)
     return {**compressor, "seed": 0} if borrowed else compressor
-
-
-def _check_group(group: str, values: Any, rules: Mapping[str, schema.Rule]) -> list[str]:
-    if not isinstance(values, Mapping):
-        return [f"{group}={values!r}: must be one of the group's options, not a value."]
-    problems = []
-    for key, value in values.items():
-        name = f"{group}.{key}"
-        if key not in rules:
-            problems.append(f"{name}: no such key{_near_key(name, rules, group)}; allowed: {', '.join(rules)}.")
-        elif name in schema.NESTED and isinstance(value, Mapping):
-            problems += _check_group(name, value, schema.NESTED[name])
-        else:
-            problems += _check_value(name, value, rules[key])
-    missing = [key for key in rules if key not in values and rules is not schema.GENERATION]
-    return problems + [f"{group}.{key}: missing; {group}/*.yaml sets it." for key in missing]
-
-
-def _near_key(name: str, rules: Mapping[str, schema.Rule], group: str) -> str:
-    return nearest(name, [f"{group}.{key}" for key in rules])
-
-
-def _check_value(name: str, value: Any, rule: schema.Rule) -> list[str]:
-    if value == MISSING:
-        return [f"{name}: must be given, as {name}=VALUE: {rule.text}."]
-    if rule.allows(value):
-        return []
-    hint = nearest(str(value), rule.choices) if rule.choices else ""
-    return [f"{name}={show(value)}: must be {rule.text}{hint}."]
-
-
-def show(value: Any) -> str:
-    """A value as one types it on the command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
 
 
 def _check_compressor(compressor: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:
@@ -120,7 +73,7 @@ def _check_compressor(compressor: Mapping[str, Any], budget: Mapping[str, Any]) 
             problems.append(
                 f"compressor={name} keeps every visual token, but budget={budget.get('name')} asks for"
                 f" {show(counts[0])} dominant + {show(counts[1])} contextual: set budget=full, or choose a compressor"
-                " (one whose file has a budget, as configs/compressor/visionzip.yaml)."
+                " (one that takes a budget, as configs/compressor/visionzip.yaml)."
             )
     elif any(count is None for count in counts):
         problems.append(
@@ -149,8 +102,8 @@ def check_name(group: str, method: Mapping[str, Any]) -> list[str]:
 
 def _check_construction(compressor: Mapping[str, Any], counts: tuple[Any, Any]) -> list[str]:
     """Builds the compressor, which is cheap, so that what its class refuses is reported with everything else."""
-    rules = schema.GROUPS["budget"]
-    if "budget" in compressor and not all(rules[key].allows(v) for key, v in zip(COUNTS, counts, strict=True)):
+    keys = schema.GROUPS["budget"]
+    if "budget" in compressor and not all(keys[key].rule.allows(v) for key, v in zip(COUNTS, counts, strict=True)):
         return []  # reported already, as a value of the budget
     try:
         build_compressor(compressor)
@@ -182,12 +135,20 @@ def build_compressor(compressor: Mapping[str, Any], group: str = "compressor") -
 
 
 def _check_arguments(group: str, target: str, values: Mapping[str, Any]) -> list[str]:
+    from vzip.compressors import Compressor
+    from vzip.pruners.base import Pruner
+
     module_name, _, class_name = target.rpartition(".")
+    base, example = (Compressor, "vzip.VisionZip") if group == "compressor" else (Pruner, "vzip.FastV")
     try:
         built = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        example = "vzip.VisionZip" if group == "compressor" else "vzip.FastV"
+    except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
         return [f"{group}._target_={target}: cannot be imported ({error}); it must be a class, as {example}."]
+    if not inspect.isclass(built) or not issubclass(built, base):
+        return [
+            f"{group}._target_={target}: is no {base.__name__}; it must be a class derived from"
+            f" vzip.{base.__name__}, as {example}."
+        ]
     parameters = inspect.signature(built).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return []
@@ -216,7 +177,7 @@ def _check_pruner(model: Mapping[str, Any], pruner: Any) -> list[str]:
     from vzip.models.load import BUILT_IN_NAME, read_config, resolve_checkpoint
 
     source = str(model.get("name_or_path"))
-    if source != BUILT_IN_NAME and not (Path(source).expanduser() / "config.json").is_file():
+    if source != BUILT_IN_NAME and not is_file(expanded(source) / "config.json"):
         return []  # a hub id: load_vlm looks, before it loads any weight
     try:
         config = read_config(Path(resolve_checkpoint(source)))
@@ -243,8 +204,8 @@ def _check_budget_fits(model: Mapping[str, Any], compressor: Mapping[str, Any], 
             " counts, or compressor=none budget=full. A budget is for each crop: LLaVA-NeXT cuts an image into up to"
             " 5, so its 640 visual tokens an image are budget=128tok (108 + 20)."
         ]
-    folder = Path(str(model.get("name_or_path"))).expanduser()
-    if not (folder / "config.json").is_file():
+    folder = expanded(str(model.get("name_or_path")))
+    if not is_file(folder / "config.json"):
         return []  # a hub id without the fact: load_vlm compares, before it loads any weight
     from vzip.models.families import adapter_class_for_config
     from vzip.models.load import read_config
@@ -256,8 +217,8 @@ def _check_budget_fits(model: Mapping[str, Any], compressor: Mapping[str, Any], 
             build_compressor(compressor).num_tokens(geometry.shape())
     except VzipError as error:
         return [str(error)]
-    except (ValueError, OSError) as error:
-        return [f"model.name_or_path={folder}: its config.json cannot be read ({str(error).splitlines()[0]})."]
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        return [f"model.name_or_path={folder}: its config.json cannot be used ({type(error).__name__}: {error})."]
     return []
 
 
@@ -277,8 +238,8 @@ def _check_family(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> li
         check_drop_padding(build_compressor(compressor), options.drop_padding)
     except ConfigError as error:
         problems.append(str(error))
-    folder = Path(str(model.get("name_or_path"))).expanduser()
-    if not (folder / "config.json").is_file():
+    folder = expanded(str(model.get("name_or_path")))
+    if not is_file(folder / "config.json"):
         return problems  # a hub id: load_vlm looks, before it loads any weight
     from vzip.models.load import read_config
 
@@ -294,22 +255,22 @@ def _check_family(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> li
 def _check_paths(model: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
     problems = []
     source = model.get("name_or_path")
-    if isinstance(source, str) and source.startswith(_PATH_STARTS) and not Path(source).expanduser().is_dir():
+    if isinstance(source, str) and source.startswith(_PATH_STARTS) and not is_folder(expanded(source)):
         problems.append(f"model.name_or_path={source}: no such directory.")
     tuned = model.get("projector")
-    if isinstance(tuned, str) and tuned != TRAINED and not Path(tuned).expanduser().is_dir():
+    if isinstance(tuned, str) and tuned != TRAINED and not is_folder(expanded(tuned)):
         problems.append(
             f"model.projector={tuned}: no such directory. It must be one that train.py wrote (runs/train/.../final), or"
             f" {TRAINED} for what `train.py` with these words wrote."
         )
     adapter = model.get("adapter_path")
-    if isinstance(adapter, str) and not Path(adapter).expanduser().is_dir() and not _may_be_hub_id(adapter):
+    if isinstance(adapter, str) and not is_folder(expanded(adapter)) and not _may_be_hub_id(adapter):
         problems.append(
             f"model.adapter_path={adapter}: no such directory. It must be one that PEFT wrote (adapter_config.json and"
             " weights), or a hub id."
         )
     folder = evaluation.get("include_path")
-    if isinstance(folder, str) and folder not in (BUILT_IN, VIDEO) and not Path(folder).expanduser().is_dir():
+    if isinstance(folder, str) and folder not in (BUILT_IN, VIDEO) and not is_folder(expanded(folder)):
         problems.append(
             f"eval.include_path={folder}: no such directory; it must hold lmms-eval task files (*.yaml),"
             f" or be {BUILT_IN} for the generated benchmark, {VIDEO} for the video benchmarks in paths.video_root."
@@ -320,7 +281,7 @@ def _check_paths(model: Mapping[str, Any], evaluation: Mapping[str, Any]) -> lis
 def _check_video_root(evaluation: Mapping[str, Any], paths: Mapping[str, Any]) -> list[str]:
     """Only where a directory is named: composing a recipe, as `python -m vzip table` does, needs no videos."""
     root = paths.get("video_root")
-    if evaluation.get("include_path") != VIDEO or not isinstance(root, str) or Path(root).expanduser().is_dir():
+    if evaluation.get("include_path") != VIDEO or not isinstance(root, str) or is_folder(expanded(root)):
         return []
     return [f"paths.video_root={root}: no such directory. It must hold what data_manifests/video_qa.json describes."]
 

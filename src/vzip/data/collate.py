@@ -82,6 +82,7 @@ class Batch:
         num_visual_tokens: of each image, as the compressor must make them.
         videos, video_of, num_video_tokens: the same of videos.
         skipped: ids of samples left out because an image or video could not be read.
+        cut_off: ids of samples of which ``max_length`` left a conversation without any target.
     """
 
     ids: list[str]
@@ -96,6 +97,7 @@ class Batch:
     video_of: list[int] = field(default_factory=list)
     num_video_tokens: list[int] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    cut_off: list[str] = field(default_factory=list)
 
     @property
     def num_targets(self) -> int:
@@ -225,6 +227,9 @@ class Collator:
                 self.video_token_id,
             )
             sequences[number] = cut
+            id = batch.ids[batch.sample_of[number]]
+            if whole.num_targets and not cut.num_targets and id not in batch.cut_off:
+                batch.cut_off.append(id)
             batch.picture_of += own[: cut.num_images]
             batch.video_of += own_videos[: cut.num_videos]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from vzip.errors import ConfigError, PromptError, nearest
 from vzip.models.splice import IGNORED_LABEL
+from vzip.models.tokens import tokenize
 
 from .llava_record import IMAGE_PLACEHOLDER, Turn
 
@@ -87,8 +88,11 @@ def plain(turns: Sequence[Turn], system_prompt: str | None, processor: Any) -> l
 def chat(turns: Sequence[Turn], system_prompt: str | None, processor: Any) -> list[Piece]:
     """The checkpoint's own chat template, which evaluation uses too.
 
+    A turn's only image goes first, as in ``place_images``; several stay where they stand among the words.
+
     Raises:
         ConfigError: the template cannot be trained with: it does not continue its own prompts, or ends no answer.
+        PromptError: it moves the images of a turn whose order among the words carries meaning.
     """
     end = processor.tokenizer.eos_token
     messages: list[dict[str, Any]] = []
@@ -97,9 +101,8 @@ def chat(turns: Sequence[Turn], system_prompt: str | None, processor: Any) -> li
     pieces: list[Piece] = []
     done = ""
     for turn in turns:
-        images = [{"type": "image"}] * turn.text.count(IMAGE_PLACEHOLDER)
-        words = turn.text.replace(IMAGE_PLACEHOLDER, "").strip() if images else turn.text
-        messages.append({"role": turn.role, "content": [*images, {"type": "text", "text": words}]})
+        content = _content(turn.text)
+        messages.append({"role": turn.role, "content": content})
         is_user = turn.role == "user"
         text = processor.apply_chat_template(messages, add_generation_prompt=is_user, tokenize=False)
         if not text.startswith(done) or (not is_user and end not in text[len(done) :]):
@@ -109,12 +112,41 @@ def chat(turns: Sequence[Turn], system_prompt: str | None, processor: Any) -> li
                 " train.template=vicuna_v1."
             )
         new, done = text[len(done) :], text
+        if turn.text.count(IMAGE_PLACEHOLDER) > 1:
+            _check_order(new, content, getattr(processor, "image_token", IMAGE_PLACEHOLDER))
         if is_user:
             pieces.append(Piece(new))
         else:
             stop = new.index(end) + len(end)
             pieces += [Piece(new[:stop], is_target=True), Piece(new[stop:])]
     return pieces
+
+
+def _content(text: str) -> list[dict[str, Any]]:
+    """A turn as chat templates take it: its words and images in their order."""
+    words = text.split(IMAGE_PLACEHOLDER)
+    if len(words) == 2:
+        return [{"type": "image"}, {"type": "text", "text": "".join(words).strip()}]
+    content: list[dict[str, Any]] = []
+    for number, own in enumerate(words):
+        content += [{"type": "image"}] if number else []
+        if own.strip() or len(words) == 1:
+            content.append({"type": "text", "text": own})
+    return content
+
+
+def _check_order(text: str, content: Sequence[Mapping[str, Any]], image_token: str) -> None:
+    """Raises PromptError unless a turn's text has the parts of its content one after the other."""
+    position = 0
+    for item in content:
+        part = image_token if item["type"] == "image" else item["text"].strip()
+        found = text.find(part, position)
+        if found < 0:
+            raise PromptError(
+                f"train.template=chat: the checkpoint's chat template does not write {part!r} where the turn has it, so"
+                " images or words would change places. Use train.template=vicuna_v1, which keeps them."
+            )
+        position = found + len(part)
 
 
 Template = Callable[[Sequence[Turn], str | None, Any], list[Piece]]
@@ -145,16 +177,15 @@ def encode(pieces: Sequence[Piece], tokenizer: Any, image_token_id: int, video_t
             f"{type(tokenizer).__name__} cannot tell which characters a token covers, which training needs: save the"
             " checkpoint with a fast tokenizer (a tokenizer.json)."
         )
-    encoding = tokenizer("".join(piece.text for piece in pieces), return_offsets_mapping=True)
+    ids, covered = tokenize(tokenizer, "".join(piece.text for piece in pieces), with_spans=True)
     spans: list[tuple[int, int]] = []
     position = 0
     for piece in pieces:
         if piece.is_target:
             spans.append((position, position + len(piece.text)))
         position += len(piece.text)
-    ids: list[int] = list(encoding["input_ids"])
     labels, number = [], 0
-    for token, (start, stop) in zip(ids, encoding["offset_mapping"], strict=True):
+    for token, (start, stop) in zip(ids, covered, strict=True):
         while number < len(spans) and spans[number][1] <= start:
             number += 1
         within = number < len(spans) and spans[number][0] <= start < stop <= spans[number][1]

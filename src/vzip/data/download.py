@@ -7,9 +7,13 @@ so a killed run goes on where it was.
 from __future__ import annotations
 
 import errno
+import lzma
 import os
 import shutil
+import stat
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,16 +22,18 @@ from pathlib import Path
 import httpx
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from vzip.errors import ManifestError
+from vzip.log import keeping
+from vzip.progress import Progress
 
 from .fetch import fetch, forget, new_client, remote_size
 from .lock import Lock
-from .manifest import Manifest, ManifestFile
+from .manifest import Manifest, ManifestFile, is_inside
 
 # The index and checkpoints need room too: a disk is not filled to the last byte.
 SPARE_BYTES = 2**30
+_ENCRYPTED = 1  # in the flags of an archive's entry
 
 
 class Downloader:
@@ -72,7 +78,8 @@ class Downloader:
                 archive, a full disk, another download into the same folder. What has arrived stays and is continued by
                 the next run.
         """
-        with self._alone(), _full_disk_named(self.root):
+        kept = keeping(lambda: f"what has arrived is kept in {self.root}")
+        with kept, self._alone(), _full_disk_named(self.root):
             wanted = [file for file in files if file.url is not None and not self._is_done(file)]
             self._check_room(wanted, extract)
             for file in wanted:
@@ -124,17 +131,16 @@ class Downloader:
             self.console.print(f"{file.path}: there, and as recorded")
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(TextColumn("{task.description}"), *columns, console=self.console) as progress:
-            task = progress.add_task(file.path, total=file.num_bytes)
+        arrived = part.stat().st_size if part.exists() else 0
+        with Progress(file.path, "bytes", file.num_bytes, done=arrived, console=self.console) as progress:
             fetch(
                 self.client,
                 str(file.url),
                 part,
                 num_attempts=self.num_attempts,
                 max_wait_s=self.max_wait_s,
-                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-                on_failure=lambda reason: progress.console.print(f"{file.path}: {reason}; trying again"),
+                on_progress=progress.update,
+                on_failure=lambda reason: self.console.print(f"{file.path}: {reason}; trying again"),
             )
         try:
             entry = self.lock.check(file, part)
@@ -148,11 +154,12 @@ class Downloader:
 
     def _unpack(self, file: ManifestFile) -> None:
         archive, folder = self.root / file.path, self.root / str(file.extract_to)
-        with _archive(archive) as opened, Progress(console=self.console) as progress:
-            members = [member for member in opened.infolist() if not member.is_dir()]
-            for member in progress.track(members, description=f"unpacking {file.path}"):
-                if not _is_unpacked(member, folder):
-                    opened.extract(member, folder)
+        with _archive(archive) as opened:
+            members = _members(archive, opened)
+            with Progress(f"unpacking {file.path}", "files", len(members), console=self.console) as progress:
+                for member in progress.track(members):
+                    if not _is_unpacked(member, folder):
+                        opened.extract(member, folder)
         self.lock.record(file.path, replace(self.lock.entries[file.path], extracted=len(members)))
 
     @contextmanager
@@ -167,7 +174,31 @@ class Downloader:
 
 def _bytes_to_unpack(archive: Path, folder: Path) -> int:
     with _archive(archive) as opened:
-        return sum(member.file_size for member in opened.infolist() if not _is_unpacked(member, folder))
+        return sum(member.file_size for member in _members(archive, opened) if not _is_unpacked(member, folder))
+
+
+def _members(archive: Path, opened: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The files in an archive.
+
+    Raises:
+        ManifestError: one that is encrypted, a link, or has a name that is none or would leave the folder.
+    """
+    members = [member for member in opened.infolist() if not member.is_dir()]
+    for member in members:
+        mode = member.external_attr >> 16
+        if member.flag_bits & _ENCRYPTED:
+            problem = "is encrypted"
+        elif stat.S_IFMT(mode) not in (0, stat.S_IFREG):
+            problem = "is a link or a device, not a file"
+        elif not is_inside(member.filename):
+            problem = "has a name that is too long, or that would leave the folder"
+        else:
+            continue
+        raise ManifestError(
+            f"{archive}: {member.filename!r:.200} in it {problem}. Nothing was unpacked. It is not the archive that was"
+            " published for this; remove it and look where it comes from, or unpack it by hand."
+        )
+    return members
 
 
 def _is_unpacked(member: zipfile.ZipInfo, folder: Path) -> bool:
@@ -180,8 +211,12 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as opened:
             yield opened
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, struct.error, lzma.LZMAError) as error:
+        if isinstance(error, ManifestError):
+            raise
         raise ManifestError(f"{path}: not a sound zip archive ({error}). Remove it and download again.") from error
+    except (NotImplementedError, RuntimeError) as error:
+        raise ManifestError(f"{path}: cannot be unpacked here ({error}). Unpack it by hand.") from error
 
 
 @contextmanager

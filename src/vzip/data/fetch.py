@@ -15,6 +15,7 @@ import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from vzip.errors import ManifestError
+from vzip.json_files import read_json
 
 _RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
@@ -133,10 +134,11 @@ def _state_of(part: Path) -> Path:
 def _known_version(part: Path, url: str) -> str | None:
     """The version that ``part`` holds the beginning of, or None if it is not known to be this address's."""
     try:
-        state = json.loads(_state_of(part).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # ValueError: killed while it was written
+        state = read_json(_state_of(part))
+        version, of = state["version"], state["url"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError):  # killed while it was written
         return None
-    return state["version"] if part.exists() and state["url"] == url else None
+    return version if part.exists() and of == url and isinstance(version, str) else None
 
 
 def _version(response: httpx.Response) -> str | None:

@@ -91,6 +91,16 @@ def open_index(folder: Path) -> Index:
 def _build_aside(path: Path, folder: Path) -> None:
     """Builds in a temporary folder and renames it, so that a killed or second process leaves nothing half done."""
     logger.info("indexing %s (%.1f MB), once", path, path.stat().st_size / 1e6)
+    try:
+        _build_and_rename(path, folder)
+    except OSError as error:
+        raise ManifestError(
+            f"{folder}: the index of {path} cannot be written ({error}). Make room or give the rights, or set"
+            " VZIP_CACHE to another folder."
+        ) from error
+
+
+def _build_and_rename(path: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as temporary:
         work = Path(temporary) / "index"

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vzip.errors import ManifestError
+from vzip.json_files import read_json
 
 from .manifest import Manifest, ManifestFile
 
@@ -31,7 +32,7 @@ class Lock:
         self.entries: dict[str, LockEntry] = {}
         if self.path.exists():
             try:
-                raw = json.loads(self.path.read_text(encoding="utf-8"))
+                raw = read_json(self.path)
                 self.entries = {path: LockEntry(**entry) for path, entry in raw.items()}
             except (ValueError, TypeError, AttributeError) as error:
                 raise ManifestError(

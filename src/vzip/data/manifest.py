@@ -7,7 +7,6 @@ they are the right ones. A checksum that no public source gives is null there; i
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -18,6 +17,10 @@ from rich.table import Table
 
 from vzip.errors import ManifestError, nearest
 from vzip.installed import checkout
+from vzip.json_files import read_json
+from vzip.paths import expanded, is_file
+
+_MAX_PATH, _MAX_NAME = 1000, 240  # of characters, and of bytes of one name: with ".part.json" behind it still a name
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def load_manifest(name_or_path: str | Path) -> Manifest:
     """
     path = _find(name_or_path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
     except ValueError as error:
         raise ManifestError(f"{path}: not readable as JSON ({error}).") from error
     if isinstance(raw, dict) and "command" in raw:
@@ -104,18 +107,28 @@ def file_table(manifest: Manifest, files: list[ManifestFile]) -> Table:
     """What there is to fetch, to be printed."""
     table = Table("source", "file", title=f"{manifest.name}: {manifest.description}", title_justify="left")
     table.add_column("GB", justify="right")
-    for heading in ("SHA-256", "licence", "from"):
+    for heading in ("SHA-256", "licence"):
         table.add_column(heading, overflow="fold")
     for file in files:
         size = f"{file.num_bytes / 1e9:.2f}" if file.num_bytes else "?"
         checksum = file.sha256[:12] if file.sha256 else file.checksum_source.partition(":")[0]
-        table.add_row(file.source, file.path, size, checksum, file.licence, file.url or file.note)
+        table.add_row(file.source, file.path, size, checksum, file.licence)
+    known = [file.num_bytes for file in files if file.num_bytes]
+    unknown = len(files) - len(known)
+    more = f" and {unknown} of unknown size" if unknown else ""
+    table.add_section()
+    table.add_row("total", f"{len(files)} files{more}", f"{sum(known) / 1e9:.2f}")
     return table
 
 
+def addresses(files: list[ManifestFile]) -> list[str]:
+    """Where each file comes from, one unbroken line a file."""
+    return [f"{file.path}: {file.url or file.note}" for file in files]
+
+
 def _find(name_or_path: str | Path) -> Path:
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
+    path = expanded(name_or_path)
+    if is_file(path):
         return path
     known = sorted(file.stem for file in manifest_folder().glob("*.json"))
     if str(name_or_path) in known:
@@ -139,8 +152,15 @@ def _problems(raw: Any) -> list[str]:
         problems += _key_problems(file, ManifestFile, f"files[{number}].") or _file_problems(file, f"files[{number}].")
     if problems:
         return problems
+    for key in ("description", "licence", "revision"):
+        if not isinstance(raw[key], str):
+            problems.append(f"{key}: {raw[key]!r:.80} must be a text")
     paths = [file["path"] for file in raw["files"]]
     problems += [f"files: {path!r} stands there twice" for path in sorted({p for p in paths if paths.count(p) > 1})]
+    if not isinstance(raw["name"], str) or not re.fullmatch(r"\w[\w.-]{0,99}", raw["name"]):
+        problems.append(f"name: {raw['name']!r:.80} must be letters, digits, '-', '_' and '.': files are called by it")
+    if not is_inside(raw["image_root"]):
+        problems.append(f"image_root: {raw['image_root']!r:.80} must be a relative path that stays in the data folder")
     if raw["annotations"] not in paths:
         problems.append(f"annotations: {raw['annotations']!r} is none of the files' paths")
     return problems + _count_problems(raw["num_samples"], raw["num_samples_by_source"])
@@ -167,13 +187,16 @@ def _key_problems(raw: Mapping[str, Any], form: type, where: str) -> list[str]:
 def _file_problems(file: Mapping[str, Any], where: str) -> list[str]:
     problems = []
     for key in ("path", "extract_to"):
-        inside = file[key] is None or _is_inside(file[key])
+        inside = file[key] is None or is_inside(file[key])
         if not inside or (key == "path" and file[key] is None):
             problems.append(f"{where}{key}: {file[key]!r} must be a relative path that stays inside the data folder")
     if file["url"] is not None and not str(file["url"]).startswith(("http://", "https://")):
         problems.append(f"{where}url: {file['url']!r} must begin with http:// or https://, or be null")
     if file["sha256"] is not None and not re.fullmatch("[0-9a-f]{64}", str(file["sha256"])):
         problems.append(f"{where}sha256: {file['sha256']!r} must be 64 hexadecimal digits, or null")
+    for key in ("source", "licence", "checksum_source"):
+        if not isinstance(file[key], str):
+            problems.append(f"{where}{key}: {file[key]!r:.80} must be a text")
     for key in ("num_bytes", "num_pictures"):
         if file[key] is not None and (type(file[key]) is not int or file[key] < 1):
             problems.append(f"{where}{key}: {file[key]!r} must be a positive whole number, or null")
@@ -182,7 +205,10 @@ def _file_problems(file: Mapping[str, Any], where: str) -> list[str]:
     return problems
 
 
-def _is_inside(path: Any) -> bool:
-    if not isinstance(path, str) or not path:
+def is_inside(path: Any) -> bool:
+    """Whether a path is a relative one that stays below the folder it starts from, on any system."""
+    if not isinstance(path, str) or not path.isprintable() or not path or len(path) > _MAX_PATH or "\\" in path:
+        return False
+    if any(len(part.encode("utf-8", "replace")) > _MAX_NAME for part in PurePosixPath(path).parts):
         return False
     return not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts

@@ -1,5 +1,9 @@
 """The `scenes` benchmark: 400 generated images, 400 questions in each of four tasks, as local lmms-eval tasks.
 
+  python -m vzip scenes                 writes it, or checks what is there
+  python -m vzip scenes --out DIR       elsewhere than in the cache
+  python eval.py eval=scenes            asks a model
+
 The images are generated on first use (about a quarter of a minute) into a cache folder and compared with DIGEST, so
 that a score means the same questions on every machine. Their seeds are disjoint from training's.
 """
@@ -16,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from rich.progress import track
 
 from vzip.demo.questions import (
     TASKS,
@@ -29,7 +32,9 @@ from vzip.demo.questions import (
 from vzip.demo.render import render
 from vzip.demo.scenes import TEST_SEEDS, Scene, sample_scene
 from vzip.errors import ManifestError
-from vzip.results.files import make_folder
+from vzip.json_files import read_json_lines
+from vzip.progress import Progress
+from vzip.results.files import make_folder, naming_the_file, replace_file
 
 NUM_PICTURES = 400
 QUESTIONS_PER_TASK = 400
@@ -87,10 +92,11 @@ def write(folder: Path) -> str:
     scenes = test_scenes()
     digest = hashlib.sha256()
     (folder / "images").mkdir()
-    for index, scene in enumerate(track(scenes, description="generating scenes")):
-        picture = render(scene)
-        digest.update(picture.tobytes())
-        picture.save(folder / "images" / f"{index:04d}.png", compress_level=1)
+    with Progress("generating", "images", len(scenes)) as progress:
+        for index, scene in enumerate(progress.track(scenes)):
+            picture = render(scene)
+            digest.update(picture.tobytes())
+            picture.save(folder / "images" / f"{index:04d}.png", compress_level=1)
     for task, rows in build_rows(scenes).items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         digest.update(text.encode())
@@ -106,7 +112,7 @@ def write_tasks(folder: Path) -> None:
             if not source.name.endswith(".py"):
                 text = text.replace("FOLDER", folder.resolve().as_posix())
             if not target.is_file() or target.read_text(encoding="utf-8") != text:  # another process may be reading it
-                target.write_text(text, encoding="utf-8")
+                replace_file(target, text)
 
 
 def default_folder() -> Path:
@@ -129,7 +135,8 @@ def prepare(directory: Path | str | None = None) -> Path:
     with FileLock(folder.parent / f".{folder.name}.lock"):
         marker = folder / "digest.txt"
         if not marker.exists():
-            _generate(folder)
+            with naming_the_file(folder):
+                _generate(folder)
         elif marker.read_text().strip() != DIGEST:
             raise ManifestError(
                 f"'{folder}' holds another version of the scenes benchmark ({marker.read_text().strip()[:12]}, wanted "
@@ -160,7 +167,7 @@ def _generate(folder: Path) -> None:
 
 def load_rows(folder: Path, task: str) -> list[dict]:
     """Questions of one task."""
-    return [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
+    return list(read_json_lines(folder / f"{task}.jsonl"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

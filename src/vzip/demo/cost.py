@@ -11,6 +11,7 @@ from vzip.bench import shapes
 from vzip.bench.stages import Method, Vanilla, Vzip, run_pass
 from vzip.bench.workload import build
 from vzip.demo.sweep import Setting
+from vzip.progress import Progress
 
 STAGES = ("tower", "selection", "prefill", "decode_per_token")
 
@@ -31,7 +32,9 @@ def measure(rows: Sequence[Setting], repeats: int = 7, warmup: int = 2) -> list[
     for row in rows:
         own = replace(workload, compressor=row.compressor)
         methods.append(Vanilla(own) if row.method == "vanilla" else Vzip(own))
-    passes = [[run_pass(method) for method in methods] for _ in range(warmup + repeats)][warmup:]
+    with Progress("measuring", "passes", (warmup + repeats) * len(methods)) as progress:
+        turns = [[run_pass(method) for method in progress.track(methods)] for _ in range(warmup + repeats)]
+    passes = turns[warmup:]
     costs = []
     for column in zip(*passes, strict=True):
         times = {name: statistics.median(p.times_ms.get(name, 0.0) for p in column) for name in STAGES}

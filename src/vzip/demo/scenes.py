@@ -97,16 +97,6 @@ class Scene:
             return None
         return f"{'top' if y < middle else 'bottom'} {'left' if x < middle else 'right'}"
 
-    def caption(self) -> str:
-        """One sentence that names everything in the scene."""
-        parts = []
-        for thing in self.things:
-            place = self.quarter(thing)
-            parts.append(f"a {thing.size} {thing.name}" + (f" at the {place}" if place else ""))
-        if self.sign:
-            parts.append(f"a sign that says {self.sign.text.lower()}")
-        return ", ".join(parts)
-
 
 def choose(rng: np.random.RandomState, options: Sequence[T]) -> T:
     return options[rng.randint(len(options))]

@@ -6,7 +6,7 @@ these as aggregations, the demo on bootstrap resamples; all return percent.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TypedDict
 
@@ -46,19 +46,3 @@ def mme(results: Sequence[Result]) -> float:
 
 
 METRICS = {"existence": f1, "attributes": accuracy, "counting": mme, "reading": accuracy}
-
-
-def chance(task: str, rows: Sequence[dict]) -> float:
-    """Score of the best blind strategy: it knows the questions and how often each answer is right, never an image.
-
-    existence: always yes. counting: a fair coin (a constant answer never gets both twins). The others: the commonest
-    answer to each kind of question.
-    """
-    if task == "existence":
-        return f1([Result(answer=r["answer"], said="yes", pair="") for r in rows])
-    if task == "counting":
-        return (50.0 + 25.0) / 2
-    best = 0
-    for kind in {r["kind"] for r in rows}:
-        best += Counter(r["answer"] for r in rows if r["kind"] == kind).most_common(1)[0][1]
-    return 100 * best / len(rows)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vzip.errors import ConfigError, RunExistsError, nearest
+from vzip.log import keeping
 from vzip.results import provenance
-from vzip.results.files import naming_a_full_disk, naming_the_file, write_json, write_jsonl
+from vzip.results.files import make_folder, naming_a_full_disk, write_json, write_jsonl
+from vzip.results.owner import check_free, owning
 from vzip.results.record import RECORD_NAME, SAMPLES_NAME
 from vzip.results.wandb_runs import check_wandb
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from .lmms_eval.model import OnProblem
 
+_MAX_SEED = 2**32 - 1
 _PICTURES_PER_TASK = 2  # shown by a tracker
 
 
@@ -63,7 +66,7 @@ def evaluate(
         limit: questions a task; None for all. A limited run's record is provisional.
         batch_size: questions generated together; halved, with a warning, when memory does not suffice. ``auto`` begins
             with 64 on a GPU, 8 on a CPU, and so finds what fits; the record's ``batch_sizes`` says what that was.
-        include_path: a folder of lmms-eval task files of one's own.
+        include_path: a folder of lmms-eval task files of one's own. The Python code that they name is run.
         gen_kwargs: generation settings that override the tasks' own; null entries mean "what the task says".
         seed: of Python, NumPy, torch and sampled answers.
         overwrite: replace an existing record.
@@ -83,6 +86,7 @@ def evaluate(
         ConfigError, RunExistsError, MissingPackageError, UnsupportedModelError: before anything is written.
         ManifestError: data that is neither here nor on a hub within reach; images or videos that cannot be read
             (see ``on_problem``).
+        RunInUseError: another process writes ``run_dir``.
         TokenCountError: measured visual tokens are not the budget's.
         DeviceMemoryError: a question that does not fit the memory alone.
         RunWriteError: a full disk. In all these cases no record is written, and answers so far are kept.
@@ -92,11 +96,12 @@ def evaluate(
     overrides = check_overrides(gen_kwargs)
     run_dir = Path(run_dir)
     check_run_dir(run_dir, overwrite=overwrite)
+    check_free(run_dir)
     check_lmms_eval()
     if trackers:
         check_wandb("eval.trackers")
     from .answering.processes import join_processes
-    from .answering.resume import AnswerStore, delete_answers, settings_of
+    from .answering.resume import AnswerStore, delete_answers, kept_answers, settings_of
     from .benchmarks.catalog import find_tasks
     from .benchmarks.task_data import check_data, naming_data_errors
     from .lmms_eval.model import VzipLmms
@@ -116,8 +121,10 @@ def evaluate(
             processes=join_processes(),
             num_pictures=_PICTURES_PER_TASK if trackers else 0,
         )
-        with naming_the_file(run_dir):
-            run_dir.mkdir(parents=True, exist_ok=True)
+        if lm.processes.is_first:
+            stack.enter_context(owning(run_dir))
+            check_run_dir(run_dir, overwrite=overwrite)  # another process may have ended meanwhile
+        make_folder(run_dir)
         if overwrite and lm.processes.is_first:
             delete_answers(run_dir)
             for name in (RECORD_NAME, SAMPLES_NAME):
@@ -134,7 +141,8 @@ def evaluate(
         stack.callback(lm.store.close)
         provenance.reset_peak_memory()
         started = time.perf_counter()
-        with naming_a_full_disk(run_dir), naming_data_errors(tasks):
+        kept = keeping(lambda: kept_answers(run_dir, lm.num_questions))
+        with kept, naming_a_full_disk(run_dir), naming_data_errors(tasks):
             output = run_lmms_eval(lm, manager, tasks, run_dir=run_dir, limit=limit, seed=seed)
         if output is None:  # not the first process
             return {}
@@ -197,6 +205,10 @@ def _check_arguments(
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{key}={value!r}: must be a whole number, {least} or more.")
+    if seed > _MAX_SEED:
+        raise ConfigError(
+            f"seed={seed}: must be a whole number from 0 to {_MAX_SEED}, which NumPy and torch both take."
+        )
     if on_problem not in ("refuse", "skip"):
         raise ConfigError(
             f"on_problem={on_problem!r}: must be refuse or skip{nearest(str(on_problem), ('refuse', 'skip'))}."

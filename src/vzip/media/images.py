@@ -7,19 +7,25 @@ the checkpoint's image processor (CLIP's cuts the centre out of an oblong image)
 
 from __future__ import annotations
 
+import struct
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import PIL
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from vzip.errors import ConfigError, ImageError
+from vzip.installed import missing_package
+from vzip.paths import expanded, is_file, is_folder, shown
+
+if TYPE_CHECKING:  # the commands that only read images need not wait for torch
+    from torch import Tensor
 
 Preprocess = Literal["llava", "hf"]
 PREPROCESSES: tuple[str, ...] = get_args(Preprocess)
@@ -29,9 +35,27 @@ MAX_PADDED_SIDE = 4096
 # CLIP's processor enlarges the short side to 336 first: at 100:1 that is already 336 x 33600 pixels.
 MAX_HF_ASPECT_RATIO = 100
 _STRIP_ROWS = 256
+# Pillow's own limit, which other packages (lmms-eval's tasks) lift for the whole process.
+MAX_PIXELS = 178_956_970
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 # What Pillow raises for files that are cut off, damaged or no images at all (each seen from some decoder).
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
+DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 def load_image(source: str | Path | Image.Image) -> Image.Image:
@@ -48,26 +72,60 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
         a new RGB image, fully decoded.
 
     Raises:
-        ImageError: no such file, empty, not an image, cut off, damaged, or more pixels than Pillow's safety limit.
+        ImageError: neither a path nor a PIL image; no such file, empty, not an image, cut off, damaged, or more pixels
+            than Pillow's safety limit.
+        MissingPackageError: an image of a phone (HEIC), and pillow-heif is not installed.
     """
+    if not isinstance(source, Image.Image | str | Path):
+        raise ImageError(
+            f"An image was given as {type(source).__name__}: images are PIL images or paths of files, since of an array"
+            " nobody can tell which axis is the colours'. Make one with PIL.Image.fromarray."
+        )
     if isinstance(source, Image.Image):
         with _named_errors("the image given"):
             return _to_rgb(source)
     if str(source).startswith(("http://", "https://")):
         raise ImageError(f"{source}: images are read from files; download it first and give the path.")
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise ImageError(f"{path}: {'is a directory, not a file' if path.is_dir() else 'no such image file'}.")
+    path = expanded(source)
+    if not is_file(path):
+        kind = "is a directory, not a file" if is_folder(path) else "no such image file"
+        raise ImageError(f"{shown(path)}: {kind}.")
     with _named_errors(str(path)), warnings.catch_warnings():
         if path.stat().st_size == 0:
             raise ImageError(f"{path}: the file is empty (0 bytes).")
+        if is_heic(path):
+            _register_heic(path)
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is allowed; twice that is an error
         with Image.open(path) as image:
             return _to_rgb(image)
 
 
+def is_heic(path: Path) -> bool:
+    """Whether a file is an image in the format of phones (HEIC, HEIF), by its content."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
+
+
+def _register_heic(path: Path) -> None:
+    """Teaches Pillow the format.
+
+    Raises:
+        MissingPackageError: pillow-heif is not installed.
+    """
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise missing_package(
+            f"{path}: a HEIC image", "pillow_heif", error, extra="heic", otherwise="save it as JPEG or PNG"
+        ) from error
+    pillow_heif.register_heif_opener()
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Decodes the first frame, turns it upright and converts it to 8-bit RGB."""
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height}")
     if getattr(image, "is_animated", False):  # only multi-frame formats of Pillow define it
         image.seek(0)
     with strict_decoding():
@@ -117,9 +175,12 @@ def _named_errors(name: str) -> Iterator[None]:
     except PermissionError as error:
         raise ImageError(f"{name}: may not be read ({error.strerror}).") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: too many pixels ({error}).") from error
-    except _DECODER_ERRORS as error:
-        raise ImageError(f"{name}: cut off or damaged ({error}).") from error
+        raise ImageError(
+            f"{name}: too many pixels ({error}): up to {MAX_PIXELS:,} are read, so that a small file cannot fill the"
+            " memory. Make it smaller first."
+        ) from error
+    except DECODER_ERRORS as error:
+        raise ImageError(f"{name}: cut off or damaged ({str(error) or type(error).__name__}).") from error
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -131,6 +192,8 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         floats = np.nan_to_num(np.asarray(image, dtype=np.float64))
         spread = floats.max() - floats.min()
         return Image.fromarray(np.round((floats - floats.min()) * (255 / (spread or 1.0))).astype(np.uint8))
+    if image.mode == "La":  # Pillow has no way from it to RGB but this one
+        return image.convert("LA")
     if image.mode in ("P", "PA") or "transparency" in image.info:
         return image.convert("RGBA")
     return image
@@ -174,28 +237,62 @@ def prepare_pictures(images: Sequence[Image.Image], image_processor: Any, prepro
         preprocess: ``"llava"`` or ``"hf"``.
 
     Raises:
-        ConfigError: another ``preprocess``.
+        ConfigError: another ``preprocess``; settings of the image processor that contradict each other.
         ImageError: an image that cannot be decoded; with ``"hf"``, one more oblong than 100:1.
     """
     pictures = [load_image(image) for image in images]
     if preprocess == "llava":
-        colour = tuple(int(channel * 255) for channel in image_processor.image_mean)
+        colour = padding_colour(image_processor)
         pictures = [_square(picture, colour, image_processor) for picture in pictures]
     elif preprocess == "hf":
         for picture in pictures:
             _refuse_oblong(picture)
     else:
         raise ConfigError(f"model.preprocess={preprocess!r}: must be one of {', '.join(PREPROCESSES)}.")
-    return dict(image_processor(images=pictures, return_tensors="pt"))
+    return call_processor(image_processor, pictures)
 
 
-def _square(picture: Image.Image, colour: tuple[int, ...], image_processor: Any) -> Image.Image:
-    red, green, blue = colour
+def call_processor(image_processor: Any, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
+    """What a Hugging Face image processor makes of RGB images.
+
+    It is told which axis is the colours': some processors take a side of 1 or 3 pixels for it.
+
+    Raises:
+        ConfigError: see ``check_processor``.
+    """
+    check_processor(image_processor)
+    return dict(image_processor(images=list(pictures), return_tensors="pt", input_data_format="channels_last"))
+
+
+def check_processor(image_processor: Any) -> None:
+    """Raises ConfigError for settings of an image processor that contradict each other, all at once."""
+    needs = {"do_rescale": ("rescale_factor",), "do_normalize": ("image_mean", "image_std"), "do_resize": ("resample",)}
+    lacking = [
+        f"{step}=true needs {name}, which is null"
+        for step, names in needs.items()
+        for name in names
+        if getattr(image_processor, step, None) and getattr(image_processor, name, None) is None
+    ]
+    if lacking:
+        raise ConfigError(
+            f"The checkpoint's {type(image_processor).__name__}: {'; '.join(lacking)}. Give it a value in"
+            " preprocessor_config.json, or set the first to false."
+        )
+
+
+def padding_colour(image_processor: Any) -> tuple[int, int, int]:
+    """The image processor's mean colour, which becomes zeros; black where it has none and so subtracts none."""
+    mean = 0.0 if image_processor.image_mean is None else image_processor.image_mean
+    red, green, blue = [mean] * 3 if isinstance(mean, int | float) else mean
+    return int(red * 255), int(green * 255), int(blue * 255)
+
+
+def _square(picture: Image.Image, colour: tuple[int, int, int], image_processor: Any) -> Image.Image:
     if max(picture.size) <= MAX_PADDED_SIDE:
-        return pad_to_square(picture, (red, green, blue))
+        return pad_to_square(picture, colour)
     size = image_processor.size
     side = size["shortest_edge"] if size.get("shortest_edge") else size["height"]
-    return pad_and_shrink(picture, (red, green, blue), side, int(image_processor.resample))
+    return pad_and_shrink(picture, colour, side, int(image_processor.resample))
 
 
 def _refuse_oblong(picture: Image.Image) -> None:

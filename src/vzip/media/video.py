@@ -6,23 +6,29 @@ processor is needed. They are counted by decoding, not read from the file's head
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from vzip.errors import ConfigError, VideoError
 from vzip.installed import missing_package
+from vzip.paths import expanded, is_file, is_folder, shown
 
-from .images import MAX_HF_ASPECT_RATIO, load_image
+from .images import DECODER_ERRORS, MAX_HF_ASPECT_RATIO, MAX_PIXELS, call_processor, is_heic, load_image
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEFAULT_NUM_FRAMES = 8  # Video-LLaVA's own, in training and evaluation
+
+# Titles and other names in a file are of any encoding; nothing here reads them.
+_ANY_TITLE: dict[str, Any] = {"metadata_errors": "replace"}
 
 VideoSource = str | Path | Sequence[Image.Image]
 
@@ -62,6 +68,8 @@ def load_video(source: VideoSource, num_frames: int = DEFAULT_NUM_FRAMES) -> lis
     """
     check_num_frames(num_frames)
     if not isinstance(source, str | Path):
+        if not isinstance(source, Sequence):
+            raise VideoError(f"A video was given as {type(source).__name__}: it is a path or a list of PIL images.")
         if len(source) == 0:
             raise VideoError("The video given is an empty list of images: at least one frame is needed.")
         return [load_image(source[index]) for index in sample_indices(len(source), num_frames)]
@@ -93,22 +101,30 @@ def prepare_videos(videos: Sequence[VideoSource], image_processor: Any, num_fram
     Raises:
         as ``load_video``.
     """
+    import torch  # only here: the commands that only read videos need not wait for it
+
     return torch.stack([pixels(load_video(video, num_frames), image_processor) for video in videos])
 
 
 def pixels(pictures: Sequence[Image.Image], image_processor: Any) -> Tensor:
     """``[images, 3, h, w]``, by whichever name Video-LLaVA's image processor returns them."""
-    values = dict(image_processor(images=list(pictures), return_tensors="pt"))
+    values = call_processor(image_processor, pictures)
     return values["pixel_values"] if "pixel_values" in values else values["pixel_values_images"]
 
 
 def is_picture(path: Path) -> bool:
     """Whether a file is an image for Pillow (an animated one too) rather than a video, by its content."""
     try:
-        with Image.open(path) as image:
-            return image.format != "MPEG"  # Pillow recognises these videos but cannot read them
+        if is_heic(path):
+            return True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return image.format != "MPEG"  # Pillow recognises these videos but cannot read them
     except (UnidentifiedImageError, OSError):
         return False
+    except DECODER_ERRORS:  # Pillow knows its format: reading it says what is wrong
+        return True
 
 
 def _import_av() -> ModuleType:
@@ -122,9 +138,10 @@ def _import_av() -> ModuleType:
 def _existing_file(source: str | Path) -> Path:
     if str(source).startswith(("http://", "https://")):
         raise VideoError(f"{source}: videos are read from files; download it first and give the path.")
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise VideoError(f"{path}: {'is a directory, not a file' if path.is_dir() else 'no such video file'}.")
+    path = expanded(source)
+    if not is_file(path):
+        kind = "is a directory, not a file" if is_folder(path) else "no such video file"
+        raise VideoError(f"{shown(path)}: {kind}.")
     return path
 
 
@@ -135,10 +152,13 @@ def _named_errors(av: ModuleType, path: Path) -> Iterator[None]:
         if path.stat().st_size == 0:
             raise VideoError(f"{path}: the file is empty (0 bytes).")
         yield
+    except VideoError:
+        raise
     except PermissionError as error:
         raise VideoError(f"{path}: may not be read ({error.strerror}).") from error
-    except av.FFmpegError as error:
-        raise VideoError(f"{path}: not a video, cut off or damaged ({error.strerror}).") from error
+    except (av.FFmpegError, *DECODER_ERRORS) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise VideoError(f"{path}: not a video, cut off or damaged ({reason}).") from error
 
 
 def _picture_stream(container: Any, path: Path) -> Any:
@@ -157,7 +177,7 @@ def _count_packets(av: ModuleType, path: Path) -> int:
         VideoError: there are none, or fewer than the file's header lists: FFmpeg would pass over that without a word.
     """
     # Edit lists hide frames on purpose; the header counts those too.
-    with av.open(str(path), options={"ignore_editlist": "1"}) as container:
+    with av.open(str(path), options={"ignore_editlist": "1"}, **_ANY_TITLE) as container:
         stream = _picture_stream(container, path)
         num_packets, end = 0, 0.0
         for packet in container.demux():
@@ -181,8 +201,13 @@ def _decode(av: ModuleType, path: Path, wanted: Sequence[int]) -> tuple[list[Ima
     """The frames of the ``wanted`` numbers that exist, and how many there are in all."""
     kept: dict[int, Image.Image] = {}
     chosen, number = set(wanted), 0
-    with av.open(str(path)) as container:
+    with av.open(str(path), **_ANY_TITLE) as container:
         stream = _picture_stream(container, path)
+        if stream.width * stream.height > MAX_PIXELS:
+            raise VideoError(
+                f"{path}: frames of {stream.width} x {stream.height} pixels: up to {MAX_PIXELS:,} are read. Make it"
+                " smaller first."
+            )
         stream.thread_type = "AUTO"
         for frame in container.decode(stream):
             if number in chosen:

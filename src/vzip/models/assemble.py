@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.models.clip import CLIPImageProcessor  # AutoImageProcessor of 5.17 insists on torchvision
 
+from vzip.compressors.base import check_seed
 from vzip.errors import CheckpointError, UnsupportedModelError
 
 from .families import Adapter, adapter_class_for_config
@@ -61,6 +62,7 @@ def assemble(tower: str | Path, language_model: str | Path, out: Path, seed: int
         CheckpointError: a model that cannot be read, ``out`` that holds something or cannot be written.
         UnsupportedModelError: a vision tower, language model or tokenizer that cannot be served.
     """
+    check_seed(seed, "--seed")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists already; name a new directory.")
     given = [Checkpoint(resolve_checkpoint(name)) for name in (tower, language_model)]
@@ -70,12 +72,20 @@ def assemble(tower: str | Path, language_model: str | Path, out: Path, seed: int
     image_processor, tokenizer = _image_processor(tower_dir, geometry.has_cls), _tokenizer(text_dir)
     for checkpoint in given:
         checkpoint.fetch_weights()
-    text = reach(text_dir, lambda: AutoModelForCausalLM.from_pretrained(text_dir, dtype="auto"))
+    text, report = reach(
+        text_dir,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            text_dir, dtype="auto", output_loading_info=True, trust_remote_code=False
+        ),
+    )
+    check_complete(text_dir, report)
     vision, report = reach(
         tower_dir,
-        lambda: AutoModel.from_pretrained(tower_dir, config=vision_config, dtype=text.dtype, output_loading_info=True),
+        lambda: AutoModel.from_pretrained(
+            tower_dir, config=vision_config, dtype=text.dtype, output_loading_info=True, trust_remote_code=False
+        ),
     )
-    check_complete(tower_dir, report)
+    check_complete(tower_dir, report, not_wanted=r"text_model\.|text_projection|visual_projection|logit_(scale|bias)")
 
     config = family_config(
         "llava",
@@ -107,7 +117,7 @@ def assemble(tower: str | Path, language_model: str | Path, out: Path, seed: int
 
 
 def _vision_config(tower: Path) -> Any:
-    config = reach(tower, lambda: AutoConfig.from_pretrained(tower))
+    config = reach(tower, lambda: AutoConfig.from_pretrained(tower, trust_remote_code=False))
     return getattr(config, "vision_config", config)
 
 
@@ -117,7 +127,7 @@ def _tokenizer(language_model: Path) -> PreTrainedTokenizerBase:
     Raises:
         UnsupportedModelError: it cannot end an answer, or not tell which characters a token covers.
     """
-    tokenizer = reach(language_model, lambda: AutoTokenizer.from_pretrained(language_model))
+    tokenizer = reach(language_model, lambda: AutoTokenizer.from_pretrained(language_model, trust_remote_code=False))
     if tokenizer.eos_token is None or not tokenizer.is_fast:
         raise UnsupportedModelError(
             f"{language_model}: its tokenizer {'has no end token' if tokenizer.is_fast else 'is a slow one'}; training"

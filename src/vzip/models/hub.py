@@ -6,21 +6,66 @@ import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from safetensors import SafetensorError
 
 from vzip.errors import CheckpointError
+from vzip.json_files import read_json
 
 # Base of all that the hub's client raises for a request that fails: of httpx up to its version 1, of httpx2 from 2 on.
 HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Of the one request that finds out whether the hub can be reached.
 TIMEOUT_S = 5.0
+_MAX_HUB_ID = 96  # the hub's own rule, and that two dashes or dots stand in none
+# What the loaders of Hugging Face and torch raise for files that are damaged or say what cannot be.
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    SafetensorError,
+    StrictDataclassError,
+    UnpicklingError,
+)
 _SETTINGS = (".json", ".jinja", ".txt", ".model")
 _OPEN_CLIP = "open_clip_pytorch_model.bin"
 # By which a folder of the local cache is known; the hub's list of files is not there to tell what else it must have.
 _CONFIGS = ["config.json", "adapter_config.json", "open_clip_config.json"]
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a text can be the name of a repository on the hub: owner and name."""
+    return HUB_ID.fullmatch(name) is not None and len(name) <= _MAX_HUB_ID and ".." not in name and "--" not in name
+
+
+def shards_of(index: Path) -> set[str]:
+    """The weight files that an index (``model.safetensors.index.json``) lists, all beside it.
+
+    Raises:
+        CheckpointError: it cannot be read, or lists something else.
+    """
+    try:
+        of_tensors = read_json(index)["weight_map"]
+        names = set(of_tensors.values())
+        odd = [name for name in names if not isinstance(name, str) or not name or Path(name).name != name]
+        if odd or not names:
+            raise ValueError(f"weight_map names {odd[0]!r:.80}" if odd else "weight_map is empty")
+        return names
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index}: not a readable weight index ({type(error).__name__}: {error}). It must have a weight_map from"
+            " each tensor to the file beside it that holds it; download it again."
+        ) from error
 
 
 def needed_files(names: Iterable[str], weights: bool = True) -> list[str]:

@@ -17,6 +17,7 @@ from vzip.media.video import VideoSource
 
 from .devices import execution_device
 from .families import Adapter
+from .tokens import tokenize
 
 # A kind's name, how prompts write it, its token's id and, for each prompt, what its placeholders stand for.
 Placeholders = tuple[str, str, int, Sequence[Sequence[object]]]
@@ -127,7 +128,7 @@ def encode_prompts(tokenizer: Any, texts: Sequence[str], placeholders: Sequence[
     Raises:
         PromptError: a prompt with another number of placeholders than images or videos.
     """
-    rows: list[list[int]] = [tokenizer(text)["input_ids"] for text in texts]
+    rows = [tokenize(tokenizer, text)[0] for text in texts]
     for kind in placeholders:
         _check_counts(kind, rows)
     longest = max((len(row) for row in rows), default=0)

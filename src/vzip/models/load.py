@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, ProcessorMixin
 
 from vzip.compressors.base import Compressor, check_is_compressor
 from vzip.compressors.controls import Identity
 from vzip.errors import CheckpointError, ConfigError, VzipError, nearest
+from vzip.json_files import read_json
 from vzip.media.images import PREPROCESSES, Preprocess
 from vzip.media.video import check_num_frames
+from vzip.paths import expanded, is_file, is_folder, shown
 from vzip.pruners.base import Pruner
 
 from .environment import refuse_broken_packages
 from .families import Adapter, FamilyOptions, adapter_class_for_config
+from .families.finite import damaged_weights
 from .families.mini_gemini.published import find_published
-from .hub import HUB_ID, Checkpoint
+from .hub import READ_ERRORS, Checkpoint, is_hub_id, shards_of
 from .vlm import CompressedVlm
 from .weights.lora import apply_peft_checkpoint, check_peft_checkpoint
 from .weights.quantization import QUANTIZATIONS, compute_dtype, modules_outside, quantization_config
@@ -38,6 +39,8 @@ DTYPES: dict[str, str | torch.dtype] = {
     "float16": torch.float16,
 }
 _WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# Computed from the configuration; older checkpoints hold them all the same.
+_BUFFERS = re.compile(r"(^|\.)(inv_freq|position_ids|num_batches_tracked|masked_bias|causal_mask|attn\.bias)$")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -102,10 +105,10 @@ def load_vlm(
 
     checkpoint = Checkpoint(source, revision, key="model.name_or_path")
     directory = checkpoint.directory
-    config = reach(source, lambda: read_config(directory))
-    adapter_class = adapter_class_for_config(config)
+    config = read_config(directory)
+    adapter_class = reach(source, lambda: adapter_class_for_config(config))
     options = FamilyOptions(drop_padding, row_newline, drop_cls)
-    adapter_class.check_settings(config, compressor, options, num_frames)
+    reach(source, lambda: adapter_class.check_settings(config, compressor, options, num_frames))
     adapter_class.check_preprocess(preprocess)
     if pruner is not None:
         adapter_class.check_pruner(config, pruner)
@@ -127,8 +130,10 @@ def load_vlm(
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = reach(source, lambda: adapter_class.load_model(directory, config, **settings))
     check_complete(source, report)
+    _refuse_damaged(source, model)
     if adapter_path is not None:
         apply_peft_checkpoint(model, adapter_path)
+        _refuse_damaged(f"model.adapter_path={adapter_path}", model)
     model.eval()
     vlm = CompressedVlm(model, compressor, processor, preprocess, drop_padding, row_newline, num_frames, drop_cls)
     vlm.pruner = pruner
@@ -139,9 +144,20 @@ def load_vlm(
 
 
 def read_config(directory: Path) -> Any:
-    """The configuration of a checkpoint, in Hugging Face's layout or in Mini-Gemini's own; raises what they raise."""
+    """The configuration of a checkpoint, in Hugging Face's layout or in Mini-Gemini's own.
+
+    Raises:
+        CheckpointError: it cannot be read, or wants code of its own to be run, which is never done.
+    """
+    return reach(directory, lambda: _read_config(directory))
+
+
+def _read_config(directory: Path) -> Any:
+    path = directory / "config.json"
+    if not isinstance(read_json(path), dict):
+        raise ValueError(f"{path.name} must hold an object")
     published = find_published(directory)
-    return AutoConfig.from_pretrained(directory) if published is None else published.config()
+    return AutoConfig.from_pretrained(directory, trust_remote_code=False) if published is None else published.config()
 
 
 def resolve_checkpoint(name_or_path: str | Path) -> Path | str:
@@ -155,19 +171,19 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path | str:
         if not (tiny / "config.json").is_file():
             raise CheckpointError(f"{BUILT_IN_NAME}: {tiny} holds no checkpoint; train it with `make tiny`.")
         return tiny
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    path = expanded(name_or_path)
+    if is_folder(path):
         if not (path / "config.json").is_file():
             raise CheckpointError(
                 f"model.name_or_path={name_or_path}: the directory holds no config.json. It must be a checkpoint in"
                 " Hugging Face format (config.json, weights, processor and tokenizer files)."
             )
         return path
-    if path.is_file():
+    if is_file(path):
         raise CheckpointError(f"model.name_or_path={name_or_path}: is a file; a checkpoint is a directory.")
-    if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name_or_path) or path.parent.is_dir():
+    if isinstance(name_or_path, Path) or not is_hub_id(name_or_path) or is_folder(path.parent):
         raise CheckpointError(
-            f"model.name_or_path={name_or_path}: no such directory. Give a checkpoint directory, a hub id such"
+            f"model.name_or_path={shown(name_or_path)}: no such directory. Give a checkpoint directory, a hub id such"
             f" as llava-hf/llava-1.5-7b-hf, or {BUILT_IN_NAME}."
         )
     return str(name_or_path)
@@ -192,11 +208,13 @@ def reach(source: Path | str, load: Any) -> Any:
     """Runs a Hugging Face loader on files of this machine and turns what it raises for unreadable ones into ours."""
     try:
         return load()
-    except VzipError:
+    except (VzipError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{source}: the checkpoint cannot be loaded ({first_line}).") from error
+    except READ_ERRORS as error:
+        lines = str(error).strip().splitlines()
+        first_line = " ".join([type(error).__name__, *lines[:1]]) if len("".join(lines)) < 20 else lines[0]
+        own_code = "" if "trust_remote_code" not in str(error) else " It brings code of its own, which vzip never runs."
+        raise CheckpointError(f"{source}: the checkpoint cannot be loaded ({first_line}).{own_code}") from error
 
 
 def _check_weight_files(directory: Path) -> None:
@@ -204,10 +222,7 @@ def _check_weight_files(directory: Path) -> None:
     for index_name in _WEIGHT_INDEXES:
         index = directory / index_name
         if index.is_file():
-            try:
-                wanted = set(json.loads(index.read_text())["weight_map"].values())
-            except (ValueError, KeyError) as error:
-                raise CheckpointError(f"{index}: not a readable weight index ({error}).") from error
+            wanted = shards_of(index)
             missing = sorted(name for name in wanted if not (directory / name).is_file())
             if missing:
                 raise CheckpointError(
@@ -221,8 +236,36 @@ def _check_weight_files(directory: Path) -> None:
         )
 
 
-def check_complete(source: Path | str, report: dict[str, Any]) -> None:
-    """Raises CheckpointError if parameters were left random: Hugging Face only warns of it."""
+def _refuse_damaged(source: Path | str, model: Any) -> None:
+    """Raises CheckpointError if weights hold NaN or infinity."""
+    if damaged := damaged_weights(model):
+        raise CheckpointError(
+            f"{source}: {len(damaged)} tensors hold NaN or infinity ({', '.join(damaged[:4])}"
+            f"{', ...' if len(damaged) > 4 else ''}): the checkpoint is damaged, or its training diverged."
+        )
+
+
+def check_complete(source: Path | str, report: dict[str, Any], not_wanted: str = "") -> None:
+    """Refuses what Hugging Face only warns of.
+
+    Args:
+        source: for messages.
+        report: what ``from_pretrained`` says it has loaded.
+        not_wanted: regular expression of the beginnings of names that the checkpoint may have and the model not.
+
+    Raises:
+        CheckpointError: parameters that were left random, or weights of the checkpoint that have no place.
+    """
+    left_over = sorted(name for name in report["unexpected_keys"] if not _BUFFERS.search(name))
+    if not_wanted:
+        left_over = [name for name in left_over if not re.match(not_wanted, name)]
+    if left_over:
+        raise CheckpointError(
+            f"{source}: {len(left_over)} weights have no place in the model that its config.json describes"
+            f" ({', '.join(left_over[:4])}{', ...' if len(left_over) > 4 else ''}); without them it would compute"
+            " something else. The config.json belongs to another checkpoint, or denies a part (attention_bias,"
+            " num_hidden_layers ...)."
+        )
     absent = sorted(report["missing_keys"])
     other_size = sorted(str(key[0]) for key in report["mismatched_keys"])
     if absent or other_size:

@@ -19,6 +19,7 @@ from vzip.errors import PromptError
 
 from .families import Adapter, VisualInputs
 from .families.places import Piece, Placement, VisualTokens, placement_of
+from .tokens import check_vocabulary
 
 PaddingSide = Literal["left", "right"]
 IGNORED_LABEL = -100  # torch's cross entropy leaves it out
@@ -36,6 +37,7 @@ class PreparedInputs:
         labels: int64 ``[B, T]`` with -100 on visual tokens and padding, or None.
         num_visual_tokens: visual tokens that entered: for each image in order, then for each video.
         visual_index: int64 ``[B, T]`` on the CPU: -1 text, -2 padding, else the number of the image (or video) there.
+        text_ids: int64 on the CPU, the ids of all text tokens, row by row.
     """
 
     inputs_embeds: Tensor
@@ -44,6 +46,7 @@ class PreparedInputs:
     labels: Tensor | None
     num_visual_tokens: list[int]
     visual_index: Tensor
+    text_ids: Tensor
 
 
 @dataclass
@@ -79,7 +82,15 @@ class SplicePlan:
         for ids, pieces in zip(input_ids.tolist(), self.rows, strict=True):
             yield [ids[p.start : p.stop] if p.visual is None else shapes[p.visual] for p in pieces]
 
+    def num_tokens(self, num_visual_tokens: Sequence[int]) -> list[int]:
+        """Of each prompt, given those of each image, then of each video."""
+        return [
+            sum(p.stop - p.start if p.visual is None else num_visual_tokens[p.visual] for p in pieces)
+            for pieces in self.rows
+        ]
 
+
+@torch.compiler.disable
 def plan_splice(
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -88,6 +99,7 @@ def plan_splice(
     padding_side: PaddingSide | None = None,
     video_token_id: int | None = None,
     video_lengths: Sequence[int] = (),
+    vocab_size: int | None = None,
 ) -> SplicePlan:
     """Matches placeholders to images and videos, prompt by prompt.
 
@@ -102,9 +114,11 @@ def plan_splice(
         padding_side: side of the result's padding; None: the input's own, left where the input has none.
         video_token_id: id of a video's placeholder; None for a model without videos.
         video_lengths: as ``expanded_lengths``, for each video.
+        vocab_size: rows of the text embedding; None: ids are not held against it.
 
     Raises:
-        PromptError: shapes that do not fit, or another number of placeholders than images or videos; names both.
+        PromptError: shapes that do not fit, or another number of placeholders than images or videos; names both. Words
+            that the text embedding does not have.
     """
     if not isinstance(input_ids, Tensor):
         raise PromptError(
@@ -129,6 +143,11 @@ def plan_splice(
     rows = [_plan_row(row_ids, row_mask, kinds) for row_ids, row_mask in zip(ids, masks, strict=True)]
     for kind in kinds:
         _check_all_used(kind)
+    if vocab_size is not None:
+        words = ((number, ids[number][p.start : p.stop]) for number, row in enumerate(rows) for p in row)
+        texts = ((number, own) for number, own in words if own[0] not in {kind.token_id for kind in kinds})
+        for number, own in texts:
+            check_vocabulary(own, vocab_size, f"Prompt {number}")
     return SplicePlan(rows, padding_side or _padding_side(masks))
 
 
@@ -229,7 +248,11 @@ def splice(
     placeholders = input_ids == image_token_id
     if video_token_id is not None:
         placeholders |= input_ids == video_token_id
-    text = embed_tokens(input_ids.masked_fill(placeholders, 0))
+    is_text = torch.zeros(input_ids.shape, dtype=torch.bool)  # what is excluded may be no word at all
+    for row, pieces in enumerate(plan.rows):
+        for piece in pieces:
+            is_text[row, piece.start : piece.stop] = piece.visual is None
+    text = embed_tokens(input_ids.masked_fill(placeholders | ~is_text.to(input_ids.device), 0))
     visual = [tokens.to(text.device, text.dtype) for tokens in (*images, *videos)]
     rows = [
         torch.cat(
@@ -274,6 +297,7 @@ def splice(
         position_ids=positions,
         labels=new_labels,
         num_visual_tokens=[tokens.shape[0] for tokens in visual],
+        text_ids=input_ids.cpu()[is_text],
         visual_index=torch.stack(
             [
                 pad(torch.tensor(row or [-1]).repeat_interleave(torch.tensor(size or [0])), -2)

@@ -23,6 +23,16 @@ from vzip.pruners.context import PrunedRun, pruning, refuse_generation, refuse_t
 
 from .chat.session import ChatSession
 from .families import INPUT_NAMES, FamilyOptions, adapter_for_model
+from .families.finite import check_embeddings, check_logits, refusing_not_finite
+from .generation import (
+    AnswerStreamer,
+    check_length,
+    check_settings,
+    num_new_tokens,
+    only_new,
+    prompt_ids,
+    refuse_unserved,
+)
 from .inputs import InputBuilder
 from .splice import PaddingSide, PreparedInputs, check_ends_in_text, plan_splice, positions_before, splice_tokens
 
@@ -143,7 +153,9 @@ class CompressedVlm(InputBuilder, nn.Module):
         """
         outputs = {"pixel_values": pixel_values, "image_sizes": image_sizes, **processor_outputs}
         visual = self.adapter.read_inputs(**outputs)
-        return [tokens.rows for tokens in self.adapter.encode(visual, self._compressor)]
+        tokens = [each.rows for each in self.adapter.encode(visual, self._compressor)]
+        check_embeddings(self.model, tokens, outputs)
+        return tokens
 
     def encode_videos(self, pixel_values_videos: Tensor) -> list[Tensor]:
         """Videos -> visual tokens, frame by frame, as they enter the language model.
@@ -159,7 +171,9 @@ class CompressedVlm(InputBuilder, nn.Module):
             PromptError: another shape.
         """
         visual = self.adapter.read_inputs(pixel_values_videos=pixel_values_videos)
-        return [tokens.rows for tokens in self.adapter.encode(visual, self._compressor)]
+        tokens = [each.rows for each in self.adapter.encode(visual, self._compressor)]
+        check_embeddings(self.model, tokens, {"pixel_values_videos": pixel_values_videos})
+        return tokens
 
     def expected_num_visual_tokens(self, **inputs: Any) -> list[int]:
         """Visual tokens that the compressor will make of each image, then of each video; nothing is encoded.
@@ -196,18 +210,32 @@ class CompressedVlm(InputBuilder, nn.Module):
 
         Raises:
             PromptError: placeholders and images or videos do not match; a tensor of a wrong shape, one that is missing
-                or that the family does not have.
+                or that the family does not have; ids outside the vocabulary; a prompt longer than the model reads.
             UnsupportedModelError: videos for a model without a video tower.
+            NotFiniteError: pixels, weights or what is made of them hold NaN or infinity.
         """
         adapter = self.adapter
         visual = adapter.read_inputs(**processor_outputs)
         lengths, video_lengths = visual.num_placeholders
         token_id, video_token_id = adapter.image_token_id, adapter.video_token_id
         # Planned before anything is encoded.
-        plan = plan_splice(input_ids, attention_mask, token_id, lengths, padding_side, video_token_id, video_lengths)
+        plan = plan_splice(
+            input_ids,
+            attention_mask,
+            token_id,
+            lengths,
+            padding_side,
+            video_token_id,
+            video_lengths,
+            getattr(adapter.embed_tokens, "num_embeddings", None),
+        )
+        check_length(
+            plan.num_tokens([self._compressor.num_visual_tokens(shape) for shape in visual.shapes]), self.model.config
+        )
         before = positions_before(adapter, plan, input_ids, visual.shapes)
         tokens = adapter.encode(visual, self._compressor)
         prepared = splice_tokens(adapter, plan, input_ids.to(self.device), visual, tokens, before, labels)
+        check_embeddings(self.model, [prepared.inputs_embeds], processor_outputs)
         self.last_num_visual_tokens = prepared.num_visual_tokens
         return prepared
 
@@ -226,13 +254,14 @@ class CompressedVlm(InputBuilder, nn.Module):
                 (``use_cache``, ``logits_to_keep``, ...).
 
         Raises:
-            PromptError: as ``prepare``; an argument that belongs to the uncompressed sequence; labels or a model in
-                training mode while there is a pruner.
+            PromptError: as ``prepare``; an argument that belongs to the uncompressed sequence, or to a step that is
+                done here (``vision_feature_layer``); labels or a model in training mode while there is a pruner.
         """
         _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values"), "forward")
         if self._pruner is not None:
             refuse_training(self.model.training, labels)
         outputs, settings = _split(kwargs)
+        settings = check_settings(settings, self.model.config, "forward")
         prepared = self.prepare(input_ids, attention_mask, labels, **outputs)
         with self._pruning(prepared) as run:
             output = self.model(
@@ -244,13 +273,19 @@ class CompressedVlm(InputBuilder, nn.Module):
             )
             if run is not None:
                 run.check_forwards(1)
+        if not self.model.training and run is None and output.logits.shape[:2] == prepared.attention_mask.shape:
+            rows = torch.arange(len(output.logits), device=output.logits.device)
+            last = prepared.attention_mask.cumsum(dim=1).argmax(dim=1).to(rows.device)
+            check_logits(self.model, output.logits[rows, last])
         return output
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Generates; returns the new tokens only, ``[B, num_new_tokens]`` (or Hugging Face's output object).
 
-        Prompts are padded on the left inside, whatever the input's side, since the last position is continued.
+        Prompts are padded on the left inside, whatever the input's side, since the last position is continued. Options
+        that look at the prompt's ids see what they see without compression, with as many placeholders as there are
+        visual tokens.
 
         Args:
             input_ids, attention_mask: as in ``prepare``.
@@ -258,9 +293,10 @@ class CompressedVlm(InputBuilder, nn.Module):
                 (``max_new_tokens``, ``do_sample``, ``num_beams``, ...).
 
         Raises:
-            PromptError: as ``prepare``; or an argument that belongs to the uncompressed sequence.
-            ConfigError: ``use_cache=False``, which Hugging Face cannot do from embeddings; while there is a pruner,
-                beams, an assistant, chunked prefill or another cache than a dynamic or static one.
+            PromptError: as ``forward``; a prompt that with its answer is longer than the model reads.
+            ConfigError: ``use_cache=False``, which Hugging Face cannot do from embeddings; an assistant, guidance and
+                other options that need the prompt's ids and cannot have its images; while there is a pruner, beams
+                or another cache than a dynamic or static one.
         """
         _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values", "labels"), "generate")
         if kwargs.get("use_cache") is False:
@@ -270,21 +306,44 @@ class CompressedVlm(InputBuilder, nn.Module):
                 " out, or set it to True."
             )
         outputs, settings = _split(kwargs)
+        of_model = self.model.generation_config
+        settings = check_settings(settings, self.model.config, "generate")
         if self._pruner is not None:
-            refuse_generation(settings, self.model.generation_config)
+            refuse_generation(settings, of_model)
+        refuse_unserved(settings, of_model)
+        if settings.get("streamer") is not None:
+            settings["streamer"] = AnswerStreamer(settings["streamer"])
         prepared = self.prepare(input_ids, attention_mask, padding_side="left", **outputs)
         positions = {}
         if self.adapter.keeps_places:
             positions["position_ids"] = prepared.position_ids
             check_ends_in_text(prepared.visual_index)
+        length = prepared.inputs_embeds.shape[1]
+        lengths = prepared.attention_mask.sum(dim=1).tolist()
+        check_length(lengths, self.model.config, num_new_tokens(settings, of_model, length))
         with self._pruning(prepared) as run:
             # Embeddings first: Hugging Face reads the batch's size off the first of these.
             output = self.model.generate(
-                inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.attention_mask, **positions, **settings
+                self._ids(prepared, outputs),
+                inputs_embeds=prepared.inputs_embeds,
+                attention_mask=prepared.attention_mask,
+                **positions,
+                **refusing_not_finite(self.model, settings),
             )
+            output = only_new(output, length)
             if run is not None:  # each new token is one forward's
                 run.check_forwards(getattr(output, "sequences", output).shape[1])
         return output
+
+    def _ids(self, prepared: PreparedInputs, outputs: dict[str, Any]) -> Tensor:
+        """The prompts as ids, for what looks at them while an answer is generated."""
+        adapter = self.adapter
+        num_images = len(adapter.read_inputs(**outputs).images)
+        num_videos = len(prepared.num_visual_tokens) - num_images
+        written = [adapter.image_token_id] * num_images + [adapter.video_token_id or 0] * num_videos
+        vocab_size = self.model.config.get_text_config().vocab_size
+        ids = prompt_ids(prepared.visual_index, prepared.text_ids, torch.tensor(written, dtype=torch.int64), vocab_size)
+        return ids.to(prepared.inputs_embeds.device)
 
     def chat(self, system_prompt: str | None = None) -> ChatSession:
         """Begins a dialogue that encodes each image and video once and computes only what is new in each turn.

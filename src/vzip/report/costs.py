@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vzip.errors import ManifestError
+from vzip.json_files import read_json, read_json_lines
 from vzip.results.record import Run
 
 from .paper_tables import Column, Row
+
+logger = logging.getLogger(__name__)
 
 MIB_PER_GIB = 1024
 MS_PER_HOUR = 3_600_000
@@ -92,21 +95,20 @@ def took_something_over(record: Mapping[str, Any]) -> bool:
 
 
 def find_benches(folder: Path) -> list[Bench]:
-    """Every measurement of ``python -m vzip bench`` below a runs folder, the oldest first.
-
-    Raises:
-        ManifestError: a ``bench.json`` that cannot be read.
-    """
+    """Every measurement of ``python -m vzip bench`` below a runs folder, the oldest first; what is none is named."""
     found = []
     for path in folder.glob("bench/**/bench.json"):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             found.append((str(content["environment"]["time"]), str(path), Bench(path, content)))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ManifestError(
-                f"{path} is no measurement of `python -m vzip bench` ({type(error).__name__}: {error}). Remove it, or"
-                " measure again with overwrite=true."
-            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning(
+                "%s: left out, it is no measurement of `python -m vzip bench` (%s: %s). Remove it, or measure again"
+                " with overwrite=true.",
+                path,
+                type(error).__name__,
+                error,
+            )
     return [bench for *_, bench in sorted(found, key=lambda entry: entry[:2])]
 
 
@@ -150,11 +152,11 @@ def cost_of_training(directory: Path, column: Column) -> Cost | None:
     if not header_path.is_file() or not log.is_file():
         return None
     try:
-        header = json.loads(header_path.read_text(encoding="utf-8"))
-        steps = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        header = dict(read_json(header_path))
+        steps = list(read_json_lines(log))
         hours = sum(step[f"{part}_ms"] for step in steps for part in STEP_PARTS) / MS_PER_HOUR
         memory_gib = max(step["peak_memory_gib"] for step in steps)
-    except (json.JSONDecodeError, KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ManifestError(f"{log} is no log of a training ({type(error).__name__}: {error}).") from error
     gpus, num_processes = (header.get("hardware") or {}).get("gpus") or [], header.get("num_processes", 1)
     if column.training == "memory_gib" and not gpus:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vzip.results.record import metrics_of, score_of, visual_tokens_of
+from vzip.results.record import metrics_of, score_of, title_of, visual_tokens_of
 
 
 def print_record(record: Mapping[str, Any], console: Console | None = None) -> None:
@@ -22,14 +22,9 @@ def print_record(record: Mapping[str, Any], console: Console | None = None) -> N
         return
     console = console or Console()
     pruner = record.get("pruner")
-    tokens, compressor, model = record["visual_tokens"], record["compressor"], record["model"]
-    table = Table(
-        title=f"{model['name_or_path'] or model['class']}: {compressor['settings']}"
-        + (f", {pruner['settings']}" if pruner else ""),
-        caption=_caption(record),
-        title_justify="left",
-        caption_justify="left",
-    )
+    tokens = record["visual_tokens"]
+    console.print(title_of(record), markup=False, highlight=False, soft_wrap=True)  # a table's own title is broken
+    table = Table(caption=_caption(record), caption_justify="left")
     for name, side in (("task", "left"), ("metric", "left"), ("score", "right"), ("± s.e.", "right")):
         table.add_column(name, justify="left" if side == "left" else "right")
     table.add_column("questions", justify="right")
@@ -38,10 +33,11 @@ def print_record(record: Mapping[str, Any], console: Console | None = None) -> N
         for metric in metrics_of(record, task):
             score = score_of(record, task, metric)
             assert score is not None
-            mark = " *" if metric == entry["primary_metric"] and len(entry["metrics"]) > 1 else ""
+            mark = " (primary)" if metric == entry["primary_metric"] and len(entry["metrics"]) > 1 else ""
             error = "" if score.standard_error is None else f"{score.standard_error:.4g}"
             questions = f"{score.num_samples}" if first else ""
-            table.add_row(task if first else "", metric + mark, f"{score.value:.4g}", error, questions)
+            value = f"{score.value:.4g}" + ("*" if record["provisional"] else "")
+            table.add_row(task if first else "", metric + mark, value, error, questions)
             first = False
     console.print(table)
     measured = f"{tokens['measured_min']}"
@@ -56,7 +52,7 @@ def print_record(record: Mapping[str, Any], console: Console | None = None) -> N
     if unjudged:
         console.print(f"not the paper's metric, which a judge model adds (python -m vzip judge): {', '.join(unjudged)}")
     for reason in record["provisional_reasons"]:
-        console.print(f"provisional: {reason}")
+        console.print(f"* provisional: {reason}")
 
 
 def _caption(record: Mapping[str, Any]) -> str:
@@ -64,6 +60,4 @@ def _caption(record: Mapping[str, Any]) -> str:
     parts = [f"{record['wall_time_s']:.0f} s", f"peak memory {memory['process']:.1f} GiB"]
     if memory["cuda"] is not None:
         parts.append(f"GPU {memory['cuda']:.1f} GiB")
-    if any(len(entry["metrics"]) > 1 for entry in record["tasks"].values()):
-        parts.append("* primary metric")
     return ", ".join(parts)

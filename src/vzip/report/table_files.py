@@ -5,7 +5,6 @@ A number stands in one file only: a row with ``values_of`` takes its numbers fro
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import cache
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vzip.errors import ConfigError, ManifestError, nearest
+from vzip.json_files import read_json
 
 from .paper_tables import COST_UNITS, SCORE_UNITS, Column, Mismatch, PaperTable, Row
 
@@ -68,8 +68,8 @@ def _columns() -> dict[str, Column]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        return read_json(path)
+    except ValueError as error:
         raise ManifestError(f"{path} is not JSON: {error}.") from error
 
 

@@ -3,44 +3,52 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from vzip.errors import RunWriteError
+from vzip.errors import RunWriteError, VzipError
+from vzip.json_files import to_json
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def _plain(value: object) -> object:
-    """NumPy numbers as Python's; anything else that JSON does not know as text."""
-    return value.item() if isinstance(value, np.generic) else str(value)
-
-
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes through a neighbour and renames it; RunWriteError if that cannot be."""
-    replace_file(path, json.dumps(value, indent=2, default=_plain, ensure_ascii=False) + "\n")
+    replace_file(path, to_json(value, indent=2) + b"\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """The same, one line a row."""
-    replace_file(path, "".join(json.dumps(row, default=_plain, ensure_ascii=False) + "\n" for row in rows))
+    replace_file(path, b"".join(to_json(row) + b"\n" for row in rows))
 
 
-def replace_file(path: Path, text: str) -> None:
-    """The same, of any text."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replace_file(path: Path, content: str | bytes) -> None:
+    """The same, of any content; text is written as UTF-8."""
+    with written_aside(path) as aside:
+        aside.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A neighbour to write to, of the same ending, which takes the file's place if the block ends well.
+
+    Raises:
+        RunWriteError: it cannot be written; what was there before is untouched.
+    """
+    aside = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.tmp{path.suffix}")
     with naming_the_file(path):
         try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
+            yield aside
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -61,6 +69,8 @@ def naming_the_file(path: Path) -> Iterator[None]:
     """Turns what the system says of a full disk, a lost mount or missing rights into a RunWriteError."""
     try:
         yield
+    except VzipError:
+        raise  # some are OSErrors too
     except OSError as error:
         raise _write_error(path, error) from error
 

@@ -55,12 +55,13 @@ def print_layout(layout: Layout, console: Console) -> None:
 
 
 def to_markdown(layout: Layout) -> str:
-    """GitHub Markdown."""
+    """GitHub Markdown; an empty title is left out."""
     sides = ["---" if number in layout.left else "---:" for number in range(len(layout.head))]
     lines = [list(layout.head), sides]
     lines += [[f"**{p.text}**" if p.bold else p.text for p in line] for block in layout.blocks for line in block]
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"**{layout.title}**\n\n{body}\n\n" + "".join(f"- {remark}\n" for remark in layout.remarks)
+    title = f"**{layout.title}**" if layout.title else ""
+    return "\n\n".join(filter(None, (title, body, "\n".join(f"- {remark}" for remark in layout.remarks)))) + "\n"
 
 
 def to_latex(layout: Layout) -> str:

@@ -15,8 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vzip.installed import COPY
 
 # What can change a number: the model's, the data's and the scores' packages; optional ones too.
@@ -84,6 +82,8 @@ def versions() -> dict[str, str | None]:
 
 def hardware() -> dict[str, Any]:
     """CPU, memory and GPUs of this machine."""
+    import torch  # only here: commands that only read records need not wait for it
+
     return {
         "machine": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
@@ -111,12 +111,16 @@ def _cpu_name() -> str:
 
 def reset_peak_memory() -> None:
     """Starts CUDA's peak counters anew; a process's peak resident size cannot be reset."""
+    import torch  # only here: commands that only read records need not wait for it
+
     for index in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(index)
 
 
 def peak_memory_gib() -> dict[str, float | None]:
     """``process``: largest resident size since the process began. ``cuda``: largest allocated, summed over the GPUs."""
+    import torch  # only here: commands that only read records need not wait for it
+
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
     cuda = [torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())]
     return {

@@ -15,14 +15,14 @@ was there, ``judge`` (by task: whom it asked what, and of how many answers a ver
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from vzip.errors import ManifestError
+from vzip.json_files import read_json, read_json_lines
 
 RECORD_NAME = "run.json"
 SAMPLES_NAME = "samples.jsonl"
@@ -33,7 +33,12 @@ JUDGE_ACCURACY, JUDGE_SCORE = "judge_accuracy", "judge_score"
 _OF_JUDGE = ("model", "base_url", "temperature", "max_tokens", "prompt_sha256")
 # What makes two runs runs of one model.
 _OF_MODEL = ("name_or_path", "revision", "weights_sha256", "class", "dtype", "preprocess")
+_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
 _REQUIRED = ("schema_version", "model", "compressor", "visual_tokens", "tasks", "provisional")
+
+
+# Weights on top of the model, as a title names them.
+_ON_TOP = {"projector": "tuned projector", "adapter_path": "LoRA adapter"}
 
 
 @dataclass(frozen=True)
@@ -79,19 +84,42 @@ def read_record(run: str | Path) -> dict[str, Any]:
         what = "holds no run.json" if Path(run).is_dir() else "does not exist"
         raise ManifestError(f"{str(run)!r} {what}: a run directory of a finished evaluation is needed.")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        record = read_json(path)
+    except ValueError as error:
         raise ManifestError(f"{path} is not JSON ({error}). Run the evaluation again with overwrite=true.") from error
     missing = [key for key in _REQUIRED if key not in record] if isinstance(record, dict) else list(_REQUIRED)
-    if not missing and "name" not in record["compressor"]:
-        missing = ["compressor.name"]
-    if missing:
-        raise ManifestError(f"{path} is not an evaluation record: it lacks {', '.join(missing)}.")
+    wrong = [f"it lacks {', '.join(missing)}"] if missing else list(_wrong_shapes(record))
+    if wrong:
+        raise ManifestError(f"{path} is not an evaluation record: {'; '.join(wrong[:5])}.")
     if record["schema_version"] != SCHEMA_VERSION:
         raise ManifestError(
             f"{path} has schema_version {record['schema_version']}; this version of vzip reads {SCHEMA_VERSION}."
         )
     return record
+
+
+def _wrong_shapes(record: Mapping[str, Any]) -> Iterator[str]:
+    """What of a record that has all its fields is of another kind than every reader of it relies on."""
+    yield from _of_kind("", record, {"model": dict, "compressor": dict, "visual_tokens": dict, "tasks": dict})
+    optional = {"data": dict, "judge": dict, "pruner": dict, "config": dict, "provisional_reasons": list}
+    yield from _of_kind("", record, {key: kind for key, kind in optional.items() if record.get(key) is not None})
+    if isinstance(record["compressor"], dict):
+        yield from _of_kind("compressor.", record["compressor"], {"name": str})
+    for task, entry in record["tasks"].items() if isinstance(record["tasks"], dict) else ():
+        if not isinstance(entry, dict):
+            yield f"tasks.{task} is {entry!r:.60}, not an object"
+            continue
+        yield from _of_kind(f"tasks.{task}.", entry, {"metrics": dict, "num_samples": int})
+        for metric, score in entry["metrics"].items() if isinstance(entry.get("metrics"), dict) else ():
+            numbers = [score.get("value"), score.get("standard_error") or 0.0] if isinstance(score, dict) else [None]
+            if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+                yield f"tasks.{task}.metrics.{metric} is {score!r:.60}, which has no value or standard_error"
+
+
+def _of_kind(where: str, values: Mapping[str, Any], kinds: Mapping[str, type]) -> Iterator[str]:
+    for key, kind in kinds.items():
+        if not isinstance(values.get(key), kind):
+            yield f"{where}{key} is {values.get(key)!r:.60}, not {_KINDS[kind]}"
 
 
 def find_runs(folder: Path, pattern: str = f"**/{RECORD_NAME}", unreadable: list[str] | None = None) -> list[Run]:
@@ -106,7 +134,7 @@ def find_runs(folder: Path, pattern: str = f"**/{RECORD_NAME}", unreadable: list
     for path in sorted(folder.glob(pattern)):
         try:
             found.append(Run(path, read_record(path)))
-        except ManifestError as error:
+        except (OSError, ValueError) as error:  # a ManifestError, and what the system says of a neighbour
             if unreadable is not None:
                 unreadable.append(str(error))
     return found
@@ -115,30 +143,51 @@ def find_runs(folder: Path, pattern: str = f"**/{RECORD_NAME}", unreadable: list
 def runs_beside(run: Run) -> list[Run]:
     """The evaluations of the runs tree that a record lies in, itself among them; none where it lies elsewhere.
 
-    The tree is ``runs/<task>/<recipe or model>/<compressor>-<budget>/seed<k>``; its root is told by its name, or else
-    by the seed's, four levels below it.
+    Wherever they lie in it: the tree is usually ``runs/<task>/<recipe or model>/<compressor>-<budget>/seed<k>``; its
+    root is told by its name, or else by the seed's, four levels below it.
     """
     above = run.path.resolve().parents
     root = next((folder for folder in above if folder.name == "runs"), None)
     if root is None and above[0].name.startswith("seed") and len(above) > 4:
         root = above[4]
-    return [] if root is None else find_runs(root, f"*/*/*/*/{RECORD_NAME}")
+    return [] if root is None else find_runs(root)
 
 
 def read_samples(run: str | Path) -> dict[str, list[dict[str, Any]]]:
     """The answers of a run by task, in order of question.
 
     Raises:
-        ManifestError: the run has no ``samples.jsonl``.
+        ManifestError: the run has no ``samples.jsonl``, or one that is damaged.
     """
     path = record_path(run).with_name(SAMPLES_NAME)
     if not path.is_file():
         raise ManifestError(f"{path} does not exist: the answers of this run were not kept.")
     by_task: dict[str, list[dict[str, Any]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        by_task.setdefault(row["task"], []).append(row)
+    try:
+        for row in read_json_lines(path):
+            if not isinstance(row, dict) or not isinstance(row.get("task"), str):
+                raise ValueError(f"an answer must be an object that names its task, this is {str(row)[:60]!r}")
+            by_task.setdefault(row["task"], []).append(row)
+    except ValueError as error:
+        raise ManifestError(
+            f"{path}: not the answers of a run ({error}). Run the evaluation again with overwrite=true."
+        ) from error
     return by_task
+
+
+def check_answers(path: Path, rows: Iterable[Mapping[str, Any]], kinds: Mapping[str, type]) -> None:
+    """Refuses answers that lack what a reader relies on.
+
+    Raises:
+        ManifestError: naming the first of them.
+    """
+    for row in rows:
+        wrong = [key for key, kind in kinds.items() if key not in row or not isinstance(row[key], kind)]
+        if wrong:
+            raise ManifestError(
+                f"{path.with_name(SAMPLES_NAME)}: an answer of {row['task']} (doc_id {row.get('doc_id')}) has no usable"
+                f" {', '.join(wrong)}. Run the evaluation again with overwrite=true."
+            )
 
 
 def answers_of(run: Run, task: str) -> list[dict[str, Any]] | None:
@@ -151,7 +200,9 @@ def answers_of(run: Run, task: str) -> list[dict[str, Any]] | None:
 @lru_cache(maxsize=2)  # a run and its vanilla run; the answers of a whole table would not fit into memory
 def _paired_fields(path: Path) -> dict[str, list[dict[str, Any]]]:
     kept = ("doc_id", "filter_index", "question", "target", "answer", "scores", "cluster")
-    return {task: [{key: row.get(key) for key in kept} for row in rows] for task, rows in read_samples(path).items()}
+    for rows in (answers := read_samples(path)).values():
+        check_answers(path, rows, {"doc_id": object, "scores": dict})
+    return {task: [{key: row.get(key) for key in kept} for row in rows] for task, rows in answers.items()}
 
 
 def score_of(record: Mapping[str, Any], task: str, metric: str) -> Score | None:
@@ -205,6 +256,24 @@ def method_of(record: Mapping[str, Any]) -> str:
     """The compressor's class and, if there is one, the pruner's."""
     pruner = record.get("pruner")
     return record["compressor"]["name"] + (f"+{pruner['name']}" if pruner else "")
+
+
+def title_of(record: Mapping[str, Any]) -> str:
+    """What was evaluated, as a person would say it: ``"tiny + tuned projector, VisionZip, 64 tokens"``."""
+    model, chosen = record["model"], (record.get("config") or {}).get("model") or {}
+    path = Path(str(model.get("name_or_path") or model["class"]))
+    # A directory of one's own, which has no revision, is called by its name, not by the option that reads it.
+    is_published = model.get("revision") is not None or path.parent.name == "vzip"
+    parts = [str(chosen.get("name") or path.name) if is_published else path.name]
+    parts += [words for key, words in _ON_TOP.items() if chosen.get(key)]
+    parts += [f"{chosen['quantization']} weights"] if chosen.get("quantization") else []
+    fewest, most = visual_tokens_of(record)
+    tokens = "no visual" if most is None else f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    pruner = record.get("pruner")
+    compressor = record["compressor"]["name"]
+    methods = [compressor] if compressor != "Identity" else []
+    method = " + ".join([*methods, *([pruner["name"]] if pruner else [])]) or "vanilla"
+    return f"{' + '.join(parts)}, {method}, {tokens} tokens" + (" (provisional)" if record["provisional"] else "")
 
 
 def is_vanilla_of(candidate: Mapping[str, Any], record: Mapping[str, Any]) -> bool:

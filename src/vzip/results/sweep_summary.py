@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from vzip.analysis.plots import Point, plot_retention
 from vzip.errors import ManifestError
 from vzip.results.averages import average_retention
+from vzip.results.files import replace_file, written_aside
 from vzip.results.layout import Layout, Piece, to_markdown
 from vzip.results.paired import Paired, compare_task
 from vzip.results.record import (
@@ -24,6 +26,7 @@ from vzip.results.record import (
     is_vanilla_of,
     method_of,
     primary_scores,
+    runs_beside,
     unit_factor,
     visual_tokens_of,
 )
@@ -105,16 +108,17 @@ def average_score(record: Mapping[str, Any]) -> float | None:
 
 
 def summarise(jobs: Sequence[Job]) -> list[Line]:
-    """The finished jobs in their order, each against the first vanilla run of its model among them."""
+    """The finished jobs in their order, each against a vanilla run of its model, of theirs or of their runs tree."""
     runs = [job.run for job in jobs if job.run is not None]
     return [_line(job, job.run, runs) for job in jobs if job.run is not None]
 
 
 def _line(job: Job, run: Run, runs: Sequence[Run]) -> Line:
     scores, average = primary_scores(run.record), average_score(run.record)
-    vanilla = next((other for other in runs if is_vanilla_of(other.record, run.record)), None)
+    near = itertools.chain(runs, reversed(runs_beside(run)))
+    vanilla = next((other for other in near if is_vanilla_of(other.record, run.record)), None)
     if vanilla is None:
-        return Line(job, scores, average, remark="no vanilla run of its model and questions in the sweep")
+        return Line(job, scores, average, remark="no vanilla run of its model and questions under the runs folder")
     try:
         found = [_paired(run, vanilla, task) for task in scores if task in vanilla.record["tasks"]]
     except ManifestError as error:
@@ -144,14 +148,24 @@ def lay_out_sweep(jobs: Sequence[Job], lines: Sequence[Line]) -> Layout:
         texts = [str(job.number), " ".join(job.words), *cells]
         rows.append(tuple(Piece(text) for text in [*texts, *[""] * (len(head) - len(texts))]))
     remarks = [
-        "score: each benchmark's primary metric in its own unit; average: shares in percent",
-        "retention: mean over the benchmarks of score / score of the sweep's vanilla run (budget=full), in percent",
+        f"score: each benchmark's primary metric in its own unit; average: {_unit_words(lines)}",
+        "retention: mean over the benchmarks of score / score of the vanilla run (budget=full), in percent",
     ]
     if any(line.run.record["provisional"] for line in lines):
         remarks.append("*: provisional; the record says why")
     reasons = dict.fromkeys(line.remark for line in lines if line.remark is not None)
     remarks += [f"no retention of jobs {_numbers(lines, reason)}: {reason}" for reason in reasons]
     return Layout(f"{len(jobs)} jobs", head, (tuple(rows),), tuple(remarks), left=frozenset({1}))
+
+
+def _unit_words(lines: Sequence[Line]) -> str:
+    """In what the averages are, as ``average_score`` takes them."""
+    units = {entry["unit"] for line in lines for entry in line.run.record["tasks"].values()}
+    if units <= {None}:
+        return "in the benchmarks' own unit, which the records do not name"
+    if "points" in units:
+        return "in points" if units <= {"points", None} else "in points, none where shares and points are mixed"
+    return "in percent"
 
 
 def _numbers(lines: Sequence[Line], remark: str) -> str:
@@ -164,8 +178,8 @@ def _cells(line: Line, tasks: Sequence[str]) -> list[str]:
     return [
         "" if fewest is None else f"{fewest}" if fewest == most else f"{fewest} to {most}",
         *(f"{line.scores[task].value:.4g}{mark}" if task in line.scores else "" for task in tasks),
-        "" if line.average is None else f"{line.average:.2f}",
-        "" if line.retention is None else f"{line.retention:.1f}",
+        "" if line.average is None else f"{line.average:.2f}{mark}",
+        "" if line.retention is None else f"{line.retention:.1f}{mark}",
         "" if line.low is None else f"{line.low:.1f} to {line.high:.1f}",
         f"{line.run.record['wall_time_s']:.0f}",
     ]
@@ -211,12 +225,13 @@ def write_summary(jobs: Sequence[Job], lines: Sequence[Line], folder: Path) -> l
     Returns:
         the names of the files written.
     """
-    (folder / FILES[0]).write_text(to_markdown(lay_out_sweep(jobs, lines)), encoding="utf-8")
-    (folder / FILES[1]).write_text(to_csv(jobs, lines), encoding="utf-8")
+    replace_file(folder / FILES[0], to_markdown(lay_out_sweep(jobs, lines)))
+    replace_file(folder / FILES[1], to_csv(jobs, lines))
     points = plot_points(lines)
     if not points:
         return list(FILES[:2])
-    plot_retention(points, folder / FILES[2], "Retention against visual tokens")
+    with written_aside(folder / FILES[2]) as aside:
+        plot_retention(points, aside, "Retention against visual tokens")
     return list(FILES)
 
 
@@ -229,5 +244,5 @@ def plot_points(lines: Sequence[Line]) -> list[Point]:
             continue
         low = line.retention if line.low is None else line.low
         high = line.retention if line.high is None else line.high
-        points.append(Point(line.job.method, most, line.retention, low, high))
+        points.append(Point(line.job.method, most, line.retention, low, high, line.run.record["provisional"]))
     return points

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vzip.installed import missing_package
+
+from .files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +89,12 @@ def _has_netrc_entry() -> bool:
 def _run_id(run_dir: Path) -> str:
     """The same as long as the directory holds the same run."""
     path = run_dir / "wandb" / "run_id"
-    if not path.is_file():
+    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    if not re.fullmatch("[0-9a-f]{16}", known):  # none yet, or a damaged one
         path.parent.mkdir(exist_ok=True)
-        path.write_text(secrets.token_hex(8), encoding="utf-8")
-    return path.read_text(encoding="utf-8")
+        known = secrets.token_hex(8)
+        replace_file(path, known)
+    return known
 
 
 def trouble() -> tuple[type[Exception], ...]:

@@ -10,6 +10,8 @@ from hydra import compose, initialize_config_dir
 
 from vzip.config.build import EvaluationPlan, evaluation_plan
 from vzip.config.options import config_dir
+from vzip.log import keeping
+from vzip.results.owner import owning
 
 logger = logging.getLogger("vzip.eval")
 
@@ -23,18 +25,21 @@ def run_plan(plan: EvaluationPlan) -> dict[str, Any]:
     # Imported only now: the configuration was judged before torch, transformers and lmms-eval cost their seconds.
     import torch
 
-    from vzip.evaluation.run import evaluate
+    from vzip.evaluation.answering.resume import kept_answers
+    from vzip.evaluation.run import check_run_dir, evaluate
     from vzip.models.model_cache import KEEPER
 
     if plan.num_threads is not None:
         torch.set_num_threads(plan.num_threads)
-    include_path = plan.include_path()
-    plan.check_tasks(include_path)
-    vlm = KEEPER.load(plan.model, plan.compressor, plan.tower_cache_gib, plan.pruner)
     directory = plan.evaluation["run_dir"]
-    method = plan.compressor if plan.pruner is None else f"{plan.compressor} and {plan.pruner}"
-    logger.info("evaluating %s with %s into %s", ", ".join(plan.evaluation["tasks"]), method, directory)
-    return evaluate(vlm, **{**plan.evaluation, "include_path": include_path})
+    with owning(directory), keeping(lambda: kept_answers(directory)):
+        check_run_dir(directory, overwrite=plan.evaluation["overwrite"])  # another process may just have ended
+        include_path = plan.include_path()
+        plan.check_tasks(include_path)
+        vlm = KEEPER.load(plan.model, plan.compressor, plan.tower_cache_gib, plan.pruner)
+        method = plan.compressor if plan.pruner is None else f"{plan.compressor} and {plan.pruner}"
+        logger.info("evaluating %s with %s into %s", ", ".join(plan.evaluation["tasks"]), method, directory)
+        return evaluate(vlm, **{**plan.evaluation, "include_path": include_path})
 
 
 def evaluate_words(words: Sequence[str]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ and one job's failure loses nothing of the others.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import tempfile
@@ -16,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
@@ -29,7 +27,10 @@ from vzip.config.full_budget import full_is_vanilla
 from vzip.config.options import config_dir
 from vzip.config.overrides import is_sweep
 from vzip.config.run_directory import run_directory, training_directory
-from vzip.errors import ConfigError, VzipError
+from vzip.errors import ConfigError, ManifestError, VzipError
+from vzip.json_files import read_json
+from vzip.results.files import write_json
+from vzip.results.owner import owning
 
 _JOBS = "jobs"
 _claims: dict[Path, str] = {}  # this process's GPU, by the folder of its sweep
@@ -43,8 +44,7 @@ def in_sweep() -> bool:
 @contextlib.contextmanager
 def alone_in(run_dir: Path) -> Iterator[None]:
     """Waits until no other job is in this run directory: two jobs of a sweep can be the same run, as full ones are."""
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(run_dir.parent / f".{run_dir.name}.lock"):
+    with owning(run_dir, wait=True):
         yield
 
 
@@ -151,7 +151,7 @@ def _write_entry(config: DictConfig, error: str | None = None, place: str | None
     }
     folder = Path(config.hydra.sweep.dir) / _JOBS
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{number:04d}.json").write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / f"{number:04d}.json", entry)
 
 
 def _directory(config: DictConfig) -> Path:
@@ -162,8 +162,11 @@ def _directory(config: DictConfig) -> Path:
     return run_directory(full_is_vanilla(own, config_dir()), config_dir())
 
 
-def finish() -> int:
+def finish(briefly: bool = False) -> int:
     """Prints and writes the summary of the sweep that this process started; does nothing if it started none.
+
+    Args:
+        briefly: only write it.
 
     Returns:
         how many jobs failed.
@@ -182,10 +185,13 @@ def finish() -> int:
     ]
     if not SweepCallback.is_dry:
         lines = summarise(jobs)
-        print_layout(lay_out_sweep(jobs, lines), Console())
         written = write_summary(jobs, lines, folder)
-        print(f"written to {folder}/: {', '.join(written)}")
+        if not briefly:
+            print_layout(lay_out_sweep(jobs, lines), Console())
+            print(f"written to {folder}/: {', '.join(written)}")
     failed = [job for job in jobs if job.error is not None]
+    if briefly:
+        return len(failed)
     if failed:
         print(f"\n{len(failed)} of {len(jobs)} jobs failed:", file=sys.stderr)
     for job in failed:
@@ -193,9 +199,29 @@ def finish() -> int:
     return len(failed)
 
 
+def interruption(error: KeyboardInterrupt) -> KeyboardInterrupt:
+    """What is kept of the sweep that this process started, whose summary is written; else the error as it is."""
+    folder = SweepCallback.folder
+    if folder is None:
+        return error
+    finish(briefly=True)
+    num_finished = sum(entry["error"] is None for entry in read_entries(folder))
+    last = f"; of the one under way {error.args[0]}" if error.args else ""
+    return KeyboardInterrupt(f"{num_finished} jobs of the sweep are finished and kept{last}")
+
+
 def read_entries(folder: Path) -> list[dict[str, Any]]:
     """What became of each job, in their order."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / _JOBS).glob("*.json"))]
+    entries = []
+    for path in sorted((folder / _JOBS).glob("[0-9]*.json")):
+        try:
+            entry = read_json(path)
+            if not isinstance(entry, dict) or not {"number", "words", "run_dir", "error"} <= entry.keys():
+                raise ValueError("lacks fields")
+        except ValueError as error:
+            raise ManifestError(f"{path}: not the file of a sweep's job ({error}). Remove it.") from error
+        entries.append(entry)
+    return entries
 
 
 def one_a_run(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ arXiv 2412.04467, scenes (the built-in model), or a .json file of one's own.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -214,7 +213,13 @@ def run_one(todo: Todo, launcher: str | None) -> bool:
 
 
 def _process(words: Sequence[str]) -> bool:
-    return subprocess.run([sys.executable, *words], check=False).returncode == 0
+    from vzip.train.launch import LaunchError, run_command  # only here: it takes its time
+
+    try:
+        run_command([sys.executable, *words])
+    except LaunchError:  # its own message is above
+        return False
+    return True
 
 
 def print_table(table: PaperTable, planned: Mapping[str, Planned], found: Found, form: str | None) -> None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vzip.errors import CheckpointError, RunExistsError
+from vzip.json_files import from_json, read_json
+from vzip.models.weights.digests import check_digests, write_digests
 from vzip.models.weights.tuned import (
     atomic_directory,
     load_tensors,
@@ -23,10 +26,23 @@ from vzip.models.weights.tuned import (
     remove_tree,
     write_tuned,
 )
-from vzip.results.files import make_folder
+from vzip.results.files import make_folder, replace_file, write_json
 
-from .settings import LaunchSettings
+from .settings import LaunchSettings, refuse_finished
 
+# What is raised for damaged content, by torch's reader, DeepSpeed and the optimizer.
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    LookupError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    UnpicklingError,
+)
+_MEND = "Remove this directory to go on from the checkpoint before it, or put the files back."
 _STEP = re.compile(r"step-(\d+)")
 _STATE_NAME, _DEEPSPEED_NAME = "state.pt", "deepspeed"
 
@@ -97,6 +113,7 @@ class CheckpointStore:
         self.run_dir, self.keep_last, self.identity = run_dir, keep_last, dict(identity)
         self.folder = run_dir / "checkpoints"
         self._begun = run_dir / "train.json"
+        self._verified: set[Path] = set()
 
     @property
     def final(self) -> Path:
@@ -114,14 +131,10 @@ class CheckpointStore:
         Raises:
             RunExistsError: the run is finished, or the directory belongs to a run with other settings.
         """
-        if self.final.exists():
-            raise RunExistsError(
-                f"{self.final} exists: this run is finished. Evaluate it with model.projector={self.final}, set"
-                " overwrite=true to train it again, or change the seed or paths.run_dir."
-            )
-        if not self._begun.is_file():
+        refuse_finished(self.run_dir)
+        begun = self._begun_with()
+        if begun is None:
             return
-        begun = json.loads(self._begun.read_text(encoding="utf-8"))
         other = [key for key in {**begun, **self.identity} if begun.get(key) != _plain(self.identity).get(key)]
         if other:
             shown = "; ".join(f"{key}: {begun.get(key)} there, {self.identity.get(key)} here" for key in other[:4])
@@ -129,6 +142,28 @@ class CheckpointStore:
                 f"{self.run_dir} holds an unfinished run with other settings ({shown}). Take those up again, set"
                 " overwrite=true to begin anew, or change paths.run_dir."
             )
+
+    def _begun_with(self) -> dict[str, Any] | None:
+        """The settings that the directory was begun with; None: there is no run in it yet.
+
+        Raises:
+            RunExistsError: its file is damaged, and there are checkpoints that it should tell of.
+        """
+        if not self._begun.is_file():
+            return None
+        try:
+            begun = read_json(self._begun)
+            if isinstance(begun, dict):
+                return begun
+            reason = f"holds a {type(begun).__name__}"
+        except ValueError as error:
+            reason = str(error)
+        if self.latest() is None:
+            return None  # written by an interrupted version; nothing hangs on it
+        raise RunExistsError(
+            f"{self._begun}: damaged ({reason}), so it does not say which run the checkpoints beside it are of. Put it"
+            " back, set overwrite=true to begin anew, or change paths.run_dir."
+        )
 
     def begin(self, overwrite: bool) -> None:
         """Claims the directory for this run, unless it is this run's already; ``check`` comes first.
@@ -141,9 +176,9 @@ class CheckpointStore:
                 remove_tree(self.run_dir / name)
             for path in (self._begun, self.run_dir / "metrics.jsonl"):
                 path.unlink(missing_ok=True)
-        if not self._begun.is_file():
+        if self._begun_with() is None:
             make_folder(self.run_dir)
-            self._begun.write_text(json.dumps(_plain(self.identity), indent=1) + "\n", encoding="utf-8")
+            write_json(self._begun, _plain(self.identity))
 
     def latest(self) -> tuple[Path, int] | None:
         """The newest complete checkpoint and its step."""
@@ -159,9 +194,10 @@ class CheckpointStore:
             header = read_header(found[0])[1]
         except CheckpointError:
             return None  # load says what is wrong with it
-        if "launcher" not in header:
+        try:
+            return Begun(LaunchSettings(**header["launcher"]), int(header["num_processes"]), found[0])
+        except (KeyError, TypeError, ValueError):
             return None
-        return Begun(LaunchSettings(**header["launcher"]), header["num_processes"], found[0])
 
     def save(
         self,
@@ -195,7 +231,8 @@ class CheckpointStore:
                     (self.folder / ".deepspeed.writing").rename(work / _DEEPSPEED_NAME)
                 else:
                     state["optimizer"] = optimizer.state_dict()
-                _save_state(state, work / _STATE_NAME)
+                save_state(state, work / _STATE_NAME)
+                write_digests(work)
             for old in sorted(self._all())[: -self.keep_last]:
                 remove_tree(old)
         accelerator.wait_for_everyone()
@@ -204,23 +241,46 @@ class CheckpointStore:
         """Puts weights and optimizer back; returns ``extra`` as it was saved.
 
         Raises:
-            CheckpointError: the checkpoint cannot be read.
+            CheckpointError: the checkpoint is damaged.
+            RunExistsError: it was written with DeepSpeed and is read without, or the other way round.
         """
+        shared = (directory / _DEEPSPEED_NAME).is_dir()
+        if shared != _uses_deepspeed(accelerator):
+            raise RunExistsError(
+                f"{directory} was written {'with' if shared else 'without'} DeepSpeed and cannot be read"
+                f" {'without' if shared else 'with'} it: go on with the launcher it was begun with"
+                f" (launcher.strategy={'zero2 or zero3' if shared else 'single or ddp'}), or set overwrite=true to"
+                " begin anew."
+            )
+        if accelerator.is_main_process:
+            self.verify(directory)
         try:
             state = torch.load(directory / _STATE_NAME, weights_only=True)
+            extra = state["extra"]
             if _uses_deepspeed(accelerator):
                 engine: Any = model
                 engine.load_checkpoint(str(directory / _DEEPSPEED_NAME), tag="state", load_module_strict=False)
             else:
-                load_tensors(accelerator.unwrap_model(model).vlm.model, read_tensors(directory), directory)
+                tensors = read_tensors(directory)
+                if absent := sorted(set(trained_tensors(accelerator, model)) - set(tensors)):
+                    raise KeyError(f"no tensor {absent[0]}, {len(absent)} in all")
+                load_tensors(accelerator.unwrap_model(model).vlm.model, tensors, directory)
                 optimizer.load_state_dict(state["optimizer"])
-        except (OSError, RuntimeError, KeyError, EOFError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                f"{directory}: cannot be read ({error}); remove it to go on from the checkpoint before it."
-            ) from error
-        return state["extra"]
+        except CheckpointError:
+            raise
+        except _UNREADABLE as error:
+            raise CheckpointError(f"{directory}: cannot be read ({type(error).__name__}: {error}). {_MEND}") from error
+        return extra
+
+    def verify(self, directory: Path) -> None:
+        """Holds a checkpoint's files against their digests, once.
+
+        Raises:
+            CheckpointError: naming the files that are missing or damaged.
+        """
+        if directory not in self._verified:
+            check_digests(directory, _MEND)
+            self._verified.add(directory)
 
     def _all(self) -> list[Path]:
         return [path for path in self.folder.glob("step-*") if path.is_dir()]
@@ -230,14 +290,14 @@ def trim_metrics(path: Path, step: int) -> None:
     """Drops the lines after ``step``, which a resumed run writes again, and a last line cut off by a crash."""
     kept = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= step:
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if from_json(line)["step"] <= step:
                     kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    replace_file(path, b"".join(line + b"\n" for line in kept))
 
 
-def _save_state(state: Mapping[str, Any], path: Path) -> None:
+def save_state(state: Mapping[str, Any], path: Path) -> None:
     """``torch.save``, whose writer tells of a full disk by a RuntimeError."""
     try:
         torch.save(state, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import shutil
@@ -53,6 +55,8 @@ def check_devices(launch: LaunchSettings) -> None:
             f" launcher.num_processes={available} or choose another launcher."
         )
     if launch.uses_deepspeed:
+        if not has_cuda():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find, and warn that it found nothing else
         try:
             import deepspeed  # noqa: F401
         except ImportError as error:
@@ -117,7 +121,8 @@ def build_accelerator(train: TrainSettings, launch: LaunchSettings, num_processe
         if not train.only_projector:
             # A tower that trains has layers after the select layer, which never get a gradient.
             settings["kwargs_handlers"] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    accelerator = Accelerator(**settings)
+    with contextlib.redirect_stdout(io.StringIO()):  # where DeepSpeed prints that it was built
+        accelerator = Accelerator(**settings)
     if launch.uses_deepspeed:
         # Otherwise transformers shares the weights out while it loads them, and the base model could not be checked.
         unset_hf_deepspeed_config()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from vzip.errors import ConfigError, VzipError
 from .settings import LaunchSettings
 
 _PORT = "29511"
+_HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class LaunchError(VzipError, RuntimeError):
@@ -36,7 +39,7 @@ def launch_command(
     environment = os.environ if environment is None else environment
     if "RANK" in environment or (launch.num_processes == 1 and launch.num_machines == 1):
         return None
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={launch.num_processes}"]
+    command = [sys.executable, "-m", "vzip.train.torchrun", f"--nproc_per_node={launch.num_processes}"]
     if launch.num_machines == 1:
         command += ["--standalone"]
     else:
@@ -53,15 +56,36 @@ def num_processes_in_all(launch: LaunchSettings, environment: Mapping[str, str] 
 
 
 def run_command(command: Sequence[str]) -> None:
-    """Prints the command and runs it to its end.
+    """Prints the command and runs it to its end; what ends this process (ctrl-C) is handed on to those started.
 
     Raises:
         LaunchError: it ended with another code than 0.
+        KeyboardInterrupt: with an empty text, once the processes have said what is kept.
     """
     print(f"starting: {shlex.join(command)}", file=sys.stderr, flush=True)
-    code = subprocess.run(list(command), check=False).returncode
+    # In a session of their own, so that a terminal's ctrl-C reaches them through this process, and once.
+    process = subprocess.Popen(list(command), start_new_session=True)
+    was_told: list[int] = []
+
+    def hand_on(number: int, frame: object) -> None:
+        if not was_told:
+            was_told.append(number)
+            process.send_signal(number)
+
+    earlier = {number: signal.signal(number, hand_on) for number in _HANDED_ON} if _in_main_thread() else {}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+    if signal.SIGINT in was_told:
+        raise KeyboardInterrupt("")
     if code:
         raise LaunchError(f"the processes ended with code {code}; the first of their messages above says why.")
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()  # elsewhere signals cannot be handled
 
 
 def _machines(launch: LaunchSettings, environment: Mapping[str, str]) -> list[str]:

@@ -19,14 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vzip.data.collate import Collator, TrainingSet
 from vzip.data.conversations import find_template
+from vzip.errors import ConfigError
+from vzip.log import keeping
+from vzip.models.generation import max_positions
 from vzip.models.vlm import CompressedVlm
 from vzip.models.weights.tuned import describe, save_tuned
+from vzip.progress import Progress
 from vzip.results.files import check_writable
+from vzip.results.owner import check_free, owning
 from vzip.results.provenance import code_state, hardware, versions
 
 from .checkpoint import CheckpointStore, trained_tensors, trim_metrics
@@ -93,13 +96,16 @@ def prepare(plan: TrainPlan) -> Course:
 
     Raises:
         ManifestError, ConfigError: data that is missing or broken, or too little of it.
-        RunExistsError: the run is finished, its directory another run's, or its checkpoint one of another launcher.
+        RunExistsError: the run is finished, its directory another run's or in use, or its checkpoint one of another
+            launcher.
+        CheckpointError: a file of the newest checkpoint is damaged.
         MissingPackageError: a tracker is not installed.
         RunWriteError: the run's directory cannot be written.
     """
     for name in plan.train.trackers:
         check_tracker(name)
     check_writable(plan.run_dir)
+    check_free(plan.run_dir)
     data = plan.load_data()
     training, validation = hold_out(len(data), plan.train.num_validation_samples, plan.seed)
     schedule = StepSchedule(data, training, plan.train, plan.seed)
@@ -109,21 +115,39 @@ def prepare(plan: TrainPlan) -> Course:
         store.check()
         if (begun := store.begun()) is not None:
             begun.check(plan.launch, num_processes_in_all(plan.launch))
+        if (found := store.latest()) is not None and os.environ.get("RANK", "0") == "0":
+            store.verify(found[0])
     return Course(data, validation, schedule, store)
 
 
 def train(plan: TrainPlan) -> Path:
     """Runs a training, or takes it up again; returns the directory of the tuned weights.
 
+    An interruption says which checkpoint is kept.
+
     Raises:
         ConfigError, ManifestError, RunExistsError, MissingPackageError: before the model is loaded.
+        ConfigError: conversations may be longer than the model reads; nothing is left to learn.
         CheckpointError: a checkpoint cannot be written or read.
         DivergedError: the loss or the gradient is no finite number; names the samples.
     """
+    check_devices(plan.launch)
+    with owning(plan.run_dir):
+        course = prepare(plan)
+        with keeping(lambda: _kept(course)):
+            return _train(plan, course)
+
+
+def _kept(course: Course) -> str:
+    found = course.store.latest()
+    if found is None:
+        return f"{course.store.run_dir} has no checkpoint yet (train.save_every says how often there is one)"
+    return f"step {found[1]:,} of {course.schedule.num_steps:,} is kept in {found[0]}"
+
+
+def _train(plan: TrainPlan, course: Course) -> Path:
     # Data.
     settings, launch = plan.train, plan.launch
-    check_devices(launch)
-    course = prepare(plan)
     data, validation, schedule, store = course.data, course.validation, course.schedule, course.store
 
     # Join the other processes.
@@ -141,6 +165,7 @@ def train(plan: TrainPlan) -> Path:
     # Load; freeze and report.
     torch.manual_seed(plan.seed)  # for a projector that is initialised anew
     vlm = plan.load_model(settings.precision)
+    check_max_length(settings.max_length, vlm.model.config)
     header = {
         **describe(vlm.adapter, vlm.compressor, plan.name_or_path, vlm.revision, list(settings.parts)),
         "lora": lora_arguments(vlm, settings),
@@ -180,8 +205,8 @@ def train(plan: TrainPlan) -> Path:
         tracker = Tracker(plan.run_dir, settings.trackers, {**store.identity, "launcher": asdict(launch)}, step)
 
     batches = load_batches(data, collator, stepper.lists(schedule, step), launch.num_workers)
-    with tracker or contextlib.nullcontext(), _progress(accelerator) as bar:
-        task = bar.add_task("training", total=schedule.num_steps, completed=step)
+    progress = Progress("training", "steps", schedule.num_steps, done=step, show=accelerator.is_main_process)
+    with tracker or contextlib.nullcontext(), progress:
         while step < schedule.num_steps:
             # Step.
             metrics = stepper.step(step, schedule.num_steps, batches)
@@ -192,7 +217,7 @@ def train(plan: TrainPlan) -> Path:
             # Log.
             if tracker is not None:
                 tracker.log({"step": step, **metrics})
-            bar.update(task, completed=step, description=f"loss {metrics['loss']:.3f}")
+            progress.advance(note=f"loss {metrics['loss']:.3f}")
             # Save.
             if metrics.get("validation_loss", math.inf) < best:
                 best = metrics["validation_loss"]
@@ -203,6 +228,16 @@ def train(plan: TrainPlan) -> Path:
     _say(accelerator, f"tuned weights in {store.final}")
     accelerator.end_training()
     return store.final
+
+
+def check_max_length(max_length: int, config: Any) -> None:
+    """Raises ConfigError where conversations may be longer than the language model reads; ``config`` is the model's."""
+    limit = max_positions(config)
+    if limit is not None and max_length > limit:
+        raise ConfigError(
+            f"train.max_length={max_length}: the language model reads {limit} tokens (max_position_embeddings), so"
+            f" longer conversations must be cut. Set train.max_length={limit} or less."
+        )
 
 
 def hold_out(num_samples: int, num_validation: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -221,8 +256,3 @@ def _save(accelerator: Accelerator, model: torch.nn.Module, directory: Path, hea
 def _say(accelerator: Accelerator, line: str) -> None:
     if accelerator.is_main_process:
         logger.info("%s", line)
-
-
-def _progress(accelerator: Accelerator) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process)

@@ -133,7 +133,8 @@ class AnswerLoss(nn.Module):
         shown_videos = [videos[number] for number in batch.video_of]
         one_each, one_each_video = [1] * len(shown), [1] * len(shown_videos)
         ids, mask = batch.input_ids, batch.attention_mask
-        plan = plan_splice(ids, mask, token_id, one_each, "right", video_token_id, one_each_video)
+        vocab_size = getattr(adapter.embed_tokens, "num_embeddings", None)
+        plan = plan_splice(ids, mask, token_id, one_each, "right", video_token_id, one_each_video, vocab_size)
         return splice(plan, ids, adapter.embed_tokens, shown, token_id, batch.labels, shown_videos, video_token_id)
 
     def _without_samples(self, num_samples: int) -> Tensor:

@@ -5,90 +5,67 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-from vzip.data.conversations import TEMPLATES
-from vzip.errors import ConfigError
+from vzip.errors import ConfigError, RunExistsError
+from vzip.keys import POSITIVE, SHARE, key
 
 Part = Literal["projector", "language_model", "vision_tower"]
+Template = Literal["vicuna_v1", "plain", "chat"]  # those of vzip.data.conversations, which loads torch
 Strategy = Literal["single", "ddp", "zero2", "zero3"]
 Precision = Literal["float32", "bfloat16"]
 LossNorm = Literal["tokens", "samples"]
-PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """``train.lora``: low-rank layers in the language model that train with the projector (Hu et al., 2021).
+    """``train.lora``: low-rank layers in the language model that train with the projector (Hu et al., 2021)."""
 
-    Attributes:
-        r: rank.
-        alpha: the layers' output is scaled by ``alpha / r``.
-        dropout: at the layers' input.
-        target_modules: last names of the linear layers that get one, as ``q_proj``.
-        learning_rate: peak of the layers'; None: as the rest.
-    """
-
-    r: int
-    alpha: float
-    dropout: float
-    target_modules: tuple[str, ...]
-    learning_rate: float | None
+    r: int = key("rank of the layers", at_least=1)
+    alpha: float = key("the layers' output is scaled by alpha / r", rule=POSITIVE)
+    dropout: float = key("share of the layers' input that is dropped", rule=SHARE)
+    target_modules: tuple[str, ...] = key(
+        "last names of the linear layers that get one",
+        what="a list of at least one name of the language model's linear layers, as [q_proj,v_proj]",
+    )
+    learning_rate: float | None = key("peak rate of these layers; null: train.learning_rate")
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The ``train`` group: what is learned. Nothing here depends on the machine.
+    """The ``train`` group: what is learned. Nothing here depends on the machine."""
 
-    Attributes:
-        parts: what trains; the paper: the projector alone.
-        reset_projector: start from a newly initialised projector (training from scratch, first stage).
-        template: how conversations are written, see ``vzip.data.conversations``.
-        max_length: tokens a conversation may have, visual tokens counted.
-        learning_rate: peak.
-        tower_learning_rate: peak of the vision tower's; None: as the rest.
-        weight_decay: AdamW's.
-        warmup_fraction: of all steps, linear from 0; afterwards a cosine to 0.
-        num_epochs: passes over the data; ignored if ``num_steps`` is given.
-        num_steps: optimizer steps; None: as ``num_epochs`` says.
-        samples_per_step: over all processes and accumulated batches.
-        max_grad_norm: gradients are scaled down to this norm; None: never.
-        loss_norm: what the loss of a step is. ``tokens``: the mean over all of its target tokens. ``samples``: the mean
-            over its samples of the mean over each one's own target tokens; a sample without any does not count.
-            LLaVA's own trainer (Hugging Face's) takes the mean over the tokens of each batch that a device handles at
-            once, and averages these, so its loss depends on how many samples a device takes. ``samples`` is exactly
-            that with one sample at a time, ``tokens`` with the whole step at once; LLaVA's 16 lie between them.
-        precision: of the frozen parts and of the arithmetic; the trained weights and the optimizer are float32.
-        tf32: whether CUDA multiplies float32 matrices in TF32, with 10 bits of mantissa. LLaVA's scripts say so. Of a
-            bfloat16 training that touches the scores by which tokens are chosen and the language model's rotary
-            angles alone, which are to be those of the evaluation.
-        save_every: steps between checkpoints.
-        keep_last: checkpoints kept.
-        num_validation_samples: kept out of training and asked at every checkpoint; 0: none, and no best checkpoint.
-        trackers: besides metrics.jsonl, any of wandb and tensorboard.
-        lora: LoRA layers in the language model, or None.
-    """
-
-    parts: tuple[Part, ...]
-    reset_projector: bool
-    template: str
-    max_length: int
-    learning_rate: float
-    tower_learning_rate: float | None
-    weight_decay: float
-    warmup_fraction: float
-    num_epochs: int
-    num_steps: int | None
-    samples_per_step: int
-    max_grad_norm: float | None
-    loss_norm: LossNorm
-    precision: Precision
-    tf32: bool
-    save_every: int
-    keep_last: int
-    num_validation_samples: int
-    trackers: tuple[str, ...]
-    lora: LoraSettings | None
+    parts: tuple[Part, ...] = key("what trains; the paper: the projector alone", at_least=1)
+    reset_projector: bool = key("start from a newly initialised projector (training from scratch, first stage)")
+    template: Template = key("how conversations are written; plain: image and caption; chat: the checkpoint's own")
+    max_length: int = key("tokens of a conversation, visual ones too; longer ones are cut, in no image", at_least=16)
+    learning_rate: float = key("peak rate, reached after the warm-up")
+    tower_learning_rate: float | None = key("peak rate of the vision tower; null: train.learning_rate")
+    weight_decay: float = key("of AdamW")
+    warmup_fraction: float = key("share of all steps in which the rate rises from 0; then a cosine to 0", rule=SHARE)
+    num_epochs: int = key("passes over the data, where train.num_steps is null", at_least=1)
+    num_steps: int | None = key("optimizer steps; null: as train.num_epochs says", at_least=1)
+    # The last samples of an epoch that fill no step are left out.
+    samples_per_step: int = key("samples of a step, over all processes and accumulated batches", at_least=1)
+    max_grad_norm: float | None = key("gradients are scaled down to this norm; null: never", rule=POSITIVE)
+    # LLaVA's own trainer (Hugging Face's) takes the mean over the tokens of each batch that a device handles at once,
+    # and averages these, so its loss depends on how many samples a device takes. `samples` is exactly that with one
+    # sample at a time (one without any target does not count), `tokens` with the whole step at once; LLaVA's 16 lie
+    # between them.
+    loss_norm: LossNorm = key("a step's loss: the mean over target tokens, or over samples of each one's mean")
+    precision: Precision = key("of frozen weights and arithmetic; what trains and the optimizer are float32")
+    # Of a bfloat16 training TF32 touches the scores by which tokens are chosen and the language model's rotary angles
+    # alone, which are to be those of the evaluation.
+    tf32: bool = key("whether CUDA multiplies float32 matrices with 10 bits of mantissa (LLaVA's scripts: true)")
+    save_every: int = key("steps between checkpoints", at_least=1)
+    keep_last: int = key("checkpoints kept", at_least=1)
+    num_validation_samples: int = key("samples kept out, asked at every checkpoint; 0: none, and no best one")
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = key("what is told of it besides metrics.jsonl")
+    lora: LoraSettings | None = key(
+        "LoRA layers in the language model, besides train.parts; null: none",
+        what="a mapping (train=projector_lora has one)",
+    )
 
     @property
     def only_projector(self) -> bool:
@@ -105,7 +82,7 @@ class TrainSettings:
         return cls(**{**given, "parts": tuple(given["parts"]), "trackers": tuple(given["trackers"]), "lora": lora})
 
     def __post_init__(self) -> None:
-        assert self.template in TEMPLATES and self.precision in PRECISIONS
+        assert self.template in get_args(Template) and self.precision in get_args(Precision)
         if "vision_tower" not in self.parts and self.tower_learning_rate is not None:
             raise ConfigError(
                 f"train.tower_learning_rate={self.tower_learning_rate}: train.parts={list(self.parts)} leaves the"
@@ -120,28 +97,16 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """The ``launcher`` group: on what a run is carried out. It changes speed and memory, not what is learned.
+    """The ``launcher`` group: on what a run is carried out. It changes speed and memory, not what is learned."""
 
-    Attributes:
-        num_threads: CPU threads a process; None: torch's choice.
-        device: ``cuda``, ``cpu``, or ``auto``: CUDA if there is one.
-        num_processes: on this machine, one a device.
-        num_machines: that work together; None: as SLURM says.
-        strategy: ``single`` and ``ddp`` keep everything on every device, ``zero2`` shares optimizer and gradients out,
-            ``zero3`` the weights too.
-        batch_size: samples a process handles at once; the rest of ``samples_per_step`` is accumulated.
-        gradient_checkpointing: compute activations twice instead of keeping them.
-        num_workers: processes that prepare data, for each process that trains.
-    """
-
-    num_threads: int | None
-    device: str
-    num_processes: int
-    num_machines: int | None
-    strategy: Strategy
-    batch_size: int
-    gradient_checkpointing: bool
-    num_workers: int
+    num_threads: int | None = key("CPU threads a process uses; null: torch's own choice", at_least=1)
+    device: Literal["auto", "cpu", "cuda"] = key("what the processes run on; auto: CUDA if there is one")
+    num_processes: int = key("processes on each machine, one a device (train.py and eval.py)", at_least=1)
+    num_machines: int | None = key("machines that work together; null: as SLURM says", at_least=1)
+    strategy: Strategy = key("what DeepSpeed shards; zero2: optimizer and gradients; zero3: the weights too")
+    batch_size: int = key("training samples a process handles at once; a step's rest is accumulated", at_least=1)
+    gradient_checkpointing: bool = key("compute activations twice: less memory, about a third slower")
+    num_workers: int = key("processes that prepare data, for each that trains (eval.py: eval.num_workers)")
 
     @property
     def uses_deepspeed(self) -> bool:
@@ -177,3 +142,17 @@ def learning_rate_factor(step: int, num_steps: int, warmup_fraction: float) -> f
         return step / num_warmup
     progress = (step - num_warmup) / max(1, num_steps - num_warmup)
     return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def refuse_finished(run_dir: Path) -> None:
+    """Refuses a directory whose training is done.
+
+    Raises:
+        RunExistsError: it holds tuned weights.
+    """
+    final = run_dir / "final"
+    if final.exists():
+        raise RunExistsError(
+            f"{final} exists: this run is finished. Evaluate it with model.projector={final}, set"
+            " overwrite=true to train it again, or change the seed or paths.run_dir."
+        )

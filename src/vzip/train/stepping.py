@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -15,13 +16,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from vzip.data.collate import Batch, Collator, TrainingSample, TrainingSet
 from vzip.data.order import draw_steps, split_step
-from vzip.errors import VzipError
+from vzip.errors import ConfigError, VzipError
 from vzip.models.vlm import CompressedVlm
 from vzip.results.provenance import peak_memory_gib
 
 from .objective import AnswerLoss
 from .settings import LaunchSettings, TrainSettings, learning_rate_factor
 from .trainable import parameter_groups
+
+logger = logging.getLogger(__name__)
 
 
 class DivergedError(VzipError, ArithmeticError):
@@ -151,8 +154,11 @@ class Stepper:
         Its time is told as ``data_ms`` (waiting for batches), ``forward_ms``, ``backward_ms`` (with DeepSpeed also its
         optimizer step) and ``update_ms`` (clipping, optimizer and what is left).
 
+        Samples that taught nothing (``num_skipped``) are named in a warning.
+
         Raises:
             DivergedError: naming the samples; the weights are those before the step.
+            ConfigError: ``train.max_length`` leaves nothing in the whole step to learn from.
         """
         timer = StepTimer(self.accelerator.device)
         mine = list(islice(batches, self.accumulation))
@@ -162,14 +168,17 @@ class Stepper:
         rate = learning_rate_factor(step, num_steps, self.settings.warmup_fraction)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["peak"]
+        skipped = [name for batch in mine for name in batch.skipped]
+        cut_off = [name for batch in mine for name in batch.cut_off]
         counts = self._summed(
             [
                 sum(batch.num_targets for batch in mine),
                 sum(sum(batch.num_visual_tokens) + sum(batch.num_video_tokens) for batch in mine),
-                sum(len(batch.skipped) for batch in mine),
+                len(skipped) + len(cut_off),
                 sum(self._count(batch) for batch in mine),
             ]
         )
+        self._tell_of_left_out(f"step {step + 1}", skipped, cut_off, counts[0])
         loss, norm = self._backward(mine, counts[3], timer)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -188,6 +197,34 @@ class Stepper:
             **{name: round(ms, 1) for name, ms in timer.ms.items()},
             "peak_memory_gib": memory["cuda"] or memory["process"],
         }
+
+    def _tell_of_left_out(self, where: str, skipped: list[str], cut_off: list[str], num_targets: float) -> None:
+        """Names this process's samples that teach nothing.
+
+        Args:
+            where: they are of.
+            skipped, cut_off: as of a ``Batch``.
+            num_targets: of all processes' batches.
+
+        Raises:
+            ConfigError: there are no targets, and ``train.max_length`` is the reason.
+        """
+        if skipped:
+            logger.warning("%s: left out, since an image or video cannot be read: %s", where, _listed(skipped))
+        # Summed, so that all processes end where one has to.
+        if not num_targets and self._summed([len(cut_off)])[0]:
+            raise ConfigError(
+                f"train.max_length={self.settings.max_length}: {where} has nothing left to learn, since images and"
+                f" questions alone are longer; its samples: {_listed(cut_off) or 'those of other processes'}. Raise"
+                " train.max_length or use a smaller budget."
+            )
+        if cut_off:
+            logger.warning(
+                "%s: train.max_length=%d leaves no target of an answer: %s",
+                where,
+                self.settings.max_length,
+                _listed(cut_off),
+            )
 
     def _count(self, batch: Batch) -> int:
         """What a batch adds to the number that the step's loss is divided by."""
@@ -256,14 +293,20 @@ class Stepper:
         mine = numbers[self.accelerator.process_index :: self.accelerator.num_processes].tolist()
         size = self.launch.batch_size
         lists = [mine[start : start + size] for start in range(0, len(mine), size)]
-        added = counted = 0.0
+        added = counted = num_targets = 0.0
+        skipped: list[str] = []
+        cut_off: list[str] = []
         objective = self.accelerator.unwrap_model(self.model)
         for batch in load_batches(data, collator, lists, self.launch.num_workers):
             with self.accelerator.autocast():
                 nats = objective(batch.to(self.accelerator.device))
             added += self._added(nats, batch).item()
             counted += self._count(batch)
-        totals = self._summed([added, counted])
+            num_targets += batch.num_targets
+            skipped += batch.skipped
+            cut_off += batch.cut_off
+        totals = self._summed([added, counted, num_targets])
+        self._tell_of_left_out("the validation set", skipped, cut_off, totals[2])
         return totals[0] / max(1.0, totals[1])
 
     def _summed(self, values: list[float]) -> list[float]:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from vzip.errors import DeviceMemoryError
+from vzip.models.generation import PromptTooLongError
 from vzip.results.token_count import check_token_counts
 
 from .batching import cut
 from .generation import cut_at
-from .questions import Chunk, LoadedQuestion, Noted, build_inputs
+from .questions import Chunk, Key, LoadedQuestion, Noted, build_inputs
 
 if TYPE_CHECKING:
     from vzip.models.vlm import CompressedVlm
@@ -55,16 +56,20 @@ class Answerer:
 
     Attributes:
         chunk_size: smaller than at the beginning once memory did not suffice.
+        problems: why questions could not be answered: prompts longer than the model reads.
     """
 
     def __init__(self, vlm: CompressedVlm, chunk_size: int, seed: int) -> None:
         self.vlm = vlm
         self.chunk_size = chunk_size
         self.seed = seed
+        self.problems: dict[Key, str] = {}
         self.tokenizer: Any = vlm.processor.tokenizer  # type: ignore[union-attr]
 
     def answer(self, chunks: Sequence[Chunk]) -> tuple[list[SampleLog], list[int]]:
         """The answers to all questions of the chunks, in order, and how many were generated at once each time.
+
+        Questions that are found to be too long are left out and stand in ``problems``.
 
         Raises:
             DeviceMemoryError: not even one question alone fits.
@@ -76,24 +81,53 @@ class Answerer:
         waiting = deque(chunks)
         while waiting:
             chunk = waiting.popleft()
+            size = self.chunk_size
             if len(chunk.loaded) <= self.chunk_size:
-                answered = self._generate_if_it_fits(chunk)
-                if answered is not None:
-                    logs += answered
-                    sizes.append(len(answered))
-                    continue
-                self._halve(chunk.loaded)
-            parts = cut(range(len(chunk.loaded)), self.chunk_size)
+                try:
+                    answered = self._generate_if_it_fits(chunk)
+                except PromptTooLongError as error:
+                    # One by one, so that no answer's length depends on what else is asked.
+                    if len(chunk.loaded) == 1:
+                        answered = self._generate_what_fits(chunk, error)
+                        logs += answered
+                        sizes += [1] * len(answered)
+                        continue
+                    size = 1
+                else:
+                    if answered is not None:
+                        logs += answered
+                        sizes.append(len(answered))
+                        continue
+                    self._halve(chunk.loaded)
+                    size = self.chunk_size
+            parts = cut(range(len(chunk.loaded)), size)
             waiting.extendleft(Chunk([chunk.loaded[i] for i in part], None) for part in reversed(parts))
             del chunk  # its tensors would stay on the device
         return logs, sizes
 
-    def _generate_if_it_fits(self, chunk: Chunk) -> list[SampleLog] | None:
-        """None where memory did not suffice; what was allocated is free again once this has returned."""
+    def _generate_what_fits(self, chunk: Chunk, error: PromptTooLongError) -> list[SampleLog]:
+        """Answers one question as far as the model reads; if that is not even its prompt, it is a problem."""
+        question = chunk.loaded[0].question
+        if error.room < 1:
+            self.problems[question.key] = str(error)
+            return []
+        logger.warning("%s: %s Its answer is cut there.", question.name, error)
+        answered = self._generate_if_it_fits(chunk, error.room)
+        if answered is None:
+            self._halve(chunk.loaded)
+        return answered or []
+
+    def _generate_if_it_fits(self, chunk: Chunk, most: int | None = None) -> list[SampleLog] | None:
+        """None where memory did not suffice; what was allocated is free again once this has returned.
+
+        Args:
+            chunk: questions.
+            most: tokens of an answer; None: as the questions' settings say.
+        """
         try:
             with Noted(", ".join(one.question.name for one in chunk.loaded)):
                 inputs = build_inputs(self.vlm, chunk.loaded) if chunk.inputs is None else chunk.inputs
-                return self._generate(chunk.loaded, inputs)
+                return self._generate(chunk.loaded, inputs, most)
         except torch.OutOfMemoryError:
             return None
 
@@ -115,9 +149,13 @@ class Answerer:
             self.chunk_size,
         )
 
-    def _generate(self, loaded: Sequence[LoadedQuestion], inputs: dict[str, Tensor]) -> list[SampleLog]:
+    def _generate(
+        self, loaded: Sequence[LoadedQuestion], inputs: dict[str, Tensor], most: int | None
+    ) -> list[SampleLog]:
         settings = loaded[0].question.settings
         kwargs = dict(settings.kwargs)
+        if most is not None:
+            kwargs["max_new_tokens"] = most
         if self.tokenizer.pad_token_id is not None:
             kwargs["pad_token_id"] = self.tokenizer.pad_token_id
         if kwargs["do_sample"]:

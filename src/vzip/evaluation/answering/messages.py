@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from vzip.errors import PromptError, UnsupportedModelError
+from vzip.json_files import whole_text
 from vzip.media.images import load_image
 from vzip.media.video import VideoSource
 
@@ -40,7 +41,7 @@ def read_messages(
                 parts.append({"type": "video"})
             elif part["type"] == "text":
                 _refuse_placeholders(part["text"], task, doc_id, placeholders)
-                parts.append({"type": "text", "text": part["text"]})
+                parts.append({"type": "text", "text": whole_text(part["text"])})
             else:
                 takes = "text, images and videos" if "video" in placeholders else "text and pictures"
                 raise UnsupportedModelError(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vzip.json_files import to_json
 from vzip.results import provenance
 from vzip.results.files import naming_the_file, replace_file
 
@@ -141,8 +142,8 @@ class AnswerStore:
             RunWriteError: it cannot be written.
         """
         answers = [{"key": question.key, "digest": question.digest, **vars(log)} for question, log in batch]
-        content = json.dumps({"answers": answers, "sizes": list(sizes)}, ensure_ascii=False)
-        left = memoryview(f'{{"crc32": {zlib.crc32(content.encode())}, "batch": {content}}}\n'.encode())
+        content = to_json({"answers": answers, "sizes": list(sizes)})
+        left = memoryview(b'{"crc32": %d, "batch": %b}\n' % (zlib.crc32(content), content))
         with naming_the_file(self.path):
             while left:  # a disk that is almost full takes a part first
                 left = left[self._file.write(left) :]
@@ -154,6 +155,15 @@ class AnswerStore:
     def delete(self) -> None:
         """Removes the files of all processes, once the run's record holds the answers."""
         delete_answers(self.run_dir)
+
+
+def kept_answers(run_dir: Path, num_questions: int | None = None) -> str:
+    """What an interrupted run has kept, in words."""
+    kept = Kept()
+    for path in run_dir.glob(_PARTIAL_FILES):
+        _read(path, path.open(encoding="utf-8", errors="replace").readline().rstrip("\n"), kept)
+    of = "" if num_questions is None else f" of {num_questions:,}"
+    return f"{len(kept.answers):,}{of} answers are kept in {run_dir}"
 
 
 def delete_answers(run_dir: Path) -> None:

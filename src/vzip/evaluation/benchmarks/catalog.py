@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vzip.errors import ConfigError, UnsupportedModelError, nearest
 
+from .task_names import OWN_TASKS as OWN_TASKS
 from .video_qa import VIDEO_SETS
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ _JUDGED_BY_LMMS_EVAL = {
     "activitynetqa": "activitynet_qa_zero_shot",
     "mmbench_en_dev": "mmbench_en_dev_static",
 }
-# Tasks of vzip's: mostly an installed task of lmms-eval with a line or two changed.
-OWN_TASKS = Path(__file__).with_name("tasks")
 
 
 def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> TaskManager:

@@ -91,8 +91,8 @@ def _llava_bench_values(row: Row) -> dict[str, str]:
 
 def _read_llava_bench(reply: str) -> Scores | None:
     """Two numbers from 1 to 10 in the first line: the reference's, then ours."""
-    lines = reply.strip().splitlines()
-    found = [float(number) for number in _NUMBER.findall(lines[0])] if lines else []
+    lines = reply.strip().split("\n")  # as the published script does; other line ends are part of a line
+    found = [float(number) for number in _NUMBER.findall(lines[0])]
     if len(found) != 2 or not all(1 <= number <= 10 for number in found):
         return None
     return {JUDGE_SCORE: {"reference": found[0], "judged": found[1]}}

@@ -12,7 +12,9 @@ from .video_protocols import VIDEO
 
 __all__ = ["PROTOCOLS", "Protocol", "protocol_of"]
 
-# The built-in benchmark; its chance levels are what `vzip.demo.scoring.chance` finds in its questions.
+# The built-in benchmark. Chance is the best blind strategy: it knows the questions and how often each answer is right,
+# never an image. existence: always yes; counting: a fair coin (a constant answer never gets both twins); the others:
+# the commonest answer to each kind of question.
 _SCENES = {
     "scenes_existence": Protocol("f1", "percent", None, chance=200 / 3),
     "scenes_attributes": Protocol("accuracy", "percent", None, chance=32.25),

@@ -25,6 +25,8 @@ from typing import Any
 
 from vzip.data.llava_index import cache_folder
 from vzip.errors import ConfigError, ManifestError
+from vzip.json_files import read_json
+from vzip.results.files import naming_the_file
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +178,7 @@ def _words(text: str) -> list[str]:
 def _read(path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
     """The entries' ``keys`` as texts (some answers are numbers)."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path)
     except FileNotFoundError as error:
         raise ManifestError(f"{path}: not there; data_manifests/video_qa.json says from where.") from error
     except ValueError as error:
@@ -227,8 +229,15 @@ def _write(texts: Mapping[str, str], cache: Path) -> Path:
     folder = cache / f"video-qa-{digest[:16]}"
     if folder.is_dir():
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=cache, prefix=".video-qa-"))
+    with naming_the_file(folder):
+        cache.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=cache, prefix=".video-qa-"))
+        _fill(work, folder, texts, template, functions)
+    return folder
+
+
+def _fill(work: Path, folder: Path, texts: Mapping[str, str], template: str, functions: str) -> None:
+    """Writes the tasks into ``work`` and gives that the folder's name."""
     try:
         (work / "utils.py").write_text(functions, encoding="utf-8")
         for task, text in texts.items():
@@ -241,4 +250,3 @@ def _write(texts: Mapping[str, str], cache: Path) -> Path:
             raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return folder

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from vzip.errors import ManifestError
+from vzip.json_files import from_json
 
 _TABLE = "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID"
+
+_DAMAGED = "not a sound cache of judge replies ({}). Remove it, or name another with --cache FILE."
 
 
 class ReplyCache:
@@ -34,9 +37,7 @@ class ReplyCache:
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute(_TABLE)
         except (sqlite3.DatabaseError, OSError) as error:
-            raise ManifestError(
-                f"{path}: not a sound cache of judge replies ({error}). Remove it, or name another with --cache FILE."
-            ) from error
+            raise ManifestError(f"{path}: {_DAMAGED.format(error)}") from error
 
     @staticmethod
     def key(request: Mapping[str, Any]) -> str:
@@ -44,10 +45,17 @@ class ReplyCache:
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """What was put under ``key``, or None."""
-        with self._lock:
-            row = self._database.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-        return None if row is None else json.loads(row[0])
+        """What was put under ``key``; None where nothing was, or what is there is damaged.
+
+        Raises:
+            ManifestError: the file is damaged.
+        """
+        try:
+            with self._lock:
+                row = self._database.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+        except sqlite3.DatabaseError as error:
+            raise ManifestError(f"{self.path}: {_DAMAGED.format(error)}") from error
+        return None if row is None else _entry(row[0])
 
     def put(self, key: str, reply: Mapping[str, Any]) -> None:
         """Keeps a reply, in place of an earlier one.
@@ -64,3 +72,13 @@ class ReplyCache:
     def close(self) -> None:
         """Ends the use of the file."""
         self._database.close()
+
+
+def _entry(content: object) -> dict[str, Any] | None:
+    """A reply as it was put; None for anything else."""
+    try:
+        entry = from_json(content) if isinstance(content, str | bytes) else None
+    except ValueError:
+        return None
+    sound = isinstance(entry, dict) and isinstance(entry.get("text"), str) and "served_model" in entry
+    return entry if sound else None

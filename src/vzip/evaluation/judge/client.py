@@ -15,6 +15,7 @@ from typing import Any
 import openai
 
 from vzip.errors import JudgeError
+from vzip.json_files import whole_text
 
 from .cache import ReplyCache
 from .settings import KEY_VARIABLE, JudgeSettings
@@ -22,6 +23,7 @@ from .settings import KEY_VARIABLE, JudgeSettings
 # Refused for what they ask about, while every request before was refused too: it is the settings that are wrong.
 _MAX_REFUSED_AT_FIRST = 5
 _NUM_CHARACTERS_SHOWN = 300
+_MAX_TOKENS_TOLD = 10**8  # of one request, beyond what any model takes
 
 Message = dict[str, str]
 Usable = Callable[[str], bool]
@@ -100,9 +102,9 @@ class Judge:
     def known(self, messages: Sequence[Message], usable: Usable) -> Reply | None:
         """The cached reply to ``messages`` if there is a usable one."""
         entry = self.cache.get(ReplyCache.key(self._request(messages)))
-        if entry is None or not usable(entry["text"]):
+        if entry is None or not usable(text := whole_text(entry["text"])):
             return None
-        return Reply(entry["text"], None, entry["served_model"], cached=True)
+        return Reply(text, None, self._name(entry["served_model"]), cached=True)
 
     def ask(self, messages: Sequence[Message], usable: Usable = bool) -> Reply:
         """The reply to a chat, from the cache where it was asked before.
@@ -178,7 +180,7 @@ class Judge:
         return {
             "base_url": settings.base_url,
             "model": settings.model,
-            "messages": list(messages),
+            "messages": [{key: whole_text(text) for key, text in message.items()} for message in messages],
             "temperature": settings.temperature,
             "max_tokens": settings.max_tokens,
         }
@@ -195,23 +197,26 @@ class Judge:
                 check = f"Check {KEY_VARIABLE}, --base-url and --model {body['model']}."
                 raise JudgeError(f"{url} refuses ({said}). {check}") from error
             if status in (408, 409, 429) or status >= 500:
-                raise JudgeError(f"{url}: {said}") from error
+                pause = self._shown(error.response.headers.get("retry-after", ""))
+                asked = f"; it asks for a pause of {pause} (Retry-After), longer ones than two minutes are not kept"
+                raise JudgeError(f"{url}: {said}{asked if pause else ''}") from error
             return Reply("", f"refused: {said}", refused=True)
         except openai.OpenAIError as error:
             raise JudgeError(f"{url}: {self._shown(str(error.__cause__ or error))}") from error
-        except ValueError as error:
-            return Reply("", f"not a chat completion: {error}")
+        except (ValueError, RecursionError) as error:
+            return Reply("", f"not a chat completion: {self._shown(str(error))}")
+        # The client reads JSON as it comes, whatever its types are, and other text as a string.
+        usage = getattr(content, "usage", None)
+        sent, received = (_count(getattr(usage, name, None)) for name in ("prompt_tokens", "completion_tokens"))
         try:
-            text = content.choices[0].message.content or ""
-            usage = content.usage
-            counts = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
-            return Reply(self._struck(text), None, content.model, *counts)
-        except (
-            LookupError,
-            TypeError,
-            AttributeError,
-        ):  # the client reads JSON as it comes, and other text as a string
-            return Reply("", f"not a chat completion: {self._shown(str(content))}")
+            text = content.choices[0].message.content
+        except (LookupError, TypeError, AttributeError):
+            text = content
+        if text is not None and (text is content or not isinstance(text, str)):
+            return Reply("", f"not a chat completion: {self._shown(str(text))}", None, sent, received)
+        return Reply(
+            self._struck(whole_text(text or "")), None, self._name(getattr(content, "model", None)), sent, received
+        )
 
     def _check_on(self, request: object) -> None:
         if self._stop.is_set():
@@ -220,6 +225,17 @@ class Judge:
     def _shown(self, text: str) -> str:
         return self._struck(" ".join(text.split()))[:_NUM_CHARACTERS_SHOWN]
 
+    def _name(self, served_model: object) -> str | None:
+        """The model's name as the endpoint gives it, whatever that is."""
+        return None if served_model is None else self._shown(whole_text(str(served_model)))
+
     def _struck(self, text: str) -> str:
         """The text without the key: servers repeat what they were given."""
         return text.replace(self._key, "***") if self._key else text
+
+
+def _count(tokens: object) -> int:
+    """A number of tokens by the endpoint's word; 0, which stands for not told, where that is no such number."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int | float):
+        return 0
+    return int(tokens) if 0 <= tokens < _MAX_TOKENS_TOLD else 0

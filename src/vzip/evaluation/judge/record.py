@@ -17,7 +17,7 @@ from vzip.errors import ConfigError, ManifestError, RunExistsError, nearest
 from vzip.evaluation.benchmarks.judge_prompts import JudgePrompt
 from vzip.evaluation.benchmarks.judged import JUDGED_TASKS, JudgedTask, judged_task
 from vzip.results.files import write_json, write_jsonl
-from vzip.results.record import SAMPLES_NAME, read_record, read_samples, record_path
+from vzip.results.record import SAMPLES_NAME, check_answers, read_record, read_samples, record_path
 from vzip.results.score_units import Units, units_of
 from vzip.results.stats import bootstrap_standard_error, clustered_standard_error
 
@@ -65,6 +65,8 @@ def read_run(run: str | Path, tasks: Sequence[str] | None = None) -> JudgedRun:
     """
     record, rows = read_record(run), read_samples(run)
     chosen = [task for task in record["tasks"] if task in JUDGED_TASKS] if tasks is None else list(tasks)
+    if repeated_tasks := sorted({task for task in chosen if chosen.count(task) > 1}):
+        raise ConfigError(f"--tasks: {', '.join(repeated_tasks)} named more than once. Name each once.")
     for task in chosen:
         if task not in rows:
             raise ConfigError(f"--tasks {task}: not in this run{nearest(task, rows)}; it has {', '.join(rows)}.")
@@ -73,6 +75,9 @@ def read_run(run: str | Path, tasks: Sequence[str] | None = None) -> JudgedRun:
             f"{run}: none of its tasks ({', '.join(rows)}) is scored by this judge; {', '.join(JUDGED_TASKS)} are. Name"
             " others with open questions by --tasks."
         )
+    for task in chosen:
+        kinds: dict[str, type] = {"doc_id": object, "filter_index": int, "question": str, "scores": dict}
+        check_answers(record_path(run), rows[task], kinds | {"target": object, "answer": object})
     judged = JudgedRun(record_path(run), record, rows, chosen)
     times = Counter((row["task"], row["doc_id"]) for row in judged.questions(chosen))
     repeated = [key for key, number in times.items() if number > 1]

@@ -44,7 +44,7 @@ def read_key(settings: JudgeSettings) -> str | None:
     """The key from the environment; None for an endpoint of one's own that needs none.
 
     Raises:
-        ConfigError: OpenAI's own endpoint, and no key.
+        ConfigError: OpenAI's own endpoint, and no key; or settings that hold the key.
     """
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not key and settings.base_url == OFFICIAL_URL:
@@ -54,4 +54,8 @@ def read_key(settings: JudgeSettings) -> str | None:
         )
     if not key.isascii() or any(character.isspace() for character in key):
         raise ConfigError(f"{KEY_VARIABLE}: holds characters that no key has. Set it again.")
+    if key and (key in settings.base_url or key in settings.model):
+        raise ConfigError(
+            f"--base-url, --model: must not hold the key, since they are recorded; it is taken from {KEY_VARIABLE}."
+        )
     return key or None

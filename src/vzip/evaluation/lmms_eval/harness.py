@@ -62,7 +62,11 @@ def run_lmms_eval(
 
     log_name = _LOG_NAME if lm.processes.is_first else f"lmms_eval.rank{lm.processes.rank}.log"
     try:
-        with (run_dir / log_name).open("w") as log, _redirected(log), as_one_process():
+        with (
+            (run_dir / log_name).open("w", encoding="utf-8", errors="backslashreplace") as log,
+            _redirected(log),
+            as_one_process(),
+        ):
             return simple_evaluate(
                 model=lm,
                 tasks=list(tasks),

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vzip.errors import ManifestError, UnsupportedModelError
 from vzip.evaluation.answering.answers import Answerer, SampleLog
@@ -33,6 +32,7 @@ from vzip.evaluation.benchmarks.question_counts import compare_counts
 from vzip.evaluation.benchmarks.question_groups import partners_of
 from vzip.installed import missing_package
 from vzip.media.images import strict_decoding
+from vzip.progress import Progress
 
 if TYPE_CHECKING:
     from vzip.evaluation.answering.resume import AnswerStore
@@ -76,6 +76,7 @@ class VzipLmms(lmms):
         samples: what happened to each question.
         batch_sizes: how often how many questions were generated at once.
         problems: why a question could not be asked.
+        num_questions: of all tasks; None before they are asked.
         images: the first image of the first questions answered, to be shown.
 
     Raises:
@@ -116,6 +117,7 @@ class VzipLmms(lmms):
         self.samples: dict[Key, SampleLog] = {}
         self.batch_sizes: Counter[int] = Counter()
         self.problems: dict[Key, str] = {}
+        self.num_questions: int | None = None
         self.num_pictures = num_pictures
         self.pictures: dict[Key, Image.Image] = {}
         # Opened now: lmms-eval's own output may be redirected while it runs.
@@ -145,7 +147,8 @@ class VzipLmms(lmms):
         """Answers all requests, in their order.
 
         Raises:
-            ManifestError: questions whose images or videos cannot be read, unless they are to be skipped.
+            ManifestError: questions whose images or videos cannot be read, or whose prompts are longer than the model
+                reads, unless they are to be skipped.
             TokenCountError: an image entered the language model with another number of tokens than the budget's.
             DeviceMemoryError: a question that does not fit the memory alone.
             ShareAnsweredError: in every process but the first.
@@ -154,14 +157,18 @@ class VzipLmms(lmms):
         questions = list_questions(requests, self.gen_kwargs)
         if not questions:
             return []
+        self.num_questions = len(questions)
         if self.processes.is_first:
             splits = {question.key[0]: question.request.args[-1] for question in questions}
             compare_counts((task, len(self.task_dict[task][split])) for task, split in splits.items())
         known = {} if self.store is None else {q.key: log for q in questions if (log := self.store.find(q)) is not None}
         self.samples = known
         batches = self._plan(questions, known)
+        if known and self.progress and self.processes.is_first:  # not logged: that goes to lmms-eval's log meanwhile
+            told = f"{len(known)} of {len(questions)} answers kept from the interrupted run"
+            print(told, file=self._console.file, flush=True)
         with strict_decoding():
-            self._answer(self.processes.share(batches))
+            self._answer(self.processes.share(batches), len(known))
         self._collect()
         if self.problems:
             self._leave_out(questions)
@@ -180,7 +187,7 @@ class VzipLmms(lmms):
         left = [[questions[position] for position in batch if questions[position].key not in known] for batch in plan]
         return [batch for batch in left if batch]
 
-    def _answer(self, batches: list[list[Question]]) -> None:
+    def _answer(self, batches: list[list[Question]], num_known: int) -> None:
         """Answers this process's share and keeps each batch at once."""
         kept = None if self.store is None else self.store.kept
         chunk_size = min(self.batch_size, (kept and kept.chunk_size) or self.batch_size)
@@ -190,12 +197,16 @@ class VzipLmms(lmms):
         def prepare(batch: list[Question]) -> PreparedBatch:
             return preparer.prepare(batch, answerer.chunk_size)
 
-        with self._bar() as bar, contextlib.closing(prepare_ahead(batches, prepare, self.num_workers)) as prepared:
-            task = bar.add_task("answering", total=sum(map(len, batches)))
+        ahead = prepare_ahead(batches, prepare, self.num_workers)
+        num_left = sum(map(len, batches))
+        with self._progress(num_known, num_left) as progress, contextlib.closing(ahead) as prepared:
             for batch in prepared:
                 asked = [one.question for chunk in batch.chunks for one in chunk.loaded]
                 self._keep_pictures(batch)
                 logs, sizes = answerer.answer(batch.chunks)
+                batch.problems.update(answerer.problems)
+                asked = [question for question in asked if question.key not in answerer.problems]
+                answerer.problems.clear()
                 answered = list(zip(asked, logs, strict=True))
                 if self.store is not None and answered:
                     self.store.add(answered, sizes)
@@ -204,7 +215,7 @@ class VzipLmms(lmms):
                 self.problems.update(batch.problems)
                 for key, problem in batch.problems.items():
                     logger.warning("task %s, question %d cannot be asked: %s", key[0], key[1], problem)
-                bar.advance(task, len(asked) + len(batch.problems))
+                progress.advance(len(asked) + len(batch.problems))
 
     def _keep_pictures(self, batch: PreparedBatch) -> None:
         for one in (one for chunk in batch.chunks for one in chunk.loaded):
@@ -250,17 +261,13 @@ class VzipLmms(lmms):
             way_out += ": of one task there is no other question that could be scored"
         return "\n".join([first, *listed[:_SHOWN_PROBLEMS], *more, f"{way_out}."])
 
-    def _bar(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self.progress or self.rank > 0 or not self.processes.is_first,
-        )
+    def _progress(self, num_known: int, num_left: int) -> Progress:
+        """Of all questions; of several processes the first tells of its own share, without what is known."""
+        alone = self.processes.count == 1
+        what = "answering" if alone else f"answering, a share of {self.processes.count}"
+        done = num_known if alone else 0
+        show = self.progress and self.rank == 0 and self.processes.is_first
+        return Progress(what, "questions", done + num_left, done=done, show=show, console=self._console)
 
 
 def _check_processor(processor: Any) -> None:

@@ -15,6 +15,8 @@ from vzip.errors import ConfigError, PromptError
 
 from ..families import Adapter
 from ..families.places import Piece, placement_of
+from ..generation import prompt_ids
+from ..tokens import check_vocabulary, tokenize
 
 Medium = Literal["image", "video"]
 # In place of a placeholder that the model itself wrote: equal to no token, so it is never taken for an image.
@@ -67,6 +69,7 @@ class ChatLayout:
                 " a processor whose chat_template is set."
             )
         self._processor, self._adapter = processor, adapter
+        self._vocab_size: int | None = getattr(adapter.embed_tokens, "num_embeddings", None)
         ids: dict[Medium, int | None] = {"image": adapter.image_token_id, "video": adapter.video_token_id}
         self.placeholders: dict[Medium, tuple[int, str]] = {
             medium: (token, processor.tokenizer.convert_ids_to_tokens(token))
@@ -90,13 +93,14 @@ class ChatLayout:
         """Ids of the whole dialogue, each visual token as the number that stands for its image or video.
 
         Raises:
-            PromptError: a template that writes another number of placeholders than there are images or videos.
+            PromptError: a template that writes another number of placeholders than there are images or videos; words
+                that the text embedding does not have.
         """
         text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        tokenizer = self._processor.tokenizer
-        # A template that writes the first token itself must not get another from the tokenizer.
-        has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        ids: list[int] = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+        ids, _ = tokenize(self._processor.tokenizer, text)
+        if self._vocab_size is not None:
+            placeholders = [token for token, _ in self.placeholders.values()]
+            check_vocabulary([i for i in ids if i not in placeholders], self._vocab_size, "The dialogue")
         shown = {}
         for medium, (token, written) in self.placeholders.items():
             own = [number for number, visual in enumerate(visuals) if visual.medium == medium]
@@ -106,6 +110,7 @@ class ChatLayout:
                     f" {medium}s: it must write one for each content item of type {medium}."
                 )
             shown[token] = iter(own)
+        self._media = [visual.medium for visual in visuals]
         laid_out: list[int] = []
         for token in ids:
             if token in shown:
@@ -147,6 +152,12 @@ class ChatLayout:
         """int64 ``[1, T]`` of ``lay_out``'s ids: the number of the image or video that each is of, -1: text."""
         tokens = torch.tensor([ids])
         return torch.where(tokens <= _FIRST_SHOWN, _FIRST_SHOWN - tokens, -1)
+
+    def written(self, ids: Sequence[int], vocab_size: int) -> Tensor:
+        """``[1, T]`` of ``lay_out``'s last ids, each visual token as its placeholder; see ``prompt_ids``."""
+        tokens = torch.tensor(ids)
+        placeholders = torch.tensor([self.placeholders[medium][0] for medium in self._media], dtype=torch.int64)
+        return prompt_ids(self.visual_index(ids), tokens[tokens > _FIRST_SHOWN], placeholders, vocab_size)
 
     def as_written(self, new_ids: Sequence[int]) -> list[int]:
         """An answer's ids; a placeholder among them stands for nothing shown."""

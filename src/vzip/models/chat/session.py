@@ -18,11 +18,14 @@ from transformers import DynamicCache, PreTrainedModel, ProcessorMixin, TextStre
 
 from vzip.compressors.base import Compressor
 from vzip.errors import ConfigError, PromptError, nearest
+from vzip.json_files import whole_text
 from vzip.media.video import VideoSource
 from vzip.pruners.base import Pruner
 from vzip.pruners.context import CacheStages, PrunedRun, pruning, refuse_generation
 
 from ..families import Adapter
+from ..families.finite import check_embeddings, refusing_not_finite
+from ..generation import max_positions, only_new, refuse_unserved
 from .layout import ChatLayout, EncodedVisual, message
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -136,12 +139,15 @@ class ChatSession:
             **settings: of ``GENERATION_SETTINGS``, as for ``generate``.
 
         Raises:
-            ConfigError: another setting, or fewer than one new token.
+            ConfigError: another setting, or fewer than one new token; a generation_config.json that asks for what
+                cannot work from compressed images.
             PromptError: a question that is empty or holds a placeholder; a dialogue longer than the model can read.
             ImageError, VideoError: an image or video that cannot be used.
             UnsupportedModelError: a video for a model without a video tower.
         """
+        question = whole_text(question)
         self._check(question, max_new_tokens, settings)
+        refuse_unserved(settings, self._vlm.model.generation_config)
         new = [*map(self._encode, images), *map(self._encode_video, videos)]
         pending = [*self.pending, *new]
         messages = [*self.messages, message("user", question, pending)]
@@ -165,6 +171,7 @@ class ChatSession:
     def _encode_inputs(self, kind: Literal["image", "video"], inputs: dict[str, Tensor]) -> EncodedVisual:
         visual = self._vlm.adapter.read_inputs(**inputs)
         (encoded,) = self._vlm.adapter.encode(visual, self._vlm.compressor)
+        check_embeddings(self._vlm.model, [encoded.rows], inputs)
         of_images, of_videos = visual.num_placeholders
         num_vanilla = [*of_images, *of_videos][0]
         return EncodedVisual(kind, encoded.rows, num_vanilla, visual.shapes[0], encoded.place_index)
@@ -181,7 +188,7 @@ class ChatSession:
                 )
 
     def _check_length(self, num_tokens: int, max_new_tokens: int) -> None:
-        limit = getattr(self._vlm.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = max_positions(self._vlm.model.config)
         if limit is not None and num_tokens + max_new_tokens > limit:
             raise PromptError(
                 f"The dialogue would be {num_tokens} tokens long and its answer up to {max_new_tokens}, but the model"
@@ -204,15 +211,18 @@ class ChatSession:
         if (positions := self._layout.positions(ids, visuals)) is not None:
             settings = {"position_ids": positions.to(device), **settings}
         settings = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, **settings}
+        shown_ids = self._layout.written(ids, self._vlm.model.config.get_text_config().vocab_size)
         try:
             with self._pruning(ids, settings) as run:
-                new_ids: list[int] = self._vlm.model.generate(
+                output: Tensor = self._vlm.model.generate(
+                    shown_ids.to(embeddings.device),
                     inputs_embeds=embeddings,  # all of it: Hugging Face leaves out what the cache holds
                     attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device),
                     past_key_values=self._cache,
                     streamer=None if on_text is None else _Streamer(self._tokenizer, on_text),
-                    **settings,
-                )[0].tolist()
+                    **refusing_not_finite(self._vlm.model, settings),
+                )
+                new_ids: list[int] = only_new(output, len(ids))[0].tolist()
                 if run is not None:
                     run.check_forwards(len(new_ids))
             whole = [*ids, *self._layout.as_written(new_ids)]

@@ -190,12 +190,12 @@ class Adapter(ABC):
     @classmethod
     def load_model(cls, directory: Path, config: Any, **settings: Any) -> Any:
         """What ``from_pretrained`` of the Hugging Face class returns for these settings; raises what it raises."""
-        return cls.model_class.from_pretrained(directory, config=config, **settings)
+        return cls.model_class.from_pretrained(directory, config=config, trust_remote_code=False, **settings)
 
     @classmethod
     def load_processor(cls, directory: Path) -> Any:
         """The checkpoint's Hugging Face processor; raises what Hugging Face raises."""
-        return AutoProcessor.from_pretrained(directory)
+        return AutoProcessor.from_pretrained(directory, trust_remote_code=False)
 
     @staticmethod
     @abstractmethod

@@ -118,10 +118,11 @@ def geometry_from_config(vision_config: Any) -> TowerGeometry:
     """Reads a tower's shape from its Hugging Face configuration, without any weights.
 
     Raises:
-        UnsupportedModelError: no family here has this ``model_type``.
+        UnsupportedModelError: no family here has this ``model_type``, or its sizes cannot be.
     """
     for family in _FAMILIES:
         if vision_config.model_type == family.config_type:
+            _check_sizes(vision_config)
             size, num_layers = vision_config.image_size, vision_config.num_hidden_layers
             side = size // vision_config.patch_size
             return TowerGeometry(size, (side, side), family.has_cls, num_layers)
@@ -175,3 +176,17 @@ def check_select_layer(select_layer: object) -> int:
             " (an integer such as -2) is. It is a setting of the checkpoint's config.json."
         )
     return select_layer
+
+
+def _check_sizes(vision_config: Any) -> None:
+    """Raises UnsupportedModelError for a tower whose configuration has sizes that no tower can have."""
+    names = ("image_size", "patch_size", "num_hidden_layers", "hidden_size", "num_attention_heads")
+    sizes: dict[str, Any] = {name: getattr(vision_config, name, None) for name in names}
+    wrong = [name for name, size in sizes.items() if not isinstance(size, int) or size < 1]
+    if not wrong and sizes["patch_size"] > sizes["image_size"]:
+        wrong = ["patch_size"]
+    if wrong:
+        raise UnsupportedModelError(
+            f"vision_config.{wrong[0]}={sizes[wrong[0]]!r} in the checkpoint's config.json: must be a whole number, 1"
+            " or more, and a patch no larger than the image."
+        )

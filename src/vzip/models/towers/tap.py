@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vzip.compressors.vision import Signal, VisionOutput
@@ -39,6 +40,7 @@ def _record_output(module: nn.Module, name: str, into: dict[str, Tensor]) -> Ite
         handle.remove()
 
 
+@torch.compiler.disable
 def run_tower(
     tower: Tower,
     pixel_values: Tensor,
@@ -49,7 +51,7 @@ def run_tower(
     """Encodes crops up to the select layer.
 
     Gradients flow wherever the caller has them enabled. Equal bit for bit to ``hidden_states[select_layer]`` of the
-    tower's own forward pass.
+    tower's own forward pass. Under ``torch.compile`` it runs eagerly, and so do compiled layers that are tapped.
 
     Args:
         tower: from ``find_tower``.
@@ -82,6 +84,9 @@ def run_tower(
     states = {0: hidden}
     projections: dict[str, Tensor] = {}
     with ExitStack() as stack:
+        if any(signal.name != "hidden" for signal in recorded):
+            # A compiled layer would go on without the hooks.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         for layer in sorted({layer_of[signal] for signal in recorded if signal.name != "hidden"}):
             query_projection, key_projection, _ = tower.attention_of(layer - 1)
             stack.enter_context(_record_output(key_projection, f"keys{layer}", projections))

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import transformers
 from packaging.version import Version
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from vzip.errors import CheckpointError, UnsupportedModelError
 from vzip.installed import missing_package
 
-from ..hub import HUB_ID, Checkpoint
+from ..hub import HUB_ID, READ_ERRORS, Checkpoint
 
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # LLaVA's own training code keeps its projector here, under names of its own.
@@ -57,7 +56,7 @@ def check_peft_checkpoint(adapter_path: str | Path) -> None:
     folder = _folder(adapter_path)
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except READ_ERRORS as error:
         raise CheckpointError(
             f"model.adapter_path={adapter_path}: not a readable PEFT checkpoint ({_first_line(error)})."
         ) from error
@@ -100,7 +99,7 @@ def apply_peft_checkpoint(model: PreTrainedModel, adapter_path: str | Path) -> N
     """
     try:
         report = model.load_adapter(str(_folder(adapter_path)))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except READ_ERRORS as error:
         raise CheckpointError(
             f"model.adapter_path={adapter_path}: does not fit {type(model).__name__} ({_first_line(error)}). It must"
             " have been made for this base model, in the same size."

@@ -8,7 +8,6 @@ in ``lora``, a PEFT checkpoint, and come along.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -26,8 +25,10 @@ from transformers import PreTrainedModel
 
 from vzip.compressors.base import Compressor
 from vzip.errors import CheckpointError
+from vzip.json_files import read_json
 
 from ..families import Adapter
+from .digests import DIGESTS_NAME, check_digests, sha256, write_digests
 from .lora import apply_peft_checkpoint
 from .lora_training import WEIGHTS_NAME as LORA_WEIGHTS_NAME
 from .lora_training import is_lora, read_lora, write_lora
@@ -36,6 +37,13 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME, HEADER_NAME, LORA_NAME = "tuned.safetensors", "tuned.json", "lora"
 FORMAT = "vzip-tuned-1"
+_HEADER: dict[str, Any] = {"base": dict, "compressor": str, "sha256": str}
+_BASE: dict[str, Any] = {
+    "name_or_path": (str, type(None)),
+    "revision": (str, type(None)),
+    "model_class": str,
+    "probe": list,
+}
 
 
 def base_probe(adapter: Adapter) -> list[float]:
@@ -84,6 +92,7 @@ def save_tuned(directory: Path, tensors: Mapping[str, Tensor], header: Mapping[s
     """
     with atomic_directory(directory) as work:
         write_tuned(work, tensors, header)
+        write_digests(work)
 
 
 def write_tuned(directory: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -93,11 +102,11 @@ def write_tuned(directory: Path, tensors: Mapping[str, Tensor], header: Mapping[
     save_file(rest, directory / WEIGHTS_NAME)
     numbers: dict[str, Any] = {
         "num_parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "sha256": _digest(directory / WEIGHTS_NAME),
+        "sha256": sha256(directory / WEIGHTS_NAME),
     }
     if lora:
         write_lora(directory / LORA_NAME, lora, header["lora"], header["base"]["name_or_path"])
-        numbers["lora_sha256"] = _digest(directory / LORA_NAME / LORA_WEIGHTS_NAME)
+        numbers["lora_sha256"] = sha256(directory / LORA_NAME / LORA_WEIGHTS_NAME)
     (directory / HEADER_NAME).write_text(json.dumps({**header, **numbers}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -111,11 +120,13 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
     work = directory.with_name(f".{directory.name}.writing")
     try:
         remove_tree(work)
+        old = directory.with_name(f".{directory.name}.old")
+        if old.exists() and not directory.exists():  # a crash came between the two renames below
+            os.replace(old, directory)
         work.mkdir(parents=True)
         yield work
         for path in [*(p for p in work.rglob("*") if p.is_file()), work]:
             sync_to_disk(path)
-        old = directory.with_name(f".{directory.name}.old")
         remove_tree(old)
         if directory.exists():
             os.replace(directory, old)
@@ -161,11 +172,16 @@ def read_header(source: str | Path) -> tuple[Path, dict[str, Any]]:
             " `python train.py` wrote, such as runs/train/.../final."
         )
     try:
-        header = json.loads(path.read_text(encoding="utf-8"))
+        header = read_json(path)
     except ValueError as error:
         raise CheckpointError(f"{path}: not readable ({error}).") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not of the format {FORMAT}; it was written by another version or program.")
+    wrong = [key for key, kind in _HEADER.items() if not isinstance(header.get(key), kind)]
+    if not wrong:
+        wrong = [f"base.{key}" for key, kind in _BASE.items() if not isinstance(header["base"].get(key), kind)]
+    if wrong:
+        raise CheckpointError(f"{path}: damaged, without a usable {', '.join(wrong)}; copy or train it again.")
     if "lora_sha256" in header and not (directory / LORA_NAME / LORA_WEIGHTS_NAME).is_file():
         raise CheckpointError(
             f"model.projector={source}: was trained with LoRA layers, but {LORA_NAME}/{LORA_WEIGHTS_NAME} is not there;"
@@ -175,9 +191,32 @@ def read_header(source: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a directory that ``write_tuned`` wrote, under the names it was given."""
+    """Every tensor of a directory that ``write_tuned`` wrote, under the names it was given.
+
+    Raises:
+        CheckpointError: they cannot be read, or one holds something else than finite numbers.
+    """
     lora = directory / LORA_NAME
-    return {**load_file(directory / WEIGHTS_NAME), **(read_lora(lora) if lora.is_dir() else {})}
+    try:
+        tensors = {**load_file(directory / WEIGHTS_NAME), **(read_lora(lora) if lora.is_dir() else {})}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{directory}: its weights cannot be read ({error}); copy or train it again.") from error
+    check_finite(tensors, directory)
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Refuses weights that hold NaN or infinity, with which every answer is the same.
+
+    Raises:
+        CheckpointError: naming them.
+    """
+    wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if wrong:
+        raise CheckpointError(
+            f"{source}: {len(wrong)} of {len(tensors)} tensors hold NaN or infinity ({', '.join(wrong[:4])}"
+            f"{', ...' if len(wrong) > 4 else ''}): the checkpoint is damaged, or its training diverged."
+        )
 
 
 def apply_tuned(
@@ -212,7 +251,11 @@ def apply_tuned(
     _check_digest(weights, header["sha256"])
     if "lora_sha256" in header:
         _check_digest(lora_weights, header["lora_sha256"])
-    load_tensors(adapter.model, load_file(weights), directory)
+    if (directory / DIGESTS_NAME).is_file():
+        check_digests(directory, "Copy or train it again.")
+    load_tensors(
+        adapter.model, {name: t for name, t in read_tensors(directory).items() if not is_lora(name)}, directory
+    )
     if "lora_sha256" in header and with_lora:
         apply_peft_checkpoint(adapter.model, directory / LORA_NAME)
     return header
@@ -240,12 +283,8 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], director
             own[name].copy_(tensor)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _check_digest(path: Path, expected: str) -> None:
-    if _digest(path) != expected:
+    if sha256(path) != expected:
         raise CheckpointError(f"{path}: damaged (its SHA-256 is not the header's); copy or train it again.")
 
 

@@ -192,10 +192,14 @@ class LlavaNextAdapter(LlavaBase):
     def _check_crops(self, pixel_values: Tensor, layouts: list[tuple[Grid, Grid]], needed: list[int]) -> None:
         """Raises PromptError where an image has another number of crops than its size asks for."""
         max_crops = pixel_values.shape[1]
-        # Crops are padded with zeros to the most crops of the batch; a crop of an image is never all zeros.
+        # Crops are padded with zeros to the most crops of the batch; a crop of an image is never all zeros, but for
+        # black ones that are not normalised, where no value is negative.
+        may_be_black = bool((pixel_values >= 0).all())
         filled = pixel_values.flatten(2).ne(0).any(dim=2).tolist()
         for number, (count, (size, grid)) in enumerate(zip(needed, layouts, strict=True)):
             given = max((crop + 1 for crop in range(max_crops) if filled[number][crop]), default=min(count, max_crops))
+            if may_be_black:
+                given = max(given, min(count, max_crops))
             if given != count:
                 raise PromptError(
                     f"Image {number} has {given} crops in pixel_values {tuple(pixel_values.shape)}, but its size"

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from vzip.errors import ConfigError
-from vzip.media.images import PREPROCESSES, Preprocess, load_image
+from vzip.media.images import PREPROCESSES, Preprocess, call_processor, check_processor, load_image
 
 Size = tuple[int, int]
 _PADDING_COLOUR = (0, 0, 0)
@@ -87,14 +87,15 @@ def prepare_crops(
         int64 ``[images, 2]`` (rows, cols).
 
     Raises:
-        ConfigError: another ``preprocess``.
+        ConfigError: another ``preprocess``; settings of the image processor that contradict each other.
         ImageError: an image that cannot be decoded.
     """
     pictures = [load_image(image) for image in images]
     if preprocess == "hf":
-        return dict(image_processor(images=pictures, return_tensors="pt"))
+        return call_processor(image_processor, pictures)
     if preprocess != "llava":
         raise ConfigError(f"model.preprocess={preprocess!r}: must be one of {', '.join(PREPROCESSES)}.")
+    check_processor(image_processor)
     sizes = [(picture.height, picture.width) for picture in pictures]
     grids = [llava_grid(height, width, pinpoints, tile_side) for height, width in sizes]
     crops = [
@@ -124,10 +125,11 @@ def _cut(picture: Image.Image, grid: Size, side: int, resample: int) -> list[Ima
 
 
 def _normalised(crops: Sequence[Image.Image], image_processor: Any) -> Tensor:
-    """``[crops, 3, h, w]`` float32, scaled and normalised by the image processor's own constants."""
-    values = np.stack([np.asarray(crop) for crop in crops]).astype(np.float32) * np.float32(
-        image_processor.rescale_factor
-    )
-    mean = np.asarray(image_processor.image_mean, dtype=np.float32)
-    deviation = np.asarray(image_processor.image_std, dtype=np.float32)
-    return torch.from_numpy(np.ascontiguousarray(((values - mean) / deviation).transpose(0, 3, 1, 2)))
+    """``[crops, 3, h, w]`` float32, scaled and normalised by the image processor's own constants, where it does so."""
+    values = np.stack([np.asarray(crop) for crop in crops]).astype(np.float32)
+    if image_processor.do_rescale:
+        values *= np.float32(image_processor.rescale_factor)
+    if image_processor.do_normalize:
+        values -= np.asarray(image_processor.image_mean, dtype=np.float32)
+        values /= np.asarray(image_processor.image_std, dtype=np.float32)
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(0, 3, 1, 2)))

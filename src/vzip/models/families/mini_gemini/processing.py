@@ -33,7 +33,7 @@ def build_processor(directory: Path, clip_directory: Path, side: int, vocab_size
     Raises:
         CheckpointError: the tokenizer has another number of words.
     """
-    clip = CLIPVisionConfig.from_pretrained(clip_directory)
+    clip = CLIPVisionConfig.from_pretrained(clip_directory, trust_remote_code=False)
     return LlavaProcessor(
         image_processor=CLIPImageProcessor.from_pretrained(
             clip_directory, size={"shortest_edge": side}, crop_size={"height": side, "width": side}
@@ -49,7 +49,7 @@ def build_processor(directory: Path, clip_directory: Path, side: int, vocab_size
 def _tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     # legacy: each text between two placeholders begins with a blank, as where MGM tokenizes them one by one. The
     # general class around it, since LlamaTokenizer forgets that setting when it is saved.
-    vicuna = LlamaTokenizer.from_pretrained(directory, legacy=True)
+    vicuna = LlamaTokenizer.from_pretrained(directory, legacy=True, trust_remote_code=False)
     if len(vicuna) != vocab_size:
         raise CheckpointError(
             f"{directory}: the tokenizer has {len(vicuna)} words, but config.json says vocab_size={vocab_size}; they"

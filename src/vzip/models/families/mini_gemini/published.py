@@ -106,7 +106,9 @@ class PublishedCheckpoint:
         config = copy.deepcopy(config)
         config.high_res_config.depths = _depths(tensors)
         _check_tensors(self.source, tensors, config)
-        loaded = MiniGeminiForConditionalGeneration.from_pretrained(None, config=config, state_dict=tensors, **settings)
+        loaded = MiniGeminiForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=tensors, trust_remote_code=False, **settings
+        )
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = str(self.source)
         return loaded

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from vzip.errors import CheckpointError
 
+from ...hub import shards_of
 from .names import UnexpectedName
 
 # In order of preference; a directory may hold both formats.
@@ -39,10 +39,7 @@ def weight_files(directory: Path, names: Sequence[str]) -> list[Path]:
         raise CheckpointError(f"{directory}: holds no weights; one of {', '.join(names)} is needed.")
     if found.suffix != ".json":
         return [found]
-    try:
-        shards = sorted(set(json.loads(found.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{found}: not a readable weight index ({error}).") from error
+    shards = sorted(shards_of(found))
     missing = [name for name in shards if not (directory / name).is_file()]
     if missing:
         raise CheckpointError(

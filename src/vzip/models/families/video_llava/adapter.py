@@ -58,7 +58,7 @@ class VideoLlavaAdapter(LlavaAdapter):
         Hugging Face's ``VideoLlavaProcessor`` cannot be made without torchvision, for its video processor. Frames go
         through the image processor here, and ``LlavaProcessor`` reads the same files without that part.
         """
-        return LlavaProcessor.from_pretrained(directory)
+        return LlavaProcessor.from_pretrained(directory, trust_remote_code=False)
 
     def prepare_pictures(
         self, images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess

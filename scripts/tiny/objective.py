@@ -14,15 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from scripts.tiny.labels import NUM_PATCH_LABELS, caption, patch_labels, sign_label, thing_label
+from scripts.tiny.model import WIDTH
+from scripts.tiny.packing import PackedBatch, Packer
+from scripts.tiny.questions import training_questions
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from vzip.demo.packing import PackedBatch, Packer
-from vzip.demo.questions import Question, training_questions
-from vzip.demo.render import CHARACTERS, NUM_PATCH_LABELS, patch_labels, render, sign_label, thing_label
+from vzip.demo.questions import Question
+from vzip.demo.render import CHARACTERS, render
 from vzip.demo.scenes import Scene, sample_scene
-from vzip.demo.tiny_model import WIDTH
 from vzip.ops.attention import split_heads
 
 NUM_QUESTIONS = 8
@@ -95,7 +97,7 @@ def make_batch(
         torch.from_numpy(np.stack([s[0].ravel() for s in shown])),
         torch.from_numpy(np.stack([s[1].ravel() for s in shown])),
         named,
-        [scene.caption() for scene in scenes],
+        [caption(scene) for scene in scenes],
         packer.pack(asked, (canvas // 14) ** 2),
     )
 

@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from scripts.tiny import train as train_tiny
+from scripts.tiny.labels import NUM_PATCH_LABELS
+from scripts.tiny.model import build_model, build_processor, prompt
+from scripts.tiny.objective import NUM_QUESTIONS, Heads, answer_logits, cls_gathers, losses, make_batch, run_tower
+from scripts.tiny.packing import Packer
+from scripts.tiny.questions import training_questions
+from scripts.tiny.train import Stage
 
-from vzip.demo import train_tiny
-from vzip.demo.objective import NUM_QUESTIONS, Heads, answer_logits, cls_gathers, losses, make_batch, run_tower
-from vzip.demo.packing import Packer
-from vzip.demo.questions import training_questions
-from vzip.demo.render import NUM_PATCH_LABELS
 from vzip.demo.scenes import sample_scene
-from vzip.demo.tiny_model import build_model, build_processor, prompt
-from vzip.demo.train_tiny import Stage
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train_tiny.train(tmp_path / "cut", tmp_path / "cut_out", **options)
     train_tiny.train(tmp_path / "cut", tmp_path / "cut_out", **options)
-    whole, cut = (torch.load(tmp_path / run / "state.pt", weights_only=True) for run in ("whole", "cut"))
+    whole, cut = (torch.load(tmp_path / run / "state" / "state.pt", weights_only=True) for run in ("whole", "cut"))
     assert whole["step"] == cut["step"] == 4
     for part in ("model", "heads"):
         assert all(torch.equal(whole[part][k], cut[part][k]) for k in whole[part])

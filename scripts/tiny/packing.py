@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from scripts.tiny.model import IMAGE_TOKEN, prompt
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from vzip.demo.questions import Question
-from vzip.demo.tiny_model import IMAGE_TOKEN, prompt
 
 
 @dataclass

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,23 +19,36 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from scripts.tiny.labels import caption
+from scripts.tiny.model import build_model, build_processor, prompt
+from scripts.tiny.objective import (
+    NUM_QUESTIONS,
+    Asker,
+    Heads,
+    answer_logits,
+    cls_gathers,
+    losses,
+    make_batch,
+    run_tower,
+)
+from scripts.tiny.packing import Packer
+from scripts.tiny.questions import most_questions, placing_questions, training_questions
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from vzip.demo.objective import NUM_QUESTIONS, Asker, Heads, answer_logits, cls_gathers, losses, make_batch, run_tower
-from vzip.demo.packing import Packer
+from vzip.compressors.base import check_seed
 from vzip.demo.questions import (
     TASKS,
     Question,
     counting_pairs,
     existence_questions,
-    most_questions,
-    placing_questions,
-    training_questions,
 )
 from vzip.demo.scenes import TRAIN_SEEDS, Scene, sample_scene
-from vzip.demo.tiny_model import build_model, build_processor, prompt
+from vzip.models.weights.digests import check_digests, write_digests
+from vzip.models.weights.tuned import atomic_directory
+from vzip.progress import Progress
+from vzip.results.owner import owning
+from vzip.train.checkpoint import save_state, trim_metrics
 
 VALIDATION_SEEDS = (2_500_000_000, 2_600_000_000)  # neither trained on nor in the benchmark
 
@@ -80,6 +92,7 @@ STAGES = (
         questions=placing_questions,
     ),
 )
+STATE_NAME = "state.pt"  # in run_dir/state
 WARMUP_STEPS = 100  # or a fifth of the stage, whichever is shorter
 
 
@@ -144,7 +157,7 @@ def tokenizer_texts(num_scenes: int = 3000) -> list[str]:
     texts = []
     for index in range(num_scenes):
         scene = sample_scene(TRAIN_SEEDS[1] - 1 - index)
-        texts.append(scene.caption())
+        texts.append(caption(scene))
         for question in training_questions(scene, np.random.RandomState(index), NUM_QUESTIONS):
             texts.append(f"{prompt(question.text)} {question.answer}")
     return texts
@@ -152,10 +165,10 @@ def tokenizer_texts(num_scenes: int = 3000) -> list[str]:
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
     """Writes the checkpoint in half precision, which keeps it under 12 MB; loading restores float32."""
-    out.mkdir(parents=True, exist_ok=True)
     half = {k: v.to(torch.float16) for k, v in model.state_dict().items()}
-    model.save_pretrained(out, state_dict=half)
-    processor.save_pretrained(out)
+    with atomic_directory(out) as work:
+        model.save_pretrained(work, state_dict=half)
+        processor.save_pretrained(work)
 
 
 def train(
@@ -167,7 +180,13 @@ def train(
     num_validation_pictures: int = 96,
 ) -> None:
     """Trains, or continues, and writes the checkpoint to `out` and the log to `run_dir/log.jsonl`."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    with owning(run_dir):
+        _train(run_dir, out, stages, seed, save_every, num_validation_pictures)
+
+
+def _train(
+    run_dir: Path, out: Path, stages: tuple[Stage, ...], seed: int, save_every: int, num_validation_pictures: int
+) -> None:
     processor = build_processor(tokenizer_texts())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(processor, seed).to(device)
@@ -177,19 +196,17 @@ def train(
     decayed, plain = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
-    state_file, log_file, step = run_dir / "state.pt", run_dir / "log.jsonl", 0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True, map_location=device)
+    saved, log_file, step = run_dir / "state", run_dir / "log.jsonl", 0
+    if saved.exists():
+        check_digests(saved, "Remove this directory to begin anew.")
+        state = torch.load(saved / STATE_NAME, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-        kept = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] <= step]
-        log_file.write_text("".join(line + "\n" for line in kept))
+        trim_metrics(log_file, step)
     total = sum(stage.num_steps for stage in stages)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress, log_file.open("a") as log:
-        bar = progress.add_task("training", total=total, completed=step)
+    with Progress("training", "steps", total, done=step) as progress, log_file.open("a") as log:
         started, pictures = time.perf_counter(), 0
         sums: dict[str, float] = {}
         while step < total:
@@ -210,11 +227,7 @@ def train(
             pictures += batch_size
             for name, value in {**terms, "grad_norm": norm}.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-            progress.update(
-                bar,
-                completed=step,
-                description=f"{canvas} px, loss {torch.stack(list(terms.values())).sum().item():.2f}",
-            )
+            progress.advance(note=f"{canvas} px, loss {torch.stack(list(terms.values())).sum().item():.2f}")
             if step % 50 == 0 or step == total:
                 count = 50 if step % 50 == 0 else step % 50
                 row: dict[str, Any] = {
@@ -232,10 +245,9 @@ def train(
                 started, pictures, sums = time.perf_counter(), 0, {}
             if step % save_every == 0 or step == total:
                 states = {"model": model.state_dict(), "heads": heads.state_dict()}
-                torch.save(
-                    {**states, "optimizer": optimizer.state_dict(), "step": step}, state_file.with_suffix(".new")
-                )
-                os.replace(state_file.with_suffix(".new"), state_file)
+                with atomic_directory(saved) as work:
+                    save_state({**states, "optimizer": optimizer.state_dict(), "step": step}, work / STATE_NAME)
+                    write_digests(work)
     save(model, processor, out)
 
 
@@ -245,6 +257,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tiny/checkpoint"), help="where the checkpoint goes")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    check_seed(arguments.seed, "--seed")
     train(arguments.run_dir, arguments.out, seed=arguments.seed)
 
 

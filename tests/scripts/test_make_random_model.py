@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from scripts import make_random_model as random_model
 from tests.config.kit import script
 from tests.media.clips import write
 
 from vzip import cli
-from vzip.demo import random_model
 from vzip.errors import ConfigError, RunExistsError
 
 # Crops of a scene (336 x 336 pixels); crops of an image of 672 x 672, and its visual tokens without compression.
@@ -78,7 +78,7 @@ def test_a_family_is_evaluated_and_asked(
 def test_the_script_writes_what_the_function_builds(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = script("scripts/make_random_model").main
+    main = random_model.main
     monkeypatch.setattr(sys, "argv", ["make_random_model.py", "llava", str(tmp_path / "new")])
     assert main() == 0
     for name in ("model.safetensors", "tokenizer.json", "config.json"):

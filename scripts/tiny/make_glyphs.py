@@ -3,7 +3,7 @@
 The atlas is shipped, not the fonts' rendering, because FreeType's output changes between releases and the benchmark has
 to be the same image on every machine.
 
-    python scripts/make_glyphs.py src/vzip/demo/glyphs.png
+    python scripts/tiny/make_glyphs.py src/vzip/demo/glyphs.png
 """
 
 from __future__ import annotations

@@ -1,0 +1,69 @@
+"""`python -m vzip ask`: any image, an answer without marks, and a drawing of what was kept."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from vzip import cli, installed
+from vzip.config.options import config_dir
+from vzip.errors import ImageError
+from vzip.media.images import load_image
+
+SCENE = config_dir().parent / "docs" / "scene.png"
+QUESTION = "What word is written on the sign?"
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp"])
+def test_an_answer_without_marks_and_what_was_kept(
+    ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Image.open(SCENE) as image:
+        image.save(tmp_path / f"scene.{ending}", **({"lossless": True} if ending == "webp" else {}))
+    words = ["ask", str(tmp_path / f"scene.{ending}"), QUESTION, "budget=64tok", "--max-new-tokens", "6"]
+    assert cli.main([*words, "--overlay", str(tmp_path / "out.png")]) == 0
+    told = capsys.readouterr().out
+    assert told == f"air\n(64 visual tokens, 576 without compression)\nwrote {tmp_path / 'out.png'}\n"
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert drawn.width == 2 * 336 + 8 and drawn.height > 336 + 40, "two panels; a line above, two below"
+        texts = [drawn.crop((0, 0, drawn.width, 20)), drawn.crop((0, drawn.height - 36, drawn.width, drawn.height))]
+        assert all(text.convert("L").getextrema()[0] < 60 for text in texts), "written in black"
+
+
+def test_an_address_keeps_its_slashes_and_nothing_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ask", "https://example.org/a.png", "what?"]) == 2
+    assert "https://example.org/a.png: images and videos are read from files; download it first" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(("name", "why"), [("out.txt", "must end in one of .png"), ("no/out.png", "no folder")])
+def test_an_overlay_that_cannot_be_written(name: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ask", str(SCENE), QUESTION, "--overlay", name]) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_the_image_of_a_phone_names_what_reads_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(HEIC)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(installed, "_requirements", lambda: {"pillow-heif": {"heic": "pillow-heif>=0.20"}})
+    assert cli.main(["ask", str(tmp_path / "a.jpg"), QUESTION]) == 2
+    told = capsys.readouterr().err
+    assert "a HEIC image needs the package pillow-heif" in told and ".[heic]" in told and "save it as JPEG" in told
+
+
+def test_the_image_of_a_phone_is_read_by_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.heic").write_bytes(HEIC)
+    heif, registered = ModuleType("pillow_heif"), []
+    heif.__dict__["register_heif_opener"] = lambda: registered.append("HEIF")
+    monkeypatch.setitem(sys.modules, "pillow_heif", heif)
+    with pytest.raises(ImageError, match="not an image"):  # this one is a head only
+        load_image(tmp_path / "a.heic")
+    assert registered == ["HEIF"]

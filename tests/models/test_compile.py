@@ -1,0 +1,64 @@
+"""What is compiled gives what it gives without: taps see through it, and a whole graph is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tests import tiny
+from tests.tiny import IMAGE_TOKEN
+
+import vzip
+
+IDS = torch.tensor([[1, 5, 6, IMAGE_TOKEN, 7, 8]])
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def wrapped() -> vzip.CompressedVlm:
+    return vzip.CompressedVlm(tiny.llava(vocab_size=320), vzip.VisionZip(vzip.TokenBudget(6, 3)))
+
+
+def layers(vlm: vzip.CompressedVlm) -> vzip.CompressedVlm:
+    for layer in vlm.adapter.tower.layers:
+        layer.compile(backend="eager")
+    return vlm
+
+
+def tower(vlm: vzip.CompressedVlm) -> vzip.CompressedVlm:
+    vlm.adapter.vision_tower.compile(backend="eager")
+    return vlm
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiles", [layers, tower])
+def test_a_compiled_tower_gives_the_same_tokens(compiles: Callable[[Any], Any]) -> None:
+    expected = wrapped().encode_images(tiny.pixels(2))
+    for own, other in zip(compiles(wrapped()).encode_images(tiny.pixels(2)), expected, strict=True):
+        assert torch.equal(own, other)
+
+
+@torch.no_grad()
+def test_compiled_encoding_gives_the_same_tokens_and_a_whole_graph_is_refused_by_name() -> None:
+    vlm, pixels = wrapped(), tiny.pixels(2)
+    expected = vlm.encode_images(pixels)
+    for own, other in zip(torch.compile(vlm.encode_images, backend="eager")(pixels), expected, strict=True):
+        assert torch.equal(own, other)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"function run_tower .* was wrapped with .torch.compiler"):
+        torch.compile(vlm.encode_images, backend="eager", fullgraph=True)(pixels)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_wrapper_gives_the_same_logits() -> None:
+    pixels = tiny.pixels(1)
+    expected = wrapped().forward(IDS, pixel_values=pixels).logits
+    assert torch.equal(torch.compile(wrapped(), backend="eager")(IDS, pixel_values=pixels).logits, expected)
