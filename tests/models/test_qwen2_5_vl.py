@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from scripts import make_random_model
 from tests import methods, tiny_qwen
 from tests.isolation.snapshot import changed, snapshot
@@ -290,7 +291,25 @@ def test_the_tower_cache_changes_nothing(model):
         vlm.adapter.tower_cache = TowerCache(1.0)
         for _ in range(2):
             assert all(map(torch.equal, vlm.encode_images(**inputs), plain))
-        vlm.adapter.tower_cache = None
+        assert vlm.adapter.tower_cache.counts == {"num_hits": 3, "num_misses": 3}  # images, not patches
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parked", ["all", "vision", "text"])
+def test_parked_weights_give_the_same_numbers(model, parked, tmp_path):
+    ids, inputs = batch(prompt(5, "6x10", 7, "4x8", 8)), images("6x10", "4x8")
+    whole = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET))
+    if parked == "all":
+        away = cpu_offload(tiny_qwen.build(), execution_device="cpu")
+    else:
+        parts = {"vision": ("model.visual",), "text": ("model.language_model", "lm_head")}[parked]
+        names = ("model.visual", "model.language_model", "lm_head")
+        there = {name: "disk" if name in parts else "cpu" for name in names}
+        away = dispatch_model(tiny_qwen.build(), there, main_device="cpu", offload_dir=tmp_path)
+    vlm = vzip.CompressedVlm(away, vzip.VisionZip(BUDGET))
+    assert torch.equal(vlm.forward(**ids, **inputs).logits, whole.forward(**ids, **inputs).logits)
+    new = [each.generate(**ids, **inputs, max_new_tokens=4, do_sample=False) for each in (vlm, whole)]
+    assert torch.equal(*new)
 
 
 REFUSED = [
@@ -300,6 +319,7 @@ REFUSED = [
     ({"image_grid_thw": torch.tensor([[1, 6, 12]])}, "image_grid_thw counts 72 patches"),
     ({"image_grid_thw": torch.tensor([6, 10])}, "must be integers"),
     ({"pixel_values": torch.zeros(1, 3, 28, 28)}, "must be \\[patches"),
+    ({"pixel_values": torch.zeros(60, 100)}, r"shape \(60, 100\).*here \[60, 96\]"),
     ({"image_sizes": torch.tensor([[24, 40]])}, "image_sizes: no input of Qwen2_5_VL"),
 ]
 
@@ -309,6 +329,12 @@ def test_wrong_inputs_are_refused(model, change, message):
     vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET))
     with pytest.raises(PromptError, match=message):
         vlm.prepare(**batch(prompt(5, "6x10", 7)), **{**images("6x10"), **change})
+
+
+def test_an_image_without_its_placeholder_is_told_the_id(model):
+    vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET))
+    with pytest.raises(PromptError, match=rf"0 <image> placeholders .*one placeholder \(id {tiny_qwen.IMAGE}\)"):
+        vlm.prepare(torch.tensor([[5, 7]]), **images("4x8"))
 
 
 def test_what_is_not_served_is_refused_by_name(model):
@@ -369,6 +395,12 @@ def test_the_processor_and_a_dialogue(with_processor):
 def test_an_image_that_is_too_oblong(with_processor):
     with pytest.raises(ImageError, match="more oblong than 200:1"):
         with_processor.preprocess_images([drawn(1000, 5, 0)])
+
+
+@pytest.mark.parametrize("written", ["<image>", ""])
+def test_a_prompt_that_writes_images_as_llava_does_is_told_how_to(with_processor, written):
+    with pytest.raises(PromptError, match=r"write <\|vision_start\|><\|image_pad\|><\|vision_end\|> once for each"):
+        with_processor.build_inputs([f"{written} What is it?"], [[drawn(56, 56, 0)]])
 
 
 def test_operations_of_the_tower_are_those_that_run(model):

@@ -19,8 +19,8 @@ from .devices import execution_device
 from .families import Adapter
 from .tokens import tokenize
 
-# A kind's name, its token's id and, for each prompt, the images or videos that its placeholders stand for.
-Placeholders = tuple[str, int, Sequence[Sequence[object]]]
+# A kind's name, how prompts write it, its token's id and, for each prompt, what its placeholders stand for.
+Placeholders = tuple[str, str, int, Sequence[Sequence[object]]]
 
 
 class InputBuilder:
@@ -73,7 +73,8 @@ class InputBuilder:
         """Prompts, images and videos -> keyword arguments for ``prepare``, ``forward`` and ``generate``.
 
         Args:
-            texts: prompts, with one ``<image>`` for each of their images, one ``<video>`` for each of their videos.
+            texts: prompts, with one ``<image>`` (Qwen2.5-VL: ``<|vision_start|><|image_pad|><|vision_end|>``) for each
+                of their images, one ``<video>`` for each of their videos.
             images: for each prompt its images, in the order of the placeholders; None: no images.
             videos: for each prompt its videos, likewise; see ``preprocess_videos``.
 
@@ -96,10 +97,10 @@ class InputBuilder:
                 )
         images = [[]] * len(texts) if images is None else images
         videos = [[]] * len(texts) if videos is None else videos
-        placeholders: list[Placeholders] = [("image", self.adapter.image_token_id, images)]
+        placeholders: list[Placeholders] = [("image", self.adapter.written_image, self.adapter.image_token_id, images)]
         flat_videos = [video for own in videos for video in own]
         if self.adapter.video_token_id is not None:
-            placeholders.append(("video", self.adapter.video_token_id, videos))
+            placeholders.append(("video", "<video>", self.adapter.video_token_id, videos))
         inputs = encode_prompts(tokenizer, texts, placeholders)
         if flat := [picture for pictures in images for picture in pictures]:
             inputs |= self.preprocess_images(flat)
@@ -122,14 +123,14 @@ def encode_prompts(tokenizer: Any, texts: Sequence[str], placeholders: Sequence[
     Args:
         tokenizer: the checkpoint's.
         texts: prompts.
-        placeholders: for each kind its name (``image``), its token's id and, for each prompt, what it stands for.
+        placeholders: of each kind.
 
     Raises:
         PromptError: a prompt with another number of placeholders than images or videos.
     """
     rows = [tokenize(tokenizer, text)[0] for text in texts]
-    for name, token_id, per_prompt in placeholders:
-        _check_counts(name, token_id, rows, per_prompt)
+    for kind in placeholders:
+        _check_counts(kind, rows)
     longest = max((len(row) for row in rows), default=0)
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -141,12 +142,13 @@ def encode_prompts(tokenizer: Any, texts: Sequence[str], placeholders: Sequence[
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _check_counts(name: str, token_id: int, rows: list[list[int]], per_prompt: Sequence[Sequence[object]]) -> None:
+def _check_counts(kind: Placeholders, rows: list[list[int]]) -> None:
+    name, written, token_id, per_prompt = kind
     if len(rows) != len(per_prompt):
         raise PromptError(f"{len(rows)} prompts but {len(per_prompt)} lists of {name}s: one list a prompt is needed.")
     for number, (row, own) in enumerate(zip(rows, per_prompt, strict=True)):
         if row.count(token_id) != len(own):
             raise PromptError(
-                f"Prompt {number} holds {row.count(token_id)} <{name}> placeholders but {len(own)} {name}s were given"
-                f" for it: write <{name}> once for each {name}."
+                f"Prompt {number} holds {row.count(token_id)} {written} placeholders but {len(own)} {name}s were given"
+                f" for it: write {written} once for each {name}."
             )

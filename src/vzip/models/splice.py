@@ -159,8 +159,8 @@ def _check_all_used(kind: _Kind) -> None:
     run = f", or a run of {' or '.join(map(str, lengths))}" if lengths else ""
     raise PromptError(
         f"The prompts hold {sum(kind.per_prompt)} <{kind.name}> placeholders ({_per_prompt(kind.per_prompt)}) but"
-        f" {len(kind.lengths)} {kind.name}s were given. Each {kind.name} needs one placeholder in its prompt{run} as"
-        " the processor writes it."
+        f" {len(kind.lengths)} {kind.name}s were given. Each {kind.name} needs one placeholder (id"
+        f" {kind.token_id}) in its prompt{run} as the processor writes it."
     )
 
 

@@ -84,6 +84,7 @@ class Adapter(ABC):
         image_token_id: id of the placeholder in ``input_ids``.
         options: of the family.
         input_names: what the family's processor returns beside the text.
+        written_image: how a prompt says where an image goes.
         has_tiles: whether the family cuts an image into several crops.
         has_mining: whether patches are mined, and CLS, which is not, may be left out.
         has_video: whether it takes videos.
@@ -95,6 +96,7 @@ class Adapter(ABC):
 
     model_class: ClassVar[type[PreTrainedModel]]
     input_names: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    written_image: ClassVar[str] = "<image>"
     has_tiles: ClassVar[bool] = False
     has_mining: ClassVar[bool] = False
     has_video: ClassVar[bool] = False

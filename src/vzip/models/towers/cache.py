@@ -63,6 +63,7 @@ class TowerCache:
         place: Hashable,
         signals: frozenset[Signal],
         run: Callable[[frozenset[Signal]], VisionOutput],
+        num_crops: int | None = None,
     ) -> VisionOutput:
         """The tower's output for a batch of crops, from here or from the tower.
 
@@ -71,16 +72,18 @@ class TowerCache:
             place: which tower and select layer; outputs of different places are kept apart.
             signals: what must have been recorded, as for ``run_tower``.
             run: runs the tower and reads what it is told to.
+            num_crops: how many are counted; None: N.
 
         Returns:
             what ``run`` returns, on the same device; beyond ``signals`` it may hold more.
         """
         key = (place, tuple(pixel_values.shape), pixel_values.dtype, _digest(pixel_values))
+        num_crops = len(pixel_values) if num_crops is None else num_crops
         found = self._kept.get(key)
         if found is not None and signals <= _read(found[0]):
-            self.num_hits += len(pixel_values)
+            self.num_hits += num_crops
             return _to(found[0], found[1])
-        self.num_misses += len(pixel_values)
+        self.num_misses += num_crops
         already = frozenset() if found is None else _read(found[0])
         vision = run(signals | already | USUAL)
         self._keep(key, vision)

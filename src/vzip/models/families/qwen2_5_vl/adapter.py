@@ -23,7 +23,7 @@ from vzip.media.images import Preprocess
 
 from ..base import Adapter, Group, Stage, TowerRun, VisualInputs, no_stage
 from ..options import FamilyOptions, check_layer
-from .processing import load_processor, prepare_images
+from .processing import IMAGE_TOKEN, load_processor, prepare_images
 from .tower import Grid, UnitTower, check_signal
 
 
@@ -32,6 +32,7 @@ class Qwen2_5VlAdapter(Adapter):
 
     model_class = Qwen2_5_VLForConditionalGeneration
     input_names = ("pixel_values", "image_grid_thw", "mm_token_type_ids", "pixel_values_videos")
+    written_image = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
     keeps_places = True
     preprocesses = ("hf",)
 
@@ -102,11 +103,14 @@ class Qwen2_5VlAdapter(Adapter):
         side = self.tower.merge_size * self.model.config.vision_config.patch_size
         return rows * side, cols * side
 
+    def _values_of_a_patch(self) -> int:
+        config = self.model.config.vision_config
+        return int(config.in_channels * config.temporal_patch_size * config.patch_size**2)
+
     def blank_images(self, num_images: int) -> dict[str, Tensor]:
-        config, side = self.model.config.vision_config, 32 * self.tower.merge_size
-        values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        side = 32 * self.tower.merge_size
         return {
-            "pixel_values": torch.ones(num_images * side**2, values),
+            "pixel_values": torch.ones(num_images * side**2, self._values_of_a_patch()),
             "image_grid_thw": torch.tensor([[1, side, side]] * num_images),
         }
 
@@ -131,11 +135,11 @@ class Qwen2_5VlAdapter(Adapter):
                 f"image_grid_thw holds {bad[0]}: an image has 1 temporal step, and its rows and columns of patches are"
                 f" multiples of {merge}."
             )
-        num_patches = sum(row * col for _, row, col in grids)
-        if pixel_values.ndim != 2 or len(pixel_values) != num_patches:
+        expected = (sum(row * col for _, row, col in grids), self._values_of_a_patch())
+        if tuple(pixel_values.shape) != expected:
             raise PromptError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}: must be [patches, values of a patch], and"
-                f" image_grid_thw counts {num_patches} patches."
+                f"pixel_values has shape {tuple(pixel_values.shape)}: must be [patches, values of a patch], here"
+                f" {list(expected)}, since image_grid_thw counts {expected[0]} patches."
             )
         return [self._shape(row // merge, col // merge) for _, row, col in grids]
 
@@ -161,7 +165,8 @@ class Qwen2_5VlAdapter(Adapter):
 
         if self.tower_cache is None or torch.is_grad_enabled():
             return run(signals)
-        return self.tower_cache.look_up(pixel_values, (id(self.vision_tower), tuple(grids)), signals, run)
+        place = (id(self.vision_tower), tuple(grids))
+        return self.tower_cache.look_up(pixel_values, place, signals, run, num_crops=len(grids))
 
     def _grid(self, shape: VisionShape) -> Grid:
         return shape.num_crops, shape.grid[0] * self.tower.merge_size, shape.grid[1] * self.tower.merge_size

@@ -22,6 +22,8 @@ from vzip.compressors.vision import SCORES, Signal, VisionOutput
 from vzip.errors import UnsupportedModelError
 from vzip.ops.attention import at_least_float32, key_norms, mean_keys, received_attention
 
+from ...devices import execution_device
+
 Grid = tuple[int, int, int]  # temporal steps, rows and columns of patches
 
 
@@ -83,14 +85,16 @@ class UnitTower:
         """
         recorded = {s: self.layer_of(s) for s in signals if s.name != "projected" and s != Signal("hidden")}
         module, into = self.module, dict[str, Any]()
-        weight = next(module.parameters())
-        grid_thw = torch.tensor(grids, device=weight.device)
+        patches = module.get_submodule("patch_embed.proj")
+        device, dtype = execution_device(patches), next(patches.parameters()).dtype
+        grid_thw = torch.tensor(grids, device=device)
         with ExitStack() as stack:
             for layer, is_hidden in {(layer, signal.name == "hidden") for signal, layer in recorded.items()}:
                 stack.enter_context(_recording(module, layer, is_hidden, into))
-            output = module(pixel_values.to(weight.device, weight.dtype), grid_thw=grid_thw, return_dict=True)
-        back = window_order(grids, self.merge_size, self.window).argsort().to(weight.device)
-        values = {signal: self._units(signal, layer, into, grids)[back] for signal, layer in recorded.items()}
+            output = module(pixel_values.to(device, dtype), grid_thw=grid_thw, return_dict=True)
+        device = output.pooler_output.device  # where blocks are spread over devices, the merger's
+        back = window_order(grids, self.merge_size, self.window).argsort().to(device)
+        values = {s: self._units(s, layer, into, grids).to(device)[back] for s, layer in recorded.items()}
         signals_of_all = {signal: value[None] for signal, value in values.items()}
         num_units = output.pooler_output.shape[0]
         return VisionOutput(
