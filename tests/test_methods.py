@@ -44,7 +44,7 @@ def test_readmes_method_is_a_whole_one(tmp_path: Path, monkeypatch: pytest.Monke
     vlm = vzip.CompressedVlm(tiny.llava(), methods.find_method("longest_keys").build(BUDGET))
     visual = vlm.adapter.read_inputs(**tiny.llava_inputs(2))
     with torch.no_grad():
-        vision = vlm.adapter.image_output(visual, vlm.compressor.reads())
-        assert [len(tokens) for tokens in vlm.adapter.encode(visual, vlm.compressor)] == [9, 9]
+        ((_, vision),) = vlm.adapter.image_outputs(visual, vlm.compressor.reads())
+        assert [len(tokens.rows) for tokens in vlm.adapter.encode(visual, vlm.compressor)] == [9, 9]
     best = vision.read_patches(Signal("key_norms")).topk(9).indices.sort().values + 1
     assert torch.equal(vlm.compressor(vision).source_index, best)

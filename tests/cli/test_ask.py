@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pillow_heif
 import pytest
 from PIL import Image
 
@@ -13,6 +14,7 @@ from vzip import cli, installed
 from vzip.config.options import config_dir
 from vzip.errors import ImageError
 from vzip.media.images import load_image
+from vzip.media.video import is_picture
 
 SCENE = config_dir().parent / "docs" / "scene.png"
 QUESTION = "What word is written on the sign?"
@@ -67,3 +69,13 @@ def test_the_image_of_a_phone_is_read_by_what_is_installed(tmp_path: Path, monke
     with pytest.raises(ImageError, match="not an image"):  # this one is a head only
         load_image(tmp_path / "a.heic")
     assert registered == ["HEIF"]
+
+
+def test_an_image_of_a_phone_is_read(tmp_path):
+    """Its colours within what the format loses."""
+    pillow_heif.register_heif_opener()
+    path = tmp_path / "photo.jpg"  # found by its content, whatever its name
+    Image.new("RGB", (64, 48), (200, 30, 40)).save(path, format="HEIF")
+    loaded = load_image(path)
+    assert loaded.size == (64, 48) and is_picture(path)
+    assert all(abs(a - b) < 8 for a, b in zip(loaded.getpixel((30, 20)), (200, 30, 40), strict=True))

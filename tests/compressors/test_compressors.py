@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vzip
-from vzip.compressors import CompressedTokens, Compressor, Signal, VisionOutput
+from vzip.compressors import CompressedTokens, Compressor, Signal, VisionOutput, VisionShape
 from vzip.errors import ConfigError
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
@@ -238,8 +238,9 @@ def test_impossible_budgets_are_refused(counts):
 
 def test_fractions_are_counts_of_the_crops_own_patches():
     budget = vzip.FractionBudget(0.65, 0.05)
-    assert [budget.of(n) for n in (40, 5)] == [vzip.TokenBudget(26, 2), vzip.TokenBudget(3, 1)]
-    assert vzip.FractionBudget(0.01, 0).of(40) == vzip.TokenBudget(1, 0)
+    forty, five = (VisionShape("image", 1, (n, 1), False, n) for n in (40, 5))
+    assert [budget.of(shape) for shape in (forty, five)] == [vzip.TokenBudget(26, 2), vzip.TokenBudget(3, 1)]
+    assert vzip.FractionBudget(0.01, 0).of(forty) == vzip.TokenBudget(1, 0)
     for has_cls in (True, False):
         vision = vision_output(has_cls)
         ours, counted = vzip.VisionZip(budget)(vision), vzip.VisionZip(vzip.TokenBudget(26, 2))(vision)

@@ -26,6 +26,8 @@ CASES = {
     ("model=mini_gemini_7b",): ("paper_no_judge", "64tok"),
     ("model=mini_gemini_13b",): ("paper_no_judge", "64tok"),
     ("model=video_llava_7b",): ("paper_video", "17tok"),
+    ("model=qwen2_5_vl_3b",): ("paper_no_judge", "128tok"),
+    ("model=qwen2_5_vl_7b",): ("paper_no_judge", "128tok"),
     ("model=llava_local", "model.name_or_path=org/mine"): ("paper_no_judge", "64tok"),
     ("model=llava_next_13b", "eval=quick"): ("quick", "32tok"),
     ("eval=ocr", "budget=64tok", "model=llava_next_13b"): ("ocr", "64tok"),

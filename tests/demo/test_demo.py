@@ -161,7 +161,8 @@ def test_demo_end_to_end_on_two_pictures_without_lmms_eval(small_benchmark, tmp_
     printed = capsys.readouterr().out
     assert "PROVISIONAL" in printed and "VisionZip" in printed and "chance" in printed
     table = (tmp_path / "demo" / "table.md").read_text().splitlines()
-    assert len(table) == 2 + 1 + 13  # header, chance, vanilla and four budgets of three methods
+    assert len(table) == 2 + 1 + 13 + 2  # header, chance, vanilla and four budgets of three methods; that it is limited
+    assert "PROVISIONAL" in table[-1]
     record = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert [row["num_tokens"] for row in record["rows"]] == [576] + [n for n in (192, 128, 64, 32) for _ in range(3)]
     assert record["provisional"] is True

@@ -23,6 +23,7 @@ PUBLISHED = {
     "llava_next": (3, 5, 5 * 576 + 48),
     "video_llava": (1, 1, 256),
     "mini_gemini": (1, 1, 576),
+    "qwen2_5_vl": (1, 1, 576),  # the image below: 672 pixels are 24 merge units
 }
 
 
@@ -46,6 +47,7 @@ def test_a_family_is_evaluated_and_asked(
     pytest.importorskip("lmms_eval")
     scene_crops, num_crops, vanilla = PUBLISHED[family]
     model = [f"model.name_or_path={checkpoints[family]}", "model.device_map=null", "budget=17tok"]
+    model += ["model.preprocess=hf"] if family == "qwen2_5_vl" else []
     places = [f"eval.include_path={small_benchmark}", f"paths.run_dir={tmp_path / 'run'}"]
     limits = ["eval.tasks=[scenes_existence]", "eval.limit=2", "eval.gen_kwargs.max_new_tokens=3"]
     monkeypatch.setattr(sys, "argv", ["eval.py", "model=llava_local", *model, *places, *limits])

@@ -121,14 +121,14 @@ def test_a_run_goes_on_with_the_launcher_it_was_begun_with(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     words = [*words, "train.save_every=1", "train.num_steps=3"]
-    with dying_at(1):
-        run("train", [*words, "launcher.batch_size=1", "launcher.num_workers=1"], monkeypatch)
+    with dying_at(1, is_command=True):
+        assert run("train", [*words, "launcher.batch_size=1", "launcher.num_workers=1"], monkeypatch) == 130
     (header,) = tmp_path.glob("runs/train/*/model/*/seed0/checkpoints/step-00000001/tuned.json")
     began = json.loads(header.read_text())["launcher"]
     assert (began["batch_size"], began["num_workers"], began["strategy"]) == (1, 1, "single")
     capfd.readouterr()
-    with dying_at(2):
-        run("train", words, monkeypatch)
+    with dying_at(2, is_command=True):
+        assert run("train", words, monkeypatch) == 130
     shown = capfd.readouterr()
     assert "auto: single on 1 processes, batch 1 a device, as the run was begun" in shown.out
     assert "taking up again at step 1\n" in shown.err

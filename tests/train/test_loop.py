@@ -242,6 +242,7 @@ def test_a_run_begun_under_another_launcher_is_refused_before_the_model_is_loade
     del header["launcher"]
     (checkpoint / "tuned.json").write_text(json.dumps(header))
     (checkpoint / "deepspeed").mkdir()
+    write_digests(checkpoint)
     with pytest.raises(RunExistsError, match="was written with DeepSpeed and cannot be read without it"):
         train(plan())
     (checkpoint / "deepspeed").rmdir()

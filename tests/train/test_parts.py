@@ -137,7 +137,8 @@ def test_launch_commands() -> None:
 
 def test_an_interruption_is_handed_on_once_and_the_child_has_the_last_word(tmp_path: Path) -> None:
     child = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job may have been told to ignore it
 try:
     pathlib.Path(sys.argv[1]).touch()
     time.sleep(60)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vzip.errors import ConfigError, ImageError
 from vzip.json_files import whole_text
+from vzip.paths import expanded, is_file, is_folder, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -88,10 +89,9 @@ def main(arguments: argparse.Namespace) -> int:
 def _checked_file(given: str) -> Path:
     if given.startswith(("http://", "https://")):
         raise ImageError(f"{given}: images and videos are read from files; download it first and give the path.")
-    file = Path(given).expanduser()
-    if not file.is_file():
-        raise ImageError(f"{given}: {'is a directory' if file.is_dir() else 'no such file'}.")
-    return file
+    if not is_file(given):
+        raise ImageError(f"{shown(given)}: {'is a directory' if is_folder(given) else 'no such file'}.")
+    return expanded(given)
 
 
 def _check_overlay(path: Path | None) -> None:

@@ -37,7 +37,7 @@ class PreparedInputs:
         labels: int64 ``[B, T]`` with -100 on visual tokens and padding, or None.
         num_visual_tokens: visual tokens that entered: for each image in order, then for each video.
         visual_index: int64 ``[B, T]`` on the CPU: -1 text, -2 padding, else the number of the image (or video) there.
-        text_ids: int64 on the CPU, the ids of all text tokens, row by row.
+        text_ids: int64, the ids of all text tokens, row by row.
     """
 
     inputs_embeds: Tensor
@@ -249,9 +249,12 @@ def splice(
     if video_token_id is not None:
         placeholders |= input_ids == video_token_id
     is_text = torch.zeros(input_ids.shape, dtype=torch.bool)  # what is excluded may be no word at all
+    text_ids = []
     for row, pieces in enumerate(plan.rows):
         for piece in pieces:
             is_text[row, piece.start : piece.stop] = piece.visual is None
+            if piece.visual is None:
+                text_ids.append(input_ids[row, piece.start : piece.stop])
     text = embed_tokens(input_ids.masked_fill(placeholders | ~is_text.to(input_ids.device), 0))
     visual = [tokens.to(text.device, text.dtype) for tokens in (*images, *videos)]
     rows = [
@@ -297,7 +300,7 @@ def splice(
         position_ids=positions,
         labels=new_labels,
         num_visual_tokens=[tokens.shape[0] for tokens in visual],
-        text_ids=input_ids.cpu()[is_text],
+        text_ids=torch.cat(text_ids or [input_ids.new_zeros(0)]),
         visual_index=torch.stack(
             [
                 pad(torch.tensor(row or [-1]).repeat_interleave(torch.tensor(size or [0])), -2)

@@ -342,7 +342,8 @@ class CompressedVlm(InputBuilder, nn.Module):
         num_videos = len(prepared.num_visual_tokens) - num_images
         written = [adapter.image_token_id] * num_images + [adapter.video_token_id or 0] * num_videos
         vocab_size = self.model.config.get_text_config().vocab_size
-        ids = prompt_ids(prepared.visual_index, prepared.text_ids, torch.tensor(written, dtype=torch.int64), vocab_size)
+        of_visuals = torch.tensor(written, dtype=torch.int64)
+        ids = prompt_ids(prepared.visual_index, prepared.text_ids.cpu(), of_visuals, vocab_size)
         return ids.to(prepared.inputs_embeds.device)
 
     def chat(self, system_prompt: str | None = None) -> ChatSession:
