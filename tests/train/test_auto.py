@@ -1,4 +1,4 @@
-"""train.py with ``launcher=auto`` and ``dry_run``: what is printed, passed on, taken up again, refused."""
+"""train.py with ``launcher=auto`` and ``dry_run``: what is printed, passed on, resumed, refused."""
 
 from __future__ import annotations
 
@@ -131,11 +131,11 @@ def test_a_run_goes_on_with_the_launcher_it_was_begun_with(
         assert run("train", words, monkeypatch) == 130
     shown = capfd.readouterr()
     assert "auto: single on 1 processes, batch 1 a device, as the run was begun" in shown.out
-    assert "taking up again at step 1\n" in shown.err
+    assert "resuming at step 1\n" in shown.err
     # Another launcher that is named is taken, and what differs is said.
     assert run("train", [*words, "launcher=inline"], monkeypatch) == 0
     error = capfd.readouterr().err
-    assert "taking up again at step 2; launcher: batch_size=4 (was 1), num_workers=0 (was 1), which does" in error
+    assert "resuming at step 2; launcher: batch_size=4 (was 1), num_workers=0 (was 1), which does" in error
 
 
 def test_what_deepspeed_wrote_goes_on_as_it_was_written(at: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,21 +286,21 @@ def tuned_weights(config: Mapping[str, Any], directory: Path) -> str | None:
     """The directory of tuned weights that ``model.projector`` means, or None.
 
     Raises:
-        ConfigError: ``trained``, but nothing is trained with these words, or it is not there yet.
+        ConfigError: ``trained``, but nothing is trained with these overrides, or it is not there yet.
     """
     projector = config["model"]["projector"]
     if projector != TRAINED:
         return None if projector is None else str(Path(projector).expanduser())
     if "kind" not in config["train"]:
         raise ConfigError(
-            f"model.projector={TRAINED}: train={config['train']['name']} trains no projector. Give the words that"
+            f"model.projector={TRAINED}: train={config['train']['name']} trains no projector. Give the overrides that"
             " train.py was given (a recipe, or train=...), or the directory that it wrote."
         )
     final = training_directory(config, directory) / "final"
     if not final.is_dir():
         raise ConfigError(
             f"model.projector={TRAINED}: {final} is not there. Run `{program('train')} {_recipe_word(config)}` first"
-            " (with the same further words), or name the directory that it wrote."
+            " (with the same further overrides), or name the directory that it wrote."
         )
     return str(final)
 
@@ -332,10 +332,10 @@ def adapter_record(adapter_path: str | None) -> dict[str, Any]:
 
 
 def model_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor]:
-    """Composes ``key=value`` words as eval.py would; returns ``vzip.load_vlm``'s arguments and, apart, the compressor.
+    """Composes overrides as eval.py would; returns ``vzip.load_vlm``'s arguments and, apart, the compressor.
 
     Raises:
-        ConfigError: naming every problem of the words; nothing has been loaded.
+        ConfigError: naming every problem of the overrides; nothing has been loaded.
     """
     return chat_plan(words)[:2]
 

@@ -16,7 +16,7 @@ from vzip.config.options import RECIPE_GROUP, groups, option_values, options
 
 
 def absent_settings(overrides: Sequence[Override], directory: Path, config_name: str) -> dict[str, str]:
-    """The words, all well-formed, that set what the words' options do not hold: the word, and what is wrong with it.
+    """The overrides, all well-formed, that set what their options do not hold: the override, and what is wrong with it.
 
     Without this, Hydra would tell to append the setting with ``+``, which no option would understand.
     """
@@ -45,7 +45,7 @@ def absent_settings(overrides: Sequence[Override], directory: Path, config_name:
 
 
 def _alternatives(override: Override) -> list[str]:
-    """The word itself, or, for a sweep over options, one word for each."""
+    """The override itself, or, for a sweep over options, one for each."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]

@@ -1,4 +1,4 @@
-"""Reads the command line before Hydra does, so that every wrong word is named at once, each with its nearest name."""
+"""Reads the command line before Hydra does, so that every wrong override is named at once, with its nearest name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MAX_JOBS_CHECKED = 64
 
 
 def override_words(arguments: Sequence[str]) -> list[str]:
-    """The ``key=value`` words of a command line, Hydra's own flags and their values left out."""
+    """The ``key=value`` overrides of a command line, Hydra's own flags and their values left out."""
     words: list[str] = []
     skip = False
     for word in arguments:
@@ -52,11 +52,11 @@ def override_words(arguments: Sequence[str]) -> list[str]:
 def check_overrides(arguments: Sequence[str], directory: Path, config_name: str) -> None:
     """Checks groups, options and keys of a command line against the configuration folder.
 
-    If a word is wrong, the others are composed and their values judged too, so that one message names everything. The
+    If one is wrong, the others are composed and their values judged too, so that one message names everything. The
     jobs of a sweep are judged before the first one starts. Otherwise values are left to the composed configuration.
 
     Raises:
-        ConfigError: naming every wrong word.
+        ConfigError: naming every wrong override.
     """
     shows = [word for word in arguments if word in _SHOW_FLAGS or word.startswith(("--cfg=", "--info="))]
     if shows and is_sweep(arguments):
@@ -99,9 +99,9 @@ def counted_budgets(arguments: Sequence[str], directory: Path) -> list[str]:
 
 
 def arrange(arguments: Sequence[str]) -> list[str]:
-    """A sweep's command line with ``-m`` first, and the words that choose a recipe or a model before the others.
+    """A sweep's command line with ``-m`` first, and the overrides that choose a recipe or a model before the others.
 
-    Hydra understands ``-m`` between words only there, and changes the last word fastest: so each model is loaded once.
+    Hydra understands ``-m`` between overrides only there, and changes the last fastest: so each model is loaded once.
     """
     if not is_sweep(arguments):
         return list(arguments)

@@ -261,7 +261,7 @@ def _check_paths(model: Mapping[str, Any], evaluation: Mapping[str, Any]) -> lis
     if isinstance(tuned, str) and tuned != TRAINED and not is_folder(expanded(tuned)):
         problems.append(
             f"model.projector={tuned}: no such directory. It must be one that train.py wrote (runs/train/.../final), or"
-            f" {TRAINED} for what `train.py` with these words wrote."
+            f" {TRAINED} for what `train.py` with these overrides wrote."
         )
     adapter = model.get("adapter_path")
     if isinstance(adapter, str) and not is_folder(expanded(adapter)) and not _may_be_hub_id(adapter):

@@ -131,7 +131,7 @@ def cost_of_bench(benches: Iterable[Bench], row: Row, column: Column) -> list[Co
 
 
 def bench_model(row: Row) -> str | None:
-    """The model among a row's words for ``python -m vzip bench``."""
+    """The model among a row's overrides for ``python -m vzip bench``."""
     return next((word.removeprefix("model=") for word in row.bench if word.startswith("model=")), None)
 
 

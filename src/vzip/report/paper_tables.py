@@ -56,15 +56,15 @@ class Row:
     Attributes:
         tokens: visual tokens, as the paper counts them.
         method: "vanilla", "VisionZip", "VisionZip‡" (tuned), or a rival.
-        run: the words for eval.py; empty for a rival.
+        run: the overrides for eval.py; empty for a rival.
         none: why there are none; None where there are some.
         values: the paper's numbers by column; a number that the paper does not give is absent.
         average: the paper's printed average retention in percent, or None.
         printed_ratio: the paper's printed percentages (or factors, of costs) beside the values, by column.
         base: label of the row that retention is taken against, or None.
-        bench: the words for ``python -m vzip bench`` that measure it; empty where no column asks for that.
-        train: for each call of train.py that the row tells of its words, in order; empty likewise. ``{before}`` stands
-            for the tuned weights of the call before.
+        bench: the overrides for ``python -m vzip bench`` that measure it; empty where no column asks for that.
+        train: the overrides of each call of train.py that the row tells of, in order; empty likewise. ``{before}``
+            stands for the tuned weights of the call before.
         tolerance: by column the largest difference that counts as reproduced; absent: not judged. The paper states no
             spread, so its tables have none.
         values_of: the table that the values are taken from, or None.

@@ -116,7 +116,7 @@ def _table(path: Path, content: dict[str, Any], known: Mapping[str, Column]) -> 
 def _row(path: Path, row: dict[str, Any], columns: tuple[Column, ...], base: str | None) -> Row:
     label = f"{row['tokens']}, {row['method']}"
     if ("run" in row) == ("none" in row):
-        raise ManifestError(f"{path}, row {label!r}: must have either run (words for eval.py) or none (why not).")
+        raise ManifestError(f"{path}, row {label!r}: must have either run (overrides for eval.py) or none (why not).")
     for key in sorted(row.keys() - _ROW):
         raise ManifestError(f"{path}, row {label!r}: {key!r} is no key of a row{nearest(key, _ROW)}.")
     keys = [column.key for column in columns]

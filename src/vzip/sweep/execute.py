@@ -43,7 +43,7 @@ def run_plan(plan: EvaluationPlan) -> dict[str, Any]:
 
 
 def evaluate_words(words: Sequence[str]) -> dict[str, Any]:
-    """As ``python eval.py`` with these words of one process, in this one.
+    """As ``python eval.py`` with these overrides of one process, in this one.
 
     Raises:
         VzipError: for what the user can mend.

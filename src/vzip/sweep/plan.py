@@ -23,12 +23,12 @@ from vzip.report.table_fill import holds
 from vzip.results.provenance import hardware
 from vzip.results.record import JUDGE_ACCURACY, JUDGE_SCORE, Run
 
-BEFORE = "{before}"  # in a training's words: the tuned weights of the training before it
+BEFORE = "{before}"  # in a training's overrides: the tuned weights of the training before it
 
 
 @dataclass(frozen=True)
 class Training:
-    """A call of train.py that a row builds on, where its tuned weights go, and what its words compose to."""
+    """A call of train.py that a row builds on, where its tuned weights go, and what its overrides compose to."""
 
     words: tuple[str, ...]
     final: Path
@@ -37,7 +37,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Planned:
-    """What one row's words, and the further ones of the command line, compose to.
+    """What one row's overrides, and the further ones of the command line, compose to.
 
     Attributes:
         words: the row's, for eval.py.
@@ -64,7 +64,7 @@ class Todo:
         label: the row it is for; several rows may want the same command.
         program: "train.py", "bench", "eval.py" or "judge".
         words: what it is given.
-        config: of an evaluation: what the words compose to.
+        config: of an evaluation: what the overrides compose to.
         tasks: of an evaluation: its benchmarks.
         waits_for: tuned weights that must be there first, or None.
         makes: tuned weights that it writes, or None.
@@ -84,10 +84,10 @@ class Todo:
 
 
 def plan(table: PaperTable, words: Sequence[str], runs_dir: Path) -> dict[str, Planned]:
-    """Composes every row's words as eval.py and train.py will.
+    """Composes every row's overrides as eval.py and train.py will.
 
     Raises:
-        ConfigError: words that do not compose, or further words that would change what a row is.
+        ConfigError: overrides that do not compose, or further ones that would change what a row is.
     """
     directory = config_dir()
     planned = {}
@@ -108,7 +108,7 @@ def plan(table: PaperTable, words: Sequence[str], runs_dir: Path) -> dict[str, P
 
 
 def _trainings(row: Row, is_trained: bool, runs_dir: Path) -> Iterator[Training]:
-    """The row's own, or else the one whose weights its words ask for."""
+    """The row's own, or else the one whose weights its overrides ask for."""
     before = ""
     for words in row.train or ((_train_words(row.run),) if is_trained else ()):
         filled = [word.replace(BEFORE, before) for word in words]

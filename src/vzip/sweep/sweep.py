@@ -225,7 +225,7 @@ def read_entries(folder: Path) -> list[dict[str, Any]]:
 
 
 def one_a_run(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Jobs that are the same run, as the full ones of a grid, as one, with the words that they share."""
+    """Jobs that are the same run, as the full ones of a grid, as one, with the overrides that they share."""
     first: dict[str, dict[str, Any]] = {}
     for entry in entries:
         same = first.setdefault(entry["run_dir"], dict(entry))

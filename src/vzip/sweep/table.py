@@ -4,7 +4,7 @@
   python -m vzip table 1 --dry-run                      what --run would run, with hours
   python -m vzip table 1 --run                          evaluates what is missing first; a model is loaded once
   python -m vzip table 1 --run --only gqa,pope,64       two benchmarks at 64 tokens (and vanilla, for retention)
-  python -m vzip table 1 --run eval.batch_size=8        further words for every eval.py
+  python -m vzip table 1 --run eval.batch_size=8        further overrides for every eval.py
   python -m vzip table scenes --run eval.limit=20       the built-in model; a limited run is marked provisional
   python -m vzip table 1 --run --train zero2_8gpu       also trains what tuned rows (‡) lack
   python -m vzip table 1 --hours --gpu 3090             how long each row takes: measured, else estimated
@@ -42,7 +42,7 @@ from vzip.sweep.plan import Planned, Todo, hours, missing, plan, runs_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m vzip table`."""
     parser.add_argument("table", help="1 to 7, 10 to 18, scenes, or a .json file")
-    parser.add_argument("words", nargs="*", metavar="key=value", help="with --run: further words for eval.py")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="with --run: further overrides for eval.py")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where records are, and go (runs)")
     parser.add_argument("--format", choices=FORMATS, help="to standard output; without it a table for the terminal")
     parser.add_argument("--run", action="store_true", help="run what is missing")
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
     """Runs what is asked for and prints. Returns 1 if a run failed."""
     table = select(read_table(args.table), args.only)
     if args.words and not (args.run or args.dry_run or args.hours):
-        raise ConfigError(f"{' '.join(args.words)}: words for eval.py need --run.")
+        raise ConfigError(f"{' '.join(args.words)}: overrides for eval.py need --run.")
     if args.train is not None and not (args.run or args.dry_run):
         raise ConfigError(f"--train {args.train} needs --run.")
     if args.hours:
@@ -67,14 +67,14 @@ def main(args: argparse.Namespace) -> int:
     if args.gpu is not None:
         raise ConfigError(f"--gpu {args.gpu} needs --hours.")
     planned = plan(table, args.words, args.runs)
-    found = Found(find_runs(args.runs), find_benches(args.runs))
+    found = Results(find_runs(args.runs), find_benches(args.runs))
     todos = missing(table, planned, args.words, args.runs, found.runs, found.benches)
     failed: list[str] = []
     if args.run or args.dry_run:
         print_todos(todos, found.runs)
     if args.run and not args.dry_run:
         failed = run_all(todos, args.train)
-        found = Found(find_runs(args.runs), find_benches(args.runs))
+        found = Results(find_runs(args.runs), find_benches(args.runs))
         todos = missing(table, planned, args.words, args.runs, found.runs, found.benches)
     print_table(table, planned, found, args.format)
     left = [todo for todo in todos if todo.program == "judge"] if args.run else todos
@@ -103,7 +103,7 @@ def tell_hours(table: PaperTable, args: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class Found:
+class Results:
     """What there is of ours below the runs folder."""
 
     runs: Sequence[Run]
@@ -222,7 +222,7 @@ def _process(words: Sequence[str]) -> bool:
     return True
 
 
-def print_table(table: PaperTable, planned: Mapping[str, Planned], found: Found, form: str | None) -> None:
+def print_table(table: PaperTable, planned: Mapping[str, Planned], found: Results, form: str | None) -> None:
     """Prints the table in a format, or for the terminal."""
     runs = {label: runs_of(entry, found.runs) for label, entry in planned.items()}
     trainings = {label: entry.training_directory for label, entry in planned.items()}

@@ -75,7 +75,7 @@ class TrainPlan:
 
 
 @dataclass(frozen=True)
-class Course:
+class PreparedTraining:
     """A run's data, opened, in the order in which it will be seen; nothing of the model.
 
     Attributes:
@@ -91,7 +91,7 @@ class Course:
     store: CheckpointStore
 
 
-def prepare(plan: TrainPlan) -> Course:
+def prepare(plan: TrainPlan) -> PreparedTraining:
     """Opens the data and looks at the run's directory: what can be wrong with them is said before processes start.
 
     Raises:
@@ -117,11 +117,11 @@ def prepare(plan: TrainPlan) -> Course:
             begun.check(plan.launch, num_processes_in_all(plan.launch))
         if (found := store.latest()) is not None and os.environ.get("RANK", "0") == "0":
             store.verify(found[0])
-    return Course(data, validation, schedule, store)
+    return PreparedTraining(data, validation, schedule, store)
 
 
 def train(plan: TrainPlan) -> Path:
-    """Runs a training, or takes it up again; returns the directory of the tuned weights.
+    """Runs a training, or resumes it; returns the directory of the tuned weights.
 
     An interruption says which checkpoint is kept.
 
@@ -133,22 +133,22 @@ def train(plan: TrainPlan) -> Path:
     """
     check_devices(plan.launch)
     with owning(plan.run_dir):
-        course = prepare(plan)
-        with keeping(lambda: _kept(course)):
-            return _train(plan, course)
+        prepared = prepare(plan)
+        with keeping(lambda: _kept(prepared)):
+            return _train(plan, prepared)
 
 
-def _kept(course: Course) -> str:
-    found = course.store.latest()
+def _kept(prepared: PreparedTraining) -> str:
+    found = prepared.store.latest()
     if found is None:
-        return f"{course.store.run_dir} has no checkpoint yet (train.save_every says how often there is one)"
-    return f"step {found[1]:,} of {course.schedule.num_steps:,} is kept in {found[0]}"
+        return f"{prepared.store.run_dir} has no checkpoint yet (train.save_every says how often there is one)"
+    return f"step {found[1]:,} of {prepared.schedule.num_steps:,} is kept in {found[0]}"
 
 
-def _train(plan: TrainPlan, course: Course) -> Path:
+def _train(plan: TrainPlan, prepared: PreparedTraining) -> Path:
     # Data.
     settings, launch = plan.train, plan.launch
-    data, validation, schedule, store = course.data, course.validation, course.schedule, course.store
+    data, validation, schedule, store = prepared.data, prepared.validation, prepared.schedule, prepared.store
 
     # Join the other processes.
     accelerator = build_accelerator(settings, launch, int(os.environ.get("WORLD_SIZE", "1")))
@@ -198,7 +198,7 @@ def _train(plan: TrainPlan, course: Course) -> Path:
         begun = store.begun()
         other = "" if begun is None else begun.differences(launch)
         note = f"; launcher: {other}, which does not change what is learned" if other else ""
-        _say(accelerator, f"taking up again at step {step}{note}")
+        _say(accelerator, f"resuming at step {step}{note}")
     tracker = None
     if accelerator.is_main_process:
         trim_metrics(plan.run_dir / "metrics.jsonl", step)

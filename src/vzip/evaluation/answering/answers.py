@@ -19,7 +19,7 @@ from vzip.results.token_count import check_token_counts
 
 from .batching import cut
 from .generation import cut_at
-from .questions import Chunk, Key, LoadedQuestion, Noted, build_inputs
+from .questions import Chunk, Key, LoadedQuestion, NamingTheQuestion, build_inputs
 
 if TYPE_CHECKING:
     from vzip.models.vlm import CompressedVlm
@@ -125,7 +125,7 @@ class Answerer:
             most: tokens of an answer; None: as the questions' settings say.
         """
         try:
-            with Noted(", ".join(one.question.name for one in chunk.loaded)):
+            with NamingTheQuestion(", ".join(one.question.name for one in chunk.loaded)):
                 inputs = build_inputs(self.vlm, chunk.loaded) if chunk.inputs is None else chunk.inputs
                 return self._generate(chunk.loaded, inputs, most)
         except torch.OutOfMemoryError:

@@ -161,7 +161,7 @@ class Preparer:
 
     def _load(self, question: Question) -> LoadedQuestion:
         _, doc_to_messages, _, doc_id, task, split = question.request.args
-        with Noted(question.name):
+        with NamingTheQuestion(question.name):
             messages = doc_to_messages(self.datasets[task][split][doc_id])
             images, videos, turns = read_messages(messages, task, doc_id, self.placeholders)
         if self.system_prompt:
@@ -174,7 +174,7 @@ class Preparer:
         return [Chunk(part, self._inputs(part)) for part in parts]
 
     def _inputs(self, loaded: list[LoadedQuestion]) -> dict[str, Tensor] | None:
-        with Noted(", ".join(one.question.name for one in loaded)):
+        with NamingTheQuestion(", ".join(one.question.name for one in loaded)):
             try:
                 return build_inputs(self.vlm, loaded)
             except torch.OutOfMemoryError:  # pixels are sent to the device; tried again when their turn comes
@@ -195,7 +195,7 @@ def _describe(error: BaseException) -> str:
     return text if isinstance(error, ImageError | VideoError) else f"{type(error).__name__}: {text}"
 
 
-class Noted:
+class NamingTheQuestion:
     """Adds a note to whatever leaves the block: what it was about."""
 
     def __init__(self, name: str) -> None:

@@ -70,7 +70,7 @@ def _digest(value: object) -> str:
 
 
 @dataclass
-class Kept:
+class KeptAnswers:
     """What an interrupted run left.
 
     Attributes:
@@ -108,15 +108,15 @@ class AnswerStore:
         self.path = run_dir / name
         head = json.dumps({"settings": settings})
         # What lies under these names is gone before another process writes there: it waits for the broadcast.
-        self.kept = processes.broadcast(self._collect(head) if processes.is_first else Kept())
+        self.kept = processes.broadcast(self._collect(head) if processes.is_first else KeptAnswers())
         if not processes.is_first:
             replace_file(self.path, head + "\n")
         with naming_the_file(self.path):
             self._file = self.path.open("ab", buffering=0)
 
-    def _collect(self, head: str) -> Kept:
+    def _collect(self, head: str) -> KeptAnswers:
         """Reads all files and puts what is of use into the first process's."""
-        kept, lines = Kept(), [head]
+        kept, lines = KeptAnswers(), [head]
         old = sorted(self.run_dir.glob(_PARTIAL_FILES))
         for path in old:
             lines += _read(path, head, kept)
@@ -159,7 +159,7 @@ class AnswerStore:
 
 def kept_answers(run_dir: Path, num_questions: int | None = None) -> str:
     """What an interrupted run has kept, in words."""
-    kept = Kept()
+    kept = KeptAnswers()
     for path in run_dir.glob(_PARTIAL_FILES):
         _read(path, path.open(encoding="utf-8", errors="replace").readline().rstrip("\n"), kept)
     of = "" if num_questions is None else f" of {num_questions:,}"
@@ -172,7 +172,7 @@ def delete_answers(run_dir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _read(path: Path, head: str, kept: Kept) -> list[str]:
+def _read(path: Path, head: str, kept: KeptAnswers) -> list[str]:
     """Adds a file's answers to ``kept`` and returns its good lines."""
     first, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     if first != head:
