@@ -21,7 +21,7 @@ def run(rows, num_images, masks=None, labels=None, lengths=None, padding_side=No
     mask = None if masks is None else torch.tensor(masks)
     plan = plan_splice(ids, mask, IMAGE, lengths or [EXPANDED] * num_images, padding_side)
     label_tensor = None if labels is None else torch.tensor(labels)
-    return splice(plan, ids, embed, images, IMAGE, label_tensor)
+    return splice(plan, ids, embed, images, label_tensor)
 
 
 def values(prepared):
@@ -78,7 +78,7 @@ def test_gradients_reach_images_and_text():
     embed = nn.Embedding(9, 3)
     image = torch.randn(2, 3, requires_grad=True)
     ids = torch.tensor([[1, IMAGE, 2]])
-    splice(plan_splice(ids, None, IMAGE, [EXPANDED]), ids, embed, [image], IMAGE).inputs_embeds.sum().backward()
+    splice(plan_splice(ids, None, IMAGE, [EXPANDED]), ids, embed, [image]).inputs_embeds.sum().backward()
     assert torch.equal(image.grad, torch.ones(2, 3))
     assert embed.weight.grad.sum() == 6 and embed.weight.grad[0].sum() == 0  # the placeholder's stand-in is not used
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from vzip.compressors.base import Compressor, TokenBudget
 from vzip.compressors.controls import Identity, RandomTokens, UniformTokens
@@ -20,6 +21,8 @@ from vzip.compressors.visionzip import VisionZip
 from vzip.demo.benchmark import load_rows
 from vzip.demo.questions import TASKS
 from vzip.demo.scoring import METRICS, Result, normalise
+from vzip.models.inputs import encode_prompts
+from vzip.models.splice import plan_splice, splice
 from vzip.models.towers.cache import TowerCache
 from vzip.models.vlm import CompressedVlm
 from vzip.progress import Progress
@@ -86,20 +89,37 @@ def run_sweep(
         for start in range(0, len(pictures), batch_size):
             batch = pictures[start : start + batch_size]
             asked = [item for items in batch for item in items]
-            prompts = [processor.apply_chat_template(turns(row), add_generation_prompt=True) for _, row in asked]
-            inputs = vlm.build_inputs(prompts, [[Image.open(folder / row["image"])] for _, row in asked])
+            texts = [processor.apply_chat_template(turns(row), add_generation_prompt=True) for _, row in asked]
+            prompts = encode_prompts(processor.tokenizer, texts, [])
+            shown = vlm.preprocess_images([Image.open(folder / items[0][1]["image"]) for items in batch])
+            image_of = [number for number, items in enumerate(batch) for _ in items]
             vlm.adapter.tower_cache = TowerCache(CACHE_GIB)  # of this batch: the next one shows other images
             for setting in rows:
                 vlm.compressor = setting.compressor
-                new = vlm.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-                if set(vlm.last_num_visual_tokens) != {setting.num_tokens}:
-                    raise TokenCountError(f"{setting} produced {vlm.last_num_visual_tokens} visual tokens")
-                said = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+                images = vlm.encode_images(**shown)  # once, for all its questions
+                if any(len(tokens) != setting.num_tokens for tokens in images):
+                    raise TokenCountError(f"{setting} produced {[len(tokens) for tokens in images]} visual tokens")
+                said = answers(vlm, prompts, [images[number] for number in image_of])
                 for (task, row), text in zip(asked, said, strict=True):
                     found[setting][task].append(Result(answer=row["answer"], said=normalise(text), pair=row["pair"]))
             progress.advance(len(batch))
     vlm.adapter.tower_cache = None
     return found
+
+
+def answers(vlm: CompressedVlm, prompts: dict[str, Tensor], images: Sequence[Tensor]) -> list[str]:
+    """Greedy answers to prompts that show an image each, given as its visual tokens."""
+    ids, mask = prompts["input_ids"], prompts["attention_mask"]
+    plan = plan_splice(ids, mask, vlm.adapter.image_token_id, [1] * len(images), padding_side="left")
+    prepared = splice(plan, ids, vlm.adapter.embed_tokens, images)
+    new = vlm.model.generate(
+        inputs_embeds=prepared.inputs_embeds,
+        attention_mask=prepared.attention_mask,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+    )
+    processor: Any = vlm.processor
+    return processor.tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
 def turns(row: dict) -> list[dict[str, Any]]:

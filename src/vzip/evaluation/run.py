@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vzip.errors import ConfigError, RunExistsError, nearest
+from vzip.keys import MAX_SEED
 from vzip.log import keeping
 from vzip.results import provenance
 from vzip.results.files import make_folder, naming_a_full_disk, write_json, write_jsonl
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from .lmms_eval.model import OnProblem
 
-_MAX_SEED = 2**32 - 1
 _PICTURES_PER_TASK = 2  # shown by a tracker
 
 
@@ -205,10 +205,8 @@ def _check_arguments(
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{key}={value!r}: must be a whole number, {least} or more.")
-    if seed > _MAX_SEED:
-        raise ConfigError(
-            f"seed={seed}: must be a whole number from 0 to {_MAX_SEED}, which NumPy and torch both take."
-        )
+    if seed > MAX_SEED:
+        raise ConfigError(f"seed={seed}: must be a whole number from 0 to {MAX_SEED}, which NumPy and torch both take.")
     if on_problem not in ("refuse", "skip"):
         raise ConfigError(
             f"on_problem={on_problem!r}: must be refuse or skip{nearest(str(on_problem), ('refuse', 'skip'))}."

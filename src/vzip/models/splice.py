@@ -36,6 +36,7 @@ class PreparedInputs:
             keeps places ``[axes, B, T]``, those that the unmodified model gives to the places that are left.
         labels: int64 ``[B, T]`` with -100 on visual tokens and padding, or None.
         num_visual_tokens: visual tokens that entered: for each image in order, then for each video.
+        num_images: how many of these are images.
         visual_index: int64 ``[B, T]`` on the CPU: -1 text, -2 padding, else the number of the image (or video) there.
         text_ids: int64, the ids of all text tokens, row by row.
     """
@@ -45,6 +46,7 @@ class PreparedInputs:
     position_ids: Tensor
     labels: Tensor | None
     num_visual_tokens: list[int]
+    num_images: int
     visual_index: Tensor
     text_ids: Tensor
 
@@ -218,10 +220,8 @@ def splice(
     input_ids: Tensor,
     embed_tokens: nn.Module,
     images: Sequence[Tensor],
-    image_token_id: int,
     labels: Tensor | None = None,
     videos: Sequence[Tensor] = (),
-    video_token_id: int | None = None,
     placement: Placement | None = None,
 ) -> PreparedInputs:
     """Builds the language model's inputs from a plan.
@@ -231,10 +231,8 @@ def splice(
         input_ids: integers ``[B, T]``.
         embed_tokens: the text embedding, ids -> ``[.., d_text]``.
         images: for each image ``[num_visual_tokens, d_text]``.
-        image_token_id: id of the placeholder; it may lie outside the embedding's vocabulary.
         labels: integers ``[B, T]`` or None.
         videos: for each video ``[num_visual_tokens, d_text]``.
-        video_token_id: as ``image_token_id``; None for a model without videos.
         placement: of a family that keeps places.
 
     Returns:
@@ -245,17 +243,15 @@ def splice(
     """
     if labels is not None and labels.shape != input_ids.shape:
         raise PromptError(f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}: must be equal.")
-    placeholders = input_ids == image_token_id
-    if video_token_id is not None:
-        placeholders |= input_ids == video_token_id
-    is_text = torch.zeros(input_ids.shape, dtype=torch.bool)  # what is excluded may be no word at all
+    # Placeholders, and what is excluded, need be no words of the embedding's.
+    is_text = torch.zeros(input_ids.shape, dtype=torch.bool)
     text_ids = []
     for row, pieces in enumerate(plan.rows):
         for piece in pieces:
             is_text[row, piece.start : piece.stop] = piece.visual is None
             if piece.visual is None:
                 text_ids.append(input_ids[row, piece.start : piece.stop])
-    text = embed_tokens(input_ids.masked_fill(placeholders | ~is_text.to(input_ids.device), 0))
+    text = embed_tokens(input_ids.masked_fill(~is_text.to(input_ids.device), 0))
     visual = [tokens.to(text.device, text.dtype) for tokens in (*images, *videos)]
     rows = [
         torch.cat(
@@ -300,6 +296,7 @@ def splice(
         position_ids=positions,
         labels=new_labels,
         num_visual_tokens=[tokens.shape[0] for tokens in visual],
+        num_images=len(images),
         text_ids=torch.cat(text_ids or [input_ids.new_zeros(0)]),
         visual_index=torch.stack(
             [
@@ -336,8 +333,7 @@ def splice_tokens(
     placement = placement_of(before, visual.shapes, [each.place_index for each in tokens])
     rows = [each.rows for each in tokens]
     images, videos = rows[: len(visual.images)], rows[len(visual.images) :]
-    ids, embed_tokens = (adapter.image_token_id, adapter.video_token_id), adapter.embed_tokens
-    return splice(plan, input_ids, embed_tokens, images, ids[0], labels, videos, ids[1], placement)
+    return splice(plan, input_ids, adapter.embed_tokens, images, labels, videos, placement)
 
 
 def check_ends_in_text(visual_index: Tensor) -> None:

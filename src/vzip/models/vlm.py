@@ -322,9 +322,9 @@ class CompressedVlm(InputBuilder, nn.Module):
         lengths = prepared.attention_mask.sum(dim=1).tolist()
         check_length(lengths, self.model.config, num_new_tokens(settings, of_model, length))
         with self._pruning(prepared) as run:
-            # Embeddings first: Hugging Face reads the batch's size off the first of these.
+            # The ids are for what looks at them (repetition_penalty ...); the embeddings are what is read.
             output = self.model.generate(
-                self._ids(prepared, outputs),
+                self._ids(prepared),
                 inputs_embeds=prepared.inputs_embeds,
                 attention_mask=prepared.attention_mask,
                 **positions,
@@ -335,12 +335,11 @@ class CompressedVlm(InputBuilder, nn.Module):
                 run.check_forwards(getattr(output, "sequences", output).shape[1])
         return output
 
-    def _ids(self, prepared: PreparedInputs, outputs: dict[str, Any]) -> Tensor:
+    def _ids(self, prepared: PreparedInputs) -> Tensor:
         """The prompts as ids, for what looks at them while an answer is generated."""
         adapter = self.adapter
-        num_images = len(adapter.read_inputs(**outputs).images)
-        num_videos = len(prepared.num_visual_tokens) - num_images
-        written = [adapter.image_token_id] * num_images + [adapter.video_token_id or 0] * num_videos
+        num_videos = len(prepared.num_visual_tokens) - prepared.num_images
+        written = [adapter.image_token_id] * prepared.num_images + [adapter.video_token_id or 0] * num_videos
         vocab_size = self.model.config.get_text_config().vocab_size
         of_visuals = torch.tensor(written, dtype=torch.int64)
         ids = prompt_ids(prepared.visual_index, prepared.text_ids.cpu(), of_visuals, vocab_size)

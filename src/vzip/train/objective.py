@@ -135,7 +135,7 @@ class AnswerLoss(nn.Module):
         ids, mask = batch.input_ids, batch.attention_mask
         vocab_size = getattr(adapter.embed_tokens, "num_embeddings", None)
         plan = plan_splice(ids, mask, token_id, one_each, "right", video_token_id, one_each_video, vocab_size)
-        return splice(plan, ids, adapter.embed_tokens, shown, token_id, batch.labels, shown_videos, video_token_id)
+        return splice(plan, ids, adapter.embed_tokens, shown, batch.labels, shown_videos)
 
     def _without_samples(self, num_samples: int) -> Tensor:
         """Zeros that depend on the projector: a step without images must still give it (zero) gradients.

@@ -88,6 +88,7 @@ class Adapter(ABC):
         has_tiles: whether the family cuts an image into several crops.
         has_mining: whether patches are mined, and CLS, which is not, may be left out.
         has_video: whether it takes videos.
+        why_no_video: why not, for messages.
         preprocesses: ways to prepare images that it has, see ``vzip.media.images``; the first is the usual one.
         keeps_places: whether visual tokens keep the position ids that the unmodified model gives to their places.
         video_token_id: id of a video's placeholder in ``input_ids``, or None.
@@ -100,6 +101,7 @@ class Adapter(ABC):
     has_tiles: ClassVar[bool] = False
     has_mining: ClassVar[bool] = False
     has_video: ClassVar[bool] = False
+    why_no_video: ClassVar[str] = "has no video tower and takes images only"
     preprocesses: ClassVar[tuple[str, ...]] = PREPROCESSES
     keeps_places: ClassVar[bool] = False
     video_token_id: int | None = None
@@ -142,8 +144,8 @@ class Adapter(ABC):
             )
         if num_frames is not None and not cls.has_video:
             raise ConfigError(
-                f"model.num_frames={num_frames}: {cls.model_class.__name__} has no video tower and takes images only,"
-                " so it must be null. Video-LLaVA takes videos (model=video_llava_7b)."
+                f"model.num_frames={num_frames}: {cls.model_class.__name__} {cls.why_no_video}, so it must be"
+                " null. Video-LLaVA takes videos (model=video_llava_7b)."
             )
 
     @classmethod
@@ -336,8 +338,7 @@ class Adapter(ABC):
 
     def _no_video(self) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{type(self.model).__name__} has no video tower, so it takes images only. Video-LLaVA takes videos"
-            " (model=video_llava_7b)."
+            f"{type(self.model).__name__} {self.why_no_video}. Video-LLaVA takes videos (model=video_llava_7b)."
         )
 
     def prepare_pictures(
@@ -386,11 +387,18 @@ class Adapter(ABC):
                     own = slice(end - shape.num_crops, end)
                     wholes.append(self._whole(vision, rows, own, shape, self.whole_index(shape)))
             if compressor.is_vanilla:  # nothing is selected: what is packed is what the unmodified model gets
-                places = [torch.arange(whole.num_rows, device=rows.device) for whole in wholes]
-                return [VisualTokens(whole.hidden[0], place) for whole, place in zip(wholes, places, strict=True)]
+                return [
+                    VisualTokens(whole.hidden[0], torch.arange(whole.num_rows) if self.keeps_places else None)
+                    for whole in wholes
+                ]
             with stage("selection"):
                 made = [compressor(whole) for whole in wholes]
-            return [VisualTokens(one.tokens[0], one.places[0]).in_order(self.keeps_places) for one in made]
+            return [
+                VisualTokens(one.tokens[0], one.places[0]).in_order()
+                if self.keeps_places
+                else VisualTokens(one.tokens[0])
+                for one in made
+            ]
         with stage("selection"):
             compressed = compressor(vision)
         tokens = compressed.tokens

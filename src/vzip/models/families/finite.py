@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,14 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(tensor.detach().sum(dtype=torch.float32).isfinite()) or bool(tensor.detach().isfinite().all())
 
 
+def _are_finite(tensors: Sequence[Tensor]) -> bool:
+    """All of them together, so that the device is waited for once."""
+    if not tensors or any(tensor.device.type == "meta" for tensor in tensors):
+        return True
+    sums = torch.stack([tensor.detach().sum(dtype=torch.float32) for tensor in tensors])
+    return bool(sums.isfinite().all()) or all(map(_is_finite, tensors))
+
+
 def check_embeddings(model: nn.Module, embeddings: Iterable[Tensor], inputs: Mapping[str, Any]) -> None:
     """Refuses what would enter the language model if it holds NaN or infinity.
 
@@ -45,7 +53,7 @@ def check_embeddings(model: nn.Module, embeddings: Iterable[Tensor], inputs: Map
     Raises:
         NotFiniteError: naming the image, the weights or the precision that it comes from.
     """
-    if torch.compiler.is_compiling() or all(map(_is_finite, embeddings)):
+    if torch.compiler.is_compiling() or _are_finite(list(embeddings)):
         return
     for name, values in inputs.items():
         if isinstance(values, Tensor) and values.is_floating_point() and not _is_finite(values):

@@ -30,10 +30,9 @@ class VisualTokens:
         starts = torch.arange(len(rows), device=places.device)[:, None] * num_units
         return cls(rows.flatten(0, 1), (places + starts).flatten()).in_order()
 
-    def in_order(self, keeps_places: bool = True) -> VisualTokens:
-        """The tokens by their places; or as they are, their places forgotten."""
-        if self.place_index is None or not keeps_places:
-            return VisualTokens(self.rows)
+    def in_order(self) -> VisualTokens:
+        """The tokens by their places."""
+        assert self.place_index is not None
         order = self.place_index.argsort()
         return VisualTokens(self.rows[order], self.place_index[order])
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 
 from vzip.compressors.base import Compressor
 from vzip.compressors.vision import Signal, VisionOutput, VisionShape
-from vzip.errors import PromptError, UnsupportedModelError
+from vzip.errors import PromptError
 from vzip.media.images import Preprocess
 
 from ..base import Adapter, Group, Stage, TowerRun, VisualInputs, no_stage
@@ -33,6 +33,7 @@ class Qwen2_5VlAdapter(Adapter):
     model_class = Qwen2_5_VLForConditionalGeneration
     input_names = ("pixel_values", "image_grid_thw", "mm_token_type_ids", "pixel_values_videos")
     written_image = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
+    why_no_video = "takes images only here, for its videos are not served yet"
     keeps_places = True
     preprocesses = ("hf",)
 
@@ -193,11 +194,6 @@ class Qwen2_5VlAdapter(Adapter):
             torch.tensor([ids]), torch.tensor([types]), image_grid_thw=torch.tensor(grids) if grids else None
         )[0]
         return found[:, 0]
-
-    def _no_video(self) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            "Videos of Qwen2.5-VL are not served yet: give images, or frames of the video as images."
-        )
 
 
 def _of_images(
