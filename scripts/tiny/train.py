@@ -98,7 +98,7 @@ WARMUP_STEPS = 100  # or a fifth of the stage, whichever is shorter
 
 @torch.no_grad()
 def validate(
-    model: LlavaForConditionalGeneration, packer: Packer, stage: Stage, num_pictures: int = 96
+    model: LlavaForConditionalGeneration, packer: Packer, stage: Stage, num_images: int = 96
 ) -> dict[str, float]:
     """Where the CLS token looks, and the share of questions answered right (greedily) by task, on held-out images."""
 
@@ -108,8 +108,8 @@ def validate(
 
     right: dict[str, list[bool]] = {task: [] for task in TASKS}
     shares: list[Tensor] = []
-    for first in range(0, num_pictures, 16):
-        last = min(first + 16, num_pictures)
+    for first in range(0, num_images, 16):
+        last = min(first + 16, num_images)
         seeds = range(VALIDATION_SEEDS[0] + first, VALIDATION_SEEDS[0] + last)
         batch = make_batch(seeds, stage.largest_canvas, packer, benchmark_questions).to(model.device)
         layer_input, selected, _ = run_tower(model, batch.pixel_values)
@@ -177,15 +177,15 @@ def train(
     stages: tuple[Stage, ...] = STAGES,
     seed: int = 0,
     save_every: int = 100,
-    num_validation_pictures: int = 96,
+    num_validation_images: int = 96,
 ) -> None:
     """Trains, or continues, and writes the checkpoint to `out` and the log to `run_dir/log.jsonl`."""
     with owning(run_dir):
-        _train(run_dir, out, stages, seed, save_every, num_validation_pictures)
+        _train(run_dir, out, stages, seed, save_every, num_validation_images)
 
 
 def _train(
-    run_dir: Path, out: Path, stages: tuple[Stage, ...], seed: int, save_every: int, num_validation_pictures: int
+    run_dir: Path, out: Path, stages: tuple[Stage, ...], seed: int, save_every: int, num_validation_images: int
 ) -> None:
     processor = build_processor(tokenizer_texts())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -207,7 +207,7 @@ def _train(
         trim_metrics(log_file, step)
     total = sum(stage.num_steps for stage in stages)
     with Progress("training", "steps", total, done=step) as progress, log_file.open("a") as log:
-        started, pictures = time.perf_counter(), 0
+        started, images = time.perf_counter(), 0
         sums: dict[str, float] = {}
         while step < total:
             rate, stage, stage_step = learning_rate(step, stages)
@@ -224,7 +224,7 @@ def _train(
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1
-            pictures += batch_size
+            images += batch_size
             for name, value in {**terms, "grad_norm": norm}.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
             progress.advance(note=f"{canvas} px, loss {torch.stack(list(terms.values())).sum().item():.2f}")
@@ -236,13 +236,13 @@ def _train(
                     "learning_rate": float(f"{rate:.3g}"),
                 }
                 row |= {name: round(value / count, 4) for name, value in sums.items()}
-                row["pictures_per_s"] = round(pictures / (time.perf_counter() - started), 1)
+                row["images_per_s"] = round(images / (time.perf_counter() - started), 1)
                 if step % 200 == 0 or step == total:
                     with torch.autocast(device.type, torch.bfloat16):
-                        row["validation"] = validate(model, packer, stage, num_validation_pictures)
+                        row["validation"] = validate(model, packer, stage, num_validation_images)
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-                started, pictures, sums = time.perf_counter(), 0, {}
+                started, images, sums = time.perf_counter(), 0, {}
             if step % save_every == 0 or step == total:
                 states = {"model": model.state_dict(), "heads": heads.state_dict()}
                 with atomic_directory(saved) as work:

@@ -66,12 +66,12 @@ def test_decoder_formula_is_silent_on_what_it_does_not_describe() -> None:
 def test_convnext_large_is_34_4_gmacs() -> None:
     """The known figure is of 224 pixels, and its head of 1.5 M multiply-adds does not show in it."""
     config = shapes.resolve("mini_gemini_7b").config.high_res_config
-    assert flops.convnext_formula(config, image_size=224, num_pictures=1) / 2e9 == pytest.approx(34.4, abs=0.05)
+    assert flops.convnext_formula(config, image_size=224, num_images=1) / 2e9 == pytest.approx(34.4, abs=0.05)
 
 
 def test_mining_by_hand() -> None:
     """576 queries and value projections at 1024 channels, keys' side at 2880, a window of 8 x 8."""
-    counted = flops.mining_formula(num_patches=576, window=64, patch_dim=1024, num_channels=2880, num_pictures=3)
+    counted = flops.mining_formula(num_patches=576, window=64, patch_dim=1024, num_channels=2880, num_images=3)
     assert counted == 3 * 2 * 576 * (1024 * 1024 + 1024 * 2880 + 64 * 2880 + 64 * 2880 + 2880 * 1024)
 
 

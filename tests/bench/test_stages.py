@@ -15,7 +15,7 @@ from vzip.bench.run import _expected_cache_bytes
 from vzip.bench.settings import parse
 from vzip.bench.shapes import BenchModel
 from vzip.bench.stages import METHOD_CLASSES, STAGES, preprocess, run_pass
-from vzip.bench.workload import make_pictures
+from vzip.bench.workload import make_images
 from vzip.compressors import Identity
 from vzip.errors import ConfigError
 from vzip.models.vlm import CompressedVlm
@@ -119,7 +119,7 @@ def test_a_pruner_that_cannot_be_measured(clip_tower: BenchModel) -> None:
             parse(["pruner=fastv", wrong])
 
 
-def test_a_picture_in_a_number_of_crops_that_is_not_made() -> None:
+def test_a_image_in_a_number_of_crops_that_is_not_made() -> None:
     with pytest.raises(ConfigError, match=r"num_crops=2: .* 3, 4, 5 crops"):
         build(bench_model(family="llava_next"), num_crops=2)
 
@@ -200,13 +200,13 @@ def test_model_is_the_same_afterwards() -> None:
     assert all(torch.equal(p, weights[name]) for name, p in w.model.named_parameters())
 
 
-def test_pictures_come_from_the_seed() -> None:
-    first, again, other = make_pictures(2, 0), make_pictures(2, 0), make_pictures(2, 1)
+def test_images_come_from_the_seed() -> None:
+    first, again, other = make_images(2, 0), make_images(2, 0), make_images(2, 1)
     assert first[0].tobytes() == again[0].tobytes() != other[0].tobytes()
     assert first[0].tobytes() != first[1].tobytes()
 
 
-def test_prompts_hold_one_placeholder_a_picture() -> None:
+def test_prompts_hold_one_placeholder_a_image() -> None:
     w = build(bench_model(), num_crops=3, batch_size=4)
     assert w.input_ids is not None and w.input_ids.shape == (4, 10)
     assert ((w.input_ids == 4).sum(dim=1) == 3).all()

@@ -14,7 +14,7 @@ from vzip import cli, installed
 from vzip.config.options import config_dir
 from vzip.errors import ImageError
 from vzip.media.images import load_image
-from vzip.media.video import is_picture
+from vzip.media.video import is_image
 
 SCENE = config_dir().parent / "docs" / "scene.png"
 QUESTION = "What word is written on the sign?"
@@ -77,5 +77,5 @@ def test_an_image_of_a_phone_is_read(tmp_path):
     path = tmp_path / "photo.jpg"  # found by its content, whatever its name
     Image.new("RGB", (64, 48), (200, 30, 40)).save(path, format="HEIF")
     loaded = load_image(path)
-    assert loaded.size == (64, 48) and is_picture(path)
+    assert loaded.size == (64, 48) and is_image(path)
     assert all(abs(a - b) < 8 for a, b in zip(loaded.getpixel((30, 20)), (200, 30, 40), strict=True))

@@ -45,9 +45,7 @@ def test_ones_own_model_and_task(
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["mine"]
 
 
-def test_pictures_and_videos_of_video_llava(
-    command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_images_and_videos_of_video_llava(command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     checkpoint, tasks = tmp_path / "my-checkpoint", tmp_path / "my-tasks"
     shutil.rmtree(checkpoint)
     processor = tiny.video_processor()

@@ -241,7 +241,7 @@ def test_expected_numbers_are_the_tables(recipe: str) -> None:
     tasks = VIDEO_TASKS if recipe.startswith("video") else TASKS + judged
     assert [column.task for column in table.scores(row)] == tasks
     assert [row.values[column.key] for column in table.scores(row)] == [float(v) for v in TABLE[recipe].split()]
-    assert not row.tolerance, "the paper states no spread"
+    assert not row.tolerance, "the paper states no spread; the tolerance comes of reruns"
     assert ("‡" in row.label) == recipe.endswith("_tuned")
     assert row.base is not None and table.row(row.base).run == (f"+exp={family}_vanilla",)
     for column in table.scores(row):

@@ -113,7 +113,7 @@ def test_every_label_by_hand(processor: Any) -> None:
     assert encoded.num_images == 1
 
 
-def test_plain_is_the_picture_and_its_caption(processor: Any) -> None:
+def test_plain_is_the_image_and_its_caption(processor: Any) -> None:
     got = shown(plain, turns("Describe it.\n<image>", "A dog."), processor, "never shown")
     assert got == ("<s><image>A dog.\n", "A| |d|o|g|.|\n")
     for wrong in (turns("no picture", "A dog."), turns("<image>", "a", "b", "c")):
@@ -212,7 +212,7 @@ def test_place_images() -> None:
 
 
 @pytest.mark.parametrize("max_length", range(1, 40))
-def test_truncation_never_cuts_within_a_picture(max_length: int, processor: Any) -> None:
+def test_truncation_never_cuts_within_a_image(max_length: int, processor: Any) -> None:
     lengths = [5, 9]
     whole = encode(vicuna_v1(turns("<image> or <image>?", "ab"), None, processor), processor.tokenizer, IMAGE)
     cut = truncate(whole, lengths, IMAGE, max_length)

@@ -145,9 +145,9 @@ BAD_RECORDS = {
     "no assistant": ({"conversations": talk("q")}, "no 'gpt' turn"),
     "only assistant": ({"conversations": [{"from": "gpt", "value": "a"}]}, "no 'gpt' turn"),
     "empty": ({"conversations": []}, "no 'gpt' turn"),
-    "too many placeholders": ({"image": "a.jpg", "conversations": talk("<image><image>", "a")}, "2 <image>.*1 picture"),
-    "placeholder without picture": ({"conversations": talk("<image>", "a")}, "1 <image>.*0 picture"),
-    "too few placeholders": ({"image": ["a", "b"], "conversations": talk("<image>", "a")}, "1 <image>.*2 picture"),
+    "too many placeholders": ({"image": "a.jpg", "conversations": talk("<image><image>", "a")}, "2 <image>.*1 image"),
+    "placeholder without picture": ({"conversations": talk("<image>", "a")}, "1 <image>.*0 image"),
+    "too few placeholders": ({"image": ["a", "b"], "conversations": talk("<image>", "a")}, "1 <image>.*2 image"),
     "no conversations": ({"messages": []}, "'conversations' is None.*messages"),
     "unknown speaker": ({"conversations": [{"from": "humam", "value": "q"}]}, "did you mean 'human'"),
     "not alternating": ({"conversations": [*talk("q", "a"), *talk("q", "a")[1:]]}, "assistant turns follow"),
@@ -174,7 +174,7 @@ def test_bad_records_are_named_or_skipped_and_counted(tmp_path, cache, name):
     assert data[1].id == "good"
 
 
-def test_videos_are_files_beside_the_pictures(tmp_path, cache):
+def test_videos_are_files_beside_the_images(tmp_path, cache):
     both = {
         "image": "coco/a.jpg",
         "video": ["v/a.mp4", "v/b.mp4"],

@@ -33,7 +33,7 @@ def test_shipped_manifests_say_where_each_number_is_from(name):
             assert file.checksum_source.startswith("recorded at first download")
 
 
-def test_the_mixture_has_its_five_picture_sources_and_its_published_counts():
+def test_the_mixture_has_its_five_image_sources_and_its_published_counts():
     manifest = load_manifest("llava_v1_5_mix665k")
     pictures = {file.source for file in manifest.files} - {"annotations"}
     assert pictures == {"coco", "gqa", "ocr_vqa", "textvqa", "vg"}

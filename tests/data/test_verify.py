@@ -13,7 +13,7 @@ import vzip.data.verify as verify_module
 from vzip import cli
 from vzip.data.llava_json import LlavaJson
 from vzip.data.subset import choose
-from vzip.data.verify import distinct_pictures, find_problems
+from vzip.data.verify import distinct_images, find_problems
 
 NUM = 40
 
@@ -69,15 +69,15 @@ def damage(folder) -> dict[str, str]:
     return {picture(number): kind for number, kind in kinds.items()}
 
 
-def test_each_broken_picture_is_named_once(folder, capsys):
+def test_each_broken_image_is_named_once(folder, capsys):
     broken = damage(folder)
     code, text = verify(folder, capsys, "--report", str(folder / "report.jsonl"))
     lines = [json.loads(line) for line in (folder / "report.jsonl").read_text().splitlines()]
     assert code == 1
-    assert {line["picture"]: line["kind"] for line in lines} == broken and len(lines) == len(broken)
+    assert {line["image"]: line["kind"] for line in lines} == broken and len(lines) == len(broken)
     for line in lines:
         assert f"{line['kind']}: {line['reason']} (sample {line['sample']})" in text
-        assert line["picture"].startswith(line["source"])
+        assert line["image"].startswith(line["source"])
     assert "no such file" in text and "0 bytes" in text and "cut off or damaged" in text
     assert "not an image" in text and "but 6.png is there: the data set names it 6.jpg" in text
     assert "not usable as it is: 5 image(s), 0 other" in text
@@ -86,7 +86,7 @@ def test_each_broken_picture_is_named_once(folder, capsys):
 def test_quick_looks_at_presence_alone(folder, capsys):
     broken = damage(folder)
     data = LlavaJson(folder / "data.json")
-    found = {problem.picture.name for problem in find_problems(data, decode=False)}
+    found = {problem.image.name for problem in find_problems(data, decode=False)}
     assert found == {name for name, kind in broken.items() if kind != "damaged"}
     assert verify(folder, capsys, "--quick")[0] == 1
     for name in found:
@@ -95,10 +95,10 @@ def test_quick_looks_at_presence_alone(folder, capsys):
     assert code == 0 and "there and not empty" in text
 
 
-def test_each_picture_is_looked_at_once_and_the_queue_is_short(folder, monkeypatch):
+def test_each_image_is_looked_at_once_and_the_queue_is_short(folder, monkeypatch):
     data = LlavaJson(folder / "data.json")
     plain = {name for i in range(NUM) for name in data.record(i).images}
-    total, pictures = distinct_pictures(data)
+    total, pictures = distinct_images(data)
     names = [found.name for found in pictures]
     assert set(names) == plain and len(names) == len(plain) == total
     looked_at, done, ahead = [], [], []
@@ -111,10 +111,10 @@ def test_each_picture_is_looked_at_once_and_the_queue_is_short(folder, monkeypat
             ahead.append(number + 1 - len(done))
             yield task
 
-    monkeypatch.setattr(verify_module, "check_picture", count)
+    monkeypatch.setattr(verify_module, "check_image", count)
     monkeypatch.setattr(verify_module, "_QUEUED_PER_WORKER", 2)
-    monkeypatch.setattr(verify_module, "distinct_pictures", lambda *args: (total, taken(distinct_pictures(*args)[1])))
-    assert list(find_problems(data, num_workers=2, on_picture=lambda n, of: done.append((n, of)))) == []
+    monkeypatch.setattr(verify_module, "distinct_images", lambda *args: (total, taken(distinct_images(*args)[1])))
+    assert list(find_problems(data, num_workers=2, on_image=lambda n, of: done.append((n, of)))) == []
     assert sorted(looked_at) == sorted(plain)
     assert done == [(n, total) for n in range(1, total + 1)] and max(ahead) <= 4
 
@@ -124,8 +124,8 @@ def test_a_part_is_checked_alone(folder, capsys):
     data = LlavaJson(folder / "data.json")
     indices = choose(data, 0.3, 5)
     named = {name for i in indices for name in data.record(int(i)).images}
-    found = {problem.picture.name for problem in find_problems(data, indices)}
-    assert found == {p.picture.name for p in find_problems(data)} & named
+    found = {problem.image.name for problem in find_problems(data, indices)}
+    assert found == {p.image.name for p in find_problems(data)} & named
     code, text = verify(folder, capsys, "--fraction", "0.3", "--seed", "5")
     assert code == (1 if found else 0) and f"{len(indices)} of 40 samples" in text
 
@@ -136,7 +136,7 @@ def test_many_problems_are_cut_short_and_counted(folder, capsys, monkeypatch):
         path.unlink()
     code, text = verify(folder, capsys)
     assert code == 1 and text.count("no such file") == 3
-    total = distinct_pictures(LlavaJson(folder / "data.json"))[0]
+    total = distinct_images(LlavaJson(folder / "data.json"))[0]
     assert f"... and {total - 3} more; --report FILE takes all" in text
 
 
@@ -156,7 +156,7 @@ def manifest(folder):
     counts = LlavaJson(folder / "data.json").count_sources()
     file = {"path": "data.json", "source": "annotations", "url": None, "num_bytes": len(content)}
     file |= {"sha256": hashlib.sha256(content).hexdigest(), "checksum_source": "the test", "extract_to": None}
-    file |= {"num_pictures": None, "licence": "none", "note": "by hand"}
+    file |= {"num_images": None, "licence": "none", "note": "by hand"}
     raw = {"name": "own", "description": "", "licence": "", "revision": "", "facts": [], "annotations": "data.json"}
     raw |= {"image_root": ".", "num_samples": NUM, "num_samples_by_source": counts, "files": [file]}
     path = folder / "own.json"
@@ -170,7 +170,7 @@ def by_manifest(path, capsys) -> tuple[int, str]:
     return code, streams.out + streams.err
 
 
-def test_a_manifests_annotations_counts_and_pictures_are_checked(folder, manifest, capsys):
+def test_a_manifests_annotations_counts_and_images_are_checked(folder, manifest, capsys):
     assert by_manifest(manifest, capsys)[0] == 0
     assert json.loads((folder / "own.lock.json").read_text())["data.json"]["num_bytes"] > 0
     raw = json.loads(manifest.read_text())

@@ -17,7 +17,7 @@ def small_benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first six images of the benchmark with their questions and task files."""
     folder = tmp_path_factory.mktemp("scenes")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "NUM_PICTURES", 6)
+        patch.setattr(benchmark, "NUM_IMAGES", 6)
         benchmark.write(folder)
     benchmark.write_tasks(folder)
     return folder

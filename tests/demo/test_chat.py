@@ -83,7 +83,7 @@ def test_lines_that_cannot_be_answered_are_named_and_the_dialogue_goes_on(say, s
     assert code == 0 and "/imag x" not in out.replace("/imag: ", "").splitlines()[0]
 
 
-def test_a_reset_forgets_the_pictures(say, scenes) -> None:
+def test_a_reset_forgets_the_images(say, scenes) -> None:
     question = "Is there a star in the picture?"
     code, out, _ = say([question, "/reset", question], "--image", scenes[0])
     assert code == 0 and "(begun anew, without images and videos)" in out

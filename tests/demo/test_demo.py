@@ -117,8 +117,8 @@ def test_plot_is_written(tmp_path):
     assert Image.open(tmp_path / "p.png").size == (1050, 675)
 
 
-def test_benchmark_refuses_pictures_that_are_not_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "NUM_PICTURES", 2)
+def test_benchmark_refuses_images_that_are_not_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "NUM_IMAGES", 2)
     with pytest.raises(ManifestError, match="digest"):
         benchmark.prepare(tmp_path / "scenes")
     assert not (tmp_path / "scenes").exists()  # nothing half-written stays
@@ -152,7 +152,7 @@ def test_the_budgets_are_those_of_the_options():
         assert vzip.TokenBudget(option["num_dominant"], option["num_contextual"]) == budget
 
 
-def test_demo_end_to_end_on_two_pictures_without_lmms_eval(small_benchmark, tmp_path, monkeypatch, capsys):
+def test_demo_end_to_end_on_two_images_without_lmms_eval(small_benchmark, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lmms_eval", None)  # importing it fails: the core requirements suffice
     monkeypatch.setattr(benchmark, "prepare", lambda: small_benchmark)
     monkeypatch.setattr(run, "measure", lambda rows: [run.Cost(dict.fromkeys(STAGE_NAMES, 1.5), 2048) for _ in rows])

@@ -40,7 +40,7 @@ from vzip.evaluation.benchmarks.protocols import PROTOCOLS
 SEEDS = range(TEST_SEEDS[0], TEST_SEEDS[0] + 150)
 
 
-def test_pictures_are_the_same_bytes_on_every_machine():
+def test_images_are_the_same_bytes_on_every_machine():
     digest = hashlib.sha256(
         b"".join(render(sample_scene(seed)).tobytes() for seed in range(TEST_SEEDS[0], TEST_SEEDS[0] + 6))
     )
@@ -229,7 +229,7 @@ def test_chance_is_what_the_best_blind_answerer_gets():
         assert PROTOCOLS[f"scenes_{task}"].chance == pytest.approx(blind[task])
 
 
-def test_generated_pictures_show_what_the_benchmark_asks_about():
+def test_generated_images_show_what_the_benchmark_asks_about():
     scenes = [scene_of(index) for index in range(60)]
     seeds = [scene.seed for scene in scenes]
     assert all(scene.sign and scene.things for scene in scenes)

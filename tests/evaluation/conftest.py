@@ -234,7 +234,7 @@ def write_parquet() -> Callable[[list[dict[str, Any]], Path], None]:
 
 
 @pytest.fixture
-def make_picture() -> Callable[[int], Image.Image]:
+def make_image() -> Callable[[int], Image.Image]:
     return picture
 
 

@@ -17,7 +17,7 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 NO_OPTION = "nan"
 
 
-def test_mmbench_wants_all_rotations(benchmarks, make_picture):
+def test_mmbench_wants_all_rotations(benchmarks, make_image):
     # (index, right letter, options, hint); the second form of a question has the index plus a million.
     forms = [
         (0, "A", ("dog", "cat", "cow"), NO_OPTION),
@@ -29,7 +29,7 @@ def test_mmbench_wants_all_rotations(benchmarks, make_picture):
     questions = [
         {"index": i, "question": f"q{i}?", "hint": hint, "answer": right, "category": "c", "L2-category": "l"}
         | dict(zip("ABC", options, strict=True))
-        | {"D": NO_OPTION, "source": "s", "split": "dev", "comment": NO_OPTION, "image": make_picture(0)}
+        | {"D": NO_OPTION, "source": "s", "split": "dev", "comment": NO_OPTION, "image": make_image(0)}
         for i, right, options, hint in forms
     ]
     said = {"q0?": "A", "q1000000?": "C. dog", "q1?": "It is blue", "q2?": "A", "q1000002?": "A"}
@@ -60,8 +60,8 @@ def test_mmbench_hits_are_lmms_evals_score():
     assert sum(hits.values()) / 60 == pytest.approx(score)
 
 
-def test_mmmu(benchmarks, make_picture):
-    pictures: dict[str, Any] = {f"image_{i}": make_picture(i) for i in range(1, 8)}
+def test_mmmu(benchmarks, make_image):
+    pictures: dict[str, Any] = {f"image_{i}": make_image(i) for i in range(1, 8)}
     choice = {"question_type": "multiple-choice", "options": "['left', 'right', 'up']"}
     questions = [
         {"id": "validation_Art_1", "question": "q0 <image 1> or <image 2>?", "answer": "B"} | choice,
@@ -83,14 +83,14 @@ def test_mmmu(benchmarks, make_picture):
     assert "single word or phrase" in done.rows[2]["prompt"] and "letter" not in done.rows[2]["prompt"]
 
 
-def test_two_runs_are_compared_question_by_question(benchmarks, make_picture):
+def test_two_runs_are_compared_question_by_question(benchmarks, make_image):
     """MMBench and MMMU, whose samples lmms-eval leaves without a verdict."""
     about = {"hint": NO_OPTION, "category": "c", "L2-category": "l", "source": "s", "split": "dev"}
-    about |= {"A": "dog", "B": "cat", "C": NO_OPTION, "D": NO_OPTION, "answer": "A", "image": make_picture(0)}
+    about |= {"A": "dog", "B": "cat", "C": NO_OPTION, "D": NO_OPTION, "answer": "A", "image": make_image(0)}
     mmbench = [about | {"index": i, "question": f"q{i % 10**6}?"} for i in (0, 1, 2, 3, 1_000_000)]
     mmmu = [
         {"id": f"validation_Art_{i}", "question": f"q{i} <image 1>?", "answer": "A", "question_type": "multiple-choice"}
-        | {"options": "['left', 'right']", "image_1": make_picture(0)}
+        | {"options": "['left', 'right']", "image_1": make_image(0)}
         for i in range(4)
     ]
     for task, questions in (("mmbench_en_dev_static", mmbench), ("mmmu_val", mmmu)):
@@ -103,10 +103,10 @@ def test_two_runs_are_compared_question_by_question(benchmarks, make_picture):
         assert paired.retention == pytest.approx(2 / 3)
 
 
-def test_mmstar_is_the_mean_over_categories(benchmarks, make_picture):
+def test_mmstar_is_the_mean_over_categories(benchmarks, make_image):
     truth = [("math", "geometry", "A"), ("math", "geometry", "B"), ("math", "statistical reasoning", "C")]
     questions = [
-        {"index": i, "question": f"q{i}?", "image": make_picture(0), "answer": answer, "category": kind}
+        {"index": i, "question": f"q{i}?", "image": make_image(0), "answer": answer, "category": kind}
         | {"l2_category": part}
         for i, (kind, part, answer) in enumerate(truth)
     ]
@@ -119,8 +119,8 @@ SEED = ["image", "image", "video", "image"]
 
 
 @pytest.mark.parametrize("task", ["seedbench", "seedbench_frame", "seedbench_image"])
-def test_seedbench(task, benchmarks, make_picture):
-    frames = [make_picture(i) for i in range(3)]
+def test_seedbench(task, benchmarks, make_image):
+    frames = [make_image(i) for i in range(3)]
     questions = [
         {"image": frames if kind == "video" else frames[:1], "question": f"q{i}?", "answer": "B", "data_type": kind}
         | {f"choice_{letter}": letter for letter in "abcd"}
@@ -140,8 +140,8 @@ def test_seedbench(task, benchmarks, make_picture):
 
 
 @pytest.mark.parametrize("task", ["scienceqa_img", "scienceqa_overall"])
-def test_scienceqa(task, benchmarks, make_picture):
-    truth = [(make_picture(0), 0, ""), (make_picture(1), 1, "a hint"), (make_picture(2), 1, "")]
+def test_scienceqa(task, benchmarks, make_image):
+    truth = [(make_image(0), 0, ""), (make_image(1), 1, "a hint"), (make_image(2), 1, "")]
     if task == "scienceqa_overall":
         truth.append((None, 0, "words only"))
     questions = [
@@ -161,10 +161,10 @@ def test_scienceqa(task, benchmarks, make_picture):
 BROKEN = {"bytes": b"no picture", "path": None}
 
 
-def test_mme_without_a_picture_leaves_out_its_other_question(benchmarks, make_picture):
+def test_mme_without_a_image_leaves_out_its_other_question(benchmarks, make_image):
     questions = [
         {"question_id": f"existence/{i // 2}.png", "question": f"q{i}?", "category": "existence"}
-        | {"answer": "Yes", "image": BROKEN if i == 3 else make_picture(0)}
+        | {"answer": "Yes", "image": BROKEN if i == 3 else make_image(0)}
         for i in range(6)
     ]
     said = {"q0": "Yes", "q1": "Yes", "q2": "Yes", "q4": "Yes", "q5": "No"}
@@ -177,12 +177,12 @@ def test_mme_without_a_picture_leaves_out_its_other_question(benchmarks, make_pi
     assert done.record["provisional"]
 
 
-def test_mmbench_without_a_rotation_leaves_out_its_question(benchmarks, make_picture):
+def test_mmbench_without_a_rotation_leaves_out_its_question(benchmarks, make_image):
     options = {"A": "dog", "B": "cat", "C": NO_OPTION, "D": NO_OPTION}
     questions = [
         {"index": i, "question": f"q{i}?", "hint": NO_OPTION, "answer": "A", "category": "c", "L2-category": "l"}
         | options
-        | {"source": "s", "split": "dev", "image": BROKEN if i == 1_000_001 else make_picture(0)}
+        | {"source": "s", "split": "dev", "image": BROKEN if i == 1_000_001 else make_image(0)}
         for i in (0, 1, 2, 1_000_000, 1_000_001)
     ]
     said = {"q0?": "A", "q1?": "A", "q2?": "B", "q1000000?": "A"}
@@ -190,14 +190,14 @@ def test_mmbench_without_a_rotation_leaves_out_its_question(benchmarks, make_pic
     assert done.value("gpt_eval_score") == 50 and [row["doc_id"] for row in done.rows] == [0, 2, 3]
 
 
-def test_a_picture_that_cannot_be_read_is_no_wrong_answer(benchmarks, make_picture):
+def test_a_image_that_cannot_be_read_is_no_wrong_answer(benchmarks, make_image):
     questions = [
         {
             "question": f"q{i}?",
             "hint": "",
             "choices": ["p", "q"],
             "answer": 0,
-            "image": BROKEN if i else make_picture(0),
+            "image": BROKEN if i else make_image(0),
         }
         for i in range(2)
     ]
@@ -207,7 +207,7 @@ def test_a_picture_that_cannot_be_read_is_no_wrong_answer(benchmarks, make_pictu
         benchmarks.run("scienceqa_overall", questions, {"q0": "A"})
 
 
-def test_half_of_mmes_questions_about_a_picture_are_refused_before_anything_is_asked(benchmarks):
+def test_half_of_mmes_questions_about_a_image_are_refused_before_anything_is_asked(benchmarks):
     with pytest.raises(ConfigError, match=r"limit=3: mme scores 2 questions about an image together"):
         evaluate(benchmarks.scripted(lambda prompt: ""), tasks=["mme"], limit=3, run_dir=benchmarks.folder / "run")
     assert not (benchmarks.folder / "run").exists()

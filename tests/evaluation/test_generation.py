@@ -58,7 +58,7 @@ def test_until(until, text, cut):
     assert cut_at(text, settings_for("t", {"until": until}, {}).until) == cut
 
 
-def test_pictures_keep_their_order():
+def test_images_keep_their_order():
     first, second = Image.new("RGB", (1, 1)), Image.new("RGB", (2, 2))
     content = [
         {"type": "image", "url": first},

@@ -35,7 +35,7 @@ def judge(monkeypatch, tmp_path, task, behaviour) -> tuple[int, str, list[dict]]
     return code, console.export_text(), endpoint.requests
 
 
-def test_mm_vet(benchmarks, make_picture, monkeypatch, tmp_path):
+def test_mm_vet(benchmarks, make_image, monkeypatch, tmp_path):
     truth = [("q0 of x?", "-1<AND>-5"), ("q1?", "red<OR>blue"), ("q2?", "cat")]
     questions = [
         {
@@ -43,7 +43,7 @@ def test_mm_vet(benchmarks, make_picture, monkeypatch, tmp_path):
             "question": question,
             "answer": answer,
             "capability": "rec",
-            "image": make_picture(i),
+            "image": make_image(i),
         }
         for i, (question, answer) in enumerate(truth)
     ]
@@ -70,10 +70,10 @@ def test_mm_vet(benchmarks, make_picture, monkeypatch, tmp_path):
     assert KEY not in shown + (tmp_path / "run/run.json").read_text() + (tmp_path / "run/samples.jsonl").read_text()
 
 
-def test_llava_bench(benchmarks, make_picture, monkeypatch, tmp_path):
+def test_llava_bench(benchmarks, make_image, monkeypatch, tmp_path):
     questions = [
         {"question_id": i, "question": f"q{i}?", "gpt_answer": f"reference {i}", "category": kind, "image_id": "p"}
-        | {"caption": ["A dog.", "On grass."], "image": make_picture(i)}
+        | {"caption": ["A dog.", "On grass."], "image": make_image(i)}
         for i, kind in enumerate(["conv", "detail", "complex"])
     ]
     done = benchmarks.run("llava_bench_wild", questions, {f"q{i}": f"answer {i}" for i in range(3)})

@@ -30,7 +30,7 @@ def test_right_or_wrong():
     }
 
 
-def test_questions_about_one_picture_count_less():
+def test_questions_about_one_image_count_less():
     # Residuals by image: a 3 * 1/4, b -3/4.
     found = completed("seed_all", letters(1, 1, 1, 0), clusters=list("aaab"), seed_all=(0.75, None))
     assert found["seed_all"] == (pytest.approx((2 * (0.75**2 + 0.75**2)) ** 0.5 / 4), "clustered")
@@ -44,7 +44,7 @@ def test_replaces_lmms_evals_where_it_takes_questions_for_independent():
     assert clustered["exact_match"] == (pytest.approx((2 * (0.7**2 + 0.7**2)) ** 0.5 / 4), "clustered")
 
 
-def test_one_picture_has_no_spread():
+def test_one_image_has_no_spread():
     found = completed("seed_all", letters(1, 0), clusters=["a", "a"], seed_all=(0.5, None))
     assert found["seed_all"] == (None, None)
 

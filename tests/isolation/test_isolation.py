@@ -140,7 +140,7 @@ def test_two_wrappers_on_one_model_do_not_disturb_each_other():
 
 
 @torch.no_grad()
-def test_threads_sharing_a_model_get_their_own_pictures():
+def test_threads_sharing_a_model_get_their_own_images():
     from concurrent.futures import ThreadPoolExecutor
 
     vlm = vzip.CompressedVlm(tiny.llava(), vzip.VisionZip(BUDGET))

@@ -17,7 +17,7 @@ from transformers.models.clip import CLIPImageProcessor
 
 import vzip.media.images as images_module
 from vzip.errors import ConfigError, ImageError
-from vzip.media.images import load_image, pad_and_shrink, pad_to_square, prepare_pictures, strict_decoding
+from vzip.media.images import load_image, pad_and_shrink, pad_to_square, prepare_images, strict_decoding
 from vzip.models.families.llava_next.anyres import prepare_crops
 
 SIZE = {"height": 336, "width": 336}
@@ -31,7 +31,7 @@ def test_llava_preprocessing_equals_llavas_own(golden, names_pillow, number):
     with safe_open(golden / "image_preprocessing.safetensors", "pt") as numbers:
         width, height = json.loads(numbers.metadata()["sizes_wh"])[number]
         expected, mean = numbers.get_tensor(f"pad_{number}"), numbers.get_tensor(f"pad_mean_{number}")
-    ours = prepare_pictures([picture(width, height)], PROCESSOR, "llava")["pixel_values"]
+    ours = prepare_images([picture(width, height)], PROCESSOR, "llava")["pixel_values"]
     assert ours.shape == (1, 3, 336, 336) and ours.dtype == torch.float32
     torch.testing.assert_close(ours[0, :, ::6, ::6], expected, rtol=0, atol=2e-6, msg=names_pillow)
     torch.testing.assert_close(ours[0].double().mean(dim=(1, 2)), mean.double(), rtol=0, atol=1e-5)
@@ -40,10 +40,10 @@ def test_llava_preprocessing_equals_llavas_own(golden, names_pillow, number):
 def test_the_two_rules_differ_and_hf_is_the_processor_itself():
     wide = picture(640, 480)
     stock = PROCESSOR(images=[wide], return_tensors="pt")["pixel_values"]
-    assert torch.equal(prepare_pictures([wide], PROCESSOR, "hf")["pixel_values"], stock)
-    assert (prepare_pictures([wide], PROCESSOR, "llava")["pixel_values"] - stock).abs().max() > 0.5
+    assert torch.equal(prepare_images([wide], PROCESSOR, "hf")["pixel_values"], stock)
+    assert (prepare_images([wide], PROCESSOR, "llava")["pixel_values"] - stock).abs().max() > 0.5
     with pytest.raises(ConfigError, match=r"model\.preprocess"):
-        prepare_pictures([wide], PROCESSOR, "pad")
+        prepare_images([wide], PROCESSOR, "pad")
 
 
 @pytest.mark.parametrize("size", [(700, 30), (30, 700), (601, 600), (600, 601), (1, 500), (500, 1), (999, 333)])
@@ -53,16 +53,16 @@ def test_shrinking_in_strips_is_bit_equal(size):
     assert np.array_equal(np.asarray(whole), np.asarray(strips))
 
 
-def test_prepare_uses_strips_only_for_large_pictures_with_the_same_result(monkeypatch):
-    normal = prepare_pictures([picture(700, 30)], PROCESSOR, "llava")["pixel_values"]
+def test_prepare_uses_strips_only_for_large_images_with_the_same_result(monkeypatch):
+    normal = prepare_images([picture(700, 30)], PROCESSOR, "llava")["pixel_values"]
     monkeypatch.setattr(images_module, "MAX_PADDED_SIDE", 100)
     monkeypatch.setattr(images_module, "pad_to_square", None)  # calling it would fail
-    assert torch.equal(prepare_pictures([picture(700, 30)], PROCESSOR, "llava")["pixel_values"], normal)
+    assert torch.equal(prepare_images([picture(700, 30)], PROCESSOR, "llava")["pixel_values"], normal)
 
 
 @pytest.mark.parametrize("size", [(20000, 3), (3, 20000), (1, 1)])
 def test_extreme_shapes_work_by_llavas_rule(size):
-    pixels = prepare_pictures([picture(*size)], PROCESSOR, "llava")["pixel_values"]
+    pixels = prepare_images([picture(*size)], PROCESSOR, "llava")["pixel_values"]
     assert pixels.shape == (1, 3, 336, 336) and torch.isfinite(pixels).all()
     if max(size) > 1:  # nearly all of it is padding: the mean colour, which normalises to about zero
         assert pixels[0, :, 0, 0].abs().max() < 0.02
@@ -71,8 +71,8 @@ def test_extreme_shapes_work_by_llavas_rule(size):
 
 def test_extreme_shapes_are_refused_by_hfs_rule():
     with pytest.raises(ImageError, match=r"20000 x 3 .*100:1.*preprocess=llava"):
-        prepare_pictures([picture(20000, 3)], PROCESSOR, "hf")
-    assert prepare_pictures([picture(1, 1)], PROCESSOR, "hf")["pixel_values"].shape == (1, 3, 336, 336)
+        prepare_images([picture(20000, 3)], PROCESSOR, "hf")
+    assert prepare_images([picture(1, 1)], PROCESSOR, "hf")["pixel_values"].shape == (1, 3, 336, 336)
 
 
 def test_readable_kinds(tmp_path):
@@ -183,7 +183,7 @@ def test_the_padding_is_what_the_mean_says_and_black_without_one(mean):
     """Rescaled alone; the image is 2 x 1, so that half of its square is padding."""
     image_processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, resample=0)
     image_processor.image_mean, image_processor.do_normalize = mean, False
-    padded = prepare_pictures([Image.new("RGB", (4, 2), "white")], image_processor, "llava")["pixel_values"][0]
+    padded = prepare_images([Image.new("RGB", (4, 2), "white")], image_processor, "llava")["pixel_values"][0]
     expected = {None: (0, 0, 0)}.get(mean, (127, 127, 127)) if not isinstance(mean, list) else (127, 63, 31)
     assert (padded[:, -1, 0] * 255).round().tolist() == list(expected)
     assert (padded[:, 4, 0] * 255).round().tolist() == [255, 255, 255]
@@ -194,7 +194,7 @@ def test_an_image_processor_without_what_its_steps_need_is_refused():
     image_processor.image_mean = image_processor.resample = None
     for rule in ("llava", "hf"):
         with pytest.raises(ConfigError, match=r"do_normalize=true needs image_mean, which is null; do_resize=true"):
-            prepare_pictures([picture(9, 9)], image_processor, rule)
+            prepare_images([picture(9, 9)], image_processor, rule)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_no_side_is_taken_for_the_colours(kind, rule, size):
     if kind == "next":
         prepared = prepare_crops([given], image_processor, rule, tiny.PINPOINTS, tiny.IMAGE_SIZE)
     else:
-        prepared = prepare_pictures([given], image_processor, rule)
+        prepared = prepare_images([given], image_processor, rule)
     (values,) = prepared.values() if kind != "next" else [prepared["pixel_values"][:, :1]]
     shown = values.reshape(3, -1)[:, values.shape[-1] * (values.shape[-2] // 2) + values.shape[-1] // 2]
     mean, deviation = (np.asarray(part) for part in (image_processor.image_mean, image_processor.image_std))

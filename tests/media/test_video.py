@@ -15,11 +15,11 @@ from tests.media.clips import HEIGHT, WIDTH, write
 from tests.media.images import bomb
 from tests.tiny import video_image_processor
 
-from vzip.data.verify import NamedPicture, check_picture
+from vzip.data.verify import NamedImage, check_image
 from vzip.errors import ConfigError, ImageError, MissingPackageError, VideoError
 from vzip.media import video
 from vzip.media.images import load_image
-from vzip.media.video import is_picture, load_video, prepare_videos, sample_indices
+from vzip.media.video import is_image, load_video, prepare_videos, sample_indices
 
 
 def greys(frames):
@@ -64,7 +64,7 @@ def test_a_variable_rate_counts_frames_not_seconds(tmp_path):
     assert greys(load_video(path)) == [0, 2, 5, 8, 10, 13, 16, 19]
 
 
-def test_sound_beside_the_pictures_does_not_matter(tmp_path):
+def test_sound_beside_the_images_does_not_matter(tmp_path):
     assert greys(load_video(write(tmp_path / "both.mkv", audio=True), 3)) == [0, 9, 19]
 
 
@@ -174,7 +174,7 @@ def test_the_number_of_frames_is_checked(number):
         load_video("a.mp4", number)
 
 
-def test_frames_may_be_given_as_pictures():
+def test_frames_may_be_given_as_images():
     pictures = [Image.new("L", (20, 10), value) for value in (0, 100, 200)]
     assert [frame.getpixel((0, 0))[0] for frame in load_video(pictures, 4)] == [0, 0, 100, 200]
     with pytest.raises(VideoError, match="empty list"):
@@ -204,11 +204,11 @@ def test_pixels_are_the_image_processors(tmp_path):
             torch.testing.assert_close(values.double(), torch.from_numpy(expected).permute(2, 0, 1), atol=0.03, rtol=0)
 
 
-def test_what_is_a_picture_and_what_a_video(tmp_path):
+def test_what_is_a_image_and_what_a_video(tmp_path):
     Image.new("RGB", (5, 5)).save(tmp_path / "a.png")
-    assert video.is_picture(tmp_path / "a.png")
-    assert not video.is_picture(write(tmp_path / "a.mp4", 2))
-    assert not video.is_picture(tmp_path / "absent.png")
+    assert video.is_image(tmp_path / "a.png")
+    assert not video.is_image(write(tmp_path / "a.mp4", 2))
+    assert not video.is_image(tmp_path / "absent.png")
 
 
 @pytest.mark.parametrize("size", [(3, 3), (40, 3), (40, 1), (1, 40)], ids=str)
@@ -246,7 +246,7 @@ def test_a_title_of_another_encoding_does_not_matter(tmp_path, name, codec, wher
         raise AssertionError("the title was not written")
     path.write_bytes(data.replace(b"Txlxvision", LATIN))
     assert len(load_video(path, 3)) == 3
-    assert check_picture(NamedPicture(name, path, "1", ".", is_video=True)) is None
+    assert check_image(NamedImage(name, path, "1", ".", is_video=True)) is None
 
 
 @pytest.mark.parametrize("ending", ["mp4", "avi", "mkv", "webm"])
@@ -293,6 +293,6 @@ def test_frames_larger_than_an_image_may_be(tmp_path, monkeypatch):
 
 def test_a_small_file_of_many_pixels_is_an_image_that_is_refused(tmp_path):
     path = bomb(tmp_path / "bomb.png")
-    assert path.stat().st_size < 10_000 and is_picture(path)
+    assert path.stat().st_size < 10_000 and is_image(path)
     with pytest.raises(ImageError, match=r"bomb\.png: too many pixels"):
         load_image(path)

@@ -77,7 +77,7 @@ def test_extreme_shapes_work(size, rule):
     assert ours["pixel_values"][0, 0].std() >= 0 and ours["image_sizes"].tolist() == [[size[1], size[0]]]
 
 
-def test_placement_holds_the_picture_inside_the_canvas():
+def test_placement_holds_the_image_inside_the_canvas():
     assert placement(480, 640, 672, 672) == (84, 0, 504, 672)
     assert placement(640, 480, 672, 672) == (0, 84, 672, 504)
     assert placement(3, 20000, 336, 1008) == (167, 0, 1, 1008)

@@ -204,7 +204,7 @@ def test_a_turn_computes_only_what_is_new() -> None:
     assert chat.num_cached_tokens == before + sum(lengths)
 
 
-def test_the_counts_are_those_of_the_pictures() -> None:
+def test_the_counts_are_those_of_the_images() -> None:
     chat = llava_next().chat()
     chat.ask("a", [picture(0, (112, 200))], max_new_tokens=2)
     added = chat.add_image(picture(1, (200, 200)))
@@ -215,7 +215,7 @@ def test_the_counts_are_those_of_the_pictures() -> None:
     assert added.num_vanilla_tokens == len(unmodified)
 
 
-def test_pictures_added_before_wait_for_the_question() -> None:
+def test_images_added_before_wait_for_the_question() -> None:
     vlm = llava()
     chat, other = vlm.chat(), vlm.chat()
     chat.add_image(picture(0))
@@ -265,7 +265,7 @@ def dictated(vlm: vzip.CompressedVlm, ids: list[int]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("spelled_out", [False, True])
-def test_a_placeholder_that_the_model_writes_is_no_picture(spelled_out: bool) -> None:
+def test_a_placeholder_that_the_model_writes_is_no_image(spelled_out: bool) -> None:
     bare = "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] if c['text'] is defined else '<image>' }}"
     vlm = llava(bare + "{% endfor %}{% endfor %}")
     processor: Any = vlm.processor

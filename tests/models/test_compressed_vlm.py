@@ -24,7 +24,7 @@ def picture(colour="red", size=(30, 50)):
     return Image.new("RGB", size, colour)
 
 
-def test_text_and_pictures_to_answers(vlm):
+def test_text_and_images_to_answers(vlm):
     texts = ["<image> what is it?", "hello", "<image> and <image>?"]
     images = [[picture()], [], [picture("blue"), picture("green", (200, 10))]]
     inputs = vlm.build_inputs(texts, images)
@@ -67,7 +67,7 @@ def test_the_two_preprocess_rules():
     assert results["llava"][0, :, 0].abs().max() < 0.02 and results["hf"][0, :, 0].abs().max() > 0.5  # padded; cut
 
 
-def test_mismatches_are_refused_before_any_picture_is_encoded(vlm, monkeypatch):
+def test_mismatches_are_refused_before_any_image_is_encoded(vlm, monkeypatch):
     monkeypatch.setattr(vlm.adapter, "encode", None)  # calling it would fail
     with pytest.raises(PromptError, match=r"Prompt 1 holds 0 <image> placeholders but 1 images"):
         vlm.build_inputs(["<image> a", "b"], [[picture()], [picture()]])

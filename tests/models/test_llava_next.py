@@ -124,7 +124,7 @@ def test_drop_padding_selects_no_patch_of_mere_padding(model):
 
 
 @torch.no_grad()
-def test_drop_padding_beside_a_tall_picture(model):
+def test_drop_padding_beside_a_tall_image(model):
     inputs = tiny.some_of(tiny.next_inputs(4), 3, 4) | {"image_sizes": torch.tensor([[240, 180]])}
     _, cols, _ = stitched_patches(wrapped(model, drop_padding=True), inputs)
     assert cols.min() >= 2 and cols.max() < 14
@@ -158,7 +158,7 @@ def test_the_papers_budgets_are_per_crop(dominant, contextual, total):
         vzip.VisionZip(vzip.TokenBudget(540, 100)).num_tokens(VisionShape("image", 5, (24, 24), True, 2880))
 
 
-def test_text_and_pictures_to_answers_by_both_rules(model):
+def test_text_and_images_to_answers_by_both_rules(model):
     pictures = [Image.new("RGB", (100, 60), "red"), Image.linear_gradient("L").resize((330, 100)).convert("RGB")]
     for rule, keys in [("llava", {"image_sizes", "tile_grids"}), ("hf", {"image_sizes"})]:
         vlm = wrapped(model, preprocess=rule)

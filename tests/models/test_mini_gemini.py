@@ -266,7 +266,7 @@ def test_pixels_of_another_shape_are_refused(model, shape, message):
         vlm.forward(prompt([5, "image"]), pixel_values=torch.zeros(shape))
 
 
-def test_a_wrong_number_of_pictures_is_refused(model):
+def test_a_wrong_number_of_images_is_refused(model):
     vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET))
     with pytest.raises(PromptError, match=r"2 <image> placeholders .* but 1 images"):
         vlm.forward(prompt([5, "image", "image"]), **tiny_mini_gemini.inputs(1))

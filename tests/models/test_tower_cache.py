@@ -62,7 +62,7 @@ def test_kept_outputs_give_the_very_same_visual_tokens(vlm_and_inputs) -> None:
 
 
 @torch.no_grad()
-def test_other_pictures_and_other_batches_are_not_taken_for_known_ones() -> None:
+def test_other_images_and_other_batches_are_not_taken_for_known_ones() -> None:
     vlm = vzip.CompressedVlm(tiny.llava(), vzip.VisionZip(BUDGET))
     pixels = tiny.llava_inputs(3)["pixel_values"]
     plain = [vlm.encode_images(part) for part in (pixels, pixels[:2], pixels[:2].flip(0), pixels[:2].flip(3))]

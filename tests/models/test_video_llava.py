@@ -72,7 +72,7 @@ def test_frames_keep_their_order_and_their_cls(model, dominant, contextual):
 
 
 @torch.no_grad()
-def test_pictures_and_videos_in_one_prompt_equal_stock():
+def test_images_and_videos_in_one_prompt_equal_stock():
     model = tiny.video_llava()
     vlm = vzip.CompressedVlm(model, vzip.Identity())
     pictures, videos = tiny.llava_inputs(3), tiny.video_inputs(2, seed=1)
@@ -107,7 +107,7 @@ def test_pictures_and_videos_in_one_prompt_equal_stock():
 
 
 @torch.no_grad()
-def test_a_mixed_batch_of_pictures_videos_and_text_equals_one_by_one():
+def test_a_mixed_batch_of_images_videos_and_text_equals_one_by_one():
     vlm = vzip.CompressedVlm(tiny.video_llava(), vzip.VisionZip(BUDGET))
     pictures, videos = tiny.llava_inputs(2), tiny.video_inputs(2, seed=1)
     ids = torch.tensor([[3, 5, IMAGE_TOKEN, 6, VIDEO_TOKEN], [VIDEO_TOKEN, 7, 8, IMAGE_TOKEN, 9], [3, 3, 5, 6, 7]])
@@ -141,7 +141,7 @@ def test_the_papers_counts_at_the_papers_size():
 
 
 @torch.no_grad()
-def test_files_and_pictures_to_answers(model, clips):
+def test_files_and_images_to_answers(model, clips):
     vlm = wrapped(model, num_frames=4)
     picture = Image.linear_gradient("L").resize((90, 50)).convert("RGB")
     texts = ["<video> and <image>?", "<video><video>", "hello"]
@@ -182,7 +182,7 @@ def test_a_saved_checkpoint_comes_back_with_its_processor(model, clips, tmp_path
     assert torch.equal(vlm.forward(**inputs).logits, expected.forward(**inputs).logits)
 
 
-def test_ask_about_a_video_and_a_picture(model, clips, tmp_path, capsys):
+def test_ask_about_a_video_and_a_image(model, clips, tmp_path, capsys):
     checkpoint = tmp_path / "checkpoint"
     model.save_pretrained(checkpoint)
     tiny.video_processor().save_pretrained(checkpoint)

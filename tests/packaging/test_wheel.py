@@ -63,7 +63,7 @@ for name in {list(COMMANDS)}:
     except SystemExit as end:
         assert end.code == 0, name
 """
-TRAINING = "+exp=tiny_64tok train.num_steps=2 train.samples_per_step=2 launcher.batch_size=1 data.num_pictures=50"
+TRAINING = "+exp=tiny_64tok train.num_steps=2 train.samples_per_step=2 launcher.batch_size=1 data.num_images=50"
 PROCESSES = "launcher=ddp launcher.device=cpu launcher.num_processes=2"
 
 # In this order, in one empty folder: the words after `vzip`, the exit code, what must be printed.

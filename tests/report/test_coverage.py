@@ -26,7 +26,7 @@ def test_a_95_percent_interval_holds_the_true_retention_95_times_in_100() -> Non
     assert 0.91 < covered(intervals, 0.72 / 0.8) < 0.98  # 95 +- 2.5 standard errors of 300 repeats
 
 
-def test_questions_about_one_picture_need_its_interval_and_get_it() -> None:
+def test_questions_about_one_image_need_its_interval_and_get_it() -> None:
     """40 images of 6 questions each, which an image makes easy or hard together."""
     rng = np.random.default_rng(SEED)
     clustered, single = [], []

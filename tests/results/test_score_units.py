@@ -68,7 +68,7 @@ def test_pope_by_splits_is_the_mean_of_lmms_evals_f1() -> None:
     assert mean.aggregate(mean.values[draw]) == pytest.approx(theirs.pope_mean_of_splits([scores[i] for i in draw]))
 
 
-def test_questions_about_one_picture_are_drawn_together() -> None:
+def test_questions_about_one_image_are_drawn_together() -> None:
     scores = pope(60)
     single = rows([{"pope_f1_score": s, "pope_accuracy": s, "exact_match": s["score"]} for s in scores])
     pictures = [row | {"cluster": f"image{i % 7}"} for i, row in enumerate(single)]

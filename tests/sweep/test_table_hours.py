@@ -69,7 +69,7 @@ def test_operations_of_the_vision_side_are_those_that_the_bench_counts() -> None
     shape = SHAPES["mini_gemini_7b"]().config
     work = model_work(config)
     tower = flops.tower_formula(shape.vision_config, num_layers=23, num_crops=1, has_cls=True)
-    highres = flops.convnext_formula(shape.high_res_config, image_size=768, num_pictures=1)
+    highres = flops.convnext_formula(shape.high_res_config, image_size=768, num_images=1)
     assert work.vision_operations > tower + highres
 
 

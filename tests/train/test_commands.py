@@ -168,7 +168,7 @@ def test_trained_needs_a_training(words: list[str], tmp_path: Path) -> None:
 
 
 def test_generated_dialogues() -> None:
-    data = SceneDialogues(num_pictures=3, num_questions=4)
+    data = SceneDialogues(num_images=3, num_questions=4)
     assert len(data) == 3 == len(data.lengths) and data.has_images.all()
     sample = data[1]
     assert sample.id == f"scene-{scene_of(1).seed}" and len(sample.dialogues) == 4

@@ -129,7 +129,7 @@ def test_a_video_that_does_not_fit_is_cut_off_whole(videos: Path, tmp_path: Path
     vlm = video_llava()
     collate = Collator(vlm.processor, ModelView(vlm), vicuna_v1, None, vlm.adapter.image_token_id, 24, video_token_id=5)
     batch = collate([LlavaSet(videos, cache=tmp_path / "cache")[3]])  # 18 visual tokens of the video, and "USER: "
-    assert batch.video_of == [] and batch.picture_of == [0] and (batch.input_ids != 5).all()
+    assert batch.video_of == [] and batch.image_of == [0] and (batch.input_ids != 5).all()
     assert AnswerLoss(vlm).prepare(batch).num_visual_tokens == [9]
 
 

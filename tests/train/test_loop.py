@@ -193,7 +193,7 @@ def test_validation_and_best(plan: Any) -> None:
     assert best["validation_loss"] == min(row["validation_loss"] for row in rows)
 
 
-def test_unreadable_pictures(plan: Any) -> None:
+def test_unreadable_images(plan: Any) -> None:
     broken = {"load_data": lambda: Samples(broken=3)}
     with pytest.raises(ImageError, match=r"sample s3: nowhere\.png: no such image file"):
         train(plan("refuse", **broken))
@@ -334,7 +334,7 @@ def test_gradients_agree_with_finite_differences_in_float64(monkeypatch: pytest.
     collate = Collator(vlm.processor, ModelView(vlm), vicuna_v1, None, tiny.IMAGE_TOKEN, 200)
     batch = collate([Samples()[1], Samples()[7]])
     vlm.model.double()
-    batch.pictures["pixel_values"] = batch.pictures["pixel_values"].double()
+    batch.images["pixel_values"] = batch.images["pixel_values"].double()
     objective = AnswerLoss(vlm)
     projector = vlm.adapter.projector
     objective(batch).sum().backward()

@@ -180,13 +180,13 @@ def test_as_a_setting() -> None:
 
 
 @pytest.mark.parametrize("empty", [False, True])
-def test_a_batch_without_pictures_runs_the_whole_model_and_counts_nothing(empty: bool) -> None:
+def test_a_batch_without_images_runs_the_whole_model_and_counts_nothing(empty: bool) -> None:
     vlm = load_model()
     settings = dataclasses.replace(SETTINGS, lora=dataclasses.replace(LORA, dropout=0.0))
     choose_trainable(vlm, settings, in_float32=True)
     collate = Collator(vlm.processor, ModelView(vlm), vicuna_v1, None, tiny.IMAGE_TOKEN, 200)
     batch = collate([Samples()[5]])
-    assert not batch.picture_of and batch.sample_of
+    assert not batch.image_of and batch.sample_of
     if empty:
         batch = dataclasses.replace(batch, sample_of=[])
     whole = AnswerLoss(vlm, always_whole=True)(batch)

@@ -97,8 +97,8 @@ def test_loss_and_gradient(loss_norm: str, batch_size: int, num_processes: int, 
             for numbers in split_step(STEP, batch_size, rank, num_processes)
         ]
         for batch in batches:
-            if "pixel_values" in batch.pictures:
-                batch.pictures["pixel_values"] = batch.pictures["pixel_values"].double()
+            if "pixel_values" in batch.images:
+                batch.images["pixel_values"] = batch.images["pixel_values"].double()
         split.append((stepper, batches))
     divisor = sum(stepper._count(batch) for stepper, batches in split for batch in batches)
     loss = sum(stepper._backward(batches, divisor, StepTimer(torch.device("cpu")))[0] for stepper, batches in split)

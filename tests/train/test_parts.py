@@ -275,20 +275,20 @@ def test_a_batch(tmp_path: Path) -> None:
     vlm = load_model()
     batch = collator(vlm)([Samples()[7], Samples()[5], Samples()[1]])  # asked twice; text only; asked once
     assert batch.ids == ["s7", "s5", "s1"] and batch.sample_of == [0, 0, 1, 2]
-    assert batch.pictures["pixel_values"].shape == (2, 3, 112, 112), "each image once"
-    assert batch.picture_of == [0, 0, 1] and batch.num_visual_tokens == [9, 9]
+    assert batch.images["pixel_values"].shape == (2, 3, 112, 112), "each image once"
+    assert batch.image_of == [0, 0, 1] and batch.num_visual_tokens == [9, 9]
     assert batch.num_targets == int((batch.labels[:, 1:] != IGNORED_LABEL).sum()) == 2 * (8 + 2) + 6 + 2 + 2 + 2
     assert (batch.input_ids[batch.labels != IGNORED_LABEL] == batch.labels[batch.labels != IGNORED_LABEL]).all()
 
 
-def test_a_picture_that_does_not_fit_goes_whole() -> None:
+def test_a_image_that_does_not_fit_goes_whole() -> None:
     vlm = load_model()
     length = len("USER: ") + 1 + 9 - 1  # the image's last visual token would be one too many
     batch = collator(vlm, max_length=length - 1)([Samples()[1]])
-    assert batch.picture_of == [] and tiny.IMAGE_TOKEN not in batch.input_ids and batch.num_targets == 0
+    assert batch.image_of == [] and tiny.IMAGE_TOKEN not in batch.input_ids and batch.num_targets == 0
 
 
-def test_placeholders_and_pictures_must_match() -> None:
+def test_placeholders_and_images_must_match() -> None:
     picture = Image.new("RGB", (20, 20))
     sample = TrainingSample("s", [picture, picture], [[Turn("user", "<image>\na"), Turn("assistant", "b")]])
     with pytest.raises(PromptError, match="sample s: 1 <image> placeholders but 2 images"):

@@ -13,7 +13,7 @@ from .overlay import draw_overlay
 
 
 @torch.inference_mode()
-def draw_kept(vlm: CompressedVlm, picture: Image.Image) -> Image.Image:
+def draw_kept(vlm: CompressedVlm, image: Image.Image) -> Image.Image:
     """The image as the vision tower sees it, kept patches and merge groups drawn (``draw_overlay``).
 
     Of a family that cuts images into crops the first crop, which is the whole image. Without compression, and
@@ -23,20 +23,20 @@ def draw_kept(vlm: CompressedVlm, picture: Image.Image) -> Image.Image:
         ConfigError: the wrapper has no processor.
         ImageError: an image that cannot be used.
     """
-    adapter, inputs = vlm.adapter, vlm.preprocess_images([picture])
+    adapter, inputs = vlm.adapter, vlm.preprocess_images([image])
     moved = {
         name: value.to(vlm.device, vlm.model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
     visual = adapter.read_inputs(**moved)
-    seen = _as_picture(adapter.shown(visual), vlm)
+    seen = _as_image(adapter.shown(visual), vlm)
     if vlm.compressor.scope == "image":
         return seen
     _, vision = adapter.image_outputs(visual, vlm.compressor.reads())[0]
     return draw_overlay(seen, vlm.compressor(vision), 0, vision.grid, vision.has_cls)
 
 
-def _as_picture(crop: Tensor, vlm: CompressedVlm) -> Image.Image:
+def _as_image(crop: Tensor, vlm: CompressedVlm) -> Image.Image:
     """``[3, h, w]``, as the processor normalised it, back to 8-bit RGB."""
     processor = vlm.processor.image_processor  # type: ignore[union-attr]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))

@@ -18,17 +18,17 @@ def group_colors(count: int) -> np.ndarray:
     return np.array(rgb, dtype=np.uint8).reshape(count, 3)
 
 
-def with_text(picture: Image.Image, title: str, below: str) -> Image.Image:
+def with_text(image: Image.Image, title: str, below: str) -> Image.Image:
     """An image with a line of text above it and lines below it, broken to its width."""
     font, margin = ImageFont.load_default(15), 6
-    pen = ImageDraw.Draw(picture)
+    pen = ImageDraw.Draw(image)
 
     def broken(text: str) -> str:
         lines: list[str] = []
         for word in (word for line in text.splitlines() for word in [None, *line.split()]):
             if word is None:
                 lines.append("")
-            elif pen.textlength(f"{lines[-1]} {word}", font) <= picture.width - 2 * margin or not lines[-1]:
+            elif pen.textlength(f"{lines[-1]} {word}", font) <= image.width - 2 * margin or not lines[-1]:
                 lines[-1] = f"{lines[-1]} {word}".strip()
             else:
                 lines.append(word)
@@ -36,16 +36,16 @@ def with_text(picture: Image.Image, title: str, below: str) -> Image.Image:
 
     texts = [broken(title), broken(below)]
     heights = [int(pen.multiline_textbbox((0, 0), text, font)[3]) + 2 * margin for text in texts]
-    sheet = Image.new("RGB", (picture.width, picture.height + sum(heights)), "white")
-    sheet.paste(picture, (0, heights[0]))
+    sheet = Image.new("RGB", (image.width, image.height + sum(heights)), "white")
+    sheet.paste(image, (0, heights[0]))
     pen = ImageDraw.Draw(sheet)
-    for text, top in zip(texts, (0, heights[0] + picture.height), strict=True):
+    for text, top in zip(texts, (0, heights[0] + image.height), strict=True):
         pen.multiline_text((margin, top + margin), text, "black", font)
     return sheet
 
 
 def draw_overlay(
-    picture: Image.Image, tokens: CompressedTokens, row: int, grid: tuple[int, int], has_cls: bool
+    image: Image.Image, tokens: CompressedTokens, row: int, grid: tuple[int, int], has_cls: bool
 ) -> Image.Image:
     """Draws one crop as two panels side by side: kept patches bright and framed; merge groups, one colour each.
 
@@ -65,13 +65,13 @@ def draw_overlay(
     kept[source[source >= 0]] = True
     groups = tokens.merge_index[row].cpu().numpy()[first:].reshape(grid)
     kept = kept.reshape(grid)
-    cell_w, cell_h = picture.width / grid[1], picture.height / grid[0]
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    cell_w, cell_h = image.width / grid[1], image.height / grid[0]
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
 
     def spread(cells: np.ndarray) -> np.ndarray:
         """[rows, cols] -> one value a pixel."""
-        ys = np.minimum((np.arange(picture.height) / cell_h).astype(int), grid[0] - 1)
-        xs = np.minimum((np.arange(picture.width) / cell_w).astype(int), grid[1] - 1)
+        ys = np.minimum((np.arange(image.height) / cell_h).astype(int), grid[0] - 1)
+        xs = np.minimum((np.arange(image.width) / cell_w).astype(int), grid[1] - 1)
         return cells[ys[:, None], xs[None, :]]
 
     left = Image.fromarray((pixels * np.where(spread(kept), 1.0, DIMMED)[..., None]).astype(np.uint8))
@@ -82,7 +82,7 @@ def draw_overlay(
     tint = colors[np.maximum(groups, 0)].astype(np.float32)
     merged = spread(groups >= 0)[..., None]
     right = Image.fromarray(np.where(merged, 0.45 * pixels + 0.55 * spread(tint), pixels).astype(np.uint8))
-    sheet = Image.new("RGB", (2 * picture.width + 8, picture.height), "white")
+    sheet = Image.new("RGB", (2 * image.width + 8, image.height), "white")
     sheet.paste(left, (0, 0))
-    sheet.paste(right, (picture.width + 8, 0))
+    sheet.paste(right, (image.width + 8, 0))
     return sheet

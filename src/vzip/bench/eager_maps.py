@@ -25,7 +25,7 @@ from vzip.ops.attention import mean_keys
 
 ABSOLUTE_TOLERANCE = 1e-6
 RELATIVE_TOLERANCE = 1e-4
-NUM_CHECK_PICTURES = 3
+NUM_CHECK_IMAGES = 3
 
 
 class NotEquivalentError(VzipError, RuntimeError):
@@ -119,13 +119,13 @@ class Agreement:
         max_token_difference: largest absolute difference of a visual token's element.
         max_attention_difference: of a patch's score.
         max_hidden_difference: of the tower's output.
-        num_pictures: images tried until both ways selected the same; 1 unless two scores nearly tie.
+        num_images: images tried until both ways selected the same; 1 unless two scores nearly tie.
     """
 
     max_token_difference: float
     max_attention_difference: float
     max_hidden_difference: float
-    num_pictures: int
+    num_images: int
 
 
 def check_agreement(
@@ -141,7 +141,7 @@ def check_agreement(
         tower_module: the tower as Hugging Face's module.
         select_layer: as ``run_tower`` takes it.
         compressor: what is run on both outputs.
-        pixel_values: ``[N, 3, h, w]``; at most ``NUM_CHECK_PICTURES`` are used, one at a time.
+        pixel_values: ``[N, 3, h, w]``; at most ``NUM_CHECK_IMAGES`` are used, one at a time.
 
     Raises:
         NotEquivalentError: with the differences found.
@@ -150,11 +150,11 @@ def check_agreement(
         tower_module = copy.deepcopy(tower_module).float()
     eager, tower = EagerMaps(tower_module, select_layer), find_tower(tower_module)
     attention_difference = hidden_difference = 0.0
-    pictures = pixel_values[:NUM_CHECK_PICTURES].float().split(1)
-    for num_tried, picture in enumerate(pictures, start=1):
+    images = pixel_values[:NUM_CHECK_IMAGES].float().split(1)
+    for num_tried, image in enumerate(images, start=1):
         with torch.inference_mode(), full_float32():
-            ours = run_tower(tower, picture, select_layer, compressor.reads())
-            theirs = eager.encode(picture)
+            ours = run_tower(tower, image, select_layer, compressor.reads())
+            theirs = eager.encode(image)
             our_tokens, their_tokens = compressor(ours), compressor(theirs)
         hidden_difference = max(hidden_difference, _compare("features", ours.hidden, theirs.hidden))
         scores = (vision.read(Signal("attention")) for vision in (ours, theirs))
@@ -164,7 +164,7 @@ def check_agreement(
             token_difference = _compare("tokens", our_tokens.tokens, their_tokens.tokens)
             return Agreement(token_difference, attention_difference, hidden_difference, num_tried)
     raise NotEquivalentError(
-        f"eager_maps and vzip selected different tokens on all {len(pictures)} images although scores agree to "
+        f"eager_maps and vzip selected different tokens on all {len(images)} images although scores agree to "
         f"{attention_difference:.1e}; their speed cannot be compared (methods=vanilla,vzip leaves eager_maps out)"
     )
 

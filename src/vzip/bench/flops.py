@@ -68,13 +68,13 @@ def scoring_formula(config: PretrainedConfig, *, num_crops: int, has_cls: bool) 
     return num_crops * 2 * num_queries * num_tokens * config.hidden_size
 
 
-def convnext_formula(config: PretrainedConfig, *, image_size: int, num_pictures: int) -> int:
+def convnext_formula(config: PretrainedConfig, *, image_size: int, num_images: int) -> int:
     """Returns the operations of a ConvNeXt's stem and stages, as Mini-Gemini's high-resolution tower runs them.
 
     Args:
         config: a ConvNeXt configuration.
         image_size: side of the square image, a multiple of the whole tower's stride.
-        num_pictures: in the batch.
+        num_images: in the batch.
     """
     side = image_size // config.patch_size
     operations = 2 * side**2 * config.num_channels * config.patch_size**2 * config.hidden_sizes[0]
@@ -86,10 +86,10 @@ def convnext_formula(config: PretrainedConfig, *, image_size: int, num_pictures:
         depthwise, widen_and_narrow = 49 * width, 2 * 4 * width * width
         operations += depth * 2 * side**2 * (depthwise + widen_and_narrow)
         before = width
-    return num_pictures * operations
+    return num_images * operations
 
 
-def mining_formula(*, num_patches: int, window: int, patch_dim: int, num_channels: int, num_pictures: int) -> int:
+def mining_formula(*, num_patches: int, window: int, patch_dim: int, num_channels: int, num_images: int) -> int:
     """Returns the operations of patch info mining with its projections on the patches' side.
 
     Args:
@@ -97,11 +97,11 @@ def mining_formula(*, num_patches: int, window: int, patch_dim: int, num_channel
         window: high-resolution positions each patch looks at, more than one.
         patch_dim: width of a patch token.
         num_channels: of the high-resolution features.
-        num_pictures: in the batch.
+        num_images: in the batch.
     """
     projections = patch_dim * patch_dim + 2 * patch_dim * num_channels  # query; keys'; values'
     attention = 2 * window * num_channels
-    return num_pictures * 2 * num_patches * (projections + attention)
+    return num_images * 2 * num_patches * (projections + attention)
 
 
 def projector_formula(*, num_tokens: int, vision_dim: int, text_dim: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vzip.bench import flops
 from vzip.bench.shapes import BenchModel, build_meta
 from vzip.bench.stages import METHOD_CLASSES, Method, Vanilla, Vzip
-from vzip.bench.visuals import AnySize, Pictures
+from vzip.bench.visuals import AnySize, Images
 from vzip.bench.workload import Workload, parts_of
 from vzip.compressors import Signal, VisionOutput
 from vzip.models.families import MiniGeminiAdapter, Qwen2_5VlAdapter
@@ -102,15 +102,15 @@ def _tower(method: Method, model: BenchModel, pixel_values: Tensor) -> StageFlop
 def _mining(adapter: MiniGeminiAdapter, vision: VisionOutput, pixel_values: Tensor) -> dict[str, StageFlops]:
     """Both of Mini-Gemini's own stages."""
     config = adapter.model.config
-    num_pictures, side = pixel_values.shape[0], config.high_res_image_size
-    pictures = pixel_values.new_empty(num_pictures, 3, side, side)
+    num_images, side = pixel_values.shape[0], config.high_res_image_size
+    images = pixel_values.new_empty(num_images, 3, side, side)
     with torch.no_grad():
-        highres = adapter.high_res(pictures)
+        highres = adapter.high_res(images)
     num_patches, num_channels = vision.num_patches, highres.shape[1]
     return {
         "high_res_tower": StageFlops(
-            flops.count(lambda: adapter.high_res(pictures)),
-            flops.convnext_formula(config.high_res_config, image_size=side, num_pictures=num_pictures),
+            flops.count(lambda: adapter.high_res(images)),
+            flops.convnext_formula(config.high_res_config, image_size=side, num_images=num_images),
         ),
         "mining": StageFlops(
             flops.count(lambda: adapter.mined(vision, highres)),
@@ -119,7 +119,7 @@ def _mining(adapter: MiniGeminiAdapter, vision: VisionOutput, pixel_values: Tens
                 window=highres.shape[2] * highres.shape[3] // num_patches,
                 patch_dim=vision.hidden.shape[2],
                 num_channels=num_channels,
-                num_pictures=num_pictures,
+                num_images=num_images,
             ),
         ),
     }
@@ -129,7 +129,7 @@ def _layers_of(
     meta: Workload, model: BenchModel, method: Method, num_visual_tokens: int
 ) -> list[tuple[Workload, BenchModel, int]]:
     """The language model as models of some of its layers each, with the visual tokens of a prompt that these read."""
-    if method.pruner is None or not isinstance(meta.visuals, Pictures):
+    if method.pruner is None or not isinstance(meta.visuals, Images):
         return [(meta, model, num_visual_tokens)]
     num_images = meta.visuals.num_placeholders
     num_layers = model.config.text_config.num_hidden_layers

@@ -21,7 +21,7 @@ from vzip.bench.hooks import FusedAttention
 from vzip.bench.settings import BenchSettings
 from vzip.bench.stages import METHOD_CLASSES, STAGES, EagerMapsMethod, Method, PassResult, Vzip, preprocess, run_pass
 from vzip.bench.timing import StageTimes, Timing, run_interleaved
-from vzip.bench.visuals import Pictures
+from vzip.bench.visuals import Images
 from vzip.bench.workload import Workload
 from vzip.results.provenance import code_state, hardware, source_sha256, versions
 
@@ -246,7 +246,7 @@ def _expected_cache_bytes(w: Workload, method: Method, passed: PassResult) -> in
     if w.adapter is None:
         return 0
     text, num_dropped = w.model.config.get_text_config(), 0
-    if method.pruner is not None and isinstance(w.visuals, Pictures):
+    if method.pruner is not None and isinstance(w.visuals, Images):
         num_images = w.visuals.num_placeholders
         own = passed.num_visual_tokens // num_images
         schedule = method.pruner.schedule(own, text.num_hidden_layers) or []

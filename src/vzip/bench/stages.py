@@ -15,7 +15,7 @@ from vzip.bench.eager_maps import EagerMaps, select_layer_index
 from vzip.bench.hooks import recorded_outputs
 from vzip.bench.settings import PRUNERS
 from vzip.bench.timing import StageTimes, Stopwatch, Untimed
-from vzip.bench.visuals import Pictures
+from vzip.bench.visuals import Images
 from vzip.bench.workload import Workload
 from vzip.compressors import Compressor, Identity, VisionOutput
 from vzip.models.families.base import TowerRun, VisualInputs
@@ -169,7 +169,7 @@ class PassResult:
 
 def preprocess(workload: Workload) -> dict[str, Tensor]:
     """Turns the images into the model's inputs on the device, pixels in the model's dtype."""
-    prepared = workload.visuals.prepare(workload.pictures, workload.image_processor)
+    prepared = workload.visuals.prepare(workload.images, workload.image_processor)
     return {
         name: tensor.to(workload.device, workload.dtype if tensor.is_floating_point() else None)
         for name, tensor in prepared.items()
@@ -267,7 +267,7 @@ def _first_token(
 ) -> tuple[PreparedInputs, Any, PrunedRun | None]:
     """From these tokens to the language model's inputs, its output on the whole prompt, and the pruner's run."""
     w, visuals = method.workload, method.workload.visuals
-    assert w.adapter is not None and w.input_ids is not None and isinstance(visuals, Pictures)
+    assert w.adapter is not None and w.input_ids is not None and isinstance(visuals, Images)
     with watch.stage("splice"):
         adapter, ids, ones = w.adapter, w.input_ids, ([1] * len(visual.images), [1] * len(visual.videos))
         plan = plan_splice(ids, None, adapter.image_token_id, ones[0], None, adapter.video_token_id, ones[1])

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from vzip.compressors import VisionShape
 from vzip.errors import ConfigError
-from vzip.media.images import prepare_pictures
+from vzip.media.images import prepare_images
 from vzip.models.families import Adapter, LlavaNextAdapter, VideoLlavaAdapter
 from vzip.models.families.llava_base import LlavaBase
 from vzip.models.towers.structure import Tower, find_tower
 
-PICTURE_SIZE = (640, 480)
+IMAGE_SIZE = (640, 480)
 
 
 class Visuals:
@@ -25,7 +25,7 @@ class Visuals:
     Attributes:
         num_crops: inputs of the vision tower in each prompt.
         num_files: images made for each prompt.
-        picture_size: their (width, height).
+        image_size: their (width, height).
         tower_module: the vision tower that reads them, as Hugging Face's module.
         tower: the same, taken apart.
         has_tower: whether it is; otherwise only the family runs it.
@@ -36,7 +36,7 @@ class Visuals:
 
     def __init__(self, tower_module: nn.Module, num_crops: int) -> None:
         self.num_crops = self.num_files = num_crops
-        self.picture_size = PICTURE_SIZE
+        self.image_size = IMAGE_SIZE
         self.tower_module = tower_module
         if self.has_tower:
             self.tower: Tower = find_tower(tower_module)
@@ -46,16 +46,16 @@ class Visuals:
         """What each prompt shows, in words."""
         return f"{self.num_crops} image{'s' if self.num_crops > 1 else ''}"
 
-    def prepare(self, pictures: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:
+    def prepare(self, images: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:
         """The batch's images -> the model's inputs."""
-        return prepare_pictures(pictures, image_processor, "llava")
+        return prepare_images(images, image_processor, "llava")
 
     def tower_inputs(self, inputs: dict[str, Tensor]) -> Tensor:
         """Inputs -> ``[N, 3, h, w]``, one row an input of the vision tower, as it takes them."""
         return inputs["pixel_values"]
 
 
-class Pictures(Visuals):
+class Images(Visuals):
     """Images of one crop each, for a whole model.
 
     Attributes:
@@ -73,8 +73,8 @@ class Pictures(Visuals):
         self.num_placeholders = num_crops
         self.placeholder = adapter.image_token_id
 
-    def prepare(self, pictures: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:
-        return self.adapter.prepare_pictures(pictures, image_processor, "llava")
+    def prepare(self, images: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:
+        return self.adapter.prepare_images(images, image_processor, "llava")
 
     def tower_inputs(self, inputs: dict[str, Tensor]) -> Tensor:
         assert isinstance(self.adapter, LlavaBase)
@@ -91,7 +91,7 @@ class Pictures(Visuals):
         return self.adapter.read_inputs(**self.blank()).shapes
 
 
-class Crops(Pictures):
+class Crops(Images):
     """LLaVA-NeXT: one image, of a shape that is cut into so many crops and has no padding."""
 
     def __init__(self, adapter: LlavaNextAdapter, num_crops: int) -> None:
@@ -107,18 +107,18 @@ class Crops(Pictures):
                 f" resolutions {allowed} crops; choose one of these"
             )
         self.num_placeholders = self.num_files = 1
-        self.picture_size = by_count[num_crops]
+        self.image_size = by_count[num_crops]
 
     def describe(self) -> str:
         return f"one image in {self.num_crops} crops"
 
     def blank(self) -> dict[str, Tensor]:
-        width, height = self.picture_size
+        width, height = self.image_size
         pixels = next(iter(super().blank().values()))
         return {"pixel_values": pixels[None], "image_sizes": torch.tensor([[height, width]])}
 
 
-class Frames(Pictures):
+class Frames(Images):
     """Video-LLaVA: one video, through the tower for videos."""
 
     def __init__(self, adapter: VideoLlavaAdapter, num_crops: int) -> None:
@@ -135,8 +135,8 @@ class Frames(Pictures):
     def blank(self) -> dict[str, Tensor]:
         return {"pixel_values_videos": next(iter(super().blank().values()))[None]}
 
-    def prepare(self, pictures: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:
-        videos = [pictures[start : start + self.num_crops] for start in range(0, len(pictures), self.num_crops)]
+    def prepare(self, images: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:
+        videos = [images[start : start + self.num_crops] for start in range(0, len(images), self.num_crops)]
         return self.adapter.prepare_videos(videos, image_processor, self.num_crops)
 
     def tower_inputs(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -144,7 +144,7 @@ class Frames(Pictures):
         return self.adapter.video_pixels(self.adapter.read_inputs(**inputs))
 
 
-class AnySize(Pictures):
+class AnySize(Images):
     """Qwen2.5-VL: one image of about a thousand visual tokens."""
 
     has_tower = False
@@ -158,19 +158,19 @@ class AnySize(Pictures):
         self.adapter = adapter
         self.num_placeholders, self.placeholder = 1, adapter.image_token_id
         *_, height, width = adapter.shown(adapter.read_inputs(**adapter.blank_images(1))).shape
-        self.picture_size = (width, height)
+        self.image_size = (width, height)
 
     def describe(self) -> str:
-        return f"an image of {self.picture_size[0]} x {self.picture_size[1]}"
+        return f"an image of {self.image_size[0]} x {self.image_size[1]}"
 
-    def prepare(self, pictures: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:
-        return self.adapter.prepare_pictures(pictures, image_processor, self.adapter.check_preprocess(None))
+    def prepare(self, images: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:
+        return self.adapter.prepare_images(images, image_processor, self.adapter.check_preprocess(None))
 
     def blank(self) -> dict[str, Tensor]:
         return self.adapter.blank_images(1)
 
 
-def visuals_of(adapter: Adapter, num_crops: int) -> Pictures:
+def visuals_of(adapter: Adapter, num_crops: int) -> Images:
     """What the prompts of a model show.
 
     Raises:
@@ -181,5 +181,5 @@ def visuals_of(adapter: Adapter, num_crops: int) -> Pictures:
     if isinstance(adapter, VideoLlavaAdapter):
         return Frames(adapter, num_crops)
     if isinstance(adapter, LlavaBase):
-        return Pictures(adapter, num_crops)
+        return Images(adapter, num_crops)
     return AnySize(adapter, num_crops)

@@ -15,7 +15,7 @@ from vzip.bench import shapes
 from vzip.bench.device_memory import refuse_if_too_large
 from vzip.bench.settings import DEFAULT_METHODS, BenchSettings, estimate_bytes
 from vzip.bench.shapes import BenchModel
-from vzip.bench.visuals import PICTURE_SIZE, Pictures, Visuals, visuals_of
+from vzip.bench.visuals import IMAGE_SIZE, Images, Visuals, visuals_of
 from vzip.compressors import Compressor, Identity
 from vzip.errors import CheckpointError, ConfigError
 from vzip.models.families import Adapter, FamilyOptions, adapter_class_for_config, adapter_for_model
@@ -57,7 +57,7 @@ class Workload:
     select_layer: int
     compressor: Compressor
     image_processor: Any
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     input_ids: Tensor | None
 
     @property
@@ -128,7 +128,7 @@ def build(settings: BenchSettings, model: BenchModel) -> Workload:
     device, dtype = settings.torch_device, settings.torch_dtype
     hf_model, image_processor = build_model(settings, model)
     adapter, visuals = parts_of(hf_model, model, settings.crops_per_prompt(model))
-    pictures = make_pictures(settings.batch_size * visuals.num_files, settings.seed, visuals.picture_size)
+    images = make_images(settings.batch_size * visuals.num_files, settings.seed, visuals.image_size)
     return Workload(
         settings=settings,
         device=device,
@@ -139,8 +139,8 @@ def build(settings: BenchSettings, model: BenchModel) -> Workload:
         select_layer=adapter.select_layer if isinstance(adapter, LlavaBase) else TOWER_ONLY_SELECT_LAYER,
         compressor=settings.method(model),
         image_processor=image_processor or new_image_processor(model.config),
-        pictures=pictures,
-        input_ids=make_prompts(settings, visuals) if isinstance(visuals, Pictures) else None,
+        images=images,
+        input_ids=make_prompts(settings, visuals) if isinstance(visuals, Images) else None,
     )
 
 
@@ -184,19 +184,19 @@ def _load_tower(model: BenchModel, device: torch.device, dtype: torch.dtype) -> 
     return loaded.to(device).eval().requires_grad_(False)
 
 
-def make_pictures(num_pictures: int, seed: int, size: tuple[int, int] = PICTURE_SIZE) -> list[Image.Image]:
+def make_images(num_images: int, seed: int, size: tuple[int, int] = IMAGE_SIZE) -> list[Image.Image]:
     """Makes smooth coloured images of ``size`` (width, height), the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     width, height = size
-    pictures = []
-    for _ in range(num_pictures):
+    images = []
+    for _ in range(num_images):
         coarse = torch.rand(1, 3, height // 16, width // 16, generator=generator)
         smooth = functional.interpolate(coarse, size=(height, width), mode="bilinear")[0]
-        pictures.append(Image.fromarray((smooth * 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()))
-    return pictures
+        images.append(Image.fromarray((smooth * 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()))
+    return images
 
 
-def make_prompts(settings: BenchSettings, visuals: Pictures) -> Tensor:
+def make_prompts(settings: BenchSettings, visuals: Images) -> Tensor:
     """Makes prompts of random text tokens with the placeholders after the first.
 
     Returns:

@@ -49,13 +49,13 @@ def main(arguments: argparse.Namespace) -> int:
     _check_overlay(arguments.overlay)
     from vzip.config.build import model_plan
     from vzip.media.images import load_image
-    from vzip.media.video import DEFAULT_NUM_FRAMES, is_picture, load_video
+    from vzip.media.video import DEFAULT_NUM_FRAMES, is_image, load_video
 
     model, compressor = model_plan([f"model={arguments.model}", *arguments.settings])
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     frames: list[Image.Image] = []
-    if is_picture(file):
-        pictures = [load_image(file)]
+    if is_image(file):
+        images = [load_image(file)]
     elif arguments.overlay is not None:
         raise ConfigError(f"--overlay {arguments.overlay}: draws over an image, and {file} is none. Leave it out.")
     else:
@@ -66,7 +66,7 @@ def main(arguments: argparse.Namespace) -> int:
     import vzip
 
     vlm = vzip.load_vlm(**model, compressor=compressor)
-    inputs = build_inputs(vlm, arguments.question, pictures, frames)
+    inputs = build_inputs(vlm, arguments.question, images, frames)
     new = vlm.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
     processor: Any = vlm.processor
     answer = processor.tokenizer.decode(new[0], skip_special_tokens=True).strip()
@@ -81,7 +81,7 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"({counts})")
     if arguments.overlay is not None:
         title = f"{arguments.model}, {type(compressor).__name__}, {num_tokens} of {shape.num_vanilla} visual tokens"
-        _draw(vlm, pictures[0], title, f"{arguments.question}\n{answer}", arguments.overlay)
+        _draw(vlm, images[0], title, f"{arguments.question}\n{answer}", arguments.overlay)
         print(f"wrote {arguments.overlay}")
     return 0
 
@@ -103,21 +103,21 @@ def _check_overlay(path: Path | None) -> None:
         raise ConfigError(f"--overlay {path}: no folder {path.parent}. Make it, or name another.")
 
 
-def _draw(vlm: CompressedVlm, picture: Image.Image, title: str, text: str, path: Path) -> None:
+def _draw(vlm: CompressedVlm, image: Image.Image, title: str, text: str, path: Path) -> None:
     from vzip.analysis.kept import draw_kept
     from vzip.analysis.overlay import with_text
     from vzip.results.files import naming_the_file
 
     with naming_the_file(path):
-        with_text(draw_kept(vlm, picture), title, text).save(path)
+        with_text(draw_kept(vlm, image), title, text).save(path)
 
 
 def build_inputs(
-    vlm: CompressedVlm, question: str, pictures: list[Image.Image], frames: list[Image.Image]
+    vlm: CompressedVlm, question: str, images: list[Image.Image], frames: list[Image.Image]
 ) -> dict[str, Any]:
     """The model's inputs for a question about an image, or about a video's frames if there is no image."""
     processor: Any = vlm.processor
-    content = [{"type": "image" if pictures else "video"}, {"type": "text", "text": whole_text(question)}]
+    content = [{"type": "image" if images else "video"}, {"type": "text", "text": whole_text(question)}]
     turns = [{"role": "user", "content": content}]
     prompt = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return vlm.build_inputs([prompt], [pictures], [[] if pictures else [frames]])
+    return vlm.build_inputs([prompt], [images], [[] if images else [frames]])

@@ -54,7 +54,7 @@ def main(arguments: argparse.Namespace) -> int:
     model, compressor, system_prompt = chat_plan([f"model={arguments.model}", *arguments.settings])
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: must be 1 or more.")
-    pictures = [(str(path), load_image(path)) for path in arguments.image]
+    images = [(str(path), load_image(path)) for path in arguments.image]
     if arguments.video:
         # Said outright, so that a model without a video tower is refused before its weights are read.
         model["num_frames"] = model["num_frames"] or DEFAULT_NUM_FRAMES
@@ -64,8 +64,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     vlm = vzip.load_vlm(**model, compressor=compressor)
     terminal = _Terminal(vlm.chat(system_prompt), arguments.max_new_tokens)
-    for name, picture in pictures:
-        terminal.tell(name, terminal.chat.add_image(picture))
+    for name, image in images:
+        terminal.tell(name, terminal.chat.add_image(image))
     for name, frames in videos:
         terminal.tell(name, terminal.chat.add_video(frames))
     terminal.run()

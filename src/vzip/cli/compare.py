@@ -50,7 +50,9 @@ class Comparison:
         expected_retention: expected / the number in the table's row for vanilla.
         measured_retention: measured / our own vanilla run.
         paired: the uncertainty of that, and how often both runs gave the same answer; None without a vanilla run.
-        verdict: "ok" or "off" by the tolerance, "-" without one, "missing" where the record lacks the task.
+        verdict: "reproduced" or "not reproduced" by the tolerance, "-" without one, "provisional" where not all
+            questions were asked, "missing" where the record lacks the task.
+        tolerance: see ``PaperTable.tolerance``.
     """
 
     column: Column
@@ -62,6 +64,7 @@ class Comparison:
     measured_retention: float | None
     verdict: str
     paired: Paired | None = None
+    tolerance: float | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +109,7 @@ def main(args: argparse.Namespace) -> int:
     if vanilla is not None:
         for remark in pillow_remarks(run.record, vanilla.record, "this run and the vanilla run"):
             print(remark)
-    return 1 if any(row.verdict == "off" for row in rows) else 0
+    return 1 if any(row.verdict == "not reproduced" for row in rows) else 0
 
 
 def _run(path: Path) -> Run:
@@ -139,7 +142,14 @@ def _compare_score(run: Run, table: PaperTable, row: Row, column: Column, vanill
     if vanilla is not None and vanilla.path.resolve() != run.path.resolve():
         ours, theirs = answers_of(run, column.task), answers_of(vanilla, column.task)
         paired = compare_task(run.record, vanilla.record, column.task, column.metric, ours, theirs)
-    tolerance = row.tolerance.get(column.key)
+    tolerance = table.tolerance(row, column)
+    if tolerance is None:
+        verdict = "-"
+    elif run.record.get("provisional_reasons"):
+        verdict = "provisional"
+    else:
+        # Numbers are compared as printed: 0.1 + 0.2 is not 0.3.
+        verdict = "reproduced" if abs(difference) <= tolerance + 1e-9 else "not reproduced"
     return Comparison(
         column,
         expected,
@@ -148,8 +158,9 @@ def _compare_score(run: Run, table: PaperTable, row: Row, column: Column, vanill
         difference,
         expected_retention,
         None if paired is None else paired.retention,
-        "-" if tolerance is None else ("ok" if abs(difference) <= tolerance else "off"),
+        verdict,
         paired,
+        tolerance,
     )
 
 
@@ -238,12 +249,25 @@ def _print(
             _percent(score.measured_retention),
             _interval(score.paired),
             _percent(None if score.paired is None else score.paired.agreement),
-            score.verdict,
+            score.verdict if score.tolerance is None else f"{score.verdict} (± {score.tolerance:.2f})",
         )
     console.print(table)
     for score in scores:
         protocol = f" {score.column.protocol}." if score.column.protocol else ""
         console.print(f'{score.column.task}: {expected.source}, row "{row.label}".{protocol}', markup=False)
+    judged = {
+        score.column.key for score in scores if score.tolerance is not None and score.column.key not in row.tolerance
+    }
+    if judged:
+        of = [
+            one for one in expected.reruns if expected.row(one.row).method == row.method and judged & one.values.keys()
+        ]
+        sources = "; ".join(dict.fromkeys(f"{one.source} ({one.row})" for one in of))
+        console.print(
+            "reproduced: within 1 % of the printed number, or within what others were off by who ran the method again,"
+            f" if that is more: {sources}",
+            markup=False,
+        )
     if any(score.paired is not None for score in scores):
         console.print(
             "same: share of questions to which the vanilla run gave the same answer; ~: not from the same questions"

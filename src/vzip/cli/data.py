@@ -27,7 +27,7 @@ from vzip.data.llava_json import LlavaJson
 from vzip.data.lock import Lock
 from vzip.data.manifest import Manifest, addresses, file_table, load_manifest
 from vzip.data.subset import choose, source_table
-from vzip.data.verify import PictureProblem, find_problems
+from vzip.data.verify import ImageProblem, find_problems
 from vzip.errors import ConfigError, ManifestError
 from vzip.json_files import to_json
 from vzip.progress import Progress
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--root", type=Path, help="folder of the data; with --json by default the file's own")
         command.add_argument("--fraction", default="1", help="this part alone (default: all), such as 0.1 or 1/10")
         command.add_argument("--seed", type=int, default=0, help="the part's seed (default: 0)")
-        command.add_argument("--no-text-only", action="store_true", help="without the samples that have no picture")
+        command.add_argument("--no-text-only", action="store_true", help="without the samples that have no image")
     verify.add_argument("--quick", action="store_true", help="only whether files are there and not empty")
     verify.add_argument("--workers", type=int, help="threads (default: one a core)")
     verify.add_argument("--report", type=Path, help="file for all problems, one JSON object a line")
@@ -109,13 +109,13 @@ def _verify(args: argparse.Namespace) -> int:
     source = _open(args)
     indices = _choose(source, args)
     notes = [*_format_notes(source.data), *_count_notes(source)]
-    shown, counts = _check_pictures(source.data, indices, args)
+    shown, counts = _check_images(source.data, indices, args)
     console = _console()
     console.print(source_table(source.data, indices))
     if source.data.num_repeated_ids:
         repeated, identical = f"{source.data.num_repeated_ids:,}", f"{source.data.num_identical:,}"
         console.print(f"{repeated} samples repeat an earlier one's id, {identical} repeat it word for word")
-    for note in [*notes, *_picture_notes(shown, counts, args.report)]:
+    for note in [*notes, *_image_notes(shown, counts, args.report)]:
         console.print(note, soft_wrap=True)
     if counts:
         console.print(_problem_table(counts))
@@ -164,11 +164,11 @@ def _choose(source: _Source, args: argparse.Namespace) -> np.ndarray:
     return choose(source.data, args.fraction, args.seed, keep_text_only=not args.no_text_only)
 
 
-def _check_pictures(
+def _check_images(
     data: LlavaJson, indices: np.ndarray, args: argparse.Namespace
-) -> tuple[list[PictureProblem], Counter[tuple[str, str]]]:
+) -> tuple[list[ImageProblem], Counter[tuple[str, str]]]:
     """Looks at every image; returns the first problems and how many there are by source and kind."""
-    shown: list[PictureProblem] = []
+    shown: list[ImageProblem] = []
     counts: Counter[tuple[str, str]] = Counter()
     with ExitStack() as stack:
         aside = stack.enter_context(written_aside(args.report)) if args.report else None
@@ -179,10 +179,10 @@ def _check_pictures(
             indices,
             decode=not args.quick,
             num_workers=args.workers,
-            on_picture=progress.update,
+            on_image=progress.update,
         )
         for problem in problems:
-            counts[problem.picture.source, problem.kind] += 1
+            counts[problem.image.source, problem.kind] += 1
             if len(shown) < NUM_SHOWN:
                 shown.append(problem)
             if report is not None:
@@ -190,14 +190,14 @@ def _check_pictures(
     return shown, counts
 
 
-def _as_line(problem: PictureProblem) -> dict[str, str]:
-    picture = problem.picture
-    about = {"picture": picture.name, "sample": picture.sample_id, "source": picture.source}
+def _as_line(problem: ImageProblem) -> dict[str, str]:
+    image = problem.image
+    about = {"image": image.name, "sample": image.sample_id, "source": image.source}
     return {"kind": problem.kind, **about, "reason": problem.reason}
 
 
-def _picture_notes(shown: list[PictureProblem], counts: Counter[tuple[str, str]], report: Path | None) -> list[str]:
-    lines = [f"{problem.kind}: {problem.reason} (sample {problem.picture.sample_id})" for problem in shown]
+def _image_notes(shown: list[ImageProblem], counts: Counter[tuple[str, str]], report: Path | None) -> list[str]:
+    lines = [f"{problem.kind}: {problem.reason} (sample {problem.image.sample_id})" for problem in shown]
     rest = counts.total() - len(shown)
     if rest:
         lines.append(f"... and {rest} more" + (f"; all of them in {report}" if report else "; --report FILE takes all"))
@@ -206,7 +206,7 @@ def _picture_notes(shown: list[PictureProblem], counts: Counter[tuple[str, str]]
 
 def _problem_table(counts: Counter[tuple[str, str]]) -> Table:
     table = Table("source", "problem", title="images that cannot be used", title_justify="left")
-    table.add_column("pictures", justify="right")
+    table.add_column("images", justify="right")
     for (source, kind), count in sorted(counts.items()):
         table.add_row(source, kind, f"{count:,}")
     return table

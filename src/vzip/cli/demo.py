@@ -38,7 +38,7 @@ from vzip.results.files import replace_file, write_json, written_aside
 from vzip.results.layout import Layout, Piece, print_layout, to_markdown
 from vzip.results.owner import owning
 
-OVERLAY_PICTURES = 3
+OVERLAY_IMAGES = 3
 HEAD = ("tokens", "method", *TASKS, "average", "retention [95 %]", "tower", "select", "prefill", "decode", "KV KiB")
 
 
@@ -79,7 +79,7 @@ def lay_out(
 def write_overlay(vlm: CompressedVlm, folder: Path, out: Path) -> None:
     """Draws what VisionZip keeps and merges at 64 tokens on the benchmark's first images, one below the other."""
     vlm.compressor = VisionZip(TokenBudget(54, 10))
-    panels = [draw_kept(vlm, Image.open(folder / f"images/{index:04d}.png")) for index in range(OVERLAY_PICTURES)]
+    panels = [draw_kept(vlm, Image.open(folder / f"images/{index:04d}.png")) for index in range(OVERLAY_IMAGES)]
     sheet = Image.new("RGB", (panels[0].width, sum(p.height + 8 for p in panels) - 8), "white")
     for row, panel in enumerate(panels):
         sheet.paste(panel, (0, row * (panel.height + 8)))

@@ -283,8 +283,8 @@ class TrainingSet:
 
         assert self.root is not None
         Downloader(self.manifest, self.root).run(self.manifest.files)
-        annotations, pictures = self.root / self.manifest.annotations, self.root / self.manifest.image_root
-        _tell(f"train.py takes it as: data.json={annotations} data.image_root={pictures}")
+        annotations, images = self.root / self.manifest.annotations, self.root / self.manifest.image_root
+        _tell(f"train.py takes it as: data.json={annotations} data.image_root={images}")
 
 
 Item = Checkpoint | TaskData | TrainingSet

@@ -154,7 +154,7 @@ class LlavaJsonSettings:
 class ScenesSettings:
     """The ``data`` group for generated images."""
 
-    num_pictures: int = key("number of generated images", at_least=1)
+    num_images: int = key("number of generated images", at_least=1)
     num_questions: int = key("questions an image at most; one pass of the vision tower serves them all", at_least=1)
 
 

@@ -115,7 +115,7 @@ def data_loader(data: Mapping[str, Any], cache: str | None = None) -> Callable[[
         if data["kind"] == "scenes":
             from vzip.demo.dialogues import SceneDialogues
 
-            return SceneDialogues(data["num_pictures"], data["num_questions"])
+            return SceneDialogues(data["num_images"], data["num_questions"])
         from vzip.data.llava_set import LlavaSet
 
         return LlavaSet(

@@ -73,7 +73,7 @@ def _of_model(config: Mapping[str, Any], plan: TrainPlan) -> tuple[str, str]:
 def _expected(data: Mapping[str, Any]) -> _Samples:
     """By the configuration and the manifests; no data is read."""
     if data["kind"] == "scenes":
-        return _Samples(data["num_pictures"], f"{data['num_pictures']:,} generated images")
+        return _Samples(data["num_images"], f"{data['num_images']:,} generated images")
     manifest = _manifest(data)
     if manifest is None or manifest.num_samples is None:
         return _Samples(None, f"{data['json']}, conversations not counted yet")

@@ -54,7 +54,7 @@ class TrainingSet(Protocol):
         """What is trained on, for people."""
 
 
-class PictureEncoder(Protocol):
+class ImageEncoder(Protocol):
     """What the collator must know of the model: preprocessing, and the visual tokens that it will make."""
 
     @property
@@ -78,7 +78,7 @@ class Batch:
         sample_of: for each sequence the sample it belongs to.
         input_ids, attention_mask, labels: int64 ``[S, T]``; one placeholder an image or video.
         images: ``pixel_values`` and what else the family needs, each image once; empty without images.
-        picture_of: for each placeholder, in order, the image it stands for.
+        image_of: for each placeholder, in order, the image it stands for.
         num_visual_tokens: of each image, as the compressor must make them.
         videos, video_of, num_video_tokens: the same of videos.
         skipped: ids of samples left out because an image or video could not be read.
@@ -90,8 +90,8 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
-    pictures: dict[str, Tensor] = field(default_factory=dict)
-    picture_of: list[int] = field(default_factory=list)
+    images: dict[str, Tensor] = field(default_factory=dict)
+    image_of: list[int] = field(default_factory=list)
     num_visual_tokens: list[int] = field(default_factory=list)
     videos: dict[str, Tensor] = field(default_factory=dict)
     video_of: list[int] = field(default_factory=list)
@@ -121,7 +121,7 @@ class Batch:
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
             labels=self.labels.to(device),
-            pictures={name: tensor.to(device) for name, tensor in self.pictures.items()},
+            images={name: tensor.to(device) for name, tensor in self.images.items()},
             videos={name: tensor.to(device) for name, tensor in self.videos.items()},
         )
 
@@ -142,7 +142,7 @@ class Collator:
     """
 
     processor: Any
-    encoder: PictureEncoder
+    encoder: ImageEncoder
     template: Template
     system_prompt: str | None
     image_token_id: int
@@ -158,7 +158,7 @@ class Collator:
         empty = torch.zeros(0, 0, dtype=torch.int64)
         batch = Batch([], [], empty, empty, empty)
         sequences: list[Encoded] = []
-        pictures: list[Image.Image] = []
+        images: list[Image.Image] = []
         videos: list[list[Image.Image]] = []
         for sample in samples:
             self._check_videos(sample)
@@ -173,14 +173,14 @@ class Collator:
             batch.ids.append(sample.id)
             for turns in sample.dialogues:
                 batch.sample_of.append(len(batch.ids) - 1)
-                batch.picture_of += range(len(pictures), len(pictures) + len(opened))
+                batch.image_of += range(len(images), len(images) + len(opened))
                 batch.video_of += range(len(videos), len(videos) + len(decoded))
                 sequences.append(self._encode(sample, turns))
-            pictures += opened
+            images += opened
             videos += decoded
-        if pictures:
-            batch.pictures = self.encoder.preprocess_images(pictures)
-            batch.num_visual_tokens = self.encoder.expected_num_tokens(batch.pictures)
+        if images:
+            batch.images = self.encoder.preprocess_images(images)
+            batch.num_visual_tokens = self.encoder.expected_num_tokens(batch.images)
         if videos:
             batch.videos = self.encoder.preprocess_videos(videos)
             batch.num_video_tokens = self.encoder.expected_num_tokens(batch.videos)
@@ -214,13 +214,13 @@ class Collator:
 
     def _truncate(self, batch: Batch, sequences: list[Encoded]) -> None:
         """Cuts the sequences in place; what fell away of images and videos is encoded for nothing, which is rare."""
-        pictures, videos = iter(batch.picture_of), iter(batch.video_of)
-        batch.picture_of, batch.video_of = [], []
+        images, videos = iter(batch.image_of), iter(batch.video_of)
+        batch.image_of, batch.video_of = [], []
         for number, whole in enumerate(sequences):
-            own, own_videos = list(islice(pictures, whole.num_images)), list(islice(videos, whole.num_videos))
+            own, own_videos = list(islice(images, whole.num_images)), list(islice(videos, whole.num_videos))
             cut = truncate(
                 whole,
-                [batch.num_visual_tokens[picture] for picture in own],
+                [batch.num_visual_tokens[image] for image in own],
                 self.image_token_id,
                 self.max_length,
                 [batch.num_video_tokens[video] for video in own_videos],
@@ -230,7 +230,7 @@ class Collator:
             id = batch.ids[batch.sample_of[number]]
             if whole.num_targets and not cut.num_targets and id not in batch.cut_off:
                 batch.cut_off.append(id)
-            batch.picture_of += own[: cut.num_images]
+            batch.image_of += own[: cut.num_images]
             batch.video_of += own_videos[: cut.num_videos]
 
     def _pad(self, batch: Batch, sequences: list[Encoded]) -> None:

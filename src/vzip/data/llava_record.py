@@ -99,7 +99,7 @@ def parse_record(raw: Any) -> Record:
     if not isinstance(raw, dict):
         raise RecordError(f"is a {type(raw).__name__}, not an object")
     record = Record(_identity(raw.get("id")), _paths(raw, "image"), _turns(raw), _paths(raw, "video"))
-    _check_placeholders(record, IMAGE_PLACEHOLDER, record.images, "picture")
+    _check_placeholders(record, IMAGE_PLACEHOLDER, record.images, "image")
     if record.videos:
         _check_placeholders(record, VIDEO_PLACEHOLDER, record.videos, "video")
     return record

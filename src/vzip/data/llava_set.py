@@ -49,7 +49,7 @@ class LlavaSet:
             raise ConfigError(f"data.on_problem={on_problem}: must be one of {', '.join(get_args(OnProblem))}.")
         self.records = LlavaJson(path, image_root, on_problem=on_problem, cache=cache)
         chosen = choose(self.records, fraction, seed, keep_text_only=keep_text_only)
-        reasons = {p.picture.name: p.reason for p in find_problems(self.records, chosen, decode=False)}
+        reasons = {p.image.name: p.reason for p in find_problems(self.records, chosen, decode=False)}
         lacking = self._naming(reasons, chosen)
         self.num_missing = int(lacking.sum())
         if self.num_missing and on_problem == "refuse":
@@ -84,11 +84,11 @@ class LlavaSet:
             console.print(f"left out: {self.num_missing} samples without their images, {num_broken} broken records")
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]  # it is the StringIO above
 
-    def _naming(self, pictures: Collection[str], indices: np.ndarray) -> np.ndarray:
+    def _naming(self, images: Collection[str], indices: np.ndarray) -> np.ndarray:
         """Which of the samples name one of the images: bool, as long as ``indices``."""
-        if not pictures:  # the usual case; otherwise every record is read again
+        if not images:  # the usual case; otherwise every record is read again
             return np.zeros(len(indices), dtype=bool)
-        return np.array([any(name in pictures for name in self.records.record(int(i)).files) for i in indices])
+        return np.array([any(name in images for name in self.records.record(int(i)).files) for i in indices])
 
     def _refusal(self, indices: np.ndarray, reasons: Mapping[str, str]) -> str:
         lines = [f"{self.records.path}: {len(indices)} samples lack an image below {self.records.image_root}:"]

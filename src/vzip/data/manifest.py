@@ -34,7 +34,7 @@ class ManifestFile:
     sha256: str | None
     checksum_source: str
     extract_to: str | None
-    num_pictures: int | None
+    num_images: int | None
     licence: str
     note: str = ""
 
@@ -197,7 +197,7 @@ def _file_problems(file: Mapping[str, Any], where: str) -> list[str]:
     for key in ("source", "licence", "checksum_source"):
         if not isinstance(file[key], str):
             problems.append(f"{where}{key}: {file[key]!r:.80} must be a text")
-    for key in ("num_bytes", "num_pictures"):
+    for key in ("num_bytes", "num_images"):
         if file[key] is not None and (type(file[key]) is not int or file[key] < 1):
             problems.append(f"{where}{key}: {file[key]!r} must be a positive whole number, or null")
     if file["url"] is None and not file.get("note"):

@@ -32,7 +32,7 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class NamedPicture:
+class NamedImage:
     """An image (or video) as the data set first names it; ``name`` is the file's word, ``path`` where it must lie."""
 
     name: str
@@ -43,17 +43,17 @@ class NamedPicture:
 
 
 @dataclass(frozen=True)
-class PictureProblem:
+class ImageProblem:
     """An image that cannot be used, and why."""
 
-    picture: NamedPicture
+    image: NamedImage
     kind: Kind
     reason: str
 
 
-def distinct_pictures(
+def distinct_images(
     data: LlavaJson, indices: Sequence[int] | np.ndarray | None = None
-) -> tuple[int, Iterator[NamedPicture]]:
+) -> tuple[int, Iterator[NamedImage]]:
     """Each image that the samples (all, or those at ``indices``) name, once, in their order; and how many."""
     wanted = np.arange(len(data)) if indices is None else np.asarray(indices, dtype=np.int64)
     wanted = wanted[data.num_images[wanted] > 0]
@@ -65,19 +65,19 @@ def distinct_pictures(
     is_first = np.zeros(len(hashes), dtype=bool)
     is_first[np.unique(hashes, return_index=True)[1]] = True
 
-    def pictures() -> Iterator[NamedPicture]:
+    def images() -> Iterator[NamedImage]:
         number = itertools.count()
         for i in map(int, wanted):
             record = data.record(i)
             for place, name in enumerate(record.files):
                 if is_first[next(number)]:
                     is_video = place >= len(record.images)
-                    yield NamedPicture(name, data.image_root / name, record.label(i), data.source_of(i), is_video)
+                    yield NamedImage(name, data.image_root / name, record.label(i), data.source_of(i), is_video)
 
-    return int(is_first.sum()), pictures()
+    return int(is_first.sum()), images()
 
 
-def check_picture(picture: NamedPicture, decode: bool = True) -> PictureProblem | None:
+def check_image(image: NamedImage, decode: bool = True) -> ImageProblem | None:
     """Looks at one image.
 
     Args:
@@ -88,19 +88,19 @@ def check_picture(picture: NamedPicture, decode: bool = True) -> PictureProblem 
         the problem, or None.
     """
     try:
-        num_bytes = picture.path.stat().st_size
+        num_bytes = image.path.stat().st_size
     except OSError:
-        return PictureProblem(picture, "missing", f"no such file: {picture.path}{_other_name(picture.path)}")
+        return ImageProblem(image, "missing", f"no such file: {image.path}{_other_name(image.path)}")
     if num_bytes == 0:
-        return PictureProblem(picture, "empty", f"0 bytes: {picture.path}")
+        return ImageProblem(image, "empty", f"0 bytes: {image.path}")
     if decode:
         try:
-            if picture.is_video:
-                load_video(picture.path, num_frames=1)  # which counts all frames, and so sees a file that is cut off
+            if image.is_video:
+                load_video(image.path, num_frames=1)  # which counts all frames, and so sees a file that is cut off
             else:
-                load_image(picture.path)
+                load_image(image.path)
         except (ImageError, VideoError) as error:
-            return PictureProblem(picture, "damaged", str(error))
+            return ImageProblem(image, "damaged", str(error))
     return None
 
 
@@ -110,28 +110,28 @@ def find_problems(
     *,
     decode: bool = True,
     num_workers: int | None = None,
-    on_picture: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[PictureProblem]:
+    on_image: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[ImageProblem]:
     """Checks every image of the data set, or of the samples at ``indices``.
 
     Args:
         data: the data set.
         indices: samples to look at.
-        decode: see ``check_picture``.
+        decode: see ``check_image``.
         num_workers: threads (Pillow decodes outside Python's lock); by default one a core.
-        on_picture: called after each image with the number done and the number of all.
+        on_image: called after each image with the number done and the number of all.
 
     Yields:
         the problems, as they are found.
     """
 
-    def check(picture: NamedPicture) -> PictureProblem | None:
-        return check_picture(picture, decode)
+    def check(image: NamedImage) -> ImageProblem | None:
+        return check_image(image, decode)
 
-    total, pictures = distinct_pictures(data, indices)
-    found = _map_unordered(check, pictures, num_workers or os.cpu_count() or 1)
+    total, images = distinct_images(data, indices)
+    found = _map_unordered(check, images, num_workers or os.cpu_count() or 1)
     for done, problem in enumerate(found, start=1):
-        on_picture(done, total)
+        on_image(done, total)
         if problem is not None:
             yield problem
 

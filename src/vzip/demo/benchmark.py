@@ -36,7 +36,7 @@ from vzip.json_files import read_json_lines
 from vzip.progress import Progress
 from vzip.results.files import make_folder, naming_the_file, replace_file
 
-NUM_PICTURES = 400
+NUM_IMAGES = 400
 QUESTIONS_PER_TASK = 400
 # SHA-256 over all pixels and all questions; a change to scenes or render makes a new benchmark and needs a new digest.
 DIGEST = "031b4f9888f15d473890908a33a5fc8b8c206e988c6b148c2cdf03d79806a772"
@@ -47,7 +47,7 @@ def test_scenes() -> list[Scene]:
     """The benchmark's scenes: those of the first test seeds that carry a sign."""
     scenes: list[Scene] = []
     seed = TEST_SEEDS[0]
-    while len(scenes) < NUM_PICTURES:
+    while len(scenes) < NUM_IMAGES:
         scene = sample_scene(seed)
         if scene.sign and scene.things:
             scenes.append(scene)
@@ -94,9 +94,9 @@ def write(folder: Path) -> str:
     (folder / "images").mkdir()
     with Progress("generating", "images", len(scenes)) as progress:
         for index, scene in enumerate(progress.track(scenes)):
-            picture = render(scene)
-            digest.update(picture.tobytes())
-            picture.save(folder / "images" / f"{index:04d}.png", compress_level=1)
+            image = render(scene)
+            digest.update(image.tobytes())
+            image.save(folder / "images" / f"{index:04d}.png", compress_level=1)
     for task, rows in build_rows(scenes).items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         digest.update(text.encode())

@@ -23,19 +23,19 @@ def scene_of(index: int) -> Scene:
 
 
 class SceneDialogues:
-    """Samples ``0 ... num_pictures - 1`` (``vzip.data.collate.TrainingSet``): a function of their number alone.
+    """Samples ``0 ... num_images - 1`` (``vzip.data.collate.TrainingSet``): a function of their number alone.
 
     Args:
-        num_pictures: samples.
+        num_images: samples.
         num_questions: conversations of one question each, an image.
     """
 
-    def __init__(self, num_pictures: int, num_questions: int) -> None:
-        assert FIRST_SEED + SEEDS_A_SAMPLE * num_pictures <= TRAIN_SEEDS[1]
-        self.num_pictures, self.num_questions = num_pictures, num_questions
+    def __init__(self, num_images: int, num_questions: int) -> None:
+        assert FIRST_SEED + SEEDS_A_SAMPLE * num_images <= TRAIN_SEEDS[1]
+        self.num_images, self.num_questions = num_images, num_questions
 
     def __len__(self) -> int:
-        return self.num_pictures
+        return self.num_images
 
     def __getitem__(self, index: int) -> TrainingSample:
         scene = scene_of(index)
@@ -49,13 +49,13 @@ class SceneDialogues:
     @property
     def lengths(self) -> np.ndarray:
         """All alike."""
-        return np.zeros(self.num_pictures, dtype=np.int64)
+        return np.zeros(self.num_images, dtype=np.int64)
 
     @property
     def has_images(self) -> np.ndarray:
         """All."""
-        return np.ones(self.num_pictures, dtype=bool)
+        return np.ones(self.num_images, dtype=bool)
 
     def describe(self) -> str:
         """What is trained on."""
-        return f"{self.num_pictures:,} generated pictures, up to {self.num_questions} questions each"
+        return f"{self.num_images:,} generated images, up to {self.num_questions} questions each"

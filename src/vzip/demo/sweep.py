@@ -54,7 +54,7 @@ def settings(num_patches: int, seed: int = 0) -> list[Setting]:
     return rows
 
 
-def by_picture(folder: Path) -> list[list[tuple[str, dict]]]:
+def by_image(folder: Path) -> list[list[tuple[str, dict]]]:
     """For each image all its questions: (task, row)."""
     grouped: dict[str, list[tuple[str, dict]]] = {}
     for task in TASKS:
@@ -82,12 +82,12 @@ def run_sweep(
     Raises:
         TokenCountError: an image entered the language model with another number of tokens than the setting's.
     """
-    pictures = by_picture(folder)[:limit]
+    images = by_image(folder)[:limit]
     found: dict[Setting, dict[str, list[Result]]] = {setting: {task: [] for task in TASKS} for setting in rows}
     processor: Any = vlm.processor
-    with Progress(f"answering under {len(rows)} settings", "images", len(pictures)) as progress:
-        for start in range(0, len(pictures), batch_size):
-            batch = pictures[start : start + batch_size]
+    with Progress(f"answering under {len(rows)} settings", "images", len(images)) as progress:
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
             asked = [item for items in batch for item in items]
             texts = [processor.apply_chat_template(turns(row), add_generation_prompt=True) for _, row in asked]
             prompts = encode_prompts(processor.tokenizer, texts, [])
@@ -96,10 +96,10 @@ def run_sweep(
             vlm.adapter.tower_cache = TowerCache(CACHE_GIB)  # of this batch: the next one shows other images
             for setting in rows:
                 vlm.compressor = setting.compressor
-                images = vlm.encode_images(**shown)  # once, for all its questions
-                if any(len(tokens) != setting.num_tokens for tokens in images):
-                    raise TokenCountError(f"{setting} produced {[len(tokens) for tokens in images]} visual tokens")
-                said = answers(vlm, prompts, [images[number] for number in image_of])
+                encoded = vlm.encode_images(**shown)  # once, for all its questions
+                if any(len(tokens) != setting.num_tokens for tokens in encoded):
+                    raise TokenCountError(f"{setting} produced {[len(tokens) for tokens in encoded]} visual tokens")
+                said = answers(vlm, prompts, [encoded[number] for number in image_of])
                 for (task, row), text in zip(asked, said, strict=True):
                     found[setting][task].append(Result(answer=row["answer"], said=normalise(text), pair=row["pair"]))
             progress.advance(len(batch))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from .lmms_eval.model import OnProblem
 
-_PICTURES_PER_TASK = 2  # shown by a tracker
+_IMAGES_PER_TASK = 2  # shown by a tracker
 
 
 def evaluate(
@@ -119,7 +119,7 @@ def evaluate(
             on_problem=on_problem,
             seed=seed,
             processes=join_processes(),
-            num_pictures=_PICTURES_PER_TASK if trackers else 0,
+            num_images=_IMAGES_PER_TASK if trackers else 0,
         )
         if lm.processes.is_first:
             stack.enter_context(owning(run_dir))
@@ -169,7 +169,7 @@ def evaluate(
     if trackers:
         from vzip.evaluation.tracking import report_evaluation
 
-        report_evaluation(vlm, run_dir, record, rows, lm.pictures)
+        report_evaluation(vlm, run_dir, record, rows, lm.images)
     return record
 
 

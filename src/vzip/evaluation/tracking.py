@@ -39,7 +39,7 @@ class ShownSample:
     question: str
     target: str
     answer: str
-    picture: Image.Image
+    image: Image.Image
 
     @property
     def caption(self) -> str:
@@ -51,7 +51,7 @@ def report_evaluation(
     run_dir: Path,
     record: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
-    pictures: Mapping[Key, Image.Image],
+    images: Mapping[Key, Image.Image],
 ) -> None:
     """Tells wandb of a finished evaluation; what goes wrong is a warning.
 
@@ -62,7 +62,7 @@ def report_evaluation(
         rows: of ``samples.jsonl``.
         images: of some of the questions.
     """
-    samples = shown_samples(vlm, rows, pictures)
+    samples = shown_samples(vlm, rows, images)
     try:
         plot = draw_retention(Run(run_dir / RECORD_NAME, record))
     except (OSError, VzipError) as error:
@@ -76,17 +76,17 @@ def report_evaluation(
 
 
 def shown_samples(
-    vlm: CompressedVlm, rows: Sequence[Mapping[str, Any]], pictures: Mapping[Key, Image.Image]
+    vlm: CompressedVlm, rows: Sequence[Mapping[str, Any]], images: Mapping[Key, Image.Image]
 ) -> list[ShownSample]:
     """The answers to the questions whose images were kept, each image with what the compressor keeps of it."""
     by_id = {(row["task"], row["doc_id"]): row for row in rows if row["filter_index"] == 0}
     found = []
-    for (task, doc_id, _), picture in pictures.items():
+    for (task, doc_id, _), image in images.items():
         row = by_id.get((task, doc_id))
         if row is None:
             continue
         try:
-            drawn = draw_kept(vlm, picture)
+            drawn = draw_kept(vlm, image)
         except VzipError as error:
             logger.warning("task %s, question %d: no overlay (%s)", task, doc_id, error)
             continue
@@ -143,7 +143,7 @@ def _content(record: Mapping[str, Any], samples: Sequence[ShownSample], plot: Pa
             numbers[f"{task}/{metric}"] = score.value
     content: dict[str, Any] = {**numbers, "scores": wandb.Table(columns=list(_SCORES), data=scores)}
     if samples:  # images with captions: those inside a table are not kept beside an offline run
-        content["samples"] = [wandb.Image(sample.picture, caption=sample.caption) for sample in samples]
+        content["samples"] = [wandb.Image(sample.image, caption=sample.caption) for sample in samples]
     if plot is not None:
         content["retention"] = wandb.Image(str(plot))
     return content

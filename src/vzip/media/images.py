@@ -228,7 +228,7 @@ def pad_and_shrink(image: Image.Image, colour: tuple[int, int, int], side: int, 
     return narrow.resize((side, side), Image.Resampling(resample))
 
 
-def prepare_pictures(images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess) -> dict[str, Tensor]:
+def prepare_images(images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess) -> dict[str, Tensor]:
     """Images -> ``pixel_values`` ``[images, 3, h, w]`` float32, and whatever else the processor returns.
 
     Args:
@@ -240,19 +240,19 @@ def prepare_pictures(images: Sequence[Image.Image], image_processor: Any, prepro
         ConfigError: another ``preprocess``; settings of the image processor that contradict each other.
         ImageError: an image that cannot be decoded; with ``"hf"``, one more oblong than 100:1.
     """
-    pictures = [load_image(image) for image in images]
+    images = [load_image(image) for image in images]
     if preprocess == "llava":
         colour = padding_colour(image_processor)
-        pictures = [_square(picture, colour, image_processor) for picture in pictures]
+        images = [_square(image, colour, image_processor) for image in images]
     elif preprocess == "hf":
-        for picture in pictures:
-            _refuse_oblong(picture)
+        for image in images:
+            _refuse_oblong(image)
     else:
         raise ConfigError(f"model.preprocess={preprocess!r}: must be one of {', '.join(PREPROCESSES)}.")
-    return call_processor(image_processor, pictures)
+    return call_processor(image_processor, images)
 
 
-def call_processor(image_processor: Any, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
+def call_processor(image_processor: Any, images: Sequence[Image.Image]) -> dict[str, Tensor]:
     """What a Hugging Face image processor makes of RGB images.
 
     It is told which axis is the colours': some processors take a side of 1 or 3 pixels for it.
@@ -261,7 +261,7 @@ def call_processor(image_processor: Any, pictures: Sequence[Image.Image]) -> dic
         ConfigError: see ``check_processor``.
     """
     check_processor(image_processor)
-    return dict(image_processor(images=list(pictures), return_tensors="pt", input_data_format="channels_last"))
+    return dict(image_processor(images=list(images), return_tensors="pt", input_data_format="channels_last"))
 
 
 def check_processor(image_processor: Any) -> None:
@@ -287,19 +287,19 @@ def padding_colour(image_processor: Any) -> tuple[int, int, int]:
     return int(red * 255), int(green * 255), int(blue * 255)
 
 
-def _square(picture: Image.Image, colour: tuple[int, int, int], image_processor: Any) -> Image.Image:
-    if max(picture.size) <= MAX_PADDED_SIDE:
-        return pad_to_square(picture, colour)
+def _square(image: Image.Image, colour: tuple[int, int, int], image_processor: Any) -> Image.Image:
+    if max(image.size) <= MAX_PADDED_SIDE:
+        return pad_to_square(image, colour)
     size = image_processor.size
     side = size["shortest_edge"] if size.get("shortest_edge") else size["height"]
-    return pad_and_shrink(picture, colour, side, int(image_processor.resample))
+    return pad_and_shrink(image, colour, side, int(image_processor.resample))
 
 
-def _refuse_oblong(picture: Image.Image) -> None:
-    longer, shorter = max(picture.size), min(picture.size)
+def _refuse_oblong(image: Image.Image) -> None:
+    longer, shorter = max(image.size), min(image.size)
     if longer > MAX_HF_ASPECT_RATIO * shorter:
         raise ImageError(
-            f"An image of {picture.width} x {picture.height} pixels is more oblong than {MAX_HF_ASPECT_RATIO}:1;"
+            f"An image of {image.width} x {image.height} pixels is more oblong than {MAX_HF_ASPECT_RATIO}:1;"
             " model.preprocess=hf would enlarge its short side and cut the rest off. Use model.preprocess=llava, which"
             " takes any shape, or crop the image."
         )

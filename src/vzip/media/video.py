@@ -106,13 +106,13 @@ def prepare_videos(videos: Sequence[VideoSource], image_processor: Any, num_fram
     return torch.stack([pixels(load_video(video, num_frames), image_processor) for video in videos])
 
 
-def pixels(pictures: Sequence[Image.Image], image_processor: Any) -> Tensor:
+def pixels(images: Sequence[Image.Image], image_processor: Any) -> Tensor:
     """``[images, 3, h, w]``, by whichever name Video-LLaVA's image processor returns them."""
-    values = call_processor(image_processor, pictures)
+    values = call_processor(image_processor, images)
     return values["pixel_values"] if "pixel_values" in values else values["pixel_values_images"]
 
 
-def is_picture(path: Path) -> bool:
+def is_image(path: Path) -> bool:
     """Whether a file is an image for Pillow (an animated one too) rather than a video, by its content."""
     try:
         if is_heic(path):
@@ -161,7 +161,7 @@ def _named_errors(av: ModuleType, path: Path) -> Iterator[None]:
         raise VideoError(f"{path}: not a video, cut off or damaged ({reason}).") from error
 
 
-def _picture_stream(container: Any, path: Path) -> Any:
+def _image_stream(container: Any, path: Path) -> Any:
     """The file's first video stream, cover images of audio files left out."""
     streams = [s for s in container.streams.video if not s.disposition & type(s.disposition).attached_pic]
     if not streams:
@@ -178,7 +178,7 @@ def _count_packets(av: ModuleType, path: Path) -> int:
     """
     # Edit lists hide frames on purpose; the header counts those too.
     with av.open(str(path), options={"ignore_editlist": "1"}, **_ANY_TITLE) as container:
-        stream = _picture_stream(container, path)
+        stream = _image_stream(container, path)
         num_packets, end = 0, 0.0
         for packet in container.demux():
             num_packets += packet.stream.index == stream.index and packet.size > 0
@@ -202,7 +202,7 @@ def _decode(av: ModuleType, path: Path, wanted: Sequence[int]) -> tuple[list[Ima
     kept: dict[int, Image.Image] = {}
     chosen, number = set(wanted), 0
     with av.open(str(path), **_ANY_TITLE) as container:
-        stream = _picture_stream(container, path)
+        stream = _image_stream(container, path)
         if stream.width * stream.height > MAX_PIXELS:
             raise VideoError(
                 f"{path}: frames of {stream.width} x {stream.height} pixels: up to {MAX_PIXELS:,} are read. Make it"
@@ -218,8 +218,8 @@ def _decode(av: ModuleType, path: Path, wanted: Sequence[int]) -> tuple[list[Ima
 
 def _upright(frame: Any) -> Image.Image:
     """A decoded frame as RGB, turned as the file says it is to be shown."""
-    picture = frame.to_image()
-    return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
+    image = frame.to_image()
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
 def _refuse_oblong(path: Path, frame: Image.Image) -> None:

@@ -47,7 +47,7 @@ class InputBuilder:
             ImageError: an image that cannot be used.
         """
         image_processor = self._need_processor("preprocess_images").image_processor
-        return self.adapter.prepare_pictures(images, image_processor, self.preprocess)
+        return self.adapter.prepare_images(images, image_processor, self.preprocess)
 
     def preprocess_videos(self, videos: Sequence[VideoSource]) -> dict[str, Tensor]:
         """Videos -> ``pixel_values_videos`` ``[videos, num_frames, 3, h, w]``; see ``vzip.media.video``.
@@ -102,7 +102,7 @@ class InputBuilder:
         if self.adapter.video_token_id is not None:
             placeholders.append(("video", "<video>", self.adapter.video_token_id, videos))
         inputs = encode_prompts(tokenizer, texts, placeholders)
-        if flat := [picture for pictures in images for picture in pictures]:
+        if flat := [image for of_prompt in images for image in of_prompt]:
             inputs |= self.preprocess_images(flat)
         if flat_videos:
             inputs |= self.preprocess_videos(flat_videos)

@@ -14,7 +14,7 @@ from typing import Any
 from vzip.errors import ConfigError, ManifestError, nearest
 from vzip.json_files import read_json
 
-from .paper_tables import COST_UNITS, SCORE_UNITS, Column, Mismatch, PaperTable, Row
+from .paper_tables import COST_UNITS, SCORE_UNITS, Column, Mismatch, PaperTable, Rerun, Row
 
 FOLDER = Path(__file__).parent / "tables"
 _ROW = frozenset((*(field.name for field in fields(Row)), "extra"))
@@ -95,9 +95,18 @@ def _table(path: Path, content: dict[str, Any], known: Mapping[str, Column]) -> 
         )
         for m in content.get("mismatches", [])
     )
-    wanted = {*(m.row for m in mismatches), *(row.base for row in rows if row.base is not None)}
+    reruns = tuple(Rerun(**entry) for entry in content.get("reruns", []))
+    wanted = {
+        *(m.row for m in mismatches),
+        *(one.row for one in reruns),
+        *(row.base for row in rows if row.base is not None),
+    }
     for label in sorted({*(wanted - set(labels)), *(label for label in labels if labels.count(label) > 1)}):
         raise ManifestError(f"{path}: row {label!r} is named and must stand there exactly once.")
+    for one in reruns:
+        printed = rows[labels.index(one.row)].values
+        for key in sorted(one.values.keys() - printed.keys()):
+            raise ManifestError(f"{path}: a rerun of {one.row!r} has {key!r}, of which the row prints no number.")
     for key in content["average_over"]:
         if key not in content["columns"]:
             raise ManifestError(f"{path}: average_over names {key!r}, which is no column of it.")
@@ -110,6 +119,7 @@ def _table(path: Path, content: dict[str, Any], known: Mapping[str, Column]) -> 
         rows,
         tuple(content.get("notes", ())),
         mismatches,
+        reruns,
     )
 
 

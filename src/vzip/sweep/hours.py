@@ -196,13 +196,13 @@ def _vision_operations(vlm: CompressedVlm, images: Mapping[str, Any], num_visual
     operations += flops.projector_formula(num_tokens=num_visual, vision_dim=width, text_dim=text_width)
     if isinstance(adapter, MiniGeminiAdapter):
         side, tower = config.high_res_image_size, config.high_res_config
-        operations += flops.convnext_formula(tower, image_size=side, num_pictures=1)
+        operations += flops.convnext_formula(tower, image_size=side, num_images=1)
         operations += flops.mining_formula(
             num_patches=geometry.num_patches,
             window=(side // tower.patch_size) ** 2 // geometry.num_patches,
             patch_dim=width,
             num_channels=sum(tower.hidden_sizes),
-            num_pictures=1,
+            num_images=1,
         )
     return operations
 

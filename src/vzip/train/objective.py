@@ -16,7 +16,7 @@ from vzip.results.token_count import TokenCountError
 
 
 class ModelView:
-    """What the collator needs of a wrapped model (``vzip.data.collate.PictureEncoder``)."""
+    """What the collator needs of a wrapped model (``vzip.data.collate.ImageEncoder``)."""
 
     def __init__(self, vlm: CompressedVlm) -> None:
         self.vlm = vlm
@@ -54,10 +54,10 @@ class AnswerLoss(nn.Module):
         self.vlm = vlm
         self.blank: dict[str, dict[str, Tensor]] = {}
         if always_whole:
-            picture = Image.new("RGB", (32, 32))
-            self.blank["picture"] = vlm.preprocess_images([picture])
+            image = Image.new("RGB", (32, 32))
+            self.blank["image"] = vlm.preprocess_images([image])
             if vlm.adapter.has_video:
-                self.blank["video"] = vlm.preprocess_videos([[picture]])
+                self.blank["video"] = vlm.preprocess_videos([[image]])
         # Kept from now: ZeRO-3 takes the parameters apart, and then they have no shape to be read.
         self.tower_width = next(p for p in vlm.adapter.projector.parameters() if p.ndim == 2).shape[1]
 
@@ -87,7 +87,7 @@ class AnswerLoss(nn.Module):
         )
         owner = torch.tensor(batch.sample_of, device=nats.device)
         summed = torch.zeros(len(batch.ids), dtype=nats.dtype, device=nats.device).index_add(0, owner, nats.sum(dim=1))
-        whole = batch.picture_of or batch.video_of or self.blank
+        whole = batch.image_of or batch.video_of or self.blank
         return summed if whole else summed + self._without_samples(len(batch.ids))
 
     def prepare(self, batch: Batch) -> PreparedInputs:
@@ -107,11 +107,11 @@ class AnswerLoss(nn.Module):
         images: list[Tensor] = []
         videos: list[Tensor] = []
         blank: list[Tensor] = []
-        if batch.picture_of:
-            images = self.vlm.encode_images(**batch.pictures)
+        if batch.image_of:
+            images = self.vlm.encode_images(**batch.images)
             self._check_counts("image", images, batch.num_visual_tokens)
-        elif "picture" in self.blank:
-            blank += self.vlm.encode_images(**self.blank["picture"])
+        elif "image" in self.blank:
+            blank += self.vlm.encode_images(**self.blank["image"])
         if batch.video_of:
             videos = self.vlm.encode_videos(**batch.videos)
             self._check_counts("video", videos, batch.num_video_tokens)
@@ -129,7 +129,7 @@ class AnswerLoss(nn.Module):
     def _splice(self, batch: Batch, images: list[Tensor], videos: list[Tensor]) -> PreparedInputs:
         adapter = self.vlm.adapter
         token_id, video_token_id = adapter.image_token_id, adapter.video_token_id
-        shown = [images[number] for number in batch.picture_of]
+        shown = [images[number] for number in batch.image_of]
         shown_videos = [videos[number] for number in batch.video_of]
         one_each, one_each_video = [1] * len(shown), [1] * len(shown_videos)
         ids, mask = batch.input_ids, batch.attention_mask

@@ -95,7 +95,7 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path, monkeypatch):
         Stage(((112, 2),), 1, 1e-3, vision=False),
         Stage(((168, 2), (112, 3)), 2, 1e-3),
     )
-    options = {"stages": stages, "save_every": 2, "num_validation_pictures": 2}
+    options = {"stages": stages, "save_every": 2, "num_validation_images": 2}
     texts = train_tiny.tokenizer_texts(num_scenes=100)
     monkeypatch.setattr(train_tiny, "tokenizer_texts", lambda: texts)
     train_tiny.train(tmp_path / "whole", tmp_path / "whole_out", **options)

@@ -88,4 +88,4 @@ def training_batch(vlm: CompressedVlm, load: Workload) -> Batch:
 
 def tensors_of(batch: Batch) -> list[Tensor]:
     """All tensors of a batch."""
-    return [batch.input_ids, batch.attention_mask, batch.labels, *batch.pictures.values()]
+    return [batch.input_ids, batch.attention_mask, batch.labels, *batch.images.values()]

@@ -43,7 +43,7 @@ def read_messages(
                 _refuse_placeholders(part["text"], task, doc_id, placeholders)
                 parts.append({"type": "text", "text": whole_text(part["text"])})
             else:
-                takes = "text, images and videos" if "video" in placeholders else "text and pictures"
+                takes = "text, images and videos" if "video" in placeholders else "text and images"
                 raise UnsupportedModelError(
                     f"task {task}, question {doc_id}: holds {part['type']}; with this model vzip evaluates {takes}."
                 )
@@ -61,13 +61,13 @@ def _refuse_placeholders(text: str, task: str, doc_id: int, placeholders: Mappin
             )
 
 
-def _as_image(picture: object, task: str, doc_id: int) -> Image.Image:
-    if isinstance(picture, str):
-        return load_image(picture)
-    if isinstance(picture, Image.Image):
-        return picture
+def _as_image(image: object, task: str, doc_id: int) -> Image.Image:
+    if isinstance(image, str):
+        return load_image(image)
+    if isinstance(image, Image.Image):
+        return image
     raise PromptError(
-        f"task {task}, question {doc_id}: doc_to_visual returned a {type(picture).__name__}; images are PIL images or"
+        f"task {task}, question {doc_id}: doc_to_visual returned a {type(image).__name__}; images are PIL images or"
         " paths of image files."
     )
 

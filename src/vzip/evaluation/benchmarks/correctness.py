@@ -50,7 +50,7 @@ def mmbench_groups(rows: Any) -> list[int]:
     return [index % ROTATIONS for index in rows["index"]]
 
 
-def mme_pictures(rows: Any) -> list[tuple[str, str]]:
+def mme_images(rows: Any) -> list[tuple[str, str]]:
     """Each row's image: its two questions count once more together (accuracy+)."""
     return list(zip(rows["category"], rows["question_id"], strict=True))
 

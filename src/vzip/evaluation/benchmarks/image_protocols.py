@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from vzip.results.record import JUDGE_SCORE
 
-from .correctness import mmbench_groups, mmbench_hits, mme_pictures, mmmu_hits
+from .correctness import mmbench_groups, mmbench_hits, mme_images, mmmu_hits
 from .protocol import Protocol
 
 _SHORT = "\nAnswer the question using a single word or phrase."
@@ -52,7 +52,7 @@ _MME = {
         # Two yes/no questions an image: accuracy 50 + both right 25, in each of 14 categories.
         chance=1050.0,
         cluster="question_id",
-        together=mme_pictures,
+        together=mme_images,
         limit_step=2,
     ),
 }

@@ -21,7 +21,7 @@ Doc = Mapping[str, Any]
 def pope_results(doc: Doc, results: Sequence[str]) -> dict[str, dict[str, Any]]:
     """lmms-eval's reading of the answer under every metric of the task, with the split and the image added."""
     read = pope_process_results(doc, results)["pope_f1_score"]
-    entry = read | {"split": doc["category"], "picture": doc["image_source"]}
+    entry = read | {"split": doc["category"], "image": doc["image_source"]}
     return dict.fromkeys(("pope_f1_mean", "pope_f1_score", "pope_accuracy"), entry)
 
 
@@ -34,24 +34,24 @@ def pope_mean_of_splits(entries: Sequence[Mapping[str, Any]]) -> float:
 
 
 def scienceqa_questions(dataset: Any) -> Any:
-    """All questions, with ``has_picture`` added: lmms-eval shows the scorer a question without its image."""
-    pictures = dataset.select_columns("image").with_format("arrow")[:]["image"]
-    return dataset.add_column("has_picture", pictures.is_valid().to_pylist())
+    """All questions, with ``has_image`` added: lmms-eval shows the scorer a question without its image."""
+    images = dataset.select_columns("image").with_format("arrow")[:]["image"]
+    return dataset.add_column("has_image", images.is_valid().to_pylist())
 
 
 def scienceqa_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:
     """Right or wrong, for all questions and once more for those with an image."""
     score = sqa_process_results(doc, results)["exact_match"]
-    return {"exact_match": score} | ({"exact_match_image": score} if doc["has_picture"] else {})
+    return {"exact_match": score} | ({"exact_match_image": score} if doc["has_image"] else {})
 
 
 def seed_middle_frame(doc: Doc) -> list[Any]:
     """The image of a question, or the middle one of the frames of a video, which is all that LLaVA's script shows."""
-    pictures = seed_doc_to_visual(doc)
-    return [pictures[len(pictures) // 2]]
+    images = seed_doc_to_visual(doc)
+    return [images[len(images) // 2]]
 
 
-def seed_pictures_only(dataset: Any) -> Any:
+def seed_images_only(dataset: Any) -> Any:
     """The questions about images."""
     return dataset.filter(lambda kind: kind == "image", input_columns=["data_type"])
 
@@ -64,7 +64,7 @@ def ocrbench_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:
     return {"ocrbench_accuracy": float(ocrbench_process_results(doc, results)["ocrbench_accuracy"]["score"])}
 
 
-def mmvet_picture(doc: Doc) -> list[Any]:
+def mmvet_image(doc: Doc) -> list[Any]:
     """The image of a question."""
     return [doc["image"].convert("RGB")]
 

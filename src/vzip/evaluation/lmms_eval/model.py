@@ -69,7 +69,7 @@ class VzipLmms(lmms):
         seed: of sampled answers.
         store: answers of an interrupted run, and where to keep new ones; None for neither.
         processes: that share the questions.
-        num_pictures: how many questions of a task have their image kept in ``images``.
+        num_images: how many questions of a task have their image kept in ``images``.
 
     Attributes:
         batch_size: a number also where ``auto`` was asked for: what is tried first.
@@ -99,7 +99,7 @@ class VzipLmms(lmms):
         seed: int = 0,
         store: AnswerStore | None = None,
         processes: Processes | None = None,
-        num_pictures: int = 0,
+        num_images: int = 0,
     ) -> None:
         super().__init__()
         check_batch_size(batch_size)
@@ -118,8 +118,8 @@ class VzipLmms(lmms):
         self.batch_sizes: Counter[int] = Counter()
         self.problems: dict[Key, str] = {}
         self.num_questions: int | None = None
-        self.num_pictures = num_pictures
-        self.pictures: dict[Key, Image.Image] = {}
+        self.num_images = num_images
+        self.images: dict[Key, Image.Image] = {}
         # Opened now: lmms-eval's own output may be redirected while it runs.
         self._console = Console(file=sys.stderr)
 
@@ -202,7 +202,7 @@ class VzipLmms(lmms):
         with self._progress(num_known, num_left) as progress, contextlib.closing(ahead) as prepared:
             for batch in prepared:
                 asked = [one.question for chunk in batch.chunks for one in chunk.loaded]
-                self._keep_pictures(batch)
+                self._keep_images(batch)
                 logs, sizes = answerer.answer(batch.chunks)
                 batch.problems.update(answerer.problems)
                 asked = [question for question in asked if question.key not in answerer.problems]
@@ -217,11 +217,11 @@ class VzipLmms(lmms):
                     logger.warning("task %s, question %d cannot be asked: %s", key[0], key[1], problem)
                 progress.advance(len(asked) + len(batch.problems))
 
-    def _keep_pictures(self, batch: PreparedBatch) -> None:
+    def _keep_images(self, batch: PreparedBatch) -> None:
         for one in (one for chunk in batch.chunks for one in chunk.loaded):
-            kept = sum(key[0] == one.question.key[0] for key in self.pictures)
-            if one.images and kept < self.num_pictures:
-                self.pictures[one.question.key] = one.images[0]
+            kept = sum(key[0] == one.question.key[0] for key in self.images)
+            if one.images and kept < self.num_images:
+                self.images[one.question.key] = one.images[0]
 
     def _collect(self) -> None:
         """Brings all answers to the first process."""

@@ -22,7 +22,7 @@ from transformers import AutoProcessor, PreTrainedModel
 from vzip.compressors.base import Compressor
 from vzip.compressors.vision import Signal, VisionOutput, VisionShape
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError, nearest
-from vzip.media.images import PREPROCESSES, Preprocess, prepare_pictures
+from vzip.media.images import PREPROCESSES, Preprocess, prepare_images
 from vzip.media.video import VideoSource
 from vzip.pruners.base import Decoder, Pruner
 
@@ -341,11 +341,11 @@ class Adapter(ABC):
             f"{type(self.model).__name__} {self.why_no_video}. Video-LLaVA takes videos (model=video_llava_7b)."
         )
 
-    def prepare_pictures(
+    def prepare_images(
         self, images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess
     ) -> dict[str, Tensor]:
         """Images -> ``pixel_values`` and whatever else the family needs; see ``vzip.media.images``."""
-        return prepare_pictures(images, image_processor, preprocess)
+        return prepare_images(images, image_processor, preprocess)
 
     def encode(
         self, visual: VisualInputs, compressor: Compressor, run: TowerRun | None = None, stage: Stage = no_stage

@@ -90,7 +90,7 @@ def new_model(config: Any) -> PreTrainedModel:
     return adapter_class_for_config(config).model_class(config)
 
 
-def picture_side(config: Any) -> int:
+def image_side(config: Any) -> int:
     """Side in pixels of the square images (crops, frames) that the model of a configuration takes."""
     own = config.to_dict()
     return own.get("high_res_image_size") or own.get("vision_config", own)["image_size"]
@@ -107,7 +107,7 @@ def new_image_processor(config: Any) -> Any:
 
         vision = config.vision_config
         return Qwen2VLImageProcessor(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
-    side = picture_side(config)
+    side = image_side(config)
     sides: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     if isinstance(config, LlavaNextConfig):
         return LlavaNextImageProcessor(**sides, image_grid_pinpoints=config.image_grid_pinpoints)
@@ -132,7 +132,7 @@ def new_processor(
     return kind(
         image_processor or new_image_processor(config),
         tokenizer,
-        patch_size=picture_side(config) // geometry.grid[0],  # pixels of the image for each visual token
+        patch_size=image_side(config) // geometry.grid[0],  # pixels of the image for each visual token
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=int(geometry.has_cls),
         chat_template=chat_template,

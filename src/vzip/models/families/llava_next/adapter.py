@@ -84,7 +84,7 @@ class LlavaNextAdapter(LlavaBase):
         """The resolutions an image may be shown at, in pixels."""
         return self.model.config.image_grid_pinpoints
 
-    def prepare_pictures(
+    def prepare_images(
         self, images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess
     ) -> dict[str, Tensor]:
         return prepare_crops(images, image_processor, preprocess, self.pinpoints, self.geometry.image_size)
@@ -158,7 +158,7 @@ class LlavaNextAdapter(LlavaBase):
             # The base crop has no padding.
             mask = torch.ones(shape.num_crops, self.geometry.num_patches, dtype=torch.bool)
             if shape.num_crops > 1:
-                rows, cols = self._pictured(size, grid)
+                rows, cols = self._shown_cells(size, grid)
                 stitched = torch.zeros(self._stitched(grid), dtype=torch.bool)
                 stitched[rows.start : rows.stop, cols.start : cols.stop] = True
                 tiles = stitched.view(grid[0], tile_rows, grid[1], tile_cols).transpose(1, 2)
@@ -211,7 +211,7 @@ class LlavaNextAdapter(LlavaBase):
         """(rows, cols) of patches of all tiles together."""
         return grid[0] * self.geometry.grid[0], grid[1] * self.geometry.grid[1]
 
-    def _pictured(self, size: Grid, grid: Grid) -> tuple[range, range]:
+    def _shown_cells(self, size: Grid, grid: Grid) -> tuple[range, range]:
         """Rows and columns of stitched patches that show some of the image, and not padding alone."""
         side, (tile_rows, tile_cols) = self.geometry.image_size, self.geometry.grid
         top, left, height, width = placement(*size, grid[0] * side, grid[1] * side)
@@ -223,7 +223,7 @@ class LlavaNextAdapter(LlavaBase):
         """Stitched rows after which ``row_newline`` puts a newline token."""
         if not self.options.row_newline:
             return range(0)
-        return self._pictured(size, grid)[0] if self.options.drop_padding else range(self._stitched(grid)[0])
+        return self._shown_cells(size, grid)[0] if self.options.drop_padding else range(self._stitched(grid)[0])
 
     def _interleave(self, tiles: Tensor, kept: Tensor, size: Grid, grid: Grid, newline: Tensor) -> Tensor:
         """Compressed tiles ``[T, K, d]`` in reading order; ``kept [T, num_kept]`` are rows of the tower."""

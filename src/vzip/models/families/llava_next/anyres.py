@@ -90,17 +90,17 @@ def prepare_crops(
         ConfigError: another ``preprocess``; settings of the image processor that contradict each other.
         ImageError: an image that cannot be decoded.
     """
-    pictures = [load_image(image) for image in images]
+    images = [load_image(image) for image in images]
     if preprocess == "hf":
-        return call_processor(image_processor, pictures)
+        return call_processor(image_processor, images)
     if preprocess != "llava":
         raise ConfigError(f"model.preprocess={preprocess!r}: must be one of {', '.join(PREPROCESSES)}.")
     check_processor(image_processor)
-    sizes = [(picture.height, picture.width) for picture in pictures]
+    sizes = [(image.height, image.width) for image in images]
     grids = [llava_grid(height, width, pinpoints, tile_side) for height, width in sizes]
     crops = [
-        _normalised(_cut(picture, grid, tile_side, int(image_processor.resample)), image_processor)
-        for picture, grid in zip(pictures, grids, strict=True)
+        _normalised(_cut(image, grid, tile_side, int(image_processor.resample)), image_processor)
+        for image, grid in zip(images, grids, strict=True)
     ]
     pixel_values = crops[0].new_zeros(len(crops), max(len(own) for own in crops), *crops[0].shape[1:])
     for row, own in zip(pixel_values, crops, strict=True):
@@ -112,16 +112,16 @@ def prepare_crops(
     }
 
 
-def _cut(picture: Image.Image, grid: Size, side: int, resample: int) -> list[Image.Image]:
+def _cut(image: Image.Image, grid: Size, side: int, resample: int) -> list[Image.Image]:
     """The base crop (the whole image, stretched to a square) and the tiles, row by row."""
     rows, cols = grid
     method = Image.Resampling(resample)
-    top, left, height, width = placement(picture.height, picture.width, rows * side, cols * side)
+    top, left, height, width = placement(image.height, image.width, rows * side, cols * side)
     canvas = Image.new("RGB", (cols * side, rows * side), _PADDING_COLOUR)
-    canvas.paste(picture.resize((width, height), method), (left, top))
+    canvas.paste(image.resize((width, height), method), (left, top))
     corners = [(row * side, col * side) for row in range(rows) for col in range(cols)]
     tiles = [canvas.crop((x, y, x + side, y + side)) for y, x in corners]
-    return [picture.resize((side, side), method), *tiles]
+    return [image.resize((side, side), method), *tiles]
 
 
 def _normalised(crops: Sequence[Image.Image], image_processor: Any) -> Tensor:

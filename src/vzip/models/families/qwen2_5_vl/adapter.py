@@ -78,7 +78,7 @@ class Qwen2_5VlAdapter(Adapter):
     def tokens_per_crop(self, compressor: Compressor) -> None:
         return None
 
-    def prepare_pictures(
+    def prepare_images(
         self, images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess
     ) -> dict[str, Tensor]:
         return prepare_images(images, image_processor)

@@ -46,11 +46,11 @@ def prepare_images(images: Sequence[Image.Image], image_processor: Any) -> dict[
     Raises:
         ImageError: an image that cannot be decoded, or is more oblong than 200:1.
     """
-    pictures = [load_image(image) for image in images]
-    for picture in pictures:
-        if max(picture.size) >= MAX_ASPECT_RATIO * min(picture.size):
+    images = [load_image(image) for image in images]
+    for image in images:
+        if max(image.size) >= MAX_ASPECT_RATIO * min(image.size):
             raise ImageError(
-                f"An image of {picture.width} x {picture.height} is more oblong than {MAX_ASPECT_RATIO}:1, which"
+                f"An image of {image.width} x {image.height} is more oblong than {MAX_ASPECT_RATIO}:1, which"
                 " Qwen2.5-VL's image processor does not take. Cut it into pieces."
             )
-    return dict(image_processor(images=pictures, return_tensors="pt"))
+    return dict(image_processor(images=images, return_tensors="pt"))

@@ -60,10 +60,10 @@ class VideoLlavaAdapter(LlavaAdapter):
         """
         return LlavaProcessor.from_pretrained(directory, trust_remote_code=False)
 
-    def prepare_pictures(
+    def prepare_images(
         self, images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess
     ) -> dict[str, Tensor]:
-        prepared = super().prepare_pictures(images, image_processor, preprocess)
+        prepared = super().prepare_images(images, image_processor, preprocess)
         # The processor's own name for them, which Hugging Face is about to change.
         return {"pixel_values" if name == "pixel_values_images" else name: value for name, value in prepared.items()}
 
