@@ -8,13 +8,20 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from scripts import assemble_llava
 from tests.assembly import IMAGE_SIDE, save_language_model, save_tower
-from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration, SiglipVisionModel
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    SiglipVisionModel,
+)
 
 import vzip
-from vzip.data.conversations import vicuna_v1
+from vzip.data.conversations import chat, vicuna_v1
 from vzip.data.llava_record import Turn
-from vzip.errors import CheckpointError, UnsupportedModelError
+from vzip.errors import CheckpointError, ConfigError, UnsupportedModelError
 from vzip.models.assemble import assemble
 
 
@@ -101,4 +108,54 @@ def test_what_cannot_be_put_together(made: Path, tmp_path: Path) -> None:
     save_tower(tmp_path / "bare", "siglip", with_processor=False)
     with pytest.raises(CheckpointError, match="says how images enter a SigLIP"):
         assemble(tmp_path / "bare", made / "lm", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# As instruct models write: a system message first, words alone, no generation prompt after an answer.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|endoftext|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tower and a language model with a chat template of its own."""
+    folder = tmp_path_factory.mktemp("instruct")
+    save_tower(folder / "tower", "clip")
+    save_language_model(folder / "lm", tied=True)
+    (folder / "lm" / "chat_template.jinja").write_text(CHATML)
+    return folder
+
+
+def test_the_language_models_own_chat_template_stays(instruct: Path, tmp_path: Path, capsys: Any) -> None:
+    parts = [str(instruct / "tower"), str(instruct / "lm")]
+    assert assemble_llava.main([*parts, str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'out'}: 36 visual tokens an image, the language model's own chat template" in said
+    assert "train=projector_new train.template=chat" in said
+    processor: Any = vzip.load_vlm(tmp_path / "out").processor
+    turns = [Turn("user", "<image>\nred?"), Turn("assistant", "no"), Turn("user", "blue?")]
+    words = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>\nred?"}]
+    words += [{"role": "assistant", "content": "no"}, {"role": "user", "content": "blue?"}]
+    theirs = AutoTokenizer.from_pretrained(instruct / "lm").apply_chat_template(
+        words, add_generation_prompt=True, tokenize=False
+    )
+    pieces = chat(turns, "Be brief.", processor)
+    assert "".join(piece.text for piece in pieces) == theirs
+    assert [piece.text for piece in pieces if piece.is_target] == ["no<|endoftext|>"]
+
+    assert assemble_llava.main([*parts, str(tmp_path / "vicuna"), "--template", "vicuna"]) == 0
+    assert "Vicuna's chat template" in capsys.readouterr().out
+    assert vzip.load_vlm(tmp_path / "vicuna").processor.chat_template.startswith("{% for message in messages %}{% if")
+
+
+def test_a_template_that_is_not_there_and_a_gguf(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lm has no chat template\. Use --template vicuna"):
+        assemble(made / "tower", made / "lm", tmp_path / "out", template="own")
+    (tmp_path / "quantized").mkdir()
+    (tmp_path / "quantized" / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
+    for given in (tmp_path / "quantized", tmp_path / "quantized" / "model.Q4_K_M.gguf"):
+        with pytest.raises(UnsupportedModelError, match="Convert it to a directory of transformers"):
+            assemble(made / "tower", given, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -52,13 +52,23 @@ def test_compiled_encoding_gives_the_same_tokens_and_a_whole_graph_is_refused_by
     for own, other in zip(torch.compile(vlm.encode_images, backend="eager")(pixels), expected, strict=True):
         assert torch.equal(own, other)
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"function run_tower .* was wrapped with .torch.compiler"):
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported,
+        match=r"function run_tower .*vzip: .*fullgraph=True cannot be",
+    ):
         torch.compile(vlm.encode_images, backend="eager", fullgraph=True)(pixels)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # Dynamo reads transformers' generate for a minute
 @torch.no_grad()
-def test_a_compiled_wrapper_gives_the_same_logits() -> None:
-    pixels = tiny.pixels(1)
-    expected = wrapped().forward(IDS, pixel_values=pixels).logits
-    assert torch.equal(torch.compile(wrapped(), backend="eager")(IDS, pixel_values=pixels).logits, expected)
+@pytest.mark.parametrize("pruner", [None, vzip.FastV(K=1, keep=4)])
+def test_a_compiled_wrapper_gives_the_same_logits_and_answer(pruner: vzip.Pruner | None) -> None:
+    pixels, settings = tiny.pixels(1), {"max_new_tokens": 5, "do_sample": False}
+    vlm = wrapped()
+    vlm.pruner = pruner
+    expected = vlm.forward(IDS, pixel_values=pixels).logits
+    answer = vlm.generate(IDS, pixel_values=pixels, **settings)
+    assert torch.equal(torch.compile(vlm, backend="eager")(IDS, pixel_values=pixels).logits, expected)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(vlm.generate, backend="eager")(IDS, pixel_values=pixels, **settings), answer)
+    assert pruner is None or vlm.last_pruned is not None

@@ -6,8 +6,9 @@ The projector between them is new and knows nothing: it is what training is for.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from transformers import (
 from transformers.models.clip import CLIPImageProcessor  # AutoImageProcessor of 5.17 insists on torchvision
 
 from vzip.compressors.base import check_seed
-from vzip.errors import CheckpointError, UnsupportedModelError
+from vzip.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 from .families import Adapter, adapter_class_for_config
 from .freeze import initialise_anew
@@ -45,9 +46,37 @@ CHAT_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}{{ 'EOS' }}{% else %}{{ ' ' }}{% endif %}"
     "{% endfor %}"
 )
+# Before a language model's own template, which takes words alone: a message's parts in their order as one text.
+PARTS_AS_TEXT = (
+    "{% set joined = namespace(messages=[], text='') %}"
+    "{% for message in messages %}"
+    "{% if message['content'] is string %}{% set joined.text = message['content'] %}"
+    "{% else %}{% set joined.text = '' %}{% for item in message['content'] %}"
+    "{% set joined.text = joined.text + ('<image>\n' if item['type'] == 'image' else item['text']) %}"
+    "{% endfor %}{% endif %}"
+    "{% set joined.messages = joined.messages + [dict(message, content=joined.text)] %}"
+    "{% endfor %}"
+    "{% set messages = joined.messages %}"
+)
+Template = Literal["own", "vicuna"]
 
 
-def assemble(tower: str | Path, language_model: str | Path, out: Path, seed: int = 0) -> None:
+@dataclass(frozen=True)
+class Assembled:
+    """What was made.
+
+    Attributes:
+        num_visual_tokens: of an image, uncompressed.
+        template: whose chat template it has.
+    """
+
+    num_visual_tokens: int
+    template: Template
+
+
+def assemble(
+    tower: str | Path, language_model: str | Path, out: Path, seed: int = 0, template: Template | None = None
+) -> Assembled:
     """Writes a LLaVA checkpoint directory: both models' weights as they are, a new projector, one processor.
 
     The tokenizer gets the placeholder and, where it has none, a padding token; the text embedding grows by their rows.
@@ -57,12 +86,22 @@ def assemble(tower: str | Path, language_model: str | Path, out: Path, seed: int
         language_model: directory or hub id of a causal language model with a fast tokenizer.
         out: must not exist yet, or be empty.
         seed: of the projector's weights.
+        template: the chat template: the language model's ``"own"``, before which each message's images and words are
+            joined; or Vicuna's; None: its own where it has one.
 
     Raises:
         CheckpointError: a model that cannot be read, ``out`` that holds something or cannot be written.
+        ConfigError: ``template="own"`` of a language model that has none.
         UnsupportedModelError: a vision tower, language model or tokenizer that cannot be served.
     """
     check_seed(seed, "--seed")
+    if Path(language_model).suffix == ".gguf" or list(Path(language_model).glob("*.gguf")):
+        raise UnsupportedModelError(
+            f"{language_model}: a GGUF file. Convert it to a directory of transformers' first (pip install gguf; python"
+            ' -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; M.from_pretrained(FOLDER,'
+            ' gguf_file=FILE).save_pretrained(DIR); T.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(DIR)"),'
+            " or take the original weights, which are not quantized."
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists already; name a new directory.")
     given = [Checkpoint(resolve_checkpoint(name)) for name in (tower, language_model)]
@@ -70,6 +109,13 @@ def assemble(tower: str | Path, language_model: str | Path, out: Path, seed: int
     vision_config = _vision_config(tower_dir)
     geometry = geometry_from_config(vision_config)
     image_processor, tokenizer = _image_processor(tower_dir, geometry.has_cls), _tokenizer(text_dir)
+    own = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    if template == "own" and own is None:
+        raise ConfigError(f"--template own: {language_model} has no chat template. Use --template vicuna.")
+    if own is None or template == "vicuna":
+        template, chat_template = "vicuna", CHAT_TEMPLATE.replace("EOS", str(tokenizer.eos_token))
+    else:
+        template, chat_template = "own", PARTS_AS_TEXT + own
     for checkpoint in given:
         checkpoint.fetch_weights()
     text, report = reach(
@@ -108,12 +154,12 @@ def assemble(tower: str | Path, language_model: str | Path, out: Path, seed: int
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     text.generation_config.update(pad_token_id=tokenizer.pad_token_id)
-    template = CHAT_TEMPLATE.replace("EOS", str(tokenizer.eos_token))
-    processor = new_processor(config, tokenizer, template, image_processor)
+    processor = new_processor(config, tokenizer, chat_template, image_processor)
     with atomic_directory(out) as work:
         model.save_pretrained(work)
         text.generation_config.save_pretrained(work)
         processor.save_pretrained(work)
+    return Assembled(geometry.num_patches, template)
 
 
 def _vision_config(tower: Path) -> Any:

@@ -92,7 +92,7 @@ class SplicePlan:
         ]
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="vzip: prompts are laid out on the CPU, so fullgraph=True cannot be; leave it out")
 def plan_splice(
     input_ids: Tensor,
     attention_mask: Tensor | None,

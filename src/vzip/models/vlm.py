@@ -257,6 +257,8 @@ class CompressedVlm(InputBuilder, nn.Module):
             PromptError: as ``prepare``; an argument that belongs to the uncompressed sequence, or to a step that is
                 done here (``vision_feature_layer``); labels or a model in training mode while there is a pruner.
         """
+        if self._pruner is not None and torch.compiler.is_compiling():  # a pruner's hooks are no part of a graph
+            return torch.compiler.disable(self.forward)(input_ids, attention_mask, labels, **kwargs)
         _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values"), "forward")
         if self._pruner is not None:
             refuse_training(self.model.training, labels)
@@ -298,6 +300,8 @@ class CompressedVlm(InputBuilder, nn.Module):
                 other options that need the prompt's ids and cannot have its images; while there is a pruner, beams
                 or another cache than a dynamic or static one.
         """
+        if self._pruner is not None and torch.compiler.is_compiling():
+            return torch.compiler.disable(self.generate)(input_ids, attention_mask, **kwargs)
         _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values", "labels"), "generate")
         if kwargs.get("use_cache") is False:
             # Hugging Face would switch the cache on without a word: from embeddings it cannot start over each step.
