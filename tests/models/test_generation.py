@@ -234,6 +234,25 @@ def test_what_the_mask_excludes_may_be_no_word_at_all(pad: int, side: str) -> No
             call(ids, pixel_values=pixels)
 
 
+@pytest.mark.parametrize("label", [-1, 320, 10**6])
+def test_labels_that_are_no_words_are_refused_and_those_that_do_not_count_may_be_anything(label: int) -> None:
+    vlm = vzip.CompressedVlm(tiny.llava(vocab_size=320), vzip.VisionZip(BUDGET))
+    ids, mask, pixels = torch.tensor([[0, 5, IMAGE_TOKEN, 6, 7]]), torch.tensor([[0, 1, 1, 1, 1]]), tiny.pixels(1)
+    good = torch.tensor([[-100, -100, -100, 6, 7]])
+    anything = torch.tensor([[label, -100, label, 6, 7]])  # padding and placeholders have none in the result
+    losses = [vlm.forward(ids, mask, labels=own, pixel_values=pixels).loss for own in (good, anything)]
+    assert torch.equal(*losses)
+    for call in (vlm.forward, vlm.prepare):
+        with pytest.raises(
+            PromptError, match=rf"labels of prompt 0 hold {label}: must be words of the model, 0 to 319"
+        ):
+            call(ids, mask, labels=torch.tensor([[-100, -100, -100, label, 7]]), pixel_values=pixels)
+        with pytest.raises(PromptError, match=r"labels is torch.float32 of shape \(1, 5\): must be integers"):
+            call(ids, mask, labels=good.float(), pixel_values=pixels)
+        with pytest.raises(PromptError, match=r"labels is torch.int64 of shape \(1, 4\)"):
+            call(ids, mask, labels=good[:, 1:], pixel_values=pixels)
+
+
 def test_a_tokenizer_with_more_words_than_the_model_is_named_in_a_dialogue() -> None:
     processor = tiny.processor()
     processor.tokenizer.add_tokens(["zebra"])

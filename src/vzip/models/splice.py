@@ -91,6 +91,28 @@ class SplicePlan:
             for pieces in self.rows
         ]
 
+    def check_labels(self, labels: Tensor, input_ids: Tensor, vocab_size: int | None = None) -> None:
+        """Holds labels to the text's vocabulary (None: their shape alone); placeholders and padding may have any.
+
+        Raises:
+            PromptError: another shape than ``input_ids``; neither words nor -100.
+        """
+        if labels.shape != input_ids.shape or labels.is_floating_point():
+            raise PromptError(
+                f"labels is {labels.dtype} of shape {tuple(labels.shape)}: must be integers of the shape of input_ids,"
+                f" {tuple(input_ids.shape)}."
+            )
+        if vocab_size is None:
+            return
+        for number, (own, pieces) in enumerate(zip(labels.tolist(), self.rows, strict=True)):
+            words = {label for p in pieces if p.visual is None for label in own[p.start : p.stop]} - {IGNORED_LABEL}
+            outside = [label for label in sorted(words) if not 0 <= label < vocab_size]
+            if outside:
+                raise PromptError(
+                    f"labels of prompt {number} hold {', '.join(map(str, outside[:8]))}: must be words of the model, 0"
+                    f" to {vocab_size - 1}, or {IGNORED_LABEL} where nothing is to be learned."
+                )
+
 
 @torch.compiler.disable(reason="vzip: prompts are laid out on the CPU, so fullgraph=True cannot be; leave it out")
 def plan_splice(
@@ -237,12 +259,9 @@ def splice(
 
     Returns:
         ``PreparedInputs``, as long as its longest prompt.
-
-    Raises:
-        PromptError: labels of another shape than ``input_ids``.
     """
-    if labels is not None and labels.shape != input_ids.shape:
-        raise PromptError(f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}: must be equal.")
+    if labels is not None:
+        plan.check_labels(labels, input_ids)
     # Placeholders, and what is excluded, need be no words of the embedding's.
     is_text = torch.zeros(input_ids.shape, dtype=torch.bool)
     text_ids = []

@@ -210,7 +210,8 @@ class CompressedVlm(InputBuilder, nn.Module):
 
         Raises:
             PromptError: placeholders and images or videos do not match; a tensor of a wrong shape, one that is missing
-                or that the family does not have; ids outside the vocabulary; a prompt longer than the model reads.
+                or that the family does not have; ids or labels outside the vocabulary; a prompt longer than the model
+                reads.
             UnsupportedModelError: videos for a model without a video tower.
             NotFiniteError: pixels, weights or what is made of them hold NaN or infinity.
         """
@@ -218,6 +219,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         visual = adapter.read_inputs(**processor_outputs)
         lengths, video_lengths = visual.num_placeholders
         token_id, video_token_id = adapter.image_token_id, adapter.video_token_id
+        vocab_size = getattr(adapter.embed_tokens, "num_embeddings", None)
         # Planned before anything is encoded.
         plan = plan_splice(
             input_ids,
@@ -227,8 +229,10 @@ class CompressedVlm(InputBuilder, nn.Module):
             padding_side,
             video_token_id,
             video_lengths,
-            getattr(adapter.embed_tokens, "num_embeddings", None),
+            vocab_size,
         )
+        if labels is not None:
+            plan.check_labels(labels, input_ids, vocab_size)
         check_length(
             plan.num_tokens([self._compressor.num_visual_tokens(shape) for shape in visual.shapes]), self.model.config
         )
