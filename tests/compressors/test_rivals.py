@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,21 @@ from vzip.errors import ConfigError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "rivals"
 CASES = [json.loads(line) for line in (GOLDEN / "cases.jsonl").read_text(encoding="utf-8").splitlines()]
-BUILT = {"divprune": vzip.DivPrune, "fastervlm": vzip.FasterVLM, "vscan_stage1": vzip.VScan}
+BUILT = {
+    "divprune": vzip.DivPrune,
+    "fastervlm": vzip.FasterVLM,
+    "vscan_stage1": vzip.VScan,
+    "vispruner": vzip.VisPruner,
+    "vispruner_r075": vzip.VisPruner,
+    "scope": vzip.Scope,
+    "holov": vzip.HoloV,
+}
+SETTINGS = ("important_ratio",)  # options of a case that ours have too
+APART = {"holov_full_chunk"}  # ours departs from the code on purpose, and a test of its own says how
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["case"])
-def test_a_method_equals_its_own_code(case):
+def golden_case(case):
+    """A case's inputs as a tower's output, and what its own code made of it."""
     given = load_file(GOLDEN / case["inputs"])
     wanted = load_file(GOLDEN / "cases" / f"{case['case']}.safetensors")
     side, projected = math.isqrt(case["patches"]), given["projected"].float()[None]
@@ -29,18 +40,30 @@ def test_a_method_equals_its_own_code(case):
         given["hidden"].float()[None],
         has_cls=True,
         grid=(side, side),
-        attention=given["attention"][None],
+        attention=wanted.get("attention", given["attention"])[None],
         signals={Signal("attention", 6): given["attention_shallow"][None]},
         project=lambda _hidden: functional.pad(projected, (0, 0, 1, 0)),
     )
-    result = BUILT[case["method"]](vzip.TokenBudget(case["budget"], 0))(vision)
+    return vision, wanted
+
+
+def golden_named(name):
+    (case,) = (case for case in CASES if case["case"] == name)
+    return golden_case(case)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case["method"] not in APART], ids=lambda case: case["case"])
+def test_a_method_equals_its_own_code(case):
+    vision, wanted = golden_case(case)
+    settings = {name: case["options"][name] for name in SETTINGS if name in case["options"]}
+    result = BUILT[case["method"]](vzip.TokenBudget(case["budget"], 0), **settings)(vision)
     assert torch.equal(result.source_index[0] - 1, wanted["kept_index_sorted"].long())
     if "merged" in wanted:
         torch.testing.assert_close(result.tokens[0], wanted["merged"], rtol=0, atol=1e-6)
 
 
 def test_every_case_is_tried_and_every_method_has_one():
-    assert {case["method"] for case in CASES} == set(BUILT)
+    assert {case["method"] for case in CASES} == set(BUILT) | APART
     assert {f"{case['case']}.safetensors" for case in CASES} == {file.name for file in (GOLDEN / "cases").iterdir()}
 
 
@@ -125,11 +148,194 @@ def test_divprune_keeps_as_many_of_an_image_that_is_all_one_colour():
     assert vzip.DivPrune(vzip.TokenBudget(10, 0))(vision).source_index.unique().numel() == 10
 
 
+def rows_of(vision, crop):
+    return vision.hidden[crop, int(vision.has_cls) :].tolist()
+
+
+def kept_by(result, vision, crop):
+    return (result.source_index[crop] - int(vision.has_cls)).tolist()
+
+
+with_and_without_cls = pytest.mark.parametrize("has_cls", [True, False], ids=["cls", "no_cls"])
+
+
+def vispruner_by_loops(rows, attention, num_tokens, ratio):
+    order = sorted(range(len(rows)), key=lambda i: (-attention[i], i))
+    num_important = int(num_tokens * ratio)
+    kept, rest = order[:num_important], order[num_important:]
+    surplus = len(rows) - num_tokens
+    while surplus and num_tokens > num_important:
+        evens, odds = [i for n, i in enumerate(rest) if n % 2 == 0], [i for n, i in enumerate(rest) if n % 2 == 1]
+        nearest = {i: max(cosine(rows[i], rows[j]) for j in odds) for i in evens}
+        evens.sort(key=lambda i: -nearest[i])
+        going = min(8, surplus, len(evens))
+        surplus -= going
+        rest = evens[going:] + odds
+    return sorted(kept + (rest if num_tokens > num_important else []))
+
+
+@with_and_without_cls
+@pytest.mark.parametrize(
+    ("num_tokens", "ratio"), [(1, 0.5), (1, 1), (9, 0.5), (20, 0.75), (12, 0), (63, 0.5), (62, 0.9)]
+)
+def test_vispruner_equals_plain_loops(has_cls, num_tokens, ratio):
+    """An odd number of patches too: 63, of which the published code makes an error."""
+    vision = vision_output(has_cls, seed=5)
+    result = vzip.VisPruner(vzip.TokenBudget(num_tokens, 0), important_ratio=ratio)(vision)
+    for crop in range(2):
+        wanted = vispruner_by_loops(rows_of(vision, crop), vision.attention[crop].tolist(), num_tokens, ratio)
+        assert kept_by(result, vision, crop) == wanted
+
+
+def test_vispruner_by_hand():
+    """Two crops of six patches, rows as angles, 3 kept, 1 of them important.
+
+    First: by attention 5 4 3 2 1 0; 5 stays. Compared are 4, 2, 0 with 3 and 1, three too many: all of them go.
+    Second: 0 stays. Compared are 1, 3, 5 (degrees 0, 90, 10) with 2, 4 (80, 12): nearest 12, 10, 2 degrees away; three
+    go, though 1 and 3 are far from each other.
+    Of four: 2 important (5, 4; 0, 1). Rest 3 2 1 0, compared 3 and 1 (degrees 40, 0) with 2, 0 (50, 41): 3 is 1 degree
+    away, 1 is 41: both go, which leaves 2 and 0. Rest 2 3 4 5, compared 2 and 4 with 3 and 5: both go.
+    Of five: 2 important; of the first crop's rest 3 goes alone, of the second's 4.
+    """
+    degrees = torch.tensor([[41.0, 0.0, 50.0, 40.0, 60.0, 70.0], [30.0, 0.0, 80.0, 90.0, 12.0, 10.0]]).deg2rad()
+    attention = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]])
+    vision = VisionOutput(torch.stack([degrees.cos(), degrees.sin()], dim=2), False, (2, 3), attention)
+    for num_tokens, wanted in (
+        (3, [[1, 3, 5], [0, 2, 4]]),
+        (4, [[0, 2, 4, 5], [0, 1, 3, 5]]),
+        (5, [[0, 1, 2, 4, 5], [0, 1, 2, 3, 5]]),
+    ):
+        assert vzip.VisPruner(vzip.TokenBudget(num_tokens, 0))(vision).source_index.tolist() == wanted
+
+
+def scope_by_loops(rows, attention, num_tokens, alpha):
+    similar = [[cosine(a, b) for b in rows] for a in rows]
+    cover, kept = [0.0] * len(rows), []
+    for _ in range(num_tokens):
+        gains = {
+            i: sum(max(0.0, similar[j][i] - cover[j]) for j in range(len(rows))) * attention[i] ** alpha
+            for i in range(len(rows))
+            if i not in kept
+        }
+        kept.append(max(gains, key=lambda i: (gains[i], -i)))
+        cover = [max(old, new) for old, new in zip(cover, similar[kept[-1]], strict=True)]
+    return sorted(kept)
+
+
+@with_and_without_cls
+@pytest.mark.parametrize(("num_tokens", "alpha"), [(1, 1.0), (2, 1.0), (40, 1.0), (9, 0), (40, 2.5)])
+def test_scope_equals_plain_loops(has_cls, num_tokens, alpha):
+    vision = vision_output(has_cls, seed=7)
+    result = vzip.Scope(vzip.TokenBudget(num_tokens, 0), alpha=alpha)(vision)
+    for crop in range(2):
+        wanted = scope_by_loops(rows_of(vision, crop), vision.attention[crop].tolist(), num_tokens, alpha)
+        assert kept_by(result, vision, crop) == wanted
+
+
+def test_scope_by_hand():
+    """Two crops of rows along two axes. First: 0, 1, 2 lie along x, 3 and 4 along y, 5 opposite to x.
+
+    Attention 1 1 1 2 1 5: the gains 3, 3, 3, 2 * 2, 2, 1 * 5 keep 5; then 3 covers both along y (4 against 3), then 0.
+    Second: all lie along x but 5, along y, with equal attention: 0 first (five covered), then 5; then nothing is left
+    to cover, and the lowest index stays.
+    Its last patch being padding, which need not be covered: 0, then nothing but what is left, 1 and 2.
+    """
+    x, y = [1.0, 0.0], [0.0, 1.0]
+    hidden = torch.tensor([[x, x, x, y, y, [-1.0, 0.0]], [x, x, x, x, x, y]])
+    attention = torch.tensor([[1.0, 1.0, 1.0, 2.0, 1.0, 5.0], [1.0] * 6])
+    method, valid = vzip.Scope(vzip.TokenBudget(3, 0)), torch.ones(2, 6, dtype=torch.bool)
+    vision = VisionOutput(hidden, False, (2, 3), attention)
+    assert method(vision).source_index.tolist() == [[0, 3, 5], [0, 1, 5]]
+    valid[1, 5] = False
+    assert method(replace(vision, valid=valid)).source_index.tolist() == [[0, 3, 5], [0, 1, 2]]
+    valid[1, 1:] = False
+    assert method(replace(vision, valid=valid)).source_index.tolist() == [[0, 3, 5], [0, 1, 2]]
+
+
+def holov_by_loops(rows, attention, valid, num_tokens):
+    """With the variance of similarities, which ours leaves out: it must not matter."""
+    shown = [i for i in range(len(rows)) if valid[i]]
+    size, longer, chunks, scores = len(shown) // 16, len(shown) % 16, [], []
+    for number in range(16):
+        start = number * size + min(number, longer)
+        chunks.append(shown[start : start + size + (number < longer)])
+    for chunk in chunks:
+        variances = []
+        for i in chunk:
+            own = [0.0 if i == j else cosine(rows[i], rows[j]) for j in chunk]
+            mean = sum(own) / max(len(own) - 1, 1)
+            variances.append(sum((value - mean) ** 2 for value in own) / max(len(own) - 1, 1))
+        count = max(len(chunk), 1)
+        scale = sum(1e3 * attention[i] for i in chunk) / count / (sum(variances) / count or 1)
+        parts = [1e3 * attention[i] + 0.09 * v * scale for i, v in zip(chunk, variances, strict=True)]
+        scores.append(sum(parts) / count)
+    shares = [score / sum(scores) for score in scores]
+    quotas = [math.floor(share * num_tokens) for share in shares]
+    for number in sorted(range(16), key=lambda c: (-shares[c], c))[: num_tokens - sum(quotas)]:
+        quotas[number] += 1
+    taken, spare = [0] * 16, 0
+    for turn in range(32):
+        wanted = (quotas[turn] if turn < 16 else 0) + spare
+        more = min(wanted, len(chunks[turn % 16]) - taken[turn % 16])
+        taken[turn % 16] += more
+        spare = wanted - more
+    kept = []
+    for number, chunk in enumerate(chunks):
+        kept += sorted(chunk, key=lambda i: (-attention[i], i))[: taken[number]]
+    others = sorted((i for i in range(len(rows)) if not valid[i]), key=lambda i: (-attention[i], i))
+    return sorted(kept + others[:spare])
+
+
+@with_and_without_cls
+@pytest.mark.parametrize("grid", [(7, 9), (8, 8)], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 9, 20, 50, 62])
+def test_holov_equals_plain_loops(has_cls, grid, num_tokens):
+    """Also where some patches show nothing, and where the budget leaves hardly a stretch that has room."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    shown = torch.rand(2, math.prod(grid) + has_cls, generator=generator) < 0.8
+    for valid in (None, shown):
+        vision = vision_output(has_cls, grid, seed=11, valid=valid)
+        result = vzip.HoloV(vzip.TokenBudget(num_tokens, 0))(vision)
+        for crop in range(2):
+            rows = rows_of(vision, crop)
+            own = [True] * len(rows) if valid is None else valid[crop, int(has_cls) :].tolist()
+            wanted = holov_by_loops(rows, vision.attention[crop].tolist(), own, num_tokens)
+            assert kept_by(result, vision, crop) == wanted
+
+
+def test_holov_gives_the_surplus_of_a_full_stretch_to_the_next():
+    """The published code fills up with zeros, 8 of its 192 tokens. Ours has the other 184 and 8 of the next."""
+    vision, wanted = golden_named("holov_full_chunk_p576_s0_k192")
+    theirs = wanted["kept_index_sorted"].tolist()
+    assert len(theirs) == 184 and (wanted["kept_index"] == -1).sum() == 8
+    ours = kept_by(vzip.HoloV(vzip.TokenBudget(192, 0))(vision), vision, 0)
+    assert set(theirs) < set(ours) and len(ours) == 192
+    assert all(3 * 36 <= kept < 4 * 36 for kept in theirs[theirs.index(108) : theirs.index(108) + 36])
+    assert all(4 * 36 <= kept < 5 * 36 for kept in set(ours) - set(theirs))
+
+
+def test_holov_by_hand():
+    """An image of 18 patches and two newlines after the ninth and the last: the first two stretches have two patches.
+
+    Attention is 1, but 9 at patch 0 and 14 at patch 17 (at position 18, after the first newline). Means are 5, 1 (14
+    times) and 14, their sum 33. Of 5 tokens: shares 0.75 and 2.12, the others 0.15: one more for the first and, again,
+    the last, whose share is largest, and the first of the rest. The last has one patch only, so two go on to the first,
+    which then has two of two and hands one on to the second.
+    """
+    attention = torch.ones(1, 20)
+    attention[0, 0], attention[0, 18] = 9.0, 14.0
+    attention[0, [9, 19]] = 0.0
+    valid = torch.ones(1, 20, dtype=torch.bool)
+    valid[0, [9, 19]] = False
+    vision = VisionOutput(torch.ones(1, 20, 3), False, (1, 20), attention, valid=valid)
+    assert vzip.HoloV(vzip.TokenBudget(5, 0))(vision).source_index.tolist() == [[0, 1, 2, 3, 18]]
+
+
 def test_patches_that_show_nothing_come_last():
     """With `valid`, padding is kept only where there is not enough else; the rest is chosen as if it were not there."""
     valid = torch.ones(2, 64, dtype=torch.bool)
     valid[:, 1:50] = False
-    for kind in (vzip.VisionZip, vzip.DominantOnly, vzip.FasterVLM):
+    for kind in (vzip.VisionZip, vzip.DominantOnly, vzip.FasterVLM, vzip.Scope, vzip.HoloV):
         vision = vision_output(valid=valid)
         if kind is vzip.VisionZip:
             vision = VisionOutput(vision.hidden, True, vision.grid, vision.attention, vision.hidden, valid=valid)
@@ -145,6 +351,8 @@ def test_patches_that_show_nothing_come_last():
         (lambda budget: vzip.VScan(budget, window=0), r"compressor\.window=0: must be a whole number"),
         (lambda budget: vzip.VScan(budget, local_layer=1.5), r"layer 1\.5 of signal attention: must be a whole number"),
         (lambda budget: vzip.DivPrune(budget, centered="yes"), r"compressor\.centered='yes': must be true or false"),
+        (lambda budget: vzip.VisPruner(budget, 1.5), r"compressor\.important_ratio=1\.5: must be a number from 0 to 1"),
+        (lambda budget: vzip.Scope(budget, alpha=-1), r"compressor\.alpha=-1: must be a number, 0 or more"),
     ],
 )
 def test_values_that_cannot_be(make, message):

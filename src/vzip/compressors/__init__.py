@@ -4,8 +4,11 @@ from .base import Budgeted, ChosenUnits, CompressedTokens, Compressor, FractionB
 from .controls import ContextualOnly, DominantOnly, Identity, RandomTokens, UniformTokens
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
+from .holov import HoloV
+from .scope import Scope
 from .vision import Signal, VisionOutput, VisionShape
 from .visionzip import VisionZip
+from .vispruner import VisPruner
 from .vscan import VScan
 
 __all__ = [
@@ -18,14 +21,17 @@ __all__ = [
     "DominantOnly",
     "FasterVLM",
     "FractionBudget",
+    "HoloV",
     "Identity",
     "RandomTokens",
+    "Scope",
     "Selection",
     "Signal",
     "TokenBudget",
     "TopScores",
     "UniformTokens",
     "VScan",
+    "VisPruner",
     "VisionOutput",
     "VisionShape",
     "VisionZip",

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .attention import at_least_float32
 
@@ -68,6 +69,12 @@ def remaining_rows(kept: Tensor, num_rows: int) -> Tensor:
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """``x [N, L, D]``, ``rows [N, K]`` -> ``[N, K, D]``, differentiable in ``x``."""
     return x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def cosine_matrix(rows: Tensor) -> Tensor:
+    """Cosine of each pair of rows, ``[N, L, D]`` -> ``[N, L, L]``, in float32 at least."""
+    unit = functional.normalize(at_least_float32(rows), dim=-1)
+    return unit @ unit.transpose(1, 2)
 
 
 def uniform_indices(num_selected: int, num_patches: int, device: torch.device) -> Tensor:
