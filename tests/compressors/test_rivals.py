@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 import vzip
-from vzip.compressors import Signal, VisionOutput
+from vzip.compressors import Signal, VisionOutput, prunesid
 from vzip.errors import ConfigError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "rivals"
@@ -26,6 +26,7 @@ BUILT = {
     "vispruner_r075": vzip.VisPruner,
     "scope": vzip.Scope,
     "holov": vzip.HoloV,
+    "prunesid_exact_svd": vzip.PruneSid,
 }
 SETTINGS = ("important_ratio",)  # options of a case that ours have too
 APART = {"holov_full_chunk"}  # ours departs from the code on purpose, and a test of its own says how
@@ -57,7 +58,7 @@ def test_a_method_equals_its_own_code(case):
     vision, wanted = golden_case(case)
     settings = {name: case["options"][name] for name in SETTINGS if name in case["options"]}
     result = BUILT[case["method"]](vzip.TokenBudget(case["budget"], 0), **settings)(vision)
-    assert torch.equal(result.source_index[0] - 1, wanted["kept_index_sorted"].long())
+    assert torch.equal(result.source_index[0] - 1, wanted["kept_index_sorted"].long())  # PruneSID's -1 is CLS
     if "merged" in wanted:
         torch.testing.assert_close(result.tokens[0], wanted["merged"], rtol=0, atol=1e-6)
 
@@ -329,6 +330,112 @@ def test_holov_by_hand():
     valid[0, [9, 19]] = False
     vision = VisionOutput(torch.ones(1, 20, 3), False, (1, 20), attention, valid=valid)
     assert vzip.HoloV(vzip.TokenBudget(5, 0))(vision).source_index.tolist() == [[0, 1, 2, 3, 18]]
+
+
+def quotas_by_loops(sizes, winners, num_tokens, num_patches):
+    limits = [min(5 * math.ceil(num_tokens / 64), size, own) for size, own in zip(sizes, winners, strict=True)]
+    while sum(limits) < min(num_tokens, sum(sizes)):
+        limits = [min(limit + 1, size) for limit, size in zip(limits, sizes, strict=True)]
+    least = [min(1, size) for size in sizes]
+    others, quotas, before, so_far = num_patches - sum(least), [], 0, 0
+    for index, own in enumerate(winners):
+        so_far += own
+        until = round(so_far * others / sum(winners))
+        quotas.append(min(least[index] + until - before, limits[index]))
+        before = until
+    for index in sorted(range(len(sizes)), key=lambda i: (-winners[i], i)):
+        quotas[index] += min(limits[index] - quotas[index], num_patches - sum(quotas))
+    return quotas
+
+
+def prunesid_by_loops(hidden, attention, num_tokens, has_cls):
+    """Components from an SVD, where ours takes eigenvectors; the rest in loops."""
+    rows, count = hidden[int(has_cls) :].tolist(), len(hidden) - int(has_cls)
+    values = torch.sigmoid(hidden[int(has_cls) :]).T
+    loadings = torch.linalg.svd(values - values.mean(dim=0), full_matrices=False).Vh.abs().T.tolist()
+    num_groups = max(num_tokens // 4, 1)
+    groups = [[] for _ in range(num_groups)]
+    for patch in sorted(range(count), key=lambda i: (-attention[i], i)):
+        own = loadings[patch][:num_groups]
+        groups[own.index(max(own))].append(patch)
+    pairs = [cosine(rows[i], rows[j]) for i in range(count) for j in range(i)]
+    limit, winners = num_tokens / 32 * sum(pairs) / len(pairs), []
+    for group in groups:
+        winners.append([])
+        for patch in group:
+            if all(cosine(rows[patch], rows[other]) <= limit for other in winners[-1]):
+                winners[-1].append(patch)
+    quotas = quotas_by_loops([len(g) for g in groups], [len(w) for w in winners], num_tokens, num_tokens - has_cls)
+    kept = []
+    for group, best, quota in zip(groups, winners, quotas, strict=True):
+        kept += (best + [patch for patch in group if patch not in best])[:quota]
+    return [0] * has_cls + sorted(patch + has_cls for patch in kept)
+
+
+@with_and_without_cls
+@pytest.mark.parametrize("num_tokens", [2, 5, 9, 19, 40, 62, 63])
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_prunesid_equals_plain_loops(has_cls, num_tokens, shift):
+    """A shift makes all rows alike to some degree, so that winners do not exclude each other as soon as they differ."""
+    vision = vision_output(has_cls, seed=13)
+    hidden = torch.randn(2, 63 + has_cls, 20, generator=torch.Generator().manual_seed(num_tokens)).double() + shift
+    vision = replace(vision, hidden=hidden)
+    result = vzip.PruneSid(vzip.TokenBudget(num_tokens, 0))(vision)
+    for crop in range(2):
+        wanted = prunesid_by_loops(hidden[crop], vision.attention[crop].tolist(), num_tokens, int(has_cls))
+        assert result.source_index[crop].tolist() == wanted
+
+
+def test_prunesid_by_hand():
+    """Two crops of six patches, three along x, three along y; mean cosine 0.4, of which an eighth is allowed at K = 4.
+
+    One group. First crop: patch 3 has most attention, patch 2 is the first that is unlike it, then 4 and 5 are the best
+    of the others. Second: 0, then 3, then 1 and 2. With CLS, which counts, the fourth is gone.
+    """
+    x, y = [1.0, 0.0], [0.0, 1.0]
+    hidden = torch.tensor([[x, x, x, y, y, y]] * 2)
+    attention = torch.tensor([[1.0, 2.0, 3.0, 6.0, 5.0, 4.0], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]])
+    method = vzip.PruneSid(vzip.TokenBudget(4, 0))
+    assert method(VisionOutput(hidden, False, (2, 3), attention)).source_index.tolist() == [[2, 3, 4, 5], [0, 1, 2, 3]]
+    with_cls = VisionOutput(functional.pad(hidden, (0, 0, 1, 0)), True, (2, 3), attention)
+    assert method(with_cls).source_index.tolist() == [[0, 3, 4, 5], [0, 1, 2, 4]]
+
+
+def test_prunesid_by_hand_in_groups():
+    """Eight tokens of ten patches, so two groups. Patches 0 to 5 differ from their mean by a (1, -1, 0, 0), 6 to 8 by
+    a (0, 0, 1, -1), which has less variance; patch 9 by nothing and joins the first group.
+
+    Rows of a group are alike, those of two groups at right angles: one winner a group and patch 9, which is like none.
+    Limits are 2 and 1 and become 7 and 3 (sizes) before they hold 8. One each, and of the other six 4 (2 / 3) and 2.
+    """
+    hidden = torch.zeros(1, 10, 4)
+    hidden[0, :6, 0], hidden[0, :6, 1] = 2.0, -2.0
+    hidden[0, 6:9, 2], hidden[0, 6:9, 3] = 2.0, -2.0
+    attention = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 9.0, 8.0, 7.0, 0.5]])
+    vision = VisionOutput(hidden, False, (2, 5), attention)
+    assert vzip.PruneSid(vzip.TokenBudget(8, 0))(vision).source_index.tolist() == [[2, 3, 4, 5, 6, 7, 8, 9]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "winners", "num_tokens", "num_patches", "wanted"),
+    [
+        # Limits 1 4 2 0, raised to 4 6 2 0. Of 8 others 1, 5, 2; the third is cut to 2, and the first alone has room.
+        ([4, 6, 2, 0], [1, 4, 2, 0], 12, 11, [3, 6, 2, 0]),
+        # Nothing to raise: limits 3 3. Of 2 others 1 each.
+        ([9, 9], [3, 3], 4, 4, [2, 2]),
+        # Limits 1 5. Of 2 others round(0.2) = 0, then 2.
+        ([9, 90], [1, 9], 4, 4, [1, 3]),
+        # All patches and CLS.
+        ([3, 4], [1, 2], 8, 7, [3, 4]),
+        # CLS alone.
+        ([7], [2], 1, 0, [0]),
+    ],
+)
+def test_prunesids_quotas_by_hand(sizes, winners, num_tokens, num_patches, wanted):
+    ours = prunesid.quotas(torch.tensor([sizes]), torch.tensor([winners]), num_tokens, num_patches)
+    assert ours.tolist() == [wanted]
+    if num_patches:
+        assert quotas_by_loops(sizes, winners, num_tokens, num_patches) == wanted
 
 
 def test_patches_that_show_nothing_come_last():

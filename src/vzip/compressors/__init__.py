@@ -5,6 +5,7 @@ from .controls import ContextualOnly, DominantOnly, Identity, RandomTokens, Unif
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
 from .holov import HoloV
+from .prunesid import PruneSid
 from .scope import Scope
 from .vision import Signal, VisionOutput, VisionShape
 from .visionzip import VisionZip
@@ -23,6 +24,7 @@ __all__ = [
     "FractionBudget",
     "HoloV",
     "Identity",
+    "PruneSid",
     "RandomTokens",
     "Scope",
     "Selection",
