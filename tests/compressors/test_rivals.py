@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 import vzip
-from vzip.compressors import Signal, VisionOutput, prunesid
+from vzip.compressors import Signal, VisionOutput, prumerge, prunesid
 from vzip.errors import ConfigError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "rivals"
@@ -27,9 +27,20 @@ BUILT = {
     "scope": vzip.Scope,
     "holov": vzip.HoloV,
     "prunesid_exact_svd": vzip.PruneSid,
+    "prumerge": vzip.PruMerge,
+    "prumerge_fixed": vzip.PruMerge,
 }
 SETTINGS = ("important_ratio",)  # options of a case that ours have too
-APART = {"holov_full_chunk"}  # ours departs from the code on purpose, and a test of its own says how
+APART = {
+    "holov_full_chunk",
+    "prumerge_plus",
+    "prumerge_plus_fixed",
+}  # ours departs from the code on purpose, and a test of its own says how
+
+
+def undivided_row(given):
+    query, keys = given["query_cls"].float(), given["keys"].float()
+    return torch.softmax(keys @ query / math.sqrt(len(query)), dim=0)[1:]
 
 
 def golden_case(case):
@@ -42,7 +53,11 @@ def golden_case(case):
         has_cls=True,
         grid=(side, side),
         attention=wanted.get("attention", given["attention"])[None],
-        signals={Signal("attention", 6): given["attention_shallow"][None]},
+        signals={
+            Signal("attention", 6): given["attention_shallow"][None],
+            Signal("undivided_attention", -1): undivided_row(given)[None],
+            Signal("undivided_keys", -1): given["keys"].float()[None],
+        },
         project=lambda _hidden: functional.pad(projected, (0, 0, 1, 0)),
     )
     return vision, wanted
@@ -60,7 +75,10 @@ def test_a_method_equals_its_own_code(case):
     result = BUILT[case["method"]](vzip.TokenBudget(case["budget"], 0), **settings)(vision)
     assert torch.equal(result.source_index[0] - 1, wanted["kept_index_sorted"].long())  # PruneSID's -1 is CLS
     if "merged" in wanted:
-        torch.testing.assert_close(result.tokens[0], wanted["merged"], rtol=0, atol=1e-6)
+        wanted_tokens = wanted["merged"]
+        if case["method"].startswith("prumerge"):  # theirs stand by attention, ours as in the image
+            wanted_tokens = torch.cat([wanted_tokens[:-1][wanted["kept_index"].long().argsort()], wanted_tokens[-1:]])
+        torch.testing.assert_close(result.tokens[0], wanted_tokens, rtol=1e-6, atol=2e-6)
 
 
 def test_every_case_is_tried_and_every_method_has_one():
@@ -438,6 +456,105 @@ def test_prunesids_quotas_by_hand(sizes, winners, num_tokens, num_patches, wante
         assert quotas_by_loops(sizes, winners, num_tokens, num_patches) == wanted
 
 
+def prumerge_by_loops(rows, attention, keys, kept):
+    count, width, tokens = len(rows), len(rows[0]), []
+    for i in kept:
+        others = sorted((j for j in range(count) if j != i), key=lambda j: (-cosine(keys[i], keys[j]), j))[:32]
+        tokens.append([rows[i][x] + sum(attention[j] * rows[j][x] for j in others) for x in range(width)])
+    dropped = [j for j in range(count) if j not in kept]
+    return [*tokens, [sum(attention[j] * rows[j][x] for j in dropped) for x in range(width)]]
+
+
+def prumerge_kept_by_loops(attention, num_kept, plus):
+    order = sorted(range(len(attention)), key=lambda i: (-attention[i], i))
+    best = order[: num_kept // 2] if plus else order[:num_kept]
+    left, rest = [i for i in range(len(attention)) if i not in best], num_kept - len(best)
+    return sorted(best + [left[math.floor((number + 0.5) * len(left) / rest)] for number in range(rest)])
+
+
+def with_undivided(vision):
+    signals = {
+        Signal("undivided_attention", -1): vision.attention / 20,
+        Signal("undivided_keys", -1): vision.hidden.flip(2) + 0.3,
+    }
+    return replace(vision, signals=signals)
+
+
+@with_and_without_cls
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize(("grid", "num_tokens"), [((7, 9), 1), ((7, 9), 2), ((7, 9), 20), ((7, 9), 62), ((4, 5), 8)])
+def test_prumerge_equals_plain_loops(has_cls, plus, grid, num_tokens):
+    vision = with_undivided(vision_output(has_cls, grid, seed=17))
+    method = (vzip.PruMergePlus if plus else vzip.PruMerge)(vzip.TokenBudget(num_tokens, 0))
+    result = method(vision)
+    for crop in range(2):
+        attention = vision.read_patches(Signal("undivided_attention", -1))[crop].tolist()
+        keys = vision.read_patches(Signal("undivided_keys", -1))[crop].tolist()
+        kept = prumerge_kept_by_loops(attention, num_tokens - 1, plus)
+        tokens = torch.tensor(prumerge_by_loops(rows_of(vision, crop), attention, keys, kept), dtype=torch.float64)
+        assert kept_by(result, vision, crop) == kept
+        torch.testing.assert_close(result.tokens[crop], tokens, rtol=0, atol=1e-6)
+        dropped = [row for row in range(len(attention)) if row not in kept]
+        place = max(dropped, key=lambda i: (attention[i], -i))
+        assert result.places[crop].tolist() == [patch + int(has_cls) for patch in (*kept, place)]
+        merged = result.merge_index[crop, int(has_cls) :]
+        assert [row for row in range(len(attention)) if merged[row] == 0] == dropped and (merged >= -1).all()
+
+
+def test_prumerge_leaves_all_patches_as_they_are():
+    vision = with_undivided(vision_output(True))
+    result = vzip.PruMerge(vzip.TokenBudget(63, 0))(vision)
+    assert torch.equal(result.tokens, vision.hidden[:, 1:]) and (result.merge_index == -1).all()
+
+
+def test_prumerge_plus_merges_as_its_code_does_what_its_code_keeps():
+    """Which patches stay is our rule: outliers and a grid that ends early there, half and half here."""
+    vision, wanted = golden_named("prumerge_plus_p576_s0_k122")
+    kept, order = wanted["kept_index"].long().sort()
+    signals = (vision.read_patches(Signal(name, -1)) for name in ("undivided_attention", "undivided_keys"))
+    merged = prumerge.merge_weights(*signals, kept[None])[0] @ vision.hidden[0, 1:]
+    torch.testing.assert_close(merged[:-1], wanted["merged"][:-1][order], rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(merged[-1], wanted["merged"][-1], rtol=0, atol=2e-5)
+
+
+def test_prumerge_plus_loses_no_patch():
+    """In the published form for training 7 patches are kept twice, and as many dropped ones are in no token."""
+    vision, wanted = golden_named("prumerge_plus_fixed_p576_s0_k145")
+    kept = wanted["kept_index"].long()
+    attention = vision.read_patches(Signal("undivided_attention", -1))[0]
+    assert len(kept.unique()) == len(kept) - 7
+    dropped = [patch for patch in range(576) if patch not in kept.tolist()]
+    theirs = sum(attention[patch] * vision.hidden[0, patch + 1] for patch in dropped[7:])
+    torch.testing.assert_close(wanted["merged"][-1], theirs, rtol=0, atol=2e-5)
+    result = vzip.PruMergePlus(vzip.TokenBudget(145, 0))(vision)
+    ours = [patch for patch in range(576) if patch not in kept_by(result, vision, 0)]
+    assert len(ours) == 576 - 144
+    all_dropped = sum(attention[patch] * vision.hidden[0, patch + 1] for patch in ours)
+    torch.testing.assert_close(result.tokens[0, -1], all_dropped, rtol=0, atol=2e-5)
+
+
+def test_prumerge_by_hand():
+    """Two crops of six patches whose rows are 1, 10, 100..., so that a token's digits say what is in it.
+
+    Attention is 0.5 but 2 and 3 at two patches. All six are neighbours of each other: a kept patch has the others
+    times their attention. Last come the four dropped, of which the first takes its place among them.
+    Plus keeps the best, 3 or 0, and of the five others in the image's order the middle one, 2 or 3.
+    """
+    digits = torch.tensor([[10.0**power] for power in range(6)])
+    attention = torch.full((2, 6), 0.5)
+    attention[0, 3], attention[0, 5], attention[1, 0], attention[1, 1] = 3.0, 2.0, 3.0, 2.0
+    keys = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    signals = {Signal("undivided_attention", -1): attention, Signal("undivided_keys", -1): keys}
+    vision = VisionOutput(digits.expand(2, -1, -1), False, (2, 3), signals=signals)
+    result = vzip.PruMerge(vzip.TokenBudget(3, 0))(vision)
+    assert result.source_index.tolist() == [[3, 5], [0, 1]] and result.places.tolist() == [[3, 5, 0], [0, 1, 2]]
+    assert result.tokens[0, :, 0].tolist() == [201000 + 5055.5, 103000 + 5055.5, 5055.5]
+    assert result.tokens[1, :, 0].tolist() == [1 + 20 + 55550, 3 + 10 + 55550, 55550]
+    plus = vzip.PruMergePlus(vzip.TokenBudget(3, 0))(vision)
+    assert plus.source_index.tolist() == [[2, 3], [0, 3]] and plus.places.tolist() == [[2, 3, 5], [0, 3, 1]]
+    assert plus.tokens[0, 2, 0] == 200000 + 5005.5 and plus.tokens[1, 2, 0] == 20 + 55050
+
+
 def test_patches_that_show_nothing_come_last():
     """With `valid`, padding is kept only where there is not enough else; the rest is chosen as if it were not there."""
     valid = torch.ones(2, 64, dtype=torch.bool)
@@ -459,6 +576,7 @@ def test_patches_that_show_nothing_come_last():
         (lambda budget: vzip.VScan(budget, local_layer=1.5), r"layer 1\.5 of signal attention: must be a whole number"),
         (lambda budget: vzip.DivPrune(budget, centered="yes"), r"compressor\.centered='yes': must be true or false"),
         (lambda budget: vzip.VisPruner(budget, 1.5), r"compressor\.important_ratio=1\.5: must be a number from 0 to 1"),
+        (lambda budget: vzip.PruMerge(budget, 0.5), r"layer 0\.5 of signal undivided_keys: must be a whole number"),
         (lambda budget: vzip.Scope(budget, alpha=-1), r"compressor\.alpha=-1: must be a number, 0 or more"),
     ],
 )

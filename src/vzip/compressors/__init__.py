@@ -5,6 +5,7 @@ from .controls import ContextualOnly, DominantOnly, Identity, RandomTokens, Unif
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
 from .holov import HoloV
+from .prumerge import PruMerge, PruMergePlus
 from .prunesid import PruneSid
 from .scope import Scope
 from .vision import Signal, VisionOutput, VisionShape
@@ -24,6 +25,8 @@ __all__ = [
     "FractionBudget",
     "HoloV",
     "Identity",
+    "PruMerge",
+    "PruMergePlus",
     "PruneSid",
     "RandomTokens",
     "Scope",
