@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         VisionZip,
         VisPruner,
         VScan,
+        ZooPrune,
     )
     from .models.load import load_vlm
     from .models.vlm import CompressedVlm
@@ -62,6 +63,7 @@ __all__ = [
     "VisPruner",
     "VisionOutput",
     "VisionZip",
+    "ZooPrune",
     "load_vlm",
 ]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional
 
 import vzip
@@ -27,10 +28,13 @@ BUILT = {
     "scope": vzip.Scope,
     "holov": vzip.HoloV,
     "prunesid_exact_svd": vzip.PruneSid,
+    "zooprune": lambda budget, **options: vzip.ZooPrune(
+        budget, options["m"], options["h"], options["torch.manual_seed"]
+    ),
     "prumerge": vzip.PruMerge,
     "prumerge_fixed": vzip.PruMerge,
 }
-SETTINGS = ("important_ratio",)  # options of a case that ours have too
+SETTINGS = ("important_ratio", "m", "h", "torch.manual_seed")  # options of a case that ours have too
 APART = {
     "holov_full_chunk",
     "prumerge_plus",
@@ -41,6 +45,12 @@ APART = {
 def undivided_row(given):
     query, keys = given["query_cls"].float(), given["keys"].float()
     return torch.softmax(keys @ query / math.sqrt(len(query)), dim=0)[1:]
+
+
+def real_projector():
+    projector = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 96))
+    projector.load_state_dict(load_file(GOLDEN / "inputs" / "projector.safetensors"))
+    return projector.requires_grad_(False)
 
 
 def golden_case(case):
@@ -58,7 +68,7 @@ def golden_case(case):
             Signal("undivided_attention", -1): undivided_row(given)[None],
             Signal("undivided_keys", -1): given["keys"].float()[None],
         },
-        project=lambda _hidden: functional.pad(projected, (0, 0, 1, 0)),
+        project=real_projector() if case["method"] == "zooprune" else lambda _: functional.pad(projected, (0, 0, 1, 0)),
     )
     return vision, wanted
 
@@ -555,6 +565,76 @@ def test_prumerge_by_hand():
     assert plus.tokens[0, 2, 0] == 200000 + 5005.5 and plus.tokens[1, 2, 0] == 20 + 55050
 
 
+def zooprune_by_loops(rows, project, directions, step, num_tokens):
+    projected = [project(row) for row in rows]
+    moved = []
+    for row in rows:
+        lengths = []
+        for direction in directions:
+            size = math.dist(direction, [0] * len(direction))
+            there, back = (
+                project([x + sign * step * u / size for x, u in zip(row, direction, strict=True)]) for sign in (1, -1)
+            )
+            lengths.append(math.dist(there, back) / (2 * step))
+        moved.append(sum(lengths) / len(lengths))
+    weight = [(value - min(moved)) / (max(moved) - min(moved)) for value in moved]
+    kept = [max(range(len(rows)), key=lambda i: (weight[i], -i))]
+    while len(kept) < num_tokens:
+        nearest = {
+            i: weight[i] * min(1 - cosine(projected[i], projected[j]) for j in kept)
+            for i in range(len(rows))
+            if i not in kept
+        }
+        kept.append(max(nearest, key=lambda i: (nearest[i], -i)))
+    return sorted(kept)
+
+
+@with_and_without_cls
+@pytest.mark.parametrize(("num_tokens", "seed"), [(1, 0), (9, 3), (40, 4)])
+def test_zooprune_equals_plain_loops(has_cls, num_tokens, seed):
+    vision = replace(
+        vision_output(has_cls, seed=19), project=lambda x: torch.stack([x[..., 0] ** 3, x[..., 1].exp()], -1)
+    )
+    result = vzip.ZooPrune(vzip.TokenBudget(num_tokens, 0), num_directions=6, step=0.02, seed=seed)(vision)
+    directions = torch.randn(6, 5, generator=torch.Generator().manual_seed(seed)).tolist()
+    for crop in range(2):
+        rows = rows_of(vision, crop)
+        wanted = zooprune_by_loops(rows, lambda x: [x[0] ** 3, math.exp(x[1])], directions, 0.02, num_tokens)
+        assert kept_by(result, vision, crop) == wanted
+
+
+def test_zooprune_by_hand():
+    """Two crops of six patches of one feature, of which the projector makes (x ** 2 / 2, 10): sensitivity is x itself.
+
+    First: x is 0 to 5, so 5 stays. Cosines with its (12.5, 10) are 0.62, 0.66, 0.77, 0.89, 0.98 and weights 0, 0.2,
+    0.4, 0.6, 0.8, so products 0, 0.07, 0.09, 0.07, 0.02: 2 joins, not 0, which is farthest.
+    Second: x is 3 at patch 4, which stays, and 1 at the others, of weight 0: the lowest index joins.
+    """
+    rows = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 1.0, 1.0, 1.0, 3.0, 1.0]])[:, :, None]
+    vision = VisionOutput(rows, False, (2, 3), project=lambda x: torch.cat([x**2 / 2, torch.full_like(x, 10.0)], dim=2))
+    for num_tokens, wanted in ((1, [[5], [4]]), (2, [[2, 5], [0, 4]])):
+        assert vzip.ZooPrune(vzip.TokenBudget(num_tokens, 0))(vision).source_index.tolist() == wanted
+
+
+def test_zooprune_projects_in_float32_whatever_the_projector_is():
+    """Rows and weights that half precision holds: as many patches of the same as in float32, and nothing is changed."""
+    vision, wanted = golden_named("zooprune_p49_s0_k12")
+    projector = real_projector().half()
+    assert all(
+        torch.equal(p, q.float()) for p, q in zip(real_projector().parameters(), projector.parameters(), strict=True)
+    )
+    half = replace(vision, hidden=vision.hidden.half(), project=projector)
+    result = vzip.ZooPrune(vzip.TokenBudget(12, 0), seed=100)(half)
+    assert kept_by(result, half, 0) == wanted["kept_index_sorted"].tolist() and result.tokens.dtype == torch.float16
+    assert {p.dtype for p in projector.parameters()} == {torch.float16}
+
+
+def test_zooprune_without_a_projector_is_distance_alone():
+    x, y, z = [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]
+    vision = VisionOutput(torch.tensor([[x, x, y, y, z, z]]), False, (2, 3))
+    assert vzip.ZooPrune(vzip.TokenBudget(3, 0))(vision).source_index.tolist() == [[0, 2, 4]]
+
+
 def test_patches_that_show_nothing_come_last():
     """With `valid`, padding is kept only where there is not enough else; the rest is chosen as if it were not there."""
     valid = torch.ones(2, 64, dtype=torch.bool)
@@ -577,6 +657,8 @@ def test_patches_that_show_nothing_come_last():
         (lambda budget: vzip.DivPrune(budget, centered="yes"), r"compressor\.centered='yes': must be true or false"),
         (lambda budget: vzip.VisPruner(budget, 1.5), r"compressor\.important_ratio=1\.5: must be a number from 0 to 1"),
         (lambda budget: vzip.PruMerge(budget, 0.5), r"layer 0\.5 of signal undivided_keys: must be a whole number"),
+        (lambda budget: vzip.ZooPrune(budget, 0), r"compressor\.num_directions=0: must be a whole number, 1 or more"),
+        (lambda budget: vzip.ZooPrune(budget, step=0), r"compressor\.step=0: must be a number above 0"),
         (lambda budget: vzip.Scope(budget, alpha=-1), r"compressor\.alpha=-1: must be a number, 0 or more"),
     ],
 )

@@ -12,6 +12,7 @@ from .vision import Signal, VisionOutput, VisionShape
 from .visionzip import VisionZip
 from .vispruner import VisPruner
 from .vscan import VScan
+from .zooprune import ZooPrune
 
 __all__ = [
     "Budgeted",
@@ -40,4 +41,5 @@ __all__ = [
     "VisionOutput",
     "VisionShape",
     "VisionZip",
+    "ZooPrune",
 ]

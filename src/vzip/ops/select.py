@@ -77,6 +77,28 @@ def cosine_matrix(rows: Tensor) -> Tensor:
     return unit @ unit.transpose(1, 2)
 
 
+def farthest_first(distance: Tensor, first: Tensor, num_selected: int, weight: Tensor) -> Tensor:
+    """One row after the other, the next being that of greatest weight times distance to the nearest one selected.
+
+    Args:
+        distance: ``[N, L, L]``.
+        first: int64 ``[N]``, the row to begin with.
+        num_selected: at least 1.
+        weight: ``[N, L]``.
+
+    Returns:
+        int64 ``[N, num_selected]``, distinct and ascending; of equals the lower index was selected.
+    """
+    selected = [first[:, None]]
+    to_selected = torch.full_like(weight, math.inf)
+    is_selected = torch.zeros_like(weight, dtype=torch.bool)
+    for _ in range(num_selected - 1):
+        to_selected = torch.minimum(to_selected, gather_rows(distance, selected[-1])[:, 0])
+        is_selected = is_selected.scatter(1, selected[-1], True)
+        selected.append((weight * to_selected).masked_fill(is_selected, -math.inf).argmax(dim=1, keepdim=True))
+    return torch.cat(selected, dim=1).sort(dim=1).values
+
+
 def uniform_indices(num_selected: int, num_patches: int, device: torch.device) -> Tensor:
     """Indices evenly spaced over the patches in raster order, each in the middle of its interval: int64 ``[K]``."""
     steps = torch.arange(num_selected, device=device)
