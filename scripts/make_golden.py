@@ -22,12 +22,24 @@ PATTERNS = (
     "llava_next_tiny/*",
     "image_preprocessing.safetensors",
     "mini_gemini_mining.safetensors",
-    "rivals/inputs/p[0-9]*",
+    "rivals/inputs/p*",
     "qwen2_5_vl_tiny/*_w2.*",
     "qwen2_5_vl_tiny/inputs.safetensors",
 )
-# Of the other methods' outputs only those of methods that are built.
-RIVALS = ("divprune", "fastervlm", "vscan_stage1")
+# Of the other methods' outputs only those of methods that are built, and of the larger files few.
+RIVALS = (
+    *("divprune_p*", "fastervlm_p*", "vscan_stage1_p*"),
+    *("vispruner_p*_k[16][24].*", "vispruner_r075_p*", "scope_p*_k[16][24].*", "holov_p*_k[16][24].*"),
+    *("holov_full_chunk_p*", "prunesid_exact_svd_p*_k1*", "prunesid_exact_svd_p*_k64.*"),
+    *(
+        "prumerge_p49_*",
+        "prumerge_fixed_p49_*",
+        "prumerge_fixed_p*_k32.*",
+        "prumerge_plus_p*",
+        "prumerge_plus_fixed_p*",
+    ),
+    *("zooprune_p49_*", "zooprune_p*_k32.*"),
+)
 TARGET = Path(__file__).resolve().parents[1] / "tests" / "golden"
 
 
@@ -38,7 +50,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with tests/golden instead of copying")
     arguments = parser.parse_args()
     failures = 0
-    for pattern in (*PATTERNS, *(f"rivals/cases/{method}_p*" for method in RIVALS)):
+    for pattern in (*PATTERNS, *(f"rivals/cases/{name}" for name in RIVALS)):
         sources = sorted(arguments.oracle_dir.glob(pattern))
         if not sources:
             print(f"missing: nothing in {arguments.oracle_dir} matches {pattern}", file=sys.stderr)

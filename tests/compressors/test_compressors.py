@@ -38,7 +38,13 @@ def vision_output(has_cls=True, num_crops=4, grid=(5, 8), dtype=torch.float32, s
         grid=grid,
         attention=torch.rand(num_crops, num_patches, generator=generator).to(device),
         keys=torch.randn(num_crops, length, 4, generator=generator).to(device),
-        signals={Signal("attention", 6): torch.rand(num_crops, num_patches, generator=generator).to(device)},
+        signals={
+            Signal("attention", 6): torch.rand(num_crops, num_patches, generator=generator).to(device),
+            Signal("undivided_attention", -1): (
+                torch.rand(num_crops, num_patches, generator=generator).to(device) / num_patches
+            ),
+            Signal("undivided_keys", -1): torch.randn(num_crops, length, 4, generator=generator).to(device),
+        },
         project=lambda rows: rows * 0.5,
     )
 
@@ -116,6 +122,7 @@ def test_count_type_and_indices(compressor, has_cls, dtype):
     assert result.num_tokens == (40 if budget is None else budget.num_tokens) == compressor.num_tokens(vision.shape)
     assert result.tokens.dtype == dtype and torch.isfinite(result.tokens).all()
     num_kept = result.source_index.shape[1]
+    weights = compressor.select(vision).weights  # where units join several tokens, kept ones are no rows any more
     for crop in range(4):
         kept = result.source_index[crop].tolist()
         assert kept == sorted(set(kept))
@@ -128,7 +135,9 @@ def test_count_type_and_indices(compressor, has_cls, dtype):
             merged_into = set()
         rows = vision.hidden if compressor.space == "tower" else vision.read(Signal("projected"))
         for number, row in enumerate(kept):
-            if number not in merged_into:
+            if weights is not None:
+                assert weights[crop, number, row] == 1
+            elif number not in merged_into:
                 assert torch.equal(result.tokens[crop, number], rows[crop, row])
 
 

@@ -68,6 +68,12 @@ def test_every_score_of_any_layer_equals_eager_beside_the_select_layers_output(k
     keys = block.self_attn.k_proj(block.layer_norm1(stock.hidden_states[layer])).view(2, -1, 4, 8)
     torch.testing.assert_close(read["keys"], keys.mean(dim=2)[:, first:], rtol=0, atol=1e-5)
     torch.testing.assert_close(read["key_norms"], keys.norm(dim=-1).mean(dim=2)[:, first:], rtol=0, atol=1e-5)
+    keys = keys.flatten(2)
+    torch.testing.assert_close(vision.read(Signal("undivided_keys", score_layer)), keys, rtol=0, atol=1e-5)
+    queries = block.self_attn.q_proj(block.layer_norm1(stock.hidden_states[layer]))
+    undivided = torch.softmax(queries @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5, dim=-1)
+    expected = undivided[:, 0, 1:] if first else undivided.mean(dim=1)
+    torch.testing.assert_close(read["undivided_attention"], expected, rtol=0, atol=2e-6)
     of_layer = vision.read(Signal("hidden", score_layer))
     torch.testing.assert_close(
         of_layer, stock.hidden_states[-2 if score_layer is None else score_layer], rtol=0, atol=1e-5

@@ -4,9 +4,15 @@ from .base import Budgeted, ChosenUnits, CompressedTokens, Compressor, FractionB
 from .controls import ContextualOnly, DominantOnly, Identity, RandomTokens, UniformTokens
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
+from .holov import HoloV
+from .prumerge import PruMerge, PruMergePlus
+from .prunesid import PruneSid
+from .scope import Scope
 from .vision import Signal, VisionOutput, VisionShape
 from .visionzip import VisionZip
+from .vispruner import VisPruner
 from .vscan import VScan
+from .zooprune import ZooPrune
 
 __all__ = [
     "Budgeted",
@@ -18,15 +24,22 @@ __all__ = [
     "DominantOnly",
     "FasterVLM",
     "FractionBudget",
+    "HoloV",
     "Identity",
+    "PruMerge",
+    "PruMergePlus",
+    "PruneSid",
     "RandomTokens",
+    "Scope",
     "Selection",
     "Signal",
     "TokenBudget",
     "TopScores",
     "UniformTokens",
     "VScan",
+    "VisPruner",
     "VisionOutput",
     "VisionShape",
     "VisionZip",
+    "ZooPrune",
 ]

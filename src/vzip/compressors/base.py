@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vzip.errors import ConfigError
 from vzip.keys import MAX_SEED
+from vzip.ops.attention import at_least_float32
 from vzip.ops.merge import MERGE_RULES, MergeRule, combine_rows
 from vzip.ops.select import dominant_rows, gather_rows
 
@@ -112,11 +113,14 @@ class Selection:
         merge_index: int64 ``[N, U]``, the token into which each other unit merges, -1 where it is kept or dropped;
             None: nothing merges.
         num_contextual: how many of the K tokens, the last ones, are contextual.
+        weights: ``[N, K, U]``, what each token is as a weighted sum of units, for a method whose units may join several
+            tokens; ``merge_rule`` then says nothing, and ``merge_index`` only where a unit is found again.
     """
 
     place_index: Tensor
     merge_index: Tensor | None = None
     num_contextual: int = 0
+    weights: Tensor | None = None
 
     @property
     def num_kept(self) -> int:
@@ -210,6 +214,9 @@ class Compressor(ABC):
 
     def combine(self, rows: Tensor, selection: Selection) -> Tensor:
         """Applies a selection to rows of any width, ``[N, U, E]`` -> ``[N, K, E]``; linear in the rows."""
+        if selection.weights is not None:
+            wide = at_least_float32(rows)
+            return (selection.weights.to(wide.dtype) @ wide).to(rows.dtype)
         if selection.merge_index is None:
             return gather_rows(rows, selection.place_index)
         first = selection.num_kept if selection.num_contextual else 0
@@ -281,6 +288,10 @@ def check_selection(selection: Selection, num_units: int) -> None:
     in_range = ((place >= 0) & (place < num_units)).all()
     torch._assert_async(in_range, f"place_index: must be units, 0 to {num_units - 1}")
     torch._assert_async((kept[:, 1:] > kept[:, :-1]).all(), "place_index: units kept must ascend, each once")
+    weights = selection.weights
+    if weights is not None and (weights.shape != (*place.shape, num_units) or not weights.is_floating_point()):
+        expected = (*place.shape, num_units)
+        raise ValueError(f"weights are {weights.dtype} of shape {tuple(weights.shape)}: must be floats, {expected}.")
     if merge is None:
         return
     if merge.shape != (place.shape[0], num_units):

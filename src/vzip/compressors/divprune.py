@@ -7,11 +7,10 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vzip.errors import ConfigError
 from vzip.ops.attention import at_least_float32
-from vzip.ops.select import gather_rows
+from vzip.ops.select import cosine_matrix, farthest_first
 
 from .base import ChosenUnits
 from .vision import Signal, VisionOutput
@@ -47,25 +46,12 @@ class DivPrune(ChosenUnits):
     def choose(self, vision: VisionOutput, num_tokens: int) -> Tensor:
         first = int(vision.has_cls)
         rows = at_least_float32(vision.read_patches(Signal("projected")))
-        cosine = _cosine(rows)
-        distance = 1 - (_cosine(rows - rows.mean(dim=1, keepdim=True)) if self.centered else cosine)
+        cosine = cosine_matrix(rows)
+        distance = 1 - (cosine_matrix(rows - rows.mean(dim=1, keepdim=True)) if self.centered else cosine)
         weight = _distinctiveness(cosine) if self.centered else torch.ones_like(cosine[:, 0])
         # A row's own distance to itself is the smallest of its column, its nearest other's the second-smallest.
         nearest_other = distance.topk(min(2, distance.shape[1]), dim=1, largest=False).values[:, -1]
-        kept = [nearest_other.argmax(dim=1, keepdim=True)]
-        to_kept = torch.full_like(nearest_other, torch.inf)
-        is_kept = torch.zeros_like(nearest_other, dtype=torch.bool)
-        for _ in range(num_tokens - 1):
-            to_kept = torch.minimum(to_kept, gather_rows(distance, kept[-1])[:, 0])
-            is_kept = is_kept.scatter(1, kept[-1], True)
-            kept.append((weight * to_kept).masked_fill(is_kept, -torch.inf).argmax(dim=1, keepdim=True))
-        return torch.cat(kept, dim=1).sort(dim=1).values + first
-
-
-def _cosine(rows: Tensor) -> Tensor:
-    """``[N, U, E]`` -> the cosine of each pair of rows ``[N, U, U]``."""
-    unit = functional.normalize(rows, dim=-1)
-    return unit @ unit.transpose(1, 2)
+        return farthest_first(distance, nearest_other.argmax(dim=1), num_tokens, weight) + first
 
 
 def _distinctiveness(cosine: Tensor) -> Tensor:

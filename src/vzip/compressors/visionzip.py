@@ -14,8 +14,9 @@ from vzip.ops.merge import MERGE_RULES, MergeRule, assign_to_targets, target_pos
 from vzip.ops.select import dominant_rows, gather_rows, random_indices, remaining_rows
 
 from .base import Compressor, FractionBudget, Selection, TokenBudget, check_budget, check_count, check_seed
-from .vision import SCORES, Signal, VisionOutput, VisionShape
+from .vision import Signal, VisionOutput, VisionShape
 
+SCORES = ("attention", "received_attention", "key_norms")
 TARGETS = ("uniform", "random")
 
 

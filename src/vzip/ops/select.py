@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .attention import at_least_float32
 
@@ -68,6 +69,34 @@ def remaining_rows(kept: Tensor, num_rows: int) -> Tensor:
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """``x [N, L, D]``, ``rows [N, K]`` -> ``[N, K, D]``, differentiable in ``x``."""
     return x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def cosine_matrix(rows: Tensor) -> Tensor:
+    """Cosine of each pair of rows, ``[N, L, D]`` -> ``[N, L, L]``, in float32 at least."""
+    unit = functional.normalize(at_least_float32(rows), dim=-1)
+    return unit @ unit.transpose(1, 2)
+
+
+def farthest_first(distance: Tensor, first: Tensor, num_selected: int, weight: Tensor) -> Tensor:
+    """One row after the other, the next being that of greatest weight times distance to the nearest one selected.
+
+    Args:
+        distance: ``[N, L, L]``.
+        first: int64 ``[N]``, the row to begin with.
+        num_selected: at least 1.
+        weight: ``[N, L]``.
+
+    Returns:
+        int64 ``[N, num_selected]``, distinct and ascending; of equals the lower index was selected.
+    """
+    selected = [first[:, None]]
+    to_selected = torch.full_like(weight, math.inf)
+    is_selected = torch.zeros_like(weight, dtype=torch.bool)
+    for _ in range(num_selected - 1):
+        to_selected = torch.minimum(to_selected, gather_rows(distance, selected[-1])[:, 0])
+        is_selected = is_selected.scatter(1, selected[-1], True)
+        selected.append((weight * to_selected).masked_fill(is_selected, -math.inf).argmax(dim=1, keepdim=True))
+    return torch.cat(selected, dim=1).sort(dim=1).values
 
 
 def uniform_indices(num_selected: int, num_patches: int, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vzip.compressors.vision import Signal, VisionOutput
 from vzip.errors import UnsupportedModelError
-from vzip.ops.attention import cls_attention, key_norms, mean_keys, received_attention
+from vzip.ops.attention import at_least_float32, cls_attention, key_norms, mean_keys, received_attention
 
 from .structure import Tower
 
@@ -90,7 +90,7 @@ def run_tower(
         for layer in sorted({layer_of[signal] for signal in recorded if signal.name != "hidden"}):
             query_projection, key_projection, _ = tower.attention_of(layer - 1)
             stack.enter_context(_record_output(key_projection, f"keys{layer}", projections))
-            if any(layer_of[s] == layer and s.name in ("attention", "received_attention") for s in recorded):
+            if any(layer_of[s] == layer and s.name in _OF_QUERIES for s in recorded):
                 stack.enter_context(_record_output(query_projection, f"queries{layer}", projections))
         for index in range(max([num_layers, *layer_of.values()])):
             hidden = tower.layers[index](hidden, None)
@@ -123,6 +123,12 @@ def _attention(tower: Tower, layer: int, keys: Tensor, queries: Tensor | None) -
     return cls_attention(queries, keys, tower.num_heads, tower.attention_of(layer - 1)[2])
 
 
+def _undivided_attention(tower: Tower, layer: int, keys: Tensor, queries: Tensor | None) -> Tensor:
+    assert queries is not None
+    function = cls_attention if tower.geometry.has_cls else received_attention
+    return function(queries, keys, 1, keys.shape[-1] ** -0.5)
+
+
 def _received_attention(tower: Tower, layer: int, keys: Tensor, queries: Tensor | None) -> Tensor:
     assert queries is not None
     received = received_attention(queries, keys, tower.num_heads, tower.attention_of(layer - 1)[2])
@@ -137,10 +143,17 @@ def _keys(tower: Tower, _layer: int, keys: Tensor, _queries: Tensor | None) -> T
     return mean_keys(keys, tower.num_heads)
 
 
+def _undivided_keys(_tower: Tower, _layer: int, keys: Tensor, _queries: Tensor | None) -> Tensor:
+    return at_least_float32(keys)
+
+
+_OF_QUERIES = ("attention", "received_attention", "undivided_attention")
 # What a layer's projections give, by the signal's name.
 _READERS: Mapping[str, Callable[[Tower, int, Tensor, Tensor | None], Tensor]] = {
     "attention": _attention,
     "received_attention": _received_attention,
+    "undivided_attention": _undivided_attention,
     "key_norms": _key_norms,
     "keys": _keys,
+    "undivided_keys": _undivided_keys,
 }

@@ -141,6 +141,10 @@ class UnitTower:
                 rows = mean_keys(keys[None], attention.num_heads)[0]
             elif signal.name == "key_norms":
                 rows = key_norms(keys[None], attention.num_heads)[0]
+            elif signal.name == "undivided_keys":
+                rows = keys
+            elif signal.name == "undivided_attention":
+                rows = _received(queries, keys, grids, 1, keys.shape[-1] ** -0.5)
             else:
                 rows = _received(queries, keys, grids, attention.num_heads, float(attention.scaling))
         return at_least_float32(rows).unflatten(0, (-1, self.merge_size**2)).mean(dim=1)
