@@ -28,11 +28,20 @@ if TYPE_CHECKING:
     )
     from .models.load import load_vlm
     from .models.vlm import CompressedVlm
-    from .pruners import FastV, Pruner
+    from .pruners import (
+        DART,
+        FastV,
+        Pruner,
+        PyramidDrop,
+        SparseVLM,
+        SparseVLMByRank,
+        VScanStage2,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DART",
     "CompressedTokens",
     "CompressedVlm",
     "Compressor",
@@ -44,10 +53,14 @@ __all__ = [
     "FractionBudget",
     "Identity",
     "Pruner",
+    "PyramidDrop",
     "RandomTokens",
+    "SparseVLM",
+    "SparseVLMByRank",
     "TokenBudget",
     "UniformTokens",
     "VScan",
+    "VScanStage2",
     "VisionOutput",
     "VisionZip",
     "load_vlm",
@@ -56,7 +69,8 @@ __all__ = [
 _HOME_OF = {name: ".compressors" for name in __all__}
 _HOME_OF["CompressedVlm"] = ".models.vlm"
 _HOME_OF["load_vlm"] = ".models.load"
-_HOME_OF |= {name: ".pruners" for name in ("FastV", "Pruner")}
+_PRUNERS = ("DART", "FastV", "Pruner", "PyramidDrop", "SparseVLM", "SparseVLMByRank", "VScanStage2")
+_HOME_OF |= {name: ".pruners" for name in _PRUNERS}
 
 
 def __getattr__(name: str) -> Any:
