@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         PyramidDrop,
         SparseVLM,
         SparseVLMByRank,
+        SparseVLMPlus,
         VScanStage2,
     )
 
@@ -57,6 +58,7 @@ __all__ = [
     "RandomTokens",
     "SparseVLM",
     "SparseVLMByRank",
+    "SparseVLMPlus",
     "TokenBudget",
     "UniformTokens",
     "VScan",
@@ -69,7 +71,7 @@ __all__ = [
 _HOME_OF = {name: ".compressors" for name in __all__}
 _HOME_OF["CompressedVlm"] = ".models.vlm"
 _HOME_OF["load_vlm"] = ".models.load"
-_PRUNERS = ("DART", "FastV", "Pruner", "PyramidDrop", "SparseVLM", "SparseVLMByRank", "VScanStage2")
+_PRUNERS = ("DART", "FastV", "Pruner", "PyramidDrop", "SparseVLM", "SparseVLMByRank", "SparseVLMPlus", "VScanStage2")
 _HOME_OF |= {name: ".pruners" for name in _PRUNERS}
 
 

@@ -4,7 +4,7 @@ from .base import Cut, Decoder, PromptState, Pruner
 from .dart import DART
 from .fastv import FastV
 from .pyramiddrop import PyramidDrop, VScanStage2
-from .sparsevlm import SparseVLM, SparseVLMByRank
+from .sparsevlm import SparseVLM, SparseVLMByRank, SparseVLMPlus
 
 __all__ = [
     "DART",
@@ -16,5 +16,6 @@ __all__ = [
     "PyramidDrop",
     "SparseVLM",
     "SparseVLMByRank",
+    "SparseVLMPlus",
     "VScanStage2",
 ]

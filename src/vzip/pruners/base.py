@@ -122,6 +122,11 @@ class PromptState:
         """Keys of the prompt's tokens after the rotary embedding, ``[G, L, d]``; layers as in ``attention_rows``."""
         return self._input_of(layer).keys[:, -self.hidden.shape[0] :].to(self.hidden.device)
 
+    def position_embeddings(self, layer: int) -> PositionEmbeddings:
+        """cos and sin of the prompt's tokens, ``[L, d]``, of one-dimensional ids; layers as in ``attention_rows``."""
+        cos, sin = (part[0].to(self.hidden.device) for part in self._input_of(layer).position_embeddings)
+        return cos, sin
+
     def _input_of(self, layer: int) -> LayerInput:
         if layer not in (self.layer - 1, self.layer):
             raise ValueError(

@@ -17,14 +17,16 @@ from .stages import as_tuple, by_layer, check_keep, check_layers, num_entered, n
 class PyramidDrop(Pruner):
     """Drops in steps what the last token attends to least in the very layer whose input is cut (arXiv 2410.17247).
 
-    The rule is that of the authors' code (``Cooperx521/PyramidDrop``): the layer's own attention, mean over heads, row of
-    the last token alone; fractions are of the tokens that entered layer 0, rounded down; what goes on gets position
-    ids without gaps. There a dialogue's later turns, batches, a second image and eager attention fail or are passed
-    over; here they are served, and only a prompt's own new images are pruned. Fractions are multiplied exactly, which
-    floating point sometimes misses by one.
+    The rule is that of the authors' code (``Cooperx521/PyramidDrop``): the layer's own attention, mean over heads, row
+    of the last token alone; fractions are of the tokens that entered layer 0, rounded down; what goes on gets
+    position ids without gaps.
 
-    On average over the layers [8, 16, 24] of 32 cannot go below a quarter of the tokens. For smaller budgets the
-    authors name [2, 8, 16] with x, x*x, x*x*x: x = 0.5606, 0.421 and 0.1927 are 192, 128 and 64 of 576.
+    Deviations: there a dialogue's later turns, batches, a second image and eager attention fail or are passed over;
+    here each image is pruned, in the turn in which it came. Fractions are multiplied exactly, where floating point
+    can be one off.
+
+    On average over the layers, [8, 16, 24] of 32 cannot go below a quarter of the tokens. For smaller budgets the
+    authors name [2, 8, 16] with x, x*x and x*x*x: x = 0.5605, 0.421 and 0.1927 are 191.9, 127.9 and 63.9 of 576.
 
     Attributes:
         layers: those at whose input tokens are dropped.

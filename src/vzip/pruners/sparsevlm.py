@@ -20,7 +20,7 @@ TEXT = -1
 
 
 class RatedByText(Pruner):
-    """What all versions share: which words rate an image, and how they attend to it.
+    """What all versions share: which words rate an image.
 
     Raters are the text tokens after the image to which its visual tokens, as they enter layer 0, are more similar than
     on average: mean over visual tokens of the softmax over text of the dot products. Where none is above the average,
@@ -38,15 +38,14 @@ class RatedByText(Pruner):
         object.__setattr__(self, "layers", as_tuple(self.layers))
         return check_layers(tuple(self.layers), 0)
 
-    def rater_attention(self, state: PromptState, image: Tensor) -> Tensor:
-        """What raters attend to in the layer before the cut: ``[H, raters, visual tokens]``."""
+    def raters(self, state: PromptState, image: Tensor) -> Tensor:
+        """Positions of the words that rate an image."""
         own = state.embeds_visual_index == state.visual_index[image[0]]
         is_after = own.flip(0).cumsum(dim=0).flip(0) == 0
         text = at_least_float32(state.embeds[is_after & (state.embeds_visual_index == TEXT)])
         relevance = (at_least_float32(state.embeds[own]) @ text.T).softmax(dim=1).mean(dim=0)
         is_rater = relevance > relevance.mean()
-        raters = state.text[-len(text) :][is_rater | ~is_rater.any()]
-        return state.attention_rows(state.layer - 1, raters)[..., image]
+        return state.text[-len(text) :][is_rater | ~is_rater.any()]
 
 
 class Recycling(RatedByText):
@@ -71,7 +70,8 @@ class Recycling(RatedByText):
     def cut(self, state: PromptState) -> Cut:
         kept, rows = [], []
         for image in state.images:
-            attention = self.rater_attention(state, image).mean(dim=0)
+            rows_of_raters = state.attention_rows(state.layer - 1, self.raters(state, image))
+            attention = rows_of_raters.mean(dim=0)[:, image]
             scores = attention.mean(dim=0)
             chosen = top_indices(scores[None], self.num_kept_of(state, image, attention))[0]
             is_dropped = torch.ones_like(image, dtype=torch.bool).index_fill(0, chosen, False)
@@ -95,12 +95,13 @@ class Recycling(RatedByText):
 
 @dataclass(frozen=True)
 class SparseVLM(Recycling):
-    """SparseVLM v1.5 (arXiv 2410.04417): drops in steps what the text's raters attend to least, and merges the best of it.
+    """SparseVLM v1.5 (arXiv 2410.04417): drops in steps what the text's raters attend to least, and merges its best.
 
-    The rule is that of the authors' code (``Gumpest/SparseVLMs``, main): some layers run in full, then the visual tokens
-    of largest attention, averaged over heads and raters, go on. At least one is dropped at each step, whatever
-    ``keep`` says. Counts of 576 as published, on average over 32 layers: [300, 200, 110] 192.0, [303, 110, 36] 128.6,
-    [238, 48, 26] 96.9, [66, 30, 17] 64.8.
+    The rule is that of the authors' code (``Gumpest/SparseVLMs``, main): some layers run in full, then those visual
+    tokens of largest attention, averaged over heads and raters, go on. At least one is dropped at each step, whatever
+    ``keep`` says. Published for 192, 128, 96 and 64 of 576: [300, 200, 110], [303, 110, 36], [238, 48, 26] and
+    [66, 30, 17]. These count a layer as pruned that still sees everything: what 32 layers attend to on average, and
+    the schedule says, is 206.5, 145.4, 114.1 and 82.3.
 
     Deviations: everything is computed in float32, so that the clusters' noise does not vanish in half precision; it
     is drawn from ``seed``. Images are pruned one by one, each by the text after it; batches are served.
@@ -139,10 +140,11 @@ class SparseVLM(Recycling):
 class SparseVLMByRank(Recycling):
     """SparseVLM v1.0 (arXiv 2410.04417): as v1.5, but the attention's rank says how many go on.
 
-    The rule is that of the authors' code of 2024-10 (``Gumpest/SparseVLMs`` b72c5d6), probably the one behind VisionZip's
-    tables: of an image ``int(rank * scale + bias)`` visual tokens go on, at most all but one; rank is that of the
-    raters' attention, averaged over heads. At full rank nothing is dropped. The number of tokens depends on the data,
-    so there is no schedule; published for 192, 128 and 64 of 576: scale and bias 13.5 and 0, 9 and 6, 0.8 and 0.
+    The rule is that of the authors' code of 2024-10 (``Gumpest/SparseVLMs`` b72c5d6), probably the one behind
+    VisionZip's tables: of an image ``int(rank * scale + bias)`` visual tokens go on, at most all but one; rank is that
+    of the raters' attention, averaged over heads. Where it is the number of visual tokens, nothing is dropped. How many
+    go on depends on the data, so there is no schedule. Published for 192, 128 and 64 of 576: scale and bias 13.5 and
+    0, 9 and 6, 0.8 and 0.
 
     Deviations: as of ``SparseVLM``.
 
@@ -175,6 +177,58 @@ class SparseVLMByRank(Recycling):
     def num_kept_of(self, state: PromptState, image: Tensor, attention: Tensor) -> int:
         rank = int(torch.linalg.matrix_rank(attention))
         return len(image) if rank == len(image) else min(int(rank * self.scale + self.bias), len(image) - 1)
+
+
+@dataclass(frozen=True)
+class SparseVLMPlus(RatedByText):
+    """SparseVLM v2.0, SparseVLM+ (arXiv 2410.04417): as v1.5 without merging, and with the attention corrected.
+
+    The rule is that of the authors' code (``Gumpest/SparseVLMs``, main, version 2_0): attention is divided by what
+    the rotary embedding alone would give, ``cos(position difference * frequency)`` summed over frequencies, times
+    2 / sqrt(head width); then averaged over those heads whose raters attend to visual tokens most, and over raters.
+    Nothing is merged, and position ids are kept. Published for 192, 128, 96 and 64 of 576: [300, 200, 118],
+    [238, 108, 60], [246, 54, 28] and [66, 34, 20], counted as of ``SparseVLM``; 206.8, 144.1, 113.9 and 81.8 on average.
+
+    Deviations: an image that has no more than ``keep`` keeps all, where at least one is dropped there. Images are
+    pruned one by one, each by the text after it; batches are served. No outputs of the authors' code are at hand.
+
+    Attributes:
+        layers: those after which tokens are dropped (0: the first).
+        keep: for each of them the visual tokens of an image that go on: whole numbers, or fractions of those that
+            entered layer 0.
+        num_heads: heads that are averaged over, all where there are no more.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    layers: Sequence[int] = (2, 6, 15)
+    keep: Sequence[int | float] = (66, 34, 20)
+    num_heads: int = 14
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", as_tuple(self.keep))
+        problems = self.check() + check_keep(tuple(self.keep), tuple(self.layers))
+        if not is_whole(self.num_heads, 1):
+            problems.append(f"pruner.num_heads={self.num_heads!r}: must be a whole number, 1 or more")
+        raise_problems(problems)
+
+    def schedule(self, num_visual: int, num_layers: int) -> list[int]:
+        return by_layer(self.cuts, [num_kept(keep, num_visual) for keep in self.keep], num_visual, num_layers)
+
+    def cut(self, state: PromptState) -> Cut:
+        kept = [image[self._chosen(state, image)] for image in state.images]
+        return Cut(torch.cat([state.text, *kept]).sort().values)
+
+    def _chosen(self, state: PromptState, image: Tensor) -> Tensor:
+        """Which visual tokens of an image go on, as positions in ``image``."""
+        cos, sin = map(at_least_float32, state.position_embeddings(state.layer - 1))
+        raters = self.raters(state, image)
+        by_place = (cos[raters] @ cos[image].T + sin[raters] @ sin[image].T) / cos.shape[-1] ** 0.5
+        attention = state.attention_rows(state.layer - 1, raters)[..., image] / by_place  # [H, raters, visual tokens]
+        heads = top_indices(attention.sum(dim=(1, 2))[None], min(self.num_heads, len(attention)))[0]
+        keep = self.keep[self.cuts.index(state.layer)]
+        return top_indices(attention[heads].mean(dim=(0, 1))[None], num_kept(keep, num_entered(state, image)))[0]
 
 
 def num_recycled(num_dropped: int) -> int:
