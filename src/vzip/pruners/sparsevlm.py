@@ -187,7 +187,7 @@ class SparseVLMPlus(RatedByText):
     the rotary embedding alone would give, ``cos(position difference * frequency)`` summed over frequencies, times
     2 / sqrt(head width); then averaged over those heads whose raters attend to visual tokens most, and over raters.
     Nothing is merged, and position ids are kept. Published for 192, 128, 96 and 64 of 576: [300, 200, 118],
-    [238, 108, 60], [246, 54, 28] and [66, 34, 20], counted as of ``SparseVLM``; 206.8, 144.1, 113.9 and 81.8 on average.
+    [238, 108, 60], [246, 54, 28] and [66, 34, 20], as of ``SparseVLM``; on average 206.8, 144.1, 113.9 and 81.8.
 
     Deviations: an image that has no more than ``keep`` keeps all, where at least one is dropped there. Images are
     pruned one by one, each by the text after it; batches are served. No outputs of the authors' code are at hand.
