@@ -198,7 +198,7 @@ class PlainLoops:
 
     Attributes:
         chosen: by layer and image the rows that go on, and the groups of rows that are merged; by name.
-        after: by layer the names of all rows behind its cut, as of the last run.
+        num_tokens, after: tokens in all, and by layer the names of all rows behind its cut, of the last run.
     """
 
     def __init__(self, vlm: vzip.CompressedVlm, pruner: Pruner) -> None:
@@ -207,11 +207,13 @@ class PlainLoops:
         self.pruner, self.text, self.head = pruner, model.model.language_model, model.lm_head
         self.chosen: dict[tuple[int, int], tuple[list[Any], list[list[Any]]]] = {}
         self.after: dict[int, list[Any]] = {}
+        self.num_tokens = 0
 
     @torch.no_grad()
     def logits(self, embeds: torch.Tensor, embeds_owner: list[int], num_prompt: int) -> torch.Tensor:
         """Of the prompt's last token and what follows it; all of ``embeds`` ``[T, d]`` before is the prompt."""
-        names: list[Any] = list(range(len(embeds)))
+        self.num_tokens = len(embeds)
+        names: list[Any] = list(range(self.num_tokens))
         owner, hidden, before, keys = list(embeds_owner), embeds, torch.empty(0), torch.empty(0)
         places, repacked = list(names), False
         for number, layer in enumerate(self.text.layers):
@@ -230,7 +232,7 @@ class PlainLoops:
             before, keys = self._attention(layer, hidden, places)
             embeddings = self.text.rotary_emb(hidden[None], torch.tensor([places]))
             hidden = layer(hidden[None], attention_mask=self._causal(len(hidden)), position_embeddings=embeddings)[0]
-        return self.head(self.text.norm(hidden))[names.index(num_prompt - 1) :]
+        return torch.nn.functional.linear(self.text.norm(hidden), self.head.weight)[names.index(num_prompt - 1) :]
 
     def _take(self, layer: int, names: list[Any], owner: list[int], hidden: torch.Tensor) -> tuple[Any, ...]:
         found: list[tuple[Any, int, torch.Tensor]] = []
