@@ -196,7 +196,7 @@ class Pruner(ABC):
             raise ConfigError(
                 f"pruner={self}: cuts at the input of layer {', '.join(map(str, outside or self.cuts))}, but the"
                 f" language model has the layers 0 to {num_layers - 1}, and 1 to {num_layers - 1} can be cut at, in"
-                " ascending order."
+                " ascending order: pruner.K or pruner.layers sets them."
             )
         window = getattr(config, "sliding_window", None)
         if window is not None or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
