@@ -35,11 +35,21 @@ if TYPE_CHECKING:
     )
     from .models.load import load_vlm
     from .models.vlm import CompressedVlm
-    from .pruners import FastV, Pruner
+    from .pruners import (
+        DART,
+        FastV,
+        Pruner,
+        PyramidDrop,
+        SparseVLM,
+        SparseVLMByRank,
+        SparseVLMPlus,
+        VScanStage2,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DART",
     "CompressedTokens",
     "CompressedVlm",
     "Compressor",
@@ -55,11 +65,16 @@ __all__ = [
     "PruMergePlus",
     "PruneSid",
     "Pruner",
+    "PyramidDrop",
     "RandomTokens",
     "Scope",
+    "SparseVLM",
+    "SparseVLMByRank",
+    "SparseVLMPlus",
     "TokenBudget",
     "UniformTokens",
     "VScan",
+    "VScanStage2",
     "VisPruner",
     "VisionOutput",
     "VisionZip",
@@ -70,7 +85,8 @@ __all__ = [
 _HOME_OF = {name: ".compressors" for name in __all__}
 _HOME_OF["CompressedVlm"] = ".models.vlm"
 _HOME_OF["load_vlm"] = ".models.load"
-_HOME_OF |= {name: ".pruners" for name in ("FastV", "Pruner")}
+_PRUNERS = ("DART", "FastV", "Pruner", "PyramidDrop", "SparseVLM", "SparseVLMByRank", "SparseVLMPlus", "VScanStage2")
+_HOME_OF |= {name: ".pruners" for name in _PRUNERS}
 
 
 def __getattr__(name: str) -> Any:

@@ -109,6 +109,20 @@ def test_fastv_decodes_what_the_wrapper_decodes_and_saves_what_its_schedule_says
     assert ours.counted == ours.formula < theirs.counted
 
 
+def test_a_pruner_whose_numbers_depend_on_the_data_is_counted_by_what_layers_held() -> None:
+    model = bench_model(family="llava")
+    settings = {"pruner": {"layers": [0], "scale": 1.0}}
+    w = build(model, pruner="sparsevlm_v10", methods=("vanilla", "sparsevlm_v10"), method_settings=settings)
+    method = METHOD_CLASSES["sparsevlm_v10"](w)
+    passed = run_pass(method)
+    assert 0 < passed.cached_tokens[1] < passed.cached_tokens[0] == passed.num_prompt_tokens
+    assert _expected_cache_bytes(w, method, passed) == passed.kv_cache_bytes
+    stages = count_method(w, model, "sparsevlm_v10", passed.num_visual_tokens, passed.cached_tokens)
+    whole = count_method(w, model, "vanilla", passed.num_visual_tokens)
+    for stage in ("prefill", "decode_per_token"):
+        assert 0 < stages[stage].counted == stages[stage].formula < whole[stage].counted
+
+
 def test_a_pruner_that_cannot_be_measured(clip_tower: BenchModel) -> None:
     with pytest.raises(ConfigError, match="cuts at the input of layer 2, but the language model has the layers 0 to 1"):
         build(bench_model(), **pruned_by())

@@ -35,6 +35,13 @@ PLANS = {
         "record         runs/paper_image/llava15_7b_fastv_64tok/none+fastv_keep-30-full/seed0/run.json",
     ],
     "pruner=fastv pruner.keep=0.25": ["FastV(K=2, keep=0.25, pooled=False): 35.2 an image on average over the layers"],
+    "pruner=sparsevlm pruner.layers=[0,2] pruner.keep=[20,10]": [
+        "SparseVLM(layers=(0, 2), keep=(20, 10), seed=0): 26.0 an image on average over the layers"
+    ],
+    "+exp=llava15_7b_sparsevlm_64tok": [
+        "SparseVLMByRank(layers=(2, 6, 15, 19), scale=0.8, bias=0.0, seed=0)\n",
+        "record         runs/paper_image/llava15_7b_sparsevlm_64tok/none+sparsevlm_v10-full/seed0/run.json",
+    ],
     "model=llava_next_7b pruner=fastv": ["FastV(K=2, keep=0.5, pooled=False)\n"],
     "+exp=llava15_7b_128tok launcher=ddp": [
         "128 of 576 an image",

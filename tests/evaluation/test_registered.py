@@ -124,6 +124,12 @@ def test_pruners_are_those_of_the_files(monkeypatch):
     assert seen == {"name": "X", "compressor": vzip.Identity(), "pruner": vzip.FastV(2, 30)}
     model_args.load_from_arg_string("pretrained=X,num_dominant=54,num_contextual=10,pruner=fastv,K=3,keep=0.25", {})
     assert seen["pruner"] == vzip.FastV(3, 0.25) and seen["compressor"].budget.num_tokens == 64
+    shared = "pretrained=X,compressor=none,pruner=sparsevlm,layers=2,keep=30,seed=3"  # random has a seed too
+    model_args.load_from_arg_string(shared, {})
+    assert seen["pruner"] == vzip.SparseVLM(2, 30, seed=3)
+    model_args.load_from_arg_string("pretrained=X,compressor=random,num_dominant=5,num_contextual=1,seed=3", {})
+    with pytest.raises(ConfigError, match="seed=3 has no meaning for pruner=dart"):
+        model_args.load_from_arg_string("pretrained=X,compressor=none,pruner=dart,seed=3", {})
     assert ["none", *method_files("pruner")] == sorted(options(config_dir(), "pruner"), key=lambda name: name != "none")
     for name in method_files("pruner"):
         assert isinstance(model_args.build_pruner({"pruner": name}), vzip.Pruner)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.gpu.kit import BUDGET, each_device, each_half, on
+from tests.pruners.methods import PRUNERS
 
 import vzip
 
@@ -43,3 +44,16 @@ def test_keeping_everything_is_the_unpruned_model(device, dtype):
         expected = vlm.forward(**inputs).logits
         vlm.pruner = vzip.FastV(2, 9)
         assert torch.equal(vlm.forward(**inputs).logits, expected)
+
+
+@each_device
+@pytest.mark.parametrize("pruner", PRUNERS, ids=str)
+def test_every_pruner_gives_what_it_gives_on_the_cpu(device, pruner, no_tf32):
+    inputs = {"input_ids": IDS, "attention_mask": MASK, "pixel_values": tiny.pixels(2)}
+    logits = []
+    for where in (device, "cpu"):
+        vlm = wrapper(where, pruner)
+        with torch.no_grad():
+            logits.append(vlm.forward(**on(where, inputs)).logits.cpu())
+        assert vlm.last_pruned.visual_schedule[0][-1] < 9
+    torch.testing.assert_close(*logits, atol=1e-3, rtol=0)

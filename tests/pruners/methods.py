@@ -1,115 +1,262 @@
-"""Further methods as pruners, to try the contract by: several cuts, repacked positions, keys, embeddings, new rows."""
+"""All pruners, and each as plain loops over a whole language model: no hooks, no cache, all anew at every step.
+
+A row is named by the column of its token in the whole sequence; a merged one by (layer, image, number).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from vzip.ops.select import top_indices
-from vzip.pruners import Cut, PromptState, Pruner
-
-
-@dataclass(frozen=True)
-class PyramidDrop(Pruner):
-    """(arXiv 2410.17247) At several layers, by that layer's own attention of the last token; positions repacked."""
-
-    counts: dict[int, int]
-
-    @property
-    def cuts(self) -> tuple[int, ...]:
-        return tuple(self.counts)
-
-    def schedule(self, num_visual: int, num_layers: int) -> list[int]:
-        kept = {0: num_visual} | self.counts
-        return [min(num_visual, kept[max(cut for cut in kept if cut <= layer)]) for layer in range(num_layers)]
-
-    def cut(self, state: PromptState) -> Cut:
-        scores = state.attention_rows(state.layer, [-1]).mean(dim=0)
-        count = self.counts[state.layer]
-        kept = [g[top_indices(scores[:, g], min(count, len(g)))[0]] for g in state.images]
-        return Cut(torch.cat([state.text, *kept]).sort().values, positions="repacked")
+import vzip
+from vzip.pruners import Pruner
 
 
-@dataclass(frozen=True)
-class Dart(Pruner):
-    """(arXiv 2502.11494) Pivots by the L1 norms of the keys of the layer before; each claims what is least like it."""
+@dataclass
+class View:
+    """What a rule may look at: ``names`` and ``owner`` (-1 text) of the rows at a cut, and what layers make of them."""
 
-    budget: int
-    order: list[int]  # of the pivots: the authors' own is a Python set's
-    num_pivots: int = 4
-    chosen: list[list[int]] = field(default_factory=list)
+    layer: int
+    names: list[Any]
+    owner: list[int]
+    last: int  # the row of the prompt's last token
+    places: list[int]  # position ids
+    hidden: torch.Tensor
+    before: torch.Tensor  # attention [H, L, L] of the layer before
+    own: torch.Tensor  # of the layer that is cut
+    keys: torch.Tensor  # [L, G * d] of the layer before
+    normed: torch.Tensor
+    embeds: torch.Tensor  # input of layer 0
+    embeds_owner: list[int]
+    num_prompt: int
 
-    @property
-    def cuts(self) -> tuple[int, ...]:
-        return (2,)
+    def rows(self, image: int) -> list[int]:
+        return [row for row, owner in enumerate(self.owner) if owner == image]
 
-    def schedule(self, num_visual: int, num_layers: int) -> None:
-        return None
+    def text_after(self, image: int) -> list[int]:
+        return [
+            row
+            for row, owner in enumerate(self.owner)
+            if owner == -1 and row > self.rows(image)[-1] and row <= self.last
+        ]
 
-    def cut(self, state: PromptState) -> Cut:
-        norms = state.keys(state.layer - 1).abs().sum(dim=(0, 2))
-        after = state.text[state.text > state.images[0].max()]
-        for group in (state.images[0], after):
-            self.chosen.append(group[top_indices(norms[None, group], self.num_pivots)[0]].tolist())
-        normed = torch.nn.functional.normalize(state.decoder.norm(state.hidden), dim=-1)
-        kept = self.chosen[0].copy()
-        left = [place for place in state.images[0].tolist() if place not in kept]
-        for pivot in self.order:
-            likeness = normed[left] @ normed[pivot]
-            claimed = likeness.topk(self.budget // (2 * self.num_pivots), largest=False).indices.tolist()
-            kept += [left[place] for place in claimed]
-            left = [place for place in left if place not in kept]
-        return Cut(torch.cat([state.text, torch.tensor(kept)]).sort().values)
+    def entered(self, image: int) -> int:
+        return self.embeds_owner.count(image)
 
 
-@dataclass(frozen=True)
-class SparseVlm(Pruner):
-    """(arXiv 2410.04417, v1.5) Rated by text; what is dropped is clustered, and the clusters' means go on."""
+def best(scores: dict[int, float], count: int) -> list[int]:
+    return sorted(sorted(scores, key=lambda row: -scores[row])[:count])
 
-    counts: dict[int, int]
-    noise: list[Tensor]
 
-    @property
-    def cuts(self) -> tuple[int, ...]:
-        return tuple(self.counts)
+def count_of(keep: float, view: View, image: int) -> int:
+    return min(keep, view.entered(image)) if isinstance(keep, int) else math.floor(keep * view.entered(image))
 
-    def schedule(self, num_visual: int, num_layers: int) -> None:
-        return None
 
-    def cut(self, state: PromptState) -> Cut:
-        visual, num_tokens = state.images[0], len(state.hidden)
-        first = (state.embeds_visual_index >= 0).nonzero()[:, 0]
-        text = state.embeds[first.max() + 1 :]
-        relevance = (state.embeds[first] @ text.T).softmax(dim=1).mean(dim=0)
-        raters = num_tokens - len(text) + (relevance > relevance.mean()).nonzero()[:, 0]
-        scores = state.attention_rows(state.layer - 1, raters).mean(dim=0)[:, visual].mean(dim=0)
-        is_kept = torch.zeros(len(visual), dtype=torch.bool)
-        is_kept[top_indices(scores[None], min(self.counts[state.layer], len(visual) - 1))[0]] = True
-        dropped = (~is_kept).nonzero()[:, 0]
-        num_recycled = int(0.3 * len(dropped)) + 1
-        order = dropped[scores[dropped].sort(descending=True, stable=True).indices]
-        merged = self.merge(state.hidden[visual[order[:num_recycled]]], list(self.counts).index(state.layer))
-        index = torch.cat(
-            [
-                torch.arange(int(visual[0])),
-                visual[is_kept],
-                -1 - torch.arange(len(merged)),
-                torch.arange(int(visual[-1]) + 1, num_tokens),
-            ]
-        )
-        return Cut(index, merged, torch.zeros(len(merged), dtype=torch.int64), "repacked")
+def fastv(pruner: Any, view: View, images: list[int]) -> dict[int, Any]:
+    scores = {row: float(view.before[:, view.last, row].mean()) for image in images for row in view.rows(image)}
+    found = {}
+    for group in [images] if pruner.pooled else [[image] for image in images]:
+        mine = {row: score for row, score in scores.items() if view.owner[row] in group}
+        keep = pruner.keep
+        kept = best(mine, round(len(mine) * keep) if isinstance(keep, float) else min(keep, len(mine)))
+        found |= {image: ([row for row in kept if view.owner[row] == image], []) for image in group}
+    return found
 
-    def merge(self, rows: Tensor, stage: int) -> Tensor:
-        num_clusters = len(rows) // 10 + 1
-        distance = torch.cdist(rows, rows) / rows.shape[1] ** 0.5
-        nearest = distance.topk(num_clusters, largest=False).values
-        density = (-(nearest**2).mean(dim=1)).exp() + self.noise[stage] * 1e-6
-        denser = density[None] > density[:, None]
-        apart = distance.masked_fill(~denser, float("inf")).min(dim=1).values
-        apart = torch.where(apart.isinf(), distance.max(), apart)
-        centres = (density * apart).topk(num_clusters).indices
-        group = distance[centres].argmin(dim=0)
-        group[centres] = torch.arange(num_clusters)
-        return torch.stack([rows[group == cluster].mean(dim=0) for cluster in range(num_clusters)])
+
+def pyramiddrop(pruner: Any, view: View, images: list[int]) -> dict[int, Any]:
+    keep = pruner.keep[pruner.layers.index(view.layer)]
+    found = {}
+    for image in images:
+        scores = {row: float(view.own[:, view.last, row].mean()) for row in view.rows(image)}
+        found[image] = (best(scores, count_of(keep, view, image)), [])
+    return found
+
+
+def dart(pruner: Any, view: View, images: list[int]) -> dict[int, Any]:
+    norm = [float(row.abs().sum()) for row in view.keys]
+    found = {}
+    for image in images:
+        kept = best({row: norm[row] for row in view.rows(image)}, pruner.num_image_pivots)
+        words = best({row: norm[row] for row in view.text_after(image)}, pruner.num_text_pivots)
+        pivots = sorted([*kept, *words], key=lambda row: -norm[row])
+        claims = [0] * len(pivots)
+        each = pruner.num_claimed // (pruner.num_image_pivots + pruner.num_text_pivots)
+        for number in range(each * (pruner.num_image_pivots + pruner.num_text_pivots)):
+            claims[number % len(pivots)] += 1
+        for pivot, number in zip(pivots, claims, strict=True):
+            left = [row for row in view.rows(image) if row not in kept]
+            likeness = {
+                row: float(view.normed[row] @ view.normed[pivot] / view.normed[row].norm() / view.normed[pivot].norm())
+                for row in left
+            }
+            kept = sorted([*kept, *sorted(left, key=lambda row: likeness[row])[:number]])
+        found[image] = (kept, [])
+    return found
+
+
+def raters(view: View, image: int) -> list[int]:
+    visual = [place for place, owner in enumerate(view.embeds_owner) if owner == image]
+    words = [p for p, owner in enumerate(view.embeds_owner) if visual[-1] < p < view.num_prompt and owner == -1]
+    relevance = [0.0] * len(words)
+    for token in visual:
+        products = [float(view.embeds[token] @ view.embeds[word]) for word in words]
+        total = sum(math.exp(product - max(products)) for product in products)
+        for number, product in enumerate(products):
+            relevance[number] += math.exp(product - max(products)) / total / len(visual)
+    chosen = [word for word, value in zip(words, relevance, strict=True) if value > sum(relevance) / len(words)]
+    return [view.names.index(word) for word in chosen or words]
+
+
+def sparsevlm(pruner: Any, view: View, images: list[int]) -> dict[int, Any]:
+    stage, found = pruner.layers.index(view.layer - 1), {}
+    for image in images:
+        mine, rated_by = view.rows(image), raters(view, image)
+        attention = torch.tensor([[float(view.before[:, word, row].mean()) for row in mine] for word in rated_by])
+        scores = {row: float(attention[:, number].mean()) for number, row in enumerate(mine)}
+        if isinstance(pruner, vzip.SparseVLM):
+            count = min(count_of(pruner.keep[stage], view, image), len(mine) - 1)
+        else:
+            rank = int(torch.linalg.matrix_rank(attention))
+            count = len(mine) if rank == len(mine) else min(int(rank * pruner.scale + pruner.bias), len(mine) - 1)
+        kept = best(scores, count)
+        dropped = sorted((row for row in mine if row not in kept), key=lambda row: -scores[row])
+        dropped = dropped[: int(0.3 * len(dropped)) + 1] if dropped else []
+        groups = clusters(view.hidden[dropped], pruner.noise(len(dropped)).tolist()) if dropped else []
+        found[image] = (kept, [[dropped[member] for member in group] for group in groups])
+    return found
+
+
+def sparsevlm_plus(pruner: Any, view: View, images: list[int]) -> dict[int, Any]:
+    found, width, heads = {}, view.keys.shape[1] // 2, range(len(view.before))  # two groups of keys in these models
+    for image in images:
+        mine, rated_by = view.rows(image), raters(view, image)
+        corrected = {}
+        for word in rated_by:
+            for row in mine:
+                apart = view.places[word] - view.places[row]
+                bias = (
+                    2 * sum(math.cos(apart * 10000 ** (-2 * i / width)) for i in range(width // 2)) / math.sqrt(width)
+                )
+                for head in heads:
+                    corrected[head, word, row] = float(view.before[head, word, row]) / bias
+        sums = {head: sum(corrected[head, word, row] for word in rated_by for row in mine) for head in heads}
+        strongest = best(sums, pruner.num_heads)
+        scores = {row: sum(corrected[head, word, row] for head in strongest for word in rated_by) for row in mine}
+        found[image] = (best(scores, count_of(pruner.keep[pruner.layers.index(view.layer - 1)], view, image)), [])
+    return found
+
+
+def clusters(rows: torch.Tensor, noise: list[float]) -> list[list[int]]:
+    """Members of each cluster, the most central cluster first."""
+    number, count = len(rows), len(rows) // 10 + 1
+    distance = [[math.dist(a, b) / math.sqrt(len(a)) for b in rows.tolist()] for a in rows.tolist()]
+    density = [math.exp(-sum(d * d for d in sorted(row)[:count]) / count) for row in distance]
+    density = [value + 1e-6 * more for value, more in zip(density, noise, strict=True)]
+    peak = []
+    for i in range(number):
+        denser = [distance[i][j] for j in range(number) if density[j] > density[i]]
+        peak.append(density[i] * (min(denser) if denser else max(map(max, distance))))
+    centres = sorted(range(number), key=lambda i: -peak[i])[:count]
+    groups: list[list[int]] = [[] for _ in centres]
+    for i in range(number):
+        at = centres.index(i) if i in centres else min(range(count), key=lambda c: distance[centres[c]][i])
+        groups[at].append(i)
+    return groups
+
+
+RULES = {
+    vzip.FastV: fastv,
+    vzip.PyramidDrop: pyramiddrop,
+    vzip.VScanStage2: pyramiddrop,
+    vzip.DART: dart,
+    vzip.SparseVLM: sparsevlm,
+    vzip.SparseVLMByRank: sparsevlm,
+    vzip.SparseVLMPlus: sparsevlm_plus,
+}
+# Each kind of count, of cut and of position; for models of at least four layers.
+PRUNERS = [
+    vzip.FastV(2, 5),
+    vzip.FastV(1, 0.25),
+    vzip.FastV(3, 0.5, pooled=True),
+    vzip.PyramidDrop([1, 3], [9, 4]),
+    vzip.PyramidDrop([1, 2, 3], [0.55, 0.3, 0.1]),
+    vzip.VScanStage2(3, 5),
+    vzip.DART(2, 6, num_image_pivots=2, num_text_pivots=1),
+    vzip.SparseVLM([0, 2], [5, 3]),
+    vzip.SparseVLMByRank([0, 1, 2], 1.5, 1.0),
+    vzip.SparseVLMPlus([0, 2], [0.55, 0.25], num_heads=2),
+]
+REPACKED = (vzip.PyramidDrop, vzip.SparseVLM, vzip.SparseVLMByRank)
+
+
+class PlainLoops:
+    """A pruner over a copy of a wrapper's language model.
+
+    Attributes:
+        chosen: by layer and image the rows that go on, and the groups of rows that are merged; by name.
+        num_tokens, after: tokens in all, and by layer the names of all rows behind its cut, of the last run.
+    """
+
+    def __init__(self, vlm: vzip.CompressedVlm, pruner: Pruner) -> None:
+        model: Any = copy.deepcopy(vlm.model)
+        model.set_attn_implementation("eager")
+        self.pruner, self.text, self.head = pruner, model.model.language_model, model.lm_head
+        self.chosen: dict[tuple[int, int], tuple[list[Any], list[list[Any]]]] = {}
+        self.after: dict[int, list[Any]] = {}
+        self.num_tokens = 0
+
+    @torch.no_grad()
+    def logits(self, embeds: torch.Tensor, embeds_owner: list[int], num_prompt: int) -> torch.Tensor:
+        """Of the prompt's last token and what follows it; all of ``embeds`` ``[T, d]`` before is the prompt."""
+        self.num_tokens = len(embeds)
+        names: list[Any] = list(range(self.num_tokens))
+        owner, hidden, before, keys = list(embeds_owner), embeds, torch.empty(0), torch.empty(0)
+        places, repacked = list(names), False
+        for number, layer in enumerate(self.text.layers):
+            if number in self.pruner.cuts:
+                own = self._attention(layer, hidden, places)[0]
+                rest = (before, own, keys, self.text.norm(hidden), embeds, embeds_owner, num_prompt)
+                view = View(number, names, owner, names.index(num_prompt - 1), places, hidden, *rest)
+                images = [i for i in sorted({*owner} - {-1}) if (number, i) not in self.chosen]
+                for image, (kept, groups) in RULES[type(self.pruner)](self.pruner, view, images).items():
+                    named = [[names[row] for row in group] for group in groups]
+                    self.chosen[number, image] = ([names[row] for row in kept], named)
+                names, owner, hidden = self._take(number, names, owner, hidden)
+                self.after[number] = names
+                repacked |= isinstance(self.pruner, REPACKED)
+                places = list(range(len(names))) if repacked else list(names)
+            before, keys = self._attention(layer, hidden, places)
+            embeddings = self.text.rotary_emb(hidden[None], torch.tensor([places]))
+            hidden = layer(hidden[None], attention_mask=self._causal(len(hidden)), position_embeddings=embeddings)[0]
+        return torch.nn.functional.linear(self.text.norm(hidden), self.head.weight)[names.index(num_prompt - 1) :]
+
+    def _take(self, layer: int, names: list[Any], owner: list[int], hidden: torch.Tensor) -> tuple[Any, ...]:
+        found: list[tuple[Any, int, torch.Tensor]] = []
+        for row, (name, image) in enumerate(zip(names, owner, strict=True)):
+            kept, groups = ([name], []) if image == -1 else self.chosen[layer, image]
+            if name in kept:
+                found.append((name, image, hidden[row]))
+            if image != -1 and image not in owner[row + 1 :]:
+                for number, group in enumerate(groups):
+                    mean = torch.stack([hidden[names.index(member)] for member in group]).mean(dim=0)
+                    found.append(((layer, image, number), image, mean))
+        return [one[0] for one in found], [one[1] for one in found], torch.stack([one[2] for one in found])
+
+    @staticmethod
+    def _causal(size: int) -> torch.Tensor:
+        return torch.full((size, size), torch.finfo(torch.float32).min).triu(1)[None, None]
+
+    def _attention(self, layer: Any, hidden: torch.Tensor, places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.text.rotary_emb(hidden[None], torch.tensor([places]))
+        normed = layer.input_layernorm(hidden[None])
+        weights = layer.self_attn(normed, position_embeddings=(cos, sin), attention_mask=self._causal(len(hidden)))[1][
+            0
+        ]
+        keys = layer.self_attn.k_proj(normed)[0].unflatten(-1, (-1, cos.shape[-1]))  # [L, G, d]
+        half = cos.shape[-1] // 2
+        turned = torch.cat([-keys[..., half:], keys[..., :half]], dim=-1)
+        return weights, (keys * cos[0][:, None] + turned * sin[0][:, None]).flatten(1)

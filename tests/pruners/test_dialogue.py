@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tests import tiny
-from tests.pruners.methods import PyramidDrop
+from tests.pruners.methods import PRUNERS, PlainLoops
 
 import vzip
 from vzip.errors import ConfigError
@@ -44,51 +44,31 @@ def session(
     return vlm, vlm.chat(), logits
 
 
-@torch.no_grad()
-def by_plain_loops(
-    vlm: vzip.CompressedVlm, chat: ChatSession, new: list[int], kept: dict[int, list[int]]
-) -> torch.Tensor:
-    """Logits of the new tokens; adds to ``kept`` what FastV keeps of images that came with this turn."""
+def by_plain_loops(vlm: vzip.CompressedVlm, chat: ChatSession, new: list[int], plain: PlainLoops) -> torch.Tensor:
+    """Logits of a turn's new tokens; ``plain`` remembers what went on of earlier turns' images."""
     ids = chat._layout.lay_out(chat.messages[:-1], chat.visuals)
     owner = [*chat._layout.visual_index(ids)[0].tolist(), *[-1] * (len(new) - 1)]
-    hidden = chat._layout.embed([*ids, *new[:-1]], chat.visuals, vlm.adapter.embed_tokens)
-    text: Any = vlm.adapter.language_model
-    text.set_attn_implementation("eager")
-    places = list(range(len(owner)))
-    for number, layer in enumerate(text.layers):
-        if number == K:
-            for image in sorted(set(owner) - {-1} - set(kept)):
-                mine = [place for place in places if owner[place] == image]
-                kept[image] = sorted(sorted(mine, key=lambda place: -float(row[place]))[:KEEP])
-            places = [place for place in places if owner[place] < 0 or place in kept[owner[place]]]
-            hidden = hidden[:, places]
-        causal = torch.full((len(places), len(places)), torch.finfo(torch.float32).min).triu(1)[None, None]
-        embeddings = text.rotary_emb(hidden, torch.tensor([places]))
-        normed = layer.input_layernorm(hidden)
-        weights = layer.self_attn(normed, position_embeddings=embeddings, attention_mask=causal)[1]
-        if number == K - 1:
-            row = weights[0].mean(dim=0)[len(ids) - 1]
-        hidden = layer(hidden, attention_mask=causal, position_embeddings=embeddings)
-    text.set_attn_implementation("sdpa")
-    head: Any = vlm.model.get_output_embeddings()
-    return torch.nn.functional.linear(text.norm(hidden), head.weight)[0, -len(new) :]
+    embeds = chat._layout.embed([*ids, *new[:-1]], chat.visuals, vlm.adapter.embed_tokens)[0]
+    return plain.logits(embeds, owner, len(ids))
 
 
-def test_every_turn_equals_plain_loops_over_the_dialogue():
-    vlm, chat, logits = session(vzip.FastV(K, KEEP))
-    kept: dict[int, list[int]] = {}
+@pytest.mark.parametrize("pruner", PRUNERS, ids=str)
+def test_every_turn_equals_plain_loops_over_the_dialogue(pruner):
+    vlm, chat, logits = session(pruner)
+    plain = PlainLoops(vlm, pruner)
     for question, pictures in TURNS:
         logits.clear()
         chat.ask(question, pictures, max_new_tokens=6)
         got = torch.stack(logits)
-        expected = by_plain_loops(vlm, chat, got.argmax(dim=-1).tolist(), kept)
-        torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+        expected = by_plain_loops(vlm, chat, got.argmax(dim=-1).tolist(), plain)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
         lengths = [layer.get_seq_length() for layer in chat._cache.layers]
-        assert [lengths[0] - length for length in lengths] == [0, 0, *[len(chat.visuals) * (9 - KEEP)] * 2]
-    assert len(kept) == 3
+        dropped = {layer: plain.num_tokens - len(names) for layer, names in plain.after.items()}
+        assert {layer: lengths[0] - lengths[layer] for layer in dropped} == dropped and max(dropped.values()) > 0
+    assert len(plain.chosen) == 3 * len(pruner.cuts)
 
 
-@pytest.mark.parametrize("later", [None, vzip.FastV(1, 2), PyramidDrop({1: 4, 3: 2})], ids=str)
+@pytest.mark.parametrize("later", [None, vzip.FastV(1, 2), vzip.PyramidDrop([1, 3], [4, 2])], ids=str)
 def test_what_was_dropped_stays_dropped_whatever_follows(later):
     """A turn of text after the pruner was taken away or replaced goes on from the pruned cache, as if it were there."""
     answers = []
@@ -105,7 +85,7 @@ def test_what_was_dropped_stays_dropped_whatever_follows(later):
 def test_a_pruner_that_comes_later_prunes_what_comes_with_it():
     vlm, chat, _ = session(None)
     chat.ask(*TURNS[0], max_new_tokens=4)
-    vlm.pruner = PyramidDrop({1: 4, 3: 2})
+    vlm.pruner = vzip.PyramidDrop([1, 3], [4, 2])
     chat.ask("What changed?", [picture(1)], max_new_tokens=4)
     lengths = [layer.get_seq_length() for layer in chat._cache.layers]
     assert [lengths[0] - length for length in lengths] == [0, 5, 5, 7]
@@ -143,12 +123,13 @@ def test_a_template_that_rewrites_earlier_turns_prunes_anew():
     logits.clear()
     chat.ask("And that?", max_new_tokens=4)
     got = torch.stack(logits)
-    torch.testing.assert_close(got, by_plain_loops(vlm, chat, got.argmax(dim=-1).tolist(), {}), atol=2e-5, rtol=0)
+    expected = by_plain_loops(vlm, chat, got.argmax(dim=-1).tolist(), PlainLoops(vlm, vlm.pruner))
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
 
 
 def test_repacked_positions_go_on_where_the_cache_ends():
     """All that is dropped leaves no gap: the next turn's ids are its tokens' places in the cache of each layer."""
-    vlm, chat, _ = session(PyramidDrop({1: 4, 3: 2}))
+    vlm, chat, _ = session(vzip.PyramidDrop([1, 3], [4, 2]))
     seen: list[torch.Tensor] = []
     rotary: Any = vlm.model.get_submodule("model.language_model.rotary_emb")
     rotary.register_forward_hook(

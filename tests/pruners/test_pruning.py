@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from tests import tiny, tiny_mini_gemini
-from tests.pruners.methods import PyramidDrop
+from tests.pruners.methods import PRUNERS, PlainLoops
 from tests.tiny import IMAGE_TOKEN
 from transformers import Gemma2Config, MistralConfig
 
@@ -23,7 +22,13 @@ from vzip.pruners.context import PruningError, pruning
 
 BUDGET = vzip.TokenBudget(num_dominant=12, num_contextual=4)
 NUM_LAYERS = 5
-PRUNERS = [vzip.FastV(2, 5), vzip.FastV(1, 0.25), vzip.FastV(3, 0.5, pooled=True), PyramidDrop({1: 9, 3: 4})]
+KEEP_ALL = [
+    vzip.FastV(2, 16),
+    vzip.FastV(1, 1.0, pooled=True),
+    vzip.PyramidDrop([1, 3], [1.0, 1.0]),
+    vzip.DART(2, 16),
+    vzip.SparseVLMPlus([0, 2], [16, 16]),
+]
 # Prompts with 0, 1 and 2 images, of different lengths.
 PROMPTS = [[5, 6, 7], [8, IMAGE_TOKEN, 9, 10, 11, 12], [13, IMAGE_TOKEN, 14, 15, IMAGE_TOKEN, 16]]
 
@@ -62,64 +67,49 @@ def singles(prompts: list[list[int]]) -> list[dict[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def by_plain_loops(vlm: vzip.CompressedVlm, inputs: dict[str, torch.Tensor], num_new: int) -> tuple[list[int], list]:
-    """FastV for one prompt, without hooks and without a cache: every step computes everything anew, in eager mode.
-
-    Returns:
-        The new tokens, and what was kept.
-    """
-    pruner, model = vlm.pruner, copy.deepcopy(vlm.model)
-    assert isinstance(pruner, vzip.FastV)
-    model.set_attn_implementation("eager")
-    text = model.model.language_model
+def by_plain_loops(vlm: vzip.CompressedVlm, inputs: dict[str, torch.Tensor], num_new: int) -> tuple[torch.Tensor, Any]:
+    """Logits ``[num_new, vocab]`` of one prompt's new tokens, and the loops that made them."""
+    assert vlm.pruner is not None
+    plain, new = PlainLoops(vlm, vlm.pruner), []
     prepared = vlm.prepare(**inputs, padding_side="left")
-    embeds, owner = prepared.inputs_embeds, prepared.visual_index[0].tolist()
-    length, kept, new, weights = embeds.shape[1], None, [], torch.empty(0)
+    embeds, owner = prepared.inputs_embeds[0], prepared.visual_index[0].tolist()
     for _ in range(num_new):
-        hidden, places = embeds, list(range(embeds.shape[1]))
-        for number, layer in enumerate(text.layers):
-            if number == pruner.K:
-                if kept is None:
-                    row = [float(value) for value in weights[0, :, length - 1, :length].mean(dim=0)]
-                    images = [i for i in sorted(set(owner)) if i >= 0]
-                    groups = [images] if pruner.pooled else [[i] for i in images]
-                    kept = [place for place in range(length) if owner[place] < 0]
-                    for group in groups:
-                        mine = [place for place in range(length) if owner[place] in group]
-                        count = round(len(mine) * pruner.keep) if isinstance(pruner.keep, float) else pruner.keep
-                        kept += sorted(mine, key=lambda place: -row[place])[: min(count, len(mine))]
-                    kept.sort()
-                places = kept + list(range(length, embeds.shape[1]))
-                hidden = hidden[:, places]
-            size = len(places)
-            causal = torch.full((size, size), torch.finfo(torch.float32).min).triu(1)[None, None]
-            embeddings = text.rotary_emb(hidden, torch.tensor([places]))
-            if number == pruner.K - 1:
-                normed = layer.input_layernorm(hidden)
-                weights = layer.self_attn(normed, position_embeddings=embeddings, attention_mask=causal)[1]
-            hidden = layer(hidden, attention_mask=causal, position_embeddings=embeddings)
-        new.append(int(model.lm_head(text.norm(hidden))[0, -1].argmax()))
-        embeds = torch.cat([embeds, model.get_input_embeddings()(torch.tensor([new[-1:]]))], dim=1)
-    return new, kept
+        logits = plain.logits(embeds, [*owner, *[-1] * len(new)], len(owner))
+        new.append(int(logits[-1].argmax()))
+        embeds = torch.cat([embeds, vlm.adapter.embed_tokens(torch.tensor(new[-1:]))])
+    return logits, plain
 
 
-@pytest.mark.parametrize("pruner", PRUNERS[:3], ids=str)
+@pytest.mark.parametrize("pruner", PRUNERS, ids=str)
 @pytest.mark.parametrize("prompt", PROMPTS[1:], ids=["one image", "two images"])
-def test_equal_to_plain_loops(pruner, prompt):
+@pytest.mark.parametrize("compressor", [vzip.VisionZip(BUDGET), vzip.Identity()], ids=["16 tokens", "64 tokens"])
+def test_equal_to_plain_loops(pruner, prompt, compressor):
     vlm = wrapper(pruner)
+    vlm.compressor = compressor
     inputs = singles([prompt])[0]
-    kept: list[Cut] = []
+    cuts: dict[int, Cut] = {}
     original = pruner.cut
-    object.__setattr__(pruner, "cut", lambda state: kept.append(original(state)) or kept[-1])
+
+    def spy(state: PromptState) -> Cut:
+        return cuts.setdefault(state.layer, original(state))
+
+    settings = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+    object.__setattr__(pruner, "cut", spy)
     try:
-        new = vlm.generate(**inputs, max_new_tokens=6)
+        logits = vlm.generate(**inputs, **settings).logits
     finally:
         object.__delattr__(pruner, "cut")
-    expected, expected_kept = by_plain_loops(vlm, inputs, 6)
-    assert kept[0].index.tolist() == expected_kept
-    assert new[0].tolist() == expected
+    expected, plain = by_plain_loops(vlm, inputs, 6)
+    names: list[Any] = list(range(len(vlm.prepare(**inputs).inputs_embeds[0])))
+    for layer, cut in cuts.items():
+        owner = [] if cut.new_visual_index is None else cut.new_visual_index.tolist()
+        merged = [(layer, image, owner[:number].count(image)) for number, image in enumerate(owner)]
+        names = [names[place] if place >= 0 else merged[-1 - place] for place in cut.index.tolist()]
+        assert names == plain.after[layer][: len(names)]
+    assert set(cuts) == set(plain.after) == set(pruner.cuts)
+    torch.testing.assert_close(torch.cat(logits), expected, atol=1e-4, rtol=0)
     vlm.pruner = None
-    assert vlm.generate(**inputs, max_new_tokens=6)[0].tolist() != expected  # the prompt tells them apart
+    assert (vlm.generate(**inputs, **settings).logits[0][0] - expected[0]).abs().max() > 0.01  # not those of all tokens
 
 
 @pytest.mark.parametrize("pruner", PRUNERS, ids=str)
@@ -148,7 +138,7 @@ def test_a_batch_equals_its_singles(pruner, side):
     assert seen == len(schedule) == 3
 
 
-@pytest.mark.parametrize("pruner", [vzip.FastV(2, 16), vzip.FastV(1, 1.0, pooled=True)], ids=str)
+@pytest.mark.parametrize("pruner", KEEP_ALL, ids=str)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
@@ -375,7 +365,19 @@ def test_other_language_models(kind):
     model = tiny.finish(other(text), "clip")
     vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), pruner=vzip.FastV(2, 5))
     inputs = singles(PROMPTS)[2]
-    assert vlm.generate(**inputs, max_new_tokens=6)[0].tolist() == by_plain_loops(vlm, inputs, 6)[0]
+    expected = by_plain_loops(vlm, inputs, 6)[0].argmax(dim=-1)
+    assert vlm.generate(**inputs, max_new_tokens=6)[0].tolist() == expected.tolist()
+
+
+# What the options change for models of four layers.
+SHORT = {
+    "pyramiddrop": {"layers": [1, 2, 3]},
+    "vscan_stage2": {"layers": [2], "keep": [6]},
+    "dart": {"num_claimed": 8},
+    "sparsevlm": {"layers": [0, 1, 2], "keep": [8, 5, 2]},
+    "sparsevlm_v10": {"layers": [0, 1, 2]},
+    "sparsevlm_v20": {"layers": [0, 1, 2], "keep": [8, 5, 2]},
+}
 
 
 @pytest.mark.parametrize("name", [name for name in options(config_dir(), "pruner") if name != "none"])
@@ -383,12 +385,12 @@ def test_other_language_models(kind):
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, tiny_mini_gemini.FAMILY], ids=str)
 @torch.no_grad()
 def test_every_pruner_of_the_configuration_in_every_family(family, compressor, name):
-    pruner = build_pruner(option_values(config_dir(), "pruner", name))
+    pruner = build_pruner(option_values(config_dir(), "pruner", name) | SHORT.get(name, {}))
     vlm = vzip.CompressedVlm(family.build(num_text_layers=4), compressor, pruner=pruner)
     new = vlm.generate(torch.tensor([[5, family.token, 6, family.token, 7]]), **family.inputs(2), max_new_tokens=3)
     assert new.shape == (1, 3)
     for entered, layers in zip(vlm.last_num_visual_tokens, vlm.last_pruned.visual_schedule, strict=True):
-        assert layers == pruner.schedule(entered, 4) and layers[-1] < entered == layers[0]
+        assert layers == (pruner.schedule(entered, 4) or layers) and layers[-1] < entered == layers[0]
 
 
 def test_visual_index_says_where_each_image_is():

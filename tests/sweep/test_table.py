@@ -241,16 +241,20 @@ def test_one_that_fails_does_not_keep_the_others_from_running(
 
     monkeypatch.setattr(of_table, "run_one", run_one)
     todos = todos_of("1", "64,gqa", tmp_path)
-    assert [todo.program for todo in todos] == ["train.py", *["eval.py"] * 4]
+    assert [todo.program for todo in todos] == ["train.py", *["eval.py"] * 5]
     failed = run_all(todos, None)
-    assert [todo.label for todo in tried] == ["576, vanilla", "64, FastV", "64, VisionZip"] and failed == [
-        todos[2].command
-    ]
+    assert [todo.label for todo in tried] == [
+        "576, vanilla",
+        "64, FastV",
+        "64, SparseVLM",
+        "64, VisionZip",
+    ] and failed == [todos[2].command]
     assert "left out, for" in capsys.readouterr().err
-    assert run_all(todos, "inline") == [] and [todo.label for todo in tried[3:]] == [
+    assert run_all(todos, "inline") == [] and [todo.label for todo in tried[4:]] == [
         "64, VisionZip‡",
         "576, vanilla",
         "64, FastV",
+        "64, SparseVLM",
         "64, VisionZip",
         "64, VisionZip‡",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +39,11 @@ class StageFlops:
 
 
 def count_method(
-    workload: Workload, model: BenchModel, method_name: str, num_visual_tokens: int
+    workload: Workload,
+    model: BenchModel,
+    method_name: str,
+    num_visual_tokens: int,
+    cached_tokens: Sequence[int] = (),
 ) -> dict[str, StageFlops]:
     """Counts one pass of a method on a copy of the model without contents.
 
@@ -47,6 +52,7 @@ def count_method(
         model: what it was built from.
         method_name: one of ``METHOD_CLASSES``. What a pruner itself computes, a row of attention, is not counted.
         num_visual_tokens: of each prompt, as the pass measured.
+        cached_tokens: of each layer, likewise; needed of a pruner whose schedule depends on the data.
 
     Returns:
         stage -> operations, over the whole batch; ``decode_per_token`` is the first token after prefill.
@@ -71,7 +77,7 @@ def count_method(
     else:
         with torch.no_grad():
             tokens = method.compressor(vision).tokens
-    return result | _language(meta, model, tokens, _layers_of(meta, model, method, num_visual_tokens))
+    return result | _language(meta, model, tokens, _layers_of(meta, model, method, num_visual_tokens, cached_tokens))
 
 
 def _of_any_size(meta: Workload, model: BenchModel, method: Method, num_visual_tokens: int) -> dict[str, StageFlops]:
@@ -126,20 +132,24 @@ def _mining(adapter: MiniGeminiAdapter, vision: VisionOutput, pixel_values: Tens
 
 
 def _layers_of(
-    meta: Workload, model: BenchModel, method: Method, num_visual_tokens: int
+    meta: Workload, model: BenchModel, method: Method, num_visual_tokens: int, cached_tokens: Sequence[int] = ()
 ) -> list[tuple[Workload, BenchModel, int]]:
     """The language model as models of some of its layers each, with the visual tokens of a prompt that these read."""
     if method.pruner is None or not isinstance(meta.visuals, Images):
         return [(meta, model, num_visual_tokens)]
     num_images = meta.visuals.num_placeholders
     num_layers = model.config.text_config.num_hidden_layers
-    schedule = method.pruner.schedule(num_visual_tokens // num_images, num_layers) or []
+    schedule = method.pruner.schedule(num_visual_tokens // num_images, num_layers)
+    if schedule is None:
+        by_layer = [length - meta.settings.prompt_tokens for length in cached_tokens]
+    else:
+        by_layer = [num_images * kept for kept in schedule]
     parts = []
-    for kept, layers in itertools.groupby(schedule):
+    for kept, layers in itertools.groupby(by_layer):
         config = copy.deepcopy(model.config)
         config.text_config.num_hidden_layers = len(list(layers))
         part = replace(model, config=config)
-        parts.append((_on_meta(meta, part), part, num_images * kept))
+        parts.append((_on_meta(meta, part), part, kept))
     return parts
 
 

@@ -205,7 +205,7 @@ def measure(
             peak_memory_bytes=peak.peak_bytes,
             peak_memory_added_bytes=peak.peak_bytes - peak.start_bytes,
             memory_kind=peak.kind,
-            flops=operations.count_method(w, model, name, passed.num_visual_tokens),
+            flops=operations.count_method(w, model, name, passed.num_visual_tokens, passed.cached_tokens),
             attention_kernels=fused_attention(method),
         )
     return BenchResult(
@@ -249,8 +249,11 @@ def _expected_cache_bytes(w: Workload, method: Method, passed: PassResult) -> in
     if method.pruner is not None and isinstance(w.visuals, Images):
         num_images = w.visuals.num_placeholders
         own = passed.num_visual_tokens // num_images
-        schedule = method.pruner.schedule(own, text.num_hidden_layers) or []
-        num_dropped = num_images * sum(own - kept for kept in schedule)
+        schedule = method.pruner.schedule(own, text.num_hidden_layers)
+        if schedule is None:  # the data decide: what layers hold is all that is known
+            num_dropped = sum(passed.num_prompt_tokens - length for length in passed.cached_tokens)
+        else:
+            num_dropped = num_images * sum(own - kept for kept in schedule)
     return kv_cache_formula_bytes(
         num_layers=1,
         num_kv_heads=text.num_key_value_heads,

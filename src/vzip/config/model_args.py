@@ -68,6 +68,7 @@ def build_compressor(args: Mapping[str, Any]) -> Compressor:
         )
     entry, problems = known[name], []
     elsewhere = {key for other in known.values() for key in other.settings} - entry.settings.keys()
+    elsewhere -= _settings_of("pruner", args.get("pruner"))
     for key in sorted(elsewhere & args.keys()):
         problems.append(f"model_args: {key}={args[key]!r} has no meaning for compressor={name}; take it out.")
     missing = [key for key in COUNTS if key not in counts]
@@ -80,6 +81,12 @@ def build_compressor(args: Mapping[str, Any]) -> Compressor:
         )
     raise_all(problems)
     return entry.build(vzip.TokenBudget(**counts) if entry.has_budget else None, **_given(entry, args))
+
+
+def _settings_of(group: str, name: Any) -> set[str]:
+    """Settings of the method that another group's option names, if there is one: methods may share a name, as seed."""
+    known = method_files(group)
+    return set(known[name].settings) if name in known else set()
 
 
 def _given(entry: MethodFile, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +112,7 @@ def build_pruner(args: Mapping[str, Any]) -> Pruner | None:
         )
     settings = {} if name == "none" else known[name].settings
     elsewhere = {key for entry in known.values() for key in entry.settings} - settings.keys()
+    elsewhere -= _settings_of("compressor", args.get("compressor", DEFAULT_COMPRESSOR))
     raise_all(
         [
             f"model_args: {key}={args[key]!r} has no meaning for pruner={name}; take it out, or choose its pruner."

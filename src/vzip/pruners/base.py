@@ -122,6 +122,11 @@ class PromptState:
         """Keys of the prompt's tokens after the rotary embedding, ``[G, L, d]``; layers as in ``attention_rows``."""
         return self._input_of(layer).keys[:, -self.hidden.shape[0] :].to(self.hidden.device)
 
+    def position_embeddings(self, layer: int) -> PositionEmbeddings:
+        """cos and sin of the prompt's tokens, ``[L, d]``, of one-dimensional ids; layers as in ``attention_rows``."""
+        cos, sin = (part[0].to(self.hidden.device) for part in self._input_of(layer).position_embeddings)
+        return cos, sin
+
     def _input_of(self, layer: int) -> LayerInput:
         if layer not in (self.layer - 1, self.layer):
             raise ValueError(
@@ -191,7 +196,7 @@ class Pruner(ABC):
             raise ConfigError(
                 f"pruner={self}: cuts at the input of layer {', '.join(map(str, outside or self.cuts))}, but the"
                 f" language model has the layers 0 to {num_layers - 1}, and 1 to {num_layers - 1} can be cut at, in"
-                " ascending order."
+                " ascending order: pruner.K or pruner.layers sets them."
             )
         window = getattr(config, "sliding_window", None)
         if window is not None or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
