@@ -61,10 +61,10 @@ def method_files(group: str = "compressor") -> dict[str, MethodFile]:
 
 
 def budgets() -> dict[str, TokenBudget]:
-    """Every budget by name, the largest first; ``budget=full``, which is none, left out."""
+    """Every budget that has a file by name, the largest first; those without counts of their own left out."""
     directory = checkout() / "configs"
     counts = {name: option_values(directory, "budget", name) for name in options(directory, "budget")}
-    found = {n: TokenBudget(c["num_dominant"], c["num_contextual"]) for n, c in counts.items() if c["num_dominant"]}
+    found = {n: TokenBudget(c["num_dominant"], c["num_contextual"]) for n, c in counts.items() if type(c["num_dominant"]) is int}
     return dict(sorted(found.items(), key=lambda item: -item[1].num_tokens))
 
 

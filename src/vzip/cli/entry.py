@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vzip import log
 from vzip.cli.listing import program_help
 from vzip.config.options import config_dir
-from vzip.config.overrides import arrange, check_overrides, counted_budgets
+from vzip.config.overrides import arrange, check_overrides
 from vzip.errors import VzipError
 from vzip.installed import is_missing, missing_package, optional_packages
 from vzip.log import USER_ERROR
@@ -71,7 +71,6 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
 
             try:
                 directory = config_dir()
-                sys.argv[1:] = counted_budgets(sys.argv[1:], directory)
                 check_overrides(sys.argv[1:], directory, config_name)
                 # Hydra must hand its exceptions on instead of printing them: this is its own switch for that.
                 os.environ[_FULL] = "1"

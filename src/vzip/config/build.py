@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from vzip import demo
 from vzip.config.full_budget import full_is_vanilla
 from vzip.config.options import RECIPE_GROUP, config_dir, option_values, options
-from vzip.config.overrides import check_overrides, counted_budgets
+from vzip.config.overrides import check_overrides
 from vzip.config.run_directory import budget_label, recipe_changes, run_directory, training_directory
 from vzip.config.same_run import same_run
 from vzip.config.schema import AUTO
-from vzip.config.validate import BUILT_IN, TRAINED, VIDEO, build_compressor, build_pruner, validate
+from vzip.config.validate import BUILT_IN, COUNTS, TRAINED, VIDEO, build_compressor, build_pruner, validate
 from vzip.errors import CheckpointError, ConfigError, RunExistsError, nearest
 from vzip.evaluation.benchmarks.task_names import refuse_unknown
 from vzip.installed import check_quantization, program
@@ -162,7 +162,7 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
     config["recipe"] = unchanged_recipe(config, "eval")
     config["paths"]["run_dir"] = str(run_dir)
     # A changed budget must not stand in the record under the name of the file it started from.
-    config["budget"]["name"] = budget_label(config["budget"], directory)
+    config["budget"] = {"name": budget_label(config["budget"], directory), **{k: config["budget"][k] for k in COUNTS}}
     model, evaluation = config["model"], config["eval"]
     model |= tuned_record(projector) | adapter_record(model["adapter_path"])
     finished = None
@@ -343,10 +343,9 @@ def model_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor]:
 def chat_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor, str | None]:
     """As ``model_plan``, and the model's system prompt (None: none)."""
     directory = config_dir()
-    words = counted_budgets(words, directory)
     check_overrides(words, directory, "eval")
     with initialize_config_dir(config_dir=str(directory), version_base="1.3"):
-        config = resolved(compose("eval", words))
+        config = resolved(compose("eval", list(words)))
     validate(config)
     model = {**config["model"], "projector": tuned_weights(config, directory)}
     arguments = {**load_arguments(model), "pruner": build_pruner(config["pruner"])}

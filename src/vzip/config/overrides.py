@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Sweep
 from hydra.errors import HydraException
@@ -21,6 +22,7 @@ from vzip.config.options import RECIPE_GROUP, groups, option_values, options
 from vzip.config.validate import find_problems
 from vzip.errors import ConfigError, nearest
 from vzip.keys import raise_all
+from vzip.option_files import counted_budget, is_option
 
 # Words of Hydra's own command line that take a value of their own.
 _FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
@@ -28,8 +30,9 @@ _FLAGS_WITH_VALUE |= {"--config-dir", "-cd", "--experimental-rerun", "--info", "
 _SWEEP_FLAGS = ("-m", "--multirun")
 _SHOW_FLAGS = ("--cfg", "-c", "--info", "-i")
 
-_COUNTED = re.compile(r"budget=(\d+)tok")
 logger = logging.getLogger(__name__)
+
+_OR_COUNTS = "\nOr any number of tokens, as budget=48tok, or counts: budget.num_dominant=D budget.num_contextual=C."
 
 # A sweep's jobs that are composed beforehand (a quarter of a second each); every job is checked again when it starts.
 MAX_JOBS_CHECKED = 64
@@ -54,6 +57,7 @@ def check_overrides(arguments: Sequence[str], directory: Path, config_name: str)
 
     If one is wrong, the others are composed and their values judged too, so that one message names everything. The
     jobs of a sweep are judged before the first one starts. Otherwise values are left to the composed configuration.
+    From here on Hydra composes the budgets too that are named by their number of tokens.
 
     Raises:
         ConfigError: naming every wrong override.
@@ -68,6 +72,7 @@ def check_overrides(arguments: Sequence[str], directory: Path, config_name: str)
         found = _check_word(word, parser, directory)
         problems += found
         good += [] if found else parser.parse_overrides([word])
+    _offer_counted_budgets(good, directory)
     absent = absent_settings(good, directory, config_name)
     problems += absent.values()
     good = [override for override in good if override.input_line not in absent]
@@ -80,22 +85,24 @@ def is_sweep(arguments: Sequence[str]) -> bool:
     return any(word in _SWEEP_FLAGS for word in arguments)
 
 
-def counted_budgets(arguments: Sequence[str], directory: Path) -> list[str]:
-    """The words with ``budget=48tok``, of which there is no file, as two counts in the paper's ratio.
+def _offer_counted_budgets(overrides: Sequence[Override], directory: Path) -> None:
+    """Makes ``budget=48tok``, of which there is no file, an option of Hydra's, and says how it is split."""
+    for override in overrides:
+        for name in _names_of(override) if override.key_or_group == "budget" else ():
+            values = None if name in options(directory, "budget") else counted_budget(name)
+            if values is not None:
+                # Kept for the process, and handed on to those that a sweep's launcher starts.
+                ConfigStore.instance().store(name, values, group="budget")
+                counts = values["num_dominant"], values["num_contextual"]
+                logger.info("budget=%s: %d dominant + %d contextual tokens", name, *counts)
 
-    The paper's 64, 128 and 192 are 54 + 10, 108 + 20 and 162 + 30: 5.4 dominant tokens to 1 contextual.
-    """
-    words: list[str] = []
-    for word in arguments:
-        found = _COUNTED.fullmatch(word)
-        if found is None or int(found[1]) < 2 or f"{found[1]}tok" in options(directory, "budget"):
-            words.append(word)
-            continue
-        num_tokens = int(found[1])
-        num_contextual = max(1, round(num_tokens / 6.4))
-        words += [f"budget.num_dominant={num_tokens - num_contextual}", f"budget.num_contextual={num_contextual}"]
-        logger.info("%s: %d dominant + %d contextual tokens", word, num_tokens - num_contextual, num_contextual)
-    return words
+
+def _names_of(override: Override) -> list[str]:
+    """The options that an override of a group names: one, or a sweep's."""
+    value = override.value()
+    if isinstance(value, Sweep):
+        return [str(v) for v in value.list] if hasattr(value, "list") else []
+    return [str(value)]
 
 
 def arrange(arguments: Sequence[str]) -> list[str]:
@@ -157,15 +164,13 @@ def _check_option(override: Override, directory: Path) -> list[str]:
         return [f"{group} is no group of the defaults list: write +{group}=NAME."]
     if override.is_delete():
         return [f"~{group}: every group must keep an option."]
-    value = override.value()
-    names = [str(v) for v in value.list] if isinstance(value, Sweep) and hasattr(value, "list") else [str(value)]
     allowed = options(directory, group)
     return [
         f"{group}={name}: no such option{nearest(name, allowed)}. Available options in '{group}':\n"
         + "\n".join(f"       {option}" for option in allowed)
-        + ("\nOr counts of your own: budget.num_dominant=D budget.num_contextual=C." if group == "budget" else "")
-        for name in names
-        if name not in allowed and not isinstance(value, dict)
+        + (_OR_COUNTS if group == "budget" else "")
+        for name in _names_of(override)
+        if not is_option(directory, group, name) and not isinstance(override.value(), dict)
     ]
 
 

@@ -86,6 +86,13 @@ class BudgetSettings:
 
 
 @dataclass(frozen=True)
+class CountedBudgetSettings(BudgetSettings):
+    """The ``budget`` group for a number of tokens that is split as the paper splits its own."""
+
+    num_tokens: int = key("of budget=tokens: dominant and contextual tokens together, 5.4 to 1", at_least=2)
+
+
+@dataclass(frozen=True)
 class GenerationSettings:
     """``eval.gen_kwargs``: what is asked of each answer."""
 
@@ -178,6 +185,7 @@ def _kind(name: str, settings: type) -> Mapping[str, Key]:
 # Groups whose options are of different kinds, with keys of their own; an option without a kind has a name only.
 KINDS: Mapping[str, Mapping[str, Mapping[str, Key]]] = {
     "data": {"llava_json": _kind("llava_json", LlavaJsonSettings), "scenes": _kind("scenes", ScenesSettings)},
+    "budget": {"counted": _kind("counted", CountedBudgetSettings)},
     "train": {"tune": _kind("tune", TrainSettings)},
 }
 

@@ -75,6 +75,8 @@ def _check_compressor(compressor: Mapping[str, Any], budget: Mapping[str, Any]) 
                 f" {show(counts[0])} dominant + {show(counts[1])} contextual: set budget=full, or choose a compressor"
                 " (one that takes a budget, as configs/compressor/visionzip.yaml)."
             )
+    elif any(count is None for count in counts) and "num_tokens" in budget:
+        return problems  # reported already: the counts follow from it
     elif any(count is None for count in counts):
         problems.append(
             f"compressor={name} needs a budget, but budget={budget.get('name')} names no counts: set budget=64tok (or"
