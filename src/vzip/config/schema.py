@@ -89,7 +89,10 @@ class BudgetSettings:
 class CountedBudgetSettings(BudgetSettings):
     """The ``budget`` group for a number of tokens that is split as the paper splits its own."""
 
-    num_tokens: int = key("of budget=tokens: dominant and contextual tokens together, 5.4 to 1", at_least=2)
+    num_tokens: int = key(
+        "of budget=tokens: dominant and contextual together, 5.4 to 1",
+        rule=Rule("a whole number of tokens a crop, 2 or more, as budget.num_tokens=48", whole_number(2).allows),
+    )
 
 
 @dataclass(frozen=True)
