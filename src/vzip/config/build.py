@@ -19,7 +19,16 @@ from vzip.config.overrides import check_overrides
 from vzip.config.run_directory import budget_label, recipe_changes, run_directory, training_directory
 from vzip.config.same_run import same_run
 from vzip.config.schema import AUTO
-from vzip.config.validate import BUILT_IN, COUNTS, TRAINED, VIDEO, build_compressor, build_pruner, validate
+from vzip.config.validate import (
+    BUILT_IN,
+    COUNTS,
+    TRAINED,
+    VIDEO,
+    build_compressor,
+    build_pruner,
+    has_a_directory,
+    validate,
+)
 from vzip.errors import CheckpointError, ConfigError, RunExistsError, nearest
 from vzip.evaluation.benchmarks.task_names import refuse_unknown
 from vzip.installed import check_quantization, program
@@ -150,6 +159,8 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
     """
     directory = config_dir()
     config = full_is_vanilla(resolved(cfg), directory) if of_sweep else resolved(cfg)
+    if not of_sweep and has_a_directory(config):
+        _refuse_recorded(run_directory(config, directory), config)  # before torch is imported to judge the rest
     validate(config)
     check_quantization(config["model"]["quantization"])
     check_assembled(config["model"])
@@ -166,13 +177,10 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
     model, evaluation = config["model"], config["eval"]
     model |= tuned_record(projector) | adapter_record(model["adapter_path"])
     finished = None
-    if (run_dir / RECORD_NAME).exists() and not config["overwrite"]:
-        finished = same_run(run_dir, config) if of_sweep else None
-        if finished is None:
-            raise RunExistsError(
-                f"{run_dir} already holds a record (run.json){' of other settings' if of_sweep else ''}: set"
-                " overwrite=true to replace it, or paths.run_dir=DIR to write elsewhere."
-            )
+    if of_sweep and (run_dir / RECORD_NAME).exists() and not config["overwrite"]:
+        finished = same_run(run_dir, config)
+    if finished is None:
+        _refuse_recorded(run_dir, config, " of other settings" if of_sweep else "")
     _refuse_unknown_tasks(evaluation["tasks"], evaluation["include_path"])
     if not config["dry_run"]:
         check_writable(run_dir)
@@ -207,6 +215,14 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
         pruner=build_pruner(config["pruner"]),
         finished=finished,
     )
+
+
+def _refuse_recorded(run_dir: Path, config: Mapping[str, Any], what: str = "") -> None:
+    if (run_dir / RECORD_NAME).exists() and not config["overwrite"]:
+        raise RunExistsError(
+            f"{run_dir} already holds a record (run.json){what}: set overwrite=true to replace it, or paths.run_dir=DIR"
+            " to write elsewhere."
+        )
 
 
 def _refuse_unknown_tasks(tasks: Sequence[str], include_path: str | None) -> None:

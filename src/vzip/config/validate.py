@@ -33,6 +33,27 @@ def validate(config: Mapping[str, Any]) -> None:
 
 def find_problems(config: Mapping[str, Any]) -> list[str]:
     """Every problem of a configuration, in the order of the keys."""
+    problems, is_whole = _key_problems(config)
+    if is_whole and isinstance(config["compressor"], Mapping):
+        problems += _check_compressor(_with_usable_seed(config), config["budget"])
+        problems += _check_budget_fits(config["model"], config["compressor"], config["budget"])
+        problems += _check_family(config["model"], config["compressor"])
+        problems += _check_pruner(config["model"], config["pruner"])
+        problems += _check_paths(config["model"], config["eval"])
+        problems += _check_video_root(config["eval"], config["paths"])
+    return problems
+
+
+def has_a_directory(config: Mapping[str, Any]) -> bool:
+    """Whether nothing is wrong that can be told without importing a method, and so torch: keys, values and names."""
+    problems, is_whole = _key_problems(config)
+    methods = [(group, config.get(group)) for group in schema.OPEN_GROUPS]
+    named = all(isinstance(method, Mapping) and not check_name(group, method) for group, method in methods)
+    return is_whole and not problems and named
+
+
+def _key_problems(config: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """Wrong, unknown and missing keys, and whether none is missing."""
     problems: list[str] = []
     allowed = [*schema.TOP, *schema.GROUPS, *schema.OPEN_GROUPS]
     for key, value in config.items():
@@ -44,14 +65,7 @@ def find_problems(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key}: no such key{nearest(key, allowed)}; allowed: {', '.join(allowed)}.")
     absent = [key for key in allowed if key not in config]
     problems += [f"{key}: missing from the configuration; start from configs/base.yaml." for key in absent]
-    if not absent and isinstance(config["compressor"], Mapping):
-        problems += _check_compressor(_with_usable_seed(config), config["budget"])
-        problems += _check_budget_fits(config["model"], config["compressor"], config["budget"])
-        problems += _check_family(config["model"], config["compressor"])
-        problems += _check_pruner(config["model"], config["pruner"])
-        problems += _check_paths(config["model"], config["eval"])
-        problems += _check_video_root(config["eval"], config["paths"])
-    return problems
+    return problems, not absent
 
 
 def _with_usable_seed(config: Mapping[str, Any]) -> Mapping[str, Any]:
