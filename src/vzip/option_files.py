@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,33 @@ def is_option(directory: Path, group: str, name: str) -> bool:
     return name in options(directory, group) or (group == "budget" and counted_budget(name) is not None)
 
 
+_own: list[Path] = []  # the user's folder, while there is one
+
+
+def own_folder() -> Path | None:
+    """The folder of the user's own that is read beside ``configs`` (``--config-dir``), or None."""
+    return _own[-1] if _own else None
+
+
+@contextlib.contextmanager
+def reading_beside(folder: Path | None) -> Iterator[None]:
+    """Within the block a group's options are those of ``configs`` and of this folder."""
+    _own.extend([] if folder is None else [folder])
+    try:
+        yield
+    finally:
+        del _own[len(_own) - (folder is not None) :]
+
+
 def options(directory: Path, group: str) -> list[str]:
     """Names a group can be set to."""
-    return sorted(p.stem for p in (directory / group).glob("*.yaml"))
+    return sorted({path.stem for folder in (directory, *_own) for path in (folder / group).glob("*.yaml")})
+
+
+def option_file(directory: Path, group: str, name: str) -> Path:
+    """The file of an option: the folder's, or else the user's own."""
+    paths = [folder / group / f"{name}.yaml" for folder in (directory, *_own)]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def option_values(directory: Path, group: str, name: str) -> dict[str, Any]:
@@ -70,7 +96,7 @@ def option_values(directory: Path, group: str, name: str) -> dict[str, Any]:
         ConfigError: a file that is no mapping.
     """
     relative = name.removesuffix("@_here_")
-    path = directory / (f"{relative[1:]}.yaml" if relative.startswith("/") else f"{group}/{relative}.yaml")
+    path = option_file(directory, "" if relative.startswith("/") else group, relative.removeprefix("/"))
     if not path.is_file():
         return (counted_budget(name) or {}) if group == "budget" else {}
     try:

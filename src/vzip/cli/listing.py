@@ -21,7 +21,7 @@ from vzip.config.options import RECIPE_GROUP, config_dir, groups, header, option
 from vzip.errors import ConfigError, nearest
 from vzip.installed import program
 from vzip.keys import describe
-from vzip.option_files import comments, summary
+from vzip.option_files import comments, option_file, summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
         written = f"{program('eval')} +exp=NAME" if group == RECIPE_GROUP else f"{group}=OPTION"
         table = Table("option", "what it is", title=written, title_justify="left")
         for name in options(directory, group):
-            path = directory / group / f"{name}.yaml"
+            path = option_file(directory, group, name)
             table.add_row(name, "\n".join(header(path)) if args.group else summary(path))
         console.print(table)
     if args.group not in (None, RECIPE_GROUP):
@@ -54,7 +54,7 @@ def key_lines(group: str, directory: Path) -> list[str]:
         return describe({name: own for name, own in keys.items() if name not in ("name", "kind")}, f"{group}.")
     lines = []
     for name in options(directory, group):
-        said = comments(directory / group / f"{name}.yaml")
+        said = comments(option_file(directory, group, name))
         own_keys = [key for key in option_values(directory, group, name) if key not in ("name", "_target_", "budget")]
         for own in own_keys:
             lines += [f"  {group}.{own}: of {group}={name}", *([f"      {said[own]}"] if own in said else [])]

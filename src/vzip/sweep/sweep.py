@@ -24,7 +24,7 @@ from rich.console import Console
 
 from vzip.config.build import resolved
 from vzip.config.full_budget import full_is_vanilla
-from vzip.config.options import config_dir
+from vzip.config.options import config_dir, with_own_folder_of_job
 from vzip.config.overrides import is_sweep
 from vzip.config.run_directory import run_directory, training_directory
 from vzip.errors import ConfigError, ManifestError, VzipError
@@ -157,9 +157,10 @@ def _write_entry(config: DictConfig, error: str | None = None, place: str | None
 def _directory(config: DictConfig) -> Path:
     """The job's run directory."""
     own = resolved(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
-    if config.hydra.job.config_name == "train":
-        return training_directory(own, config_dir())
-    return run_directory(full_is_vanilla(own, config_dir()), config_dir())
+    with with_own_folder_of_job(config.hydra):
+        if config.hydra.job.config_name == "train":
+            return training_directory(own, config_dir())
+        return run_directory(full_is_vanilla(own, config_dir()), config_dir())
 
 
 def finish(briefly: bool = False) -> int:
