@@ -11,6 +11,11 @@ python eval.py +exp=llava15_7b_64tok                  a row of the paper's table
 
 from __future__ import annotations
 
+from vzip import starting
+
+if __name__ == "__main__":
+    starting.begin()  # before the imports that take their time
+
 import logging
 from pathlib import Path
 

@@ -10,6 +10,11 @@ Then: python eval.py with the same words and model.projector=trained.
 
 from __future__ import annotations
 
+from vzip import starting
+
+if __name__ == "__main__":
+    starting.begin()  # before the imports that take their time
+
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig

@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from vzip import log
+from vzip import log, starting
 from vzip.cli.listing import program_help
 from vzip.config.options import config_dir, with_own_folder, with_own_folder_of_job
 from vzip.config.overrides import arrange, check_overrides
@@ -88,6 +88,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 return None
 
             try:
+                starting.over()
                 with with_own_folder(sys.argv[1:]) as words:
                     run(words)
             except (VzipError, HydraException, OmegaConfBaseException) as error:
