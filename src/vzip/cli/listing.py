@@ -36,11 +36,12 @@ def main(args: argparse.Namespace) -> int:
     console = Console()
     chosen = [RECIPE_GROUP, *groups(directory)] if args.group is None else [args.group]
     for group in chosen:
-        written = f"{program('eval')} +exp=NAME" if group == RECIPE_GROUP else f"{group}=OPTION"
-        table = Table("option", "what it is", title=written, title_justify="left")
+        chooses = f"+{RECIPE_GROUP}" if group == RECIPE_GROUP else group
+        table = Table("write", "what it is", title=f"{program('eval')} {chooses}=...", title_justify="left")
+        table.columns[0].no_wrap = True
         for name in options(directory, group):
             path = option_file(directory, group, name)
-            table.add_row(name, "\n".join(header(path)) if args.group else summary(path))
+            table.add_row(f"{chooses}={name}", "\n".join(header(path)) if args.group else summary(path))
         console.print(table)
     if args.group not in (None, RECIPE_GROUP):
         print("\n".join([f"keys of {args.group}, as KEY=VALUE:", *key_lines(args.group, directory)]))

@@ -77,7 +77,8 @@ def check_overrides(arguments: Sequence[str], directory: Path, config_name: str)
     problems += absent.values()
     good = [override for override in good if override.input_line not in absent]
     if problems or is_sweep(arguments):
-        problems += _check_values(good, directory, config_name, is_sweep(arguments))
+        deeply = not problems or any(map(_needs_a_look, good))
+        problems += _check_values(good, directory, config_name, is_sweep(arguments), deeply)
     raise_all(problems)
 
 
@@ -119,7 +120,15 @@ def arrange(arguments: Sequence[str]) -> list[str]:
     return [*folder, "-m", *of_model, *others]
 
 
-def _check_values(overrides: Sequence[Override], directory: Path, config_name: str, of_sweep: bool) -> list[str]:
+def _needs_a_look(override: Override) -> bool:
+    """Whether an override can go wrong with others in a way that only the methods' classes, so torch, can tell."""
+    group, dot, _ = override.key_or_group.partition(".")
+    return group in (*schema.OPEN_GROUPS, "budget") or (dot != "" and group in ("model", "eval", "paths"))
+
+
+def _check_values(
+    overrides: Sequence[Override], directory: Path, config_name: str, of_sweep: bool, deeply: bool
+) -> list[str]:
     """Problems of the configurations that the overrides compose: one, or each of a sweep, before any of it starts."""
     choices: list[list[str]] = []
     for override in overrides:
@@ -138,7 +147,7 @@ def _check_values(overrides: Sequence[Override], directory: Path, config_name: s
                 config = {str(key): value for key, value in composed.items()}
                 if config_name == "eval" and of_sweep:
                     config = full_is_vanilla(config, directory)
-                problems += find_problems(config)
+                problems += find_problems(config, deeply)
     return list(dict.fromkeys(problems))
 
 
