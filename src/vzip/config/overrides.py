@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -130,6 +130,23 @@ def _check_values(
     overrides: Sequence[Override], directory: Path, config_name: str, of_sweep: bool, deeply: bool
 ) -> list[str]:
     """Problems of the configurations that the overrides compose: one, or each of a sweep, before any of it starts."""
+    problems: list[str] = []
+    with initialize_config_dir(str(directory), version_base="1.3"):
+        for words in jobs_of(overrides):
+            composed = OmegaConf.to_container(compose(config_name, words), resolve=True)
+            if isinstance(composed, dict):
+                config = {str(key): value for key, value in composed.items()}
+                if config_name == "eval" and of_sweep:
+                    config = full_is_vanilla(config, directory)
+                problems += find_problems(config, deeply)
+    return list(dict.fromkeys(problems))
+
+
+def jobs_of(overrides: Sequence[Override]) -> Iterator[list[str]]:
+    """The words of each job that the overrides come to, the first ones: one, or those of a sweep.
+
+    There are none where an interval of an optimising sweeper is among them, whose values are not known yet.
+    """
     choices: list[list[str]] = []
     for override in overrides:
         if not override.is_sweep_override():
@@ -138,17 +155,9 @@ def _check_values(
             values = [str(value) for value in override.sweep_string_iterator()]
             choices.append([f"{override.get_key_element()}={value}" for value in values])
         else:
-            return []  # an interval of an optimising sweeper: its values are not known yet
-    problems: list[str] = []
-    with initialize_config_dir(str(directory), version_base="1.3"):
-        for words in itertools.islice(itertools.product(*choices), MAX_JOBS_CHECKED):
-            composed = OmegaConf.to_container(compose(config_name, list(words)), resolve=True)
-            if isinstance(composed, dict):
-                config = {str(key): value for key, value in composed.items()}
-                if config_name == "eval" and of_sweep:
-                    config = full_is_vanilla(config, directory)
-                problems += find_problems(config, deeply)
-    return list(dict.fromkeys(problems))
+            return
+    for words in itertools.islice(itertools.product(*choices), MAX_JOBS_CHECKED):
+        yield list(words)
 
 
 def _check_word(word: str, parser: OverridesParser, directory: Path) -> list[str]:

@@ -47,9 +47,10 @@ def find_problems(config: Mapping[str, Any], deeply: bool = True) -> list[str]:
 def has_a_directory(config: Mapping[str, Any]) -> bool:
     """Whether nothing is wrong that can be told without importing a method, and so torch: keys, values and names."""
     problems, is_whole = _key_problems(config)
+    if not is_whole or problems or _check_paths(config["model"], config["eval"]):
+        return False
     methods = [(group, config.get(group)) for group in schema.OPEN_GROUPS]
-    named = all(isinstance(method, Mapping) and not check_name(group, method) for group, method in methods)
-    return is_whole and not problems and named
+    return all(isinstance(method, Mapping) and not check_name(group, method) for group, method in methods)
 
 
 def _key_problems(config: Mapping[str, Any]) -> tuple[list[str], bool]:
