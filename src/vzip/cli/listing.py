@@ -70,5 +70,6 @@ def program_help(description: str) -> str:
     lines += ["+exp=RECIPE (python -m vzip list exp)", "", "KEY=VALUE:", *describe(schema.TOP)]
     for group in groups(directory):
         lines += key_lines(group, directory)
-    lines += ["", "-m: a sweep over values with commas. --cfg job --resolve: the configuration that the words make."]
+    lines += ["", "--config-dir DIR: options of your own beside these, as DIR/budget/mine.yaml and DIR/exp/mine.yaml."]
+    lines += ["-m: a sweep over values with commas. --cfg job --resolve: the configuration that the words make."]
     return "\n".join([*lines, "--hydra-help: the other flags."])
