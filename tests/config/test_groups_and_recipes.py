@@ -147,7 +147,8 @@ def expected_of(recipe: str) -> tuple[PaperTable, Row]:
 )
 def test_every_option_composes_and_is_valid(group: str, option: str) -> None:
     partner = {("compressor", "none"): "budget=full", ("budget", "full"): "compressor=none"}.get((group, option))
-    needed = {"llava_local": "model.name_or_path=org/some-model", "llava_json": "data.json=FILE"}.get(option)
+    values = {"llava_local": "model.name_or_path=org/some-model", "llava_json": "data.json=FILE"}
+    needed = (values | {"tokens": "budget.num_tokens=48"}).get(option)
     config = composed(f"{group}={option}", *filter(None, (partner, needed)))
     assert find_problems(config) == []
     assert config[group].get("name", option) == option
