@@ -11,6 +11,11 @@ python eval.py +exp=llava15_7b_64tok                  a row of the paper's table
 
 from __future__ import annotations
 
+from vzip import starting
+
+if __name__ == "__main__":
+    starting.begin()  # before the imports that take their time
+
 import logging
 from pathlib import Path
 
@@ -19,6 +24,7 @@ from omegaconf import DictConfig
 
 from vzip.cli.entry import entry_point
 from vzip.config.build import EvaluationPlan, evaluation_plan
+from vzip.config.options import own_folder_words
 from vzip.config.preview import stop_dry, tell
 from vzip.sweep.execute import run_plan
 from vzip.sweep.sweep import alone_in, check_objective, in_sweep
@@ -43,7 +49,9 @@ def main(cfg: DictConfig) -> float | None:
     from vzip.train.launch import launch_command, run_command
 
     check_devices(plan.launch)
-    command = launch_command(plan.launch, Path(__file__).resolve(), list(HydraConfig.get().overrides.task))
+    command = launch_command(
+        plan.launch, Path(__file__).resolve(), [*own_folder_words(), *HydraConfig.get().overrides.task]
+    )
     if command is not None:
         plan.check_tasks(plan.include_path())  # one message before they start, not one of each
         run_command(command)

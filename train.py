@@ -10,6 +10,11 @@ Then: python eval.py with the same words and model.projector=trained.
 
 from __future__ import annotations
 
+from vzip import starting
+
+if __name__ == "__main__":
+    starting.begin()  # before the imports that take their time
+
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -17,6 +22,7 @@ from omegaconf import DictConfig
 
 from vzip.cli.entry import entry_point
 from vzip.config.launching import launching
+from vzip.config.options import own_folder_words
 from vzip.config.training import checked, tuning_plan
 from vzip.config.training_preview import outlook
 
@@ -35,7 +41,7 @@ def main(cfg: DictConfig) -> None:
     from vzip.train.loop import prepare, train
 
     check_devices(plan.launch)
-    words = [*HydraConfig.get().overrides.task, *found.words]
+    words = [*own_folder_words(), *HydraConfig.get().overrides.task, *found.words]
     command = launch_command(plan.launch, Path(__file__).resolve(), words)
     if command is not None:
         prepare(plan)  # whatever is wrong is said once, by this process

@@ -12,8 +12,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-USER_ERROR = 2  # the exit codes
-INTERRUPTED = 130
+from vzip.starting import ANEW, INTERRUPTED
+
+USER_ERROR = 2  # the exit code
 _NEAREST = re.compile(r"\(did you mean ('.*?')\?\)")  # as vzip.errors.nearest writes it
 _SHORT = 60  # characters behind a name that do not hide it
 _LIBRARIES = r"(torch|transformers|accelerate|deepspeed|peft|datasets|lmms_eval|hydra|omegaconf)(\.|$)"
@@ -92,7 +93,7 @@ def keeping(what: Callable[[], str]) -> Iterator[None]:
 
 def tell_interruption(error: KeyboardInterrupt) -> int:
     """Prints one line, what is kept and how to go on, or nothing if another process has said it; the exit code."""
-    kept = "nothing new is kept, nothing old is lost. The same command begins anew."
+    kept = ANEW
     if error.args:
         kept = error.args[0] and f"{error.args[0]}. The same command continues."
     if kept and os.environ.get("RANK", "0") == "0":  # of several processes the first speaks

@@ -6,13 +6,15 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vzip.compressors import TokenBudget
 from vzip.errors import ConfigError, nearest
 from vzip.installed import checkout
 from vzip.keys import show
-from vzip.option_files import option_values, options
+from vzip.option_files import counted_budget, option_values, options
+
+if TYPE_CHECKING:
+    from vzip.compressors import TokenBudget
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,36 @@ class MethodFile:
 
 def method_files(group: str = "compressor") -> dict[str, MethodFile]:
     """Every method of a group by name; ``pruner=none``, which is no method, left out."""
-    directory = checkout() / "configs"
-    values = {name: option_values(directory, group, name) for name in options(directory, group)}
-    return {name: _read(group, name, own) for name, own in values.items() if "_target_" in own}
+    return {name: _read(group, name, own) for name, own in _values(group).items() if "_target_" in own}
 
 
-def budgets() -> dict[str, TokenBudget]:
-    """Every budget by name, the largest first; ``budget=full``, which is none, left out."""
+def method_names(group: str = "compressor") -> tuple[str, ...]:
+    """The names of ``method_files``; of compressors those that take a budget. No class is imported."""
+    values = _values(group)
+    return tuple(n for n, own in values.items() if "_target_" in own and (group != "compressor" or "budget" in own))
+
+
+def budgets() -> dict[str, tuple[int, int]]:
+    """Dominant and contextual tokens of every budget that has a file, the largest first, by name.
+
+    Those without counts of their own, as ``budget=full``, are left out.
+    """
+    counts = {name: (own["num_dominant"], own["num_contextual"]) for name, own in _values("budget").items()}
+    found = {name: pair for name, pair in counts.items() if isinstance(pair[0], int)}
+    return dict(sorted(found.items(), key=lambda item: -sum(item[1])))
+
+
+def find_budget(name: str) -> tuple[int, int] | None:
+    """The counts of a budget that has a file, of any number of tokens (``48tok``), or None."""
+    own = budgets().get(name)
+    if own is None and (counted := counted_budget(name)) is not None:
+        return counted["num_dominant"], counted["num_contextual"]
+    return own
+
+
+def _values(group: str) -> dict[str, dict[str, Any]]:
     directory = checkout() / "configs"
-    counts = {name: option_values(directory, "budget", name) for name in options(directory, "budget")}
-    found = {n: TokenBudget(c["num_dominant"], c["num_contextual"]) for n, c in counts.items() if c["num_dominant"]}
-    return dict(sorted(found.items(), key=lambda item: -item[1].num_tokens))
+    return {name: option_values(directory, group, name) for name in options(directory, group)}
 
 
 def find_method(name: str, group: str = "compressor") -> MethodFile:

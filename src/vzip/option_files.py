@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +35,70 @@ def read_yaml(text: str) -> Any:
         raise ConfigError(f"cannot be read as YAML: {' '.join(str(error).split())}") from error
 
 
+_COUNT = re.compile(r"([1-9]\d*)tok")
+
+
+def split_of(num_tokens: int) -> dict[str, int]:
+    """A budget of that many tokens a crop, 2 or more, as the paper splits its own: 5.4 dominant to 1 contextual.
+
+    The paper's 64, 128 and 192 are 54 + 10, 108 + 20 and 162 + 30.
+    """
+    num_contextual = max(1, round(num_tokens / 6.4))
+    return {"num_dominant": num_tokens - num_contextual, "num_contextual": num_contextual}
+
+
+def counted_budget(name: str) -> dict[str, Any] | None:
+    """What ``budget=48tok`` sets, whatever files there are; None for a name that is no number of tokens."""
+    found = _COUNT.fullmatch(name)
+    return {"name": name, **split_of(int(found[1]))} if found is not None and int(found[1]) > 1 else None
+
+
+def is_option(directory: Path, group: str, name: str) -> bool:
+    """Whether a group can be set to it: a file's name, or a budget's number of tokens."""
+    return name in options(directory, group) or (group == "budget" and counted_budget(name) is not None)
+
+
+_own: list[Path] = []  # the user's folder, while there is one
+
+
+def own_folder() -> Path | None:
+    """The folder of the user's own that is read beside ``configs`` (``--config-dir``), or None."""
+    return _own[-1] if _own else None
+
+
+@contextlib.contextmanager
+def reading_beside(folder: Path | None) -> Iterator[None]:
+    """Within the block a group's options are those of ``configs`` and of this folder."""
+    _own.extend([] if folder is None else [folder])
+    try:
+        yield
+    finally:
+        del _own[len(_own) - (folder is not None) :]
+
+
 def options(directory: Path, group: str) -> list[str]:
     """Names a group can be set to."""
-    return sorted(p.stem for p in (directory / group).glob("*.yaml"))
+    return sorted({path.stem for folder in (directory, *_own) for path in (folder / group).glob("*.yaml")})
+
+
+def option_file(directory: Path, group: str, name: str) -> Path:
+    """The file of an option: the folder's, or else the user's own."""
+    paths = [folder / group / f"{name}.yaml" for folder in (directory, *_own)]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def option_values(directory: Path, group: str, name: str) -> dict[str, Any]:
     """What an option's file sets, on top of the files that its defaults list builds on; nothing if there is no file.
 
-    What a file overrides in other groups is not its own.
+    What a file overrides in other groups is not its own. A budget needs no file: see ``counted_budget``.
 
     Raises:
         ConfigError: a file that is no mapping.
     """
     relative = name.removesuffix("@_here_")
-    path = directory / (f"{relative[1:]}.yaml" if relative.startswith("/") else f"{group}/{relative}.yaml")
+    path = option_file(directory, "" if relative.startswith("/") else group, relative.removeprefix("/"))
     if not path.is_file():
-        return {}
+        return (counted_budget(name) or {}) if group == "budget" else {}
     try:
         loaded = read_yaml(path.read_text(encoding="utf-8"))
     except ConfigError as error:

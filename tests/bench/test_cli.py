@@ -13,7 +13,7 @@ from tests.writing import held
 
 import vzip
 from vzip.bench import shapes
-from vzip.bench.settings import KEYS, MEMORY, BenchSettings, parse
+from vzip.bench.settings import KEYS, MEMORY, SHAPE_NAMES, BenchSettings, parse
 from vzip.cli import bench as cli
 from vzip.errors import ConfigError, RunExistsError
 from vzip.methods import budgets, method_files
@@ -112,10 +112,19 @@ def test_settings_of_the_compressor() -> None:
         parse(["compressor.score=key_norms", "methods=vzip,eager_maps"])
 
 
-def test_budgets_are_those_of_the_configuration() -> None:
+def test_budgets_are_those_of_the_configuration_and_any_number_of_tokens() -> None:
     model = shapes.resolve("llava15_7b")
     assert parse(["budget=17tok"]).token_budget(model) == ("17tok", vzip.TokenBudget(14, 3))
     assert list(budgets()) == ["192tok", "128tok", "64tok", "32tok", "17tok"]
+    settings = parse(["budget=48tok", "model=llava15_7b", "device=cpu"])
+    assert settings.token_budget(model) == ("48tok", vzip.TokenBudget(40, 8))
+    assert settings.out_directory().name == "vzip-48tok-float32-cpu"
+    with pytest.raises(ConfigError, match=r"budget=48: must be auto, one of 192tok"):
+        parse(["budget=48"])
+
+
+def test_the_names_of_shapes_are_known_without_them() -> None:
+    assert sorted(SHAPE_NAMES) == sorted(shapes.SHAPES)
 
 
 def test_each_measurement_has_a_folder_of_its_own() -> None:
@@ -130,12 +139,11 @@ def test_each_measurement_has_a_folder_of_its_own() -> None:
         "pruner=fastv pruner.keep=166": "vzip-fastv_keep-166-64tok",
         "budget=12+4": "vzip-12+4",
     }
-    model = shapes.resolve("llava15_7b")
     for words, folder in given.items():
         settings = parse(["model=llava15_7b", "device=cpu", *words.split()])
-        assert str(settings.out_directory(model)) == f"runs/bench/llava15_7b/{folder}-float32-cpu"
+        assert str(settings.out_directory()) == f"runs/bench/llava15_7b/{folder}-float32-cpu"
     settings = parse(["model=llava15_7b", "device=cpu"], MEMORY)
-    assert str(settings.out_directory(model, MEMORY)) == "runs/bench/llava15_7b/memory-64tok-float32-cpu"
+    assert str(settings.out_directory(MEMORY)) == "runs/bench/llava15_7b/memory-64tok-float32-cpu"
 
 
 def test_budget_larger_than_the_tower(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,24 +1,84 @@
-"""``budget=48tok``: any count, without a file for it."""
+"""``budget=48tok``, ``budget=tokens budget.num_tokens=48``: any number of tokens, without a file for it."""
 
 from __future__ import annotations
 
-import pytest
+import json
+import logging
+import shlex
+from pathlib import Path
 
-from vzip.config.build import model_plan
+import pytest
+from hydra import compose, initialize_config_dir
+
+from vzip.cli.prefetch import composed
+from vzip.config.build import evaluation_plan, model_plan, resolved
+from vzip.config.memory_plan import memory_plan
 from vzip.config.options import config_dir, option_values
-from vzip.config.overrides import counted_budgets
+from vzip.config.overrides import check_overrides
+from vzip.config.run_directory import run_directory, training_directory
+from vzip.errors import ConfigError
+from vzip.option_files import counted_budget
+from vzip.report.table_files import read_table
+from vzip.sweep.plan import plan
+
+COUNTS = {"num_dominant": 40, "num_contextual": 8}
 
 
 @pytest.mark.parametrize("name", ["17tok", "32tok", "64tok", "128tok", "192tok"])
-def test_the_paper_s_splits_follow_from_the_ratio(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = option_values(config_dir(), "budget", name)
-    monkeypatch.setattr("vzip.config.overrides.options", lambda *_: [])  # as if there were no file
-    dominant, contextual = (f"budget.num_{half}={values[f'num_{half}']}" for half in ("dominant", "contextual"))
-    assert counted_budgets([f"budget={name}"], config_dir()) == [dominant, contextual]
+def test_the_paper_s_splits_follow_from_the_ratio(name: str) -> None:
+    assert counted_budget(name) == option_values(config_dir(), "budget", name)
 
 
-def test_any_count_is_a_budget_and_a_file_goes_first(caplog: pytest.LogCaptureFixture) -> None:
-    assert counted_budgets(["model=tiny", "budget=64tok"], config_dir()) == ["model=tiny", "budget=64tok"]
-    compressor = model_plan(["model=tiny", "budget=48tok"])[1]
-    assert "num_dominant=40, num_contextual=8" in repr(compressor)
-    assert counted_budgets(["budget=1tok"], config_dir()) == ["budget=1tok"], "refused as an unknown option"
+@pytest.mark.parametrize("name", ["1tok", "0tok", "048tok", "48", "tokens", "full"])
+def test_what_is_no_number_of_tokens(name: str) -> None:
+    assert counted_budget(name) is None
+
+
+def test_where_eval_ask_memory_and_prefetch_take_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "vzip")
+    assert "num_dominant=40, num_contextual=8" in repr(model_plan(["model=tiny", "budget=48tok"])[1])
+    assert "budget=48tok: 40 dominant + 8 contextual tokens" in caplog.messages
+    assert memory_plan(["model=tiny", "budget=52tok"], inference=True).num_visual == 52
+    (config,) = composed(["model=tiny", "budget=56tok"])
+    assert config["budget"] == {"name": "56tok", "num_dominant": 47, "num_contextual": 9}
+
+
+@pytest.mark.parametrize("words", [["budget=48tok"], ["budget=tokens", "budget.num_tokens=48"]])
+@pytest.mark.parametrize("primary", ["eval", "train"])
+def test_both_spellings_are_one_run(words: list[str], primary: str, tmp_path: Path) -> None:
+    check_overrides(words, config_dir(), primary)
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose(primary, [*words, f"paths.runs_dir={tmp_path}"])
+        config = resolved(cfg)
+        recorded = evaluation_plan(cfg).evaluation["resolved_config"]["budget"]
+    assert {key: config["compressor"]["budget"][key] for key in COUNTS} == COUNTS
+    assert run_directory(config, config_dir()) == tmp_path / "scenes/tiny/visionzip-48tok/seed0"
+    assert training_directory(config, config_dir()).parent.name == "visionzip-48tok"
+    assert recorded == {"name": "48tok", **COUNTS}, "the record's, whichever way it was said"
+
+
+def test_a_sweep_s_list_and_a_table_s_rows(tmp_path: Path) -> None:
+    check_overrides(["-m", "budget=full,44tok,64tok"], config_dir(), "eval")
+    content = json.loads((config_dir().parent / "src/vzip/report/tables/scenes.json").read_text())
+    rows = [{"tokens": 44, "method": "VisionZip", "run": "budget=44tok"}]
+    (tmp_path / "own.json").write_text(json.dumps(content | {"rows": rows}))
+    (planned,) = plan(read_table(str(tmp_path / "own.json")), [], tmp_path).values()
+    assert planned.config["budget"] == {"name": "44tok", "num_dominant": 37, "num_contextual": 7}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("budget=1tok", "budget=1tok: no such option"),
+        ("-m budget=44tok,1tok", "budget=1tok: no such option"),
+        ("budget=tokens budgt=1", "budget.num_tokens=null: must be a whole number of tokens a crop, 2 or more"),
+        ("budget=tokens budget.num_tokens=1 budgt=1", "as budget.num_tokens=48"),
+        ("budget.num_tokens=48", "options of budget that have it: tokens"),
+        ("budget=9999tok budgt=1", "= 9999 visual tokens a crop"),
+    ],
+)
+def test_refusals(line: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_overrides(shlex.split(line), config_dir(), "eval")
+    assert said in str(caught.value)
+    assert "needs a budget" not in str(caught.value), "said once"

@@ -151,7 +151,8 @@ def test_every_option_composes_and_is_valid(group: str, option: str) -> None:
         ("budget", "full"): "compressor=none",
         ("pruner", option): "model=llava15_7b",  # the built-in model has fewer layers than most cut at
     }.get((group, option))
-    needed = {"llava_local": "model.name_or_path=org/some-model", "llava_json": "data.json=FILE"}.get(option)
+    values = {"llava_local": "model.name_or_path=org/some-model", "llava_json": "data.json=FILE"}
+    needed = (values | {"tokens": "budget.num_tokens=48"}).get(option)
     config = composed(f"{group}={option}", *filter(None, (partner, needed)))
     assert find_problems(config) == []
     assert config[group].get("name", option) == option

@@ -115,6 +115,7 @@ def test_the_download_lists_chooses_and_refuses(capsys, tmp_path, monkeypatch):
     files = load_manifest("llava_v1_5_mix665k").files
     assert f"{sum(file.num_bytes or 0 for file in files) / 1e9:.2f}" in text and f"{len(files)} files" in text
     assert all(file.url in text for file in files if file.url), "whole addresses"
+    assert all(file.licence in text for file in files), "whole sentences, with whole addresses"
     monkeypatch.setenv("COLUMNS", "200")
     assert download("--list", "--only", "gqa") == 0
     text = capsys.readouterr().out

@@ -23,7 +23,7 @@ from vzip.analysis.plots import Point, plot_retention
 from vzip.cli import demo as run
 from vzip.compressors.base import CompressedTokens
 from vzip.config.options import config_dir
-from vzip.demo import benchmark, scoring
+from vzip.demo import benchmark, scoring, show
 from vzip.demo.questions import TASKS
 from vzip.demo.sweep import BUDGETS, run_sweep, score, settings, units
 from vzip.errors import ConfigError, ManifestError, RunExistsError
@@ -155,7 +155,7 @@ def test_the_budgets_are_those_of_the_options():
 def test_demo_end_to_end_on_two_images_without_lmms_eval(small_benchmark, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lmms_eval", None)  # importing it fails: the core requirements suffice
     monkeypatch.setattr(benchmark, "prepare", lambda: small_benchmark)
-    monkeypatch.setattr(run, "measure", lambda rows: [run.Cost(dict.fromkeys(STAGE_NAMES, 1.5), 2048) for _ in rows])
+    monkeypatch.setattr(show, "measure", lambda rows: [show.Cost(dict.fromkeys(STAGE_NAMES, 1.5), 2048) for _ in rows])
     arguments = argparse.Namespace(out=tmp_path / "demo", limit=2, batch_size=2)
     assert run.main(arguments) == 0
     printed = capsys.readouterr().out

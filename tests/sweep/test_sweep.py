@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from vzip.config.options import config_dir
 from vzip.config.overrides import arrange, check_overrides
 from vzip.config.same_run import same_run
 from vzip.errors import ConfigError, RunExistsError
+from vzip.json_files import to_json
 from vzip.models import model_cache as reuse
 from vzip.sweep.sweep import SweepCallback, distinct_words, pin_gpu
 
@@ -118,9 +120,16 @@ def test_a_failed_job_loses_no_other_and_a_rerun_does_the_rest(
     assert list(records(tmp_path / "runs/mine/my-checkpoint")) == ["visionzip-17tok/seed0"]
     assert "failed" in out
 
+    assert "begun before" not in err
+    left = tmp_path / "runs/mine/my-checkpoint/random-17tok/seed0/answers.partial.jsonl"
+    left.parent.mkdir(parents=True, exist_ok=True)
+    answer = {"key": ["mine", 0, 0], "digest": "", "prompt": "", "answer": "", "num_visual_tokens": []}
+    content = to_json({"answers": [answer], "sizes": [1]})
+    left.write_bytes(b'{"settings": {}}\n{"crc32": %d, "batch": %b}\n' % (zlib.crc32(content), content))
     monkeypatch.setattr(reuse, "KEEPER", reuse.ModelKeeper())
     code, _, err = sweep(*words)
     assert code == 0, err
+    assert "begun before: 1 of 2 runs are finished and kept; 1 answers of 1 more are there" in err
     assert len(records(tmp_path / "runs/mine/my-checkpoint")) == 2
     assert "visionzip-17tok/seed0 holds this very run" in err and "random-17tok/seed0 holds" not in err
 

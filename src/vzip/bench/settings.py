@@ -9,29 +9,32 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from transformers import PretrainedConfig
-
-from vzip.bench import shapes
-from vzip.bench.shapes import BenchModel
-from vzip.compressors import Compressor, TokenBudget
 from vzip.errors import ConfigError, VzipError, nearest
+from vzip.installed import checkout
 from vzip.keys import MAX_SEED, Rule, at_most, check_value, key, keys_of, one_of, raise_all, show, whole_number
-from vzip.methods import budgets, find_method, method_files
-from vzip.models.families.mini_gemini import MiniGeminiConfig
-from vzip.option_files import read_yaml
-from vzip.pruners import Pruner
+from vzip.methods import budgets, find_budget, find_method, method_names
+from vzip.option_files import options, read_yaml
 
+if TYPE_CHECKING:  # torch and transformers take seconds, which --help and a refused key need not wait for
+    import torch
+    from transformers import PretrainedConfig
+
+    from vzip.bench.shapes import BenchModel
+    from vzip.compressors import Compressor, TokenBudget
+    from vzip.pruners import Pruner
+
+_NO_SHAPES = ("llava_local", "tiny")  # of configs/model: directories
+SHAPE_NAMES = ("clip_l_336", *(n for n in options(checkout() / "configs", "model") if n not in _NO_SHAPES))
 BUDGETS = budgets()
-COMPRESSORS = tuple(name for name, file in method_files().items() if file.has_budget)
-PRUNERS = tuple(method_files("pruner"))
+COMPRESSORS = method_names()
+PRUNERS = method_names("pruner")
 DEFAULT_COMPRESSOR = "visionzip"
 NO_PRUNER = "none"
 DEFAULT_METHODS = ("vanilla", "vzip", "eager_maps")
 METHODS = (*DEFAULT_METHODS, *PRUNERS)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class BenchSettings:
 
     model: str = key(
         "what is measured (clip_l_336: the tower alone)",
-        rule=Rule(f"tiny, one of {', '.join(shapes.SHAPES)}, or a directory", bool),
+        rule=Rule(f"tiny, one of {', '.join(SHAPE_NAMES)}, or a directory", bool),
         default="tiny",
     )
     weights: Literal["auto", "random", "pretrained"] = key("auto: random for bare shapes alone", default="auto")
@@ -104,9 +107,9 @@ class BenchSettings:
     budget: str = key(
         "tokens a crop; auto: 64tok (LLaVA-NeXT: 32tok, Video-LLaVA: 17tok)",
         rule=Rule(
-            f"auto, one of {', '.join(BUDGETS)}, or counts a crop as DOMINANT+CONTEXTUAL, such as 54+10"
-            " (all tokens: methods=vanilla)",
-            lambda v: v == "auto" or v in BUDGETS or re.fullmatch(r"\d+\+\d+", v) is not None,
+            f"auto, one of {', '.join(BUDGETS)}, any number as 48tok, or counts a crop as DOMINANT+CONTEXTUAL, such as"
+            " 54+10 (all tokens: methods=vanilla)",
+            lambda v: v == "auto" or find_budget(v) is not None or re.fullmatch(r"\d+\+\d+", v) is not None,
             tuple(BUDGETS),
         ),
         default="auto",
@@ -144,6 +147,8 @@ class BenchSettings:
     @property
     def torch_device(self) -> torch.device:
         """The device measured on."""
+        import torch
+
         if self.device != "auto":
             return torch.device(self.device)
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -151,18 +156,24 @@ class BenchSettings:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of weights and activations."""
-        if self.dtype != "auto":
-            return DTYPES[self.dtype]
-        return torch.bfloat16 if self.torch_device.type == "cuda" else torch.float32
+        import torch
+
+        usual = "bfloat16" if self.torch_device.type == "cuda" else "float32"
+        dtype: torch.dtype = getattr(torch, usual if self.dtype == "auto" else self.dtype)
+        return dtype
 
     def token_budget(self, model: BenchModel) -> tuple[str, TokenBudget]:
         """Returns the budget's name and counts per crop."""
+        from vzip.compressors import TokenBudget
+
         name = model.default_budget if self.budget == "auto" else self.budget
-        return name, BUDGETS[name] if name in BUDGETS else TokenBudget(*map(int, name.split("+")))
+        return name, TokenBudget(*(find_budget(name) or map(int, name.split("+"))))
 
     def method(self, model: BenchModel | None = None) -> Compressor:
         """What the method ``vzip`` compresses by (by default with any budget); ConfigError for wrong settings."""
-        budget = next(iter(BUDGETS.values())) if model is None else self.token_budget(model)[1]
+        from vzip.compressors import TokenBudget
+
+        budget = TokenBudget(*next(iter(BUDGETS.values()))) if model is None else self.token_budget(model)[1]
         built: Compressor = find_method(self.compressor).build(budget, **self.method_settings.get("compressor", {}))
         return built
 
@@ -202,10 +213,13 @@ class BenchSettings:
         files = {g: find_method(name, g) for g, name in chosen.items() if name != NO_PRUNER}
         return [file.label(self.method_settings.get(group, {})) for group, file in files.items()]
 
-    def out_directory(self, model: BenchModel, mode: Mode = PASSES) -> Path:
+    def out_directory(self, mode: Mode = PASSES) -> Path:
         """Returns where the results go: another folder for other methods or settings of theirs."""
         if self.out != "auto":
             return Path(self.out).expanduser()
+        from vzip.bench import shapes
+
+        model = shapes.resolve(self.model)
         parts = ["vzip" if mode is PASSES else mode.name, *self.labels()]
         parts = [part for part in parts if part not in (DEFAULT_COMPRESSOR, NO_PRUNER)]
         if set(self.methods) != set(self.usual_methods(mode)):
@@ -259,11 +273,12 @@ def parse(words: Sequence[str], mode: Mode = PASSES) -> BenchSettings:
     given.setdefault("pruner", named[0] if named else NO_PRUNER)
     given["method_settings"] = {group: values for group, values in of_methods.items() if values}
     settings = BenchSettings(**{**mode.defaults, **given})
-    for build in (settings.method, settings.built_pruner):
-        try:
-            build()
-        except ConfigError as error:
-            problems.append(str(error))
+    if any(of_methods.values()) or not problems:  # their classes bring torch along
+        for build in (settings.method, settings.built_pruner):
+            try:
+                build()
+            except ConfigError as error:
+                problems.append(str(error))
     raise_all(problems)
     if "methods" not in given:
         return replace(settings, methods=settings.usual_methods(mode))
@@ -294,14 +309,21 @@ def _problems_of(name: str, value: Any, rule: Rule) -> list[str]:
     if broken:
         return broken
     try:
-        if name == "model":
+        if name == "model" and value not in SHAPE_NAMES:
+            from vzip.bench import shapes
+
             shapes.resolve(value)
         elif name == "budget" and "+" in value:
+            from vzip.compressors import TokenBudget
+
             TokenBudget(*map(int, value.split("+")))
     except VzipError as error:
         return [f"budget={value}: {error}" if name == "budget" else str(error)]
-    if name == "device" and value.startswith("cuda") and int(value[5:] or 0) >= torch.cuda.device_count():
-        return [f"device={value}: this machine's torch sees {torch.cuda.device_count()} CUDA devices; use cpu"]
+    if name == "device" and value.startswith("cuda"):
+        import torch
+
+        if int(value[5:] or 0) >= torch.cuda.device_count():
+            return [f"device={value}: this machine's torch sees {torch.cuda.device_count()} CUDA devices; use cpu"]
     return []
 
 
@@ -318,6 +340,8 @@ def estimate_bytes(settings: BenchSettings, model: BenchModel, num_parameters: i
         num_parameters: of the whole model.
         num_visual_tokens: the most of a prompt over the methods; 0 for a bare tower.
     """
+    from vzip.models.families.mini_gemini import MiniGeminiConfig
+
     element_bytes = settings.torch_dtype.itemsize
     vision = model.vision_config
     num_rows = model.rows_per_crop

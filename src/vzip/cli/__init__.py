@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vzip import log
+from vzip import log, starting
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.installed import checkout, optional_packages
 from vzip.log import USER_ERROR
@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     log.setup()
     try:
+        starting.over()
         if not words or words[0] in ("-h", "--help"):
             print(usage())
             return 0 if words else USER_ERROR

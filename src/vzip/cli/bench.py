@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from vzip.bench import report, settings, shapes
-from vzip.bench.run import BenchResult, measure
+from vzip.bench import settings
 from vzip.bench.settings import MEMORY, PASSES, TRAIN
 from vzip.errors import MissingPackageError, RunExistsError
 from vzip.keys import describe
@@ -31,6 +30,7 @@ from vzip.results.files import check_writable
 from vzip.results.owner import owning
 
 if TYPE_CHECKING:
+    from vzip.bench.run import BenchResult
     from vzip.bench.training import SideResult
 
 
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
     """
     mode: settings.Mode = args.mode
     chosen = settings.parse(args.overrides, mode)
-    directory = chosen.out_directory(shapes.resolve(chosen.model), mode)
+    directory = chosen.out_directory(mode)
     path = directory / f"{mode.name}.json"
     if path.exists() and not chosen.overwrite:
         raise RunExistsError(
@@ -73,6 +73,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _run(chosen: settings.BenchSettings, mode: settings.Mode, path: Path) -> int:
+    from vzip.bench import report
+    from vzip.bench.run import BenchResult
+
     console, directory = Console(), path.parent
     with Progress("measuring", "passes" if mode is PASSES else "steps") as progress:
         result = _measure_of(mode)(
@@ -103,4 +106,6 @@ def _measure_of(mode: settings.Mode) -> Callable[..., BenchResult | SideResult]:
         from vzip.bench.peaks import measure_peaks
 
         return measure_peaks
+    from vzip.bench.run import measure
+
     return measure

@@ -17,10 +17,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from vzip import log
+from vzip import log, starting
 from vzip.cli.listing import program_help
-from vzip.config.options import config_dir
-from vzip.config.overrides import arrange, check_overrides, counted_budgets
+from vzip.config.options import config_dir, with_own_folder, with_own_folder_of_job
+from vzip.config.overrides import arrange, check_overrides
 from vzip.errors import VzipError
 from vzip.installed import is_missing, missing_package, optional_packages
 from vzip.log import USER_ERROR
@@ -47,10 +47,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(function)
         def main() -> None:
-            if {"-h", "--help"} & set(sys.argv[1:]):
-                return print(program_help(function.__globals__["__doc__"]))
             log.setup()
-            sys.argv[1:] = arrange(sys.argv[1:])
             wants_traceback = os.environ.get(_FULL) == "1"
 
             def job(cfg: DictConfig) -> Any:
@@ -58,6 +55,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 try:
                     sweep.place_job()
                     with (
+                        with_own_folder_of_job(HydraConfig.get()),
                         _as_the_user_set_it(wants_traceback),
                         optional_packages(f"`{config_name}`", config_name),
                         naming_impossible_paths(),
@@ -69,9 +67,11 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                         raise
                     fail(error)
 
-            try:
+            def run(words: list[str]) -> None:
+                if {"-h", "--help"} & set(words):
+                    return print(program_help(function.__globals__["__doc__"]))
+                sys.argv[1:] = arrange(words)
                 directory = config_dir()
-                sys.argv[1:] = counted_budgets(sys.argv[1:], directory)
                 check_overrides(sys.argv[1:], directory, config_name)
                 # Hydra must hand its exceptions on instead of printing them: this is its own switch for that.
                 os.environ[_FULL] = "1"
@@ -85,6 +85,12 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                         num_failed = sweep.finish()
                 if num_failed:  # a sweeper that lives with failures
                     sys.exit(USER_ERROR)
+                return None
+
+            try:
+                starting.over()
+                with with_own_folder(sys.argv[1:]) as words:
+                    run(words)
             except (VzipError, HydraException, OmegaConfBaseException) as error:
                 if wants_traceback:
                     raise

@@ -21,7 +21,7 @@ from vzip.config.options import RECIPE_GROUP, config_dir, groups, header, option
 from vzip.errors import ConfigError, nearest
 from vzip.installed import program
 from vzip.keys import describe
-from vzip.option_files import comments, summary
+from vzip.option_files import comments, option_file, summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,11 +36,12 @@ def main(args: argparse.Namespace) -> int:
     console = Console()
     chosen = [RECIPE_GROUP, *groups(directory)] if args.group is None else [args.group]
     for group in chosen:
-        written = f"{program('eval')} +exp=NAME" if group == RECIPE_GROUP else f"{group}=OPTION"
-        table = Table("option", "what it is", title=written, title_justify="left")
+        chooses = f"+{RECIPE_GROUP}" if group == RECIPE_GROUP else group
+        table = Table("write", "what it is", title=f"{program('eval')} {chooses}=...", title_justify="left")
+        table.columns[0].no_wrap = True
         for name in options(directory, group):
-            path = directory / group / f"{name}.yaml"
-            table.add_row(name, "\n".join(header(path)) if args.group else summary(path))
+            path = option_file(directory, group, name)
+            table.add_row(f"{chooses}={name}", "\n".join(header(path)) if args.group else summary(path))
         console.print(table)
     if args.group not in (None, RECIPE_GROUP):
         print("\n".join([f"keys of {args.group}, as KEY=VALUE:", *key_lines(args.group, directory)]))
@@ -54,7 +55,7 @@ def key_lines(group: str, directory: Path) -> list[str]:
         return describe({name: own for name, own in keys.items() if name not in ("name", "kind")}, f"{group}.")
     lines = []
     for name in options(directory, group):
-        said = comments(directory / group / f"{name}.yaml")
+        said = comments(option_file(directory, group, name))
         own_keys = [key for key in option_values(directory, group, name) if key not in ("name", "_target_", "budget")]
         for own in own_keys:
             lines += [f"  {group}.{own}: of {group}={name}", *([f"      {said[own]}"] if own in said else [])]
@@ -69,5 +70,6 @@ def program_help(description: str) -> str:
     lines += ["+exp=RECIPE (python -m vzip list exp)", "", "KEY=VALUE:", *describe(schema.TOP)]
     for group in groups(directory):
         lines += key_lines(group, directory)
-    lines += ["", "-m: a sweep over values with commas. --cfg job --resolve: the configuration that the words make."]
+    lines += ["", "--config-dir DIR: options of your own beside these, as DIR/budget/mine.yaml and DIR/exp/mine.yaml."]
+    lines += ["-m: a sweep over values with commas. --cfg job --resolve: the configuration that the words make."]
     return "\n".join([*lines, "--hydra-help: the other flags."])

@@ -15,11 +15,20 @@ from omegaconf import DictConfig, OmegaConf
 from vzip import demo
 from vzip.config.full_budget import full_is_vanilla
 from vzip.config.options import RECIPE_GROUP, config_dir, option_values, options
-from vzip.config.overrides import check_overrides, counted_budgets
+from vzip.config.overrides import check_overrides
 from vzip.config.run_directory import budget_label, recipe_changes, run_directory, training_directory
 from vzip.config.same_run import same_run
 from vzip.config.schema import AUTO
-from vzip.config.validate import BUILT_IN, TRAINED, VIDEO, build_compressor, build_pruner, validate
+from vzip.config.validate import (
+    BUILT_IN,
+    COUNTS,
+    TRAINED,
+    VIDEO,
+    build_compressor,
+    build_pruner,
+    has_a_directory,
+    validate,
+)
 from vzip.errors import CheckpointError, ConfigError, RunExistsError, nearest
 from vzip.evaluation.benchmarks.task_names import refuse_unknown
 from vzip.installed import check_quantization, program
@@ -150,6 +159,8 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
     """
     directory = config_dir()
     config = full_is_vanilla(resolved(cfg), directory) if of_sweep else resolved(cfg)
+    if not of_sweep and has_a_directory(config):
+        _refuse_recorded(run_directory(config, directory), config)  # before torch is imported to judge the rest
     validate(config)
     check_quantization(config["model"]["quantization"])
     check_assembled(config["model"])
@@ -162,17 +173,14 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
     config["recipe"] = unchanged_recipe(config, "eval")
     config["paths"]["run_dir"] = str(run_dir)
     # A changed budget must not stand in the record under the name of the file it started from.
-    config["budget"]["name"] = budget_label(config["budget"], directory)
+    config["budget"] = {"name": budget_label(config["budget"], directory), **{k: config["budget"][k] for k in COUNTS}}
     model, evaluation = config["model"], config["eval"]
     model |= tuned_record(projector) | adapter_record(model["adapter_path"])
     finished = None
-    if (run_dir / RECORD_NAME).exists() and not config["overwrite"]:
-        finished = same_run(run_dir, config) if of_sweep else None
-        if finished is None:
-            raise RunExistsError(
-                f"{run_dir} already holds a record (run.json){' of other settings' if of_sweep else ''}: set"
-                " overwrite=true to replace it, or paths.run_dir=DIR to write elsewhere."
-            )
+    if of_sweep and (run_dir / RECORD_NAME).exists() and not config["overwrite"]:
+        finished = same_run(run_dir, config)
+    if finished is None:
+        _refuse_recorded(run_dir, config, " of other settings" if of_sweep else "")
     _refuse_unknown_tasks(evaluation["tasks"], evaluation["include_path"])
     if not config["dry_run"]:
         check_writable(run_dir)
@@ -207,6 +215,14 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
         pruner=build_pruner(config["pruner"]),
         finished=finished,
     )
+
+
+def _refuse_recorded(run_dir: Path, config: Mapping[str, Any], what: str = "") -> None:
+    if (run_dir / RECORD_NAME).exists() and not config["overwrite"]:
+        raise RunExistsError(
+            f"{run_dir} already holds a record (run.json){what}: set overwrite=true to replace it, or paths.run_dir=DIR"
+            " to write elsewhere."
+        )
 
 
 def _refuse_unknown_tasks(tasks: Sequence[str], include_path: str | None) -> None:
@@ -343,10 +359,9 @@ def model_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor]:
 def chat_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor, str | None]:
     """As ``model_plan``, and the model's system prompt (None: none)."""
     directory = config_dir()
-    words = counted_budgets(words, directory)
     check_overrides(words, directory, "eval")
     with initialize_config_dir(config_dir=str(directory), version_base="1.3"):
-        config = resolved(compose("eval", words))
+        config = resolved(compose("eval", list(words)))
     validate(config)
     model = {**config["model"], "projector": tuned_weights(config, directory)}
     arguments = {**load_arguments(model), "pruner": build_pruner(config["pruner"])}

@@ -75,14 +75,14 @@ def memory_plan(
         CheckpointError: a checkpoint whose configuration is not to be had.
         UnsupportedModelError: a model of another kind.
     """
-    import torch
-
-    from vzip.bench.memory.workload import Workload, check_length, num_visual_tokens
-
     check_overrides(overrides, config_dir(), "train")
     with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
         config = resolved(compose("train", overrides))
     validate(config)
+    import torch  # only now, as what brings it along: wrong overrides are refused at once
+
+    from vzip.bench.memory.workload import Workload, check_length, num_visual_tokens
+
     config["launcher"] = one_process(config["launcher"])
     trains = "kind" in config["train"] and not inference
     _check_asked(config["train"], trains, length, num_new_tokens)

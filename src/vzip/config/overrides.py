@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Sweep
 from hydra.errors import HydraException
@@ -17,10 +18,11 @@ from omegaconf import OmegaConf
 from vzip.config import schema
 from vzip.config.full_budget import full_is_vanilla
 from vzip.config.missing_keys import absent_settings
-from vzip.config.options import RECIPE_GROUP, groups, option_values, options
+from vzip.config.options import RECIPE_GROUP, groups, option_values, options, own_folder_words
 from vzip.config.validate import find_problems
 from vzip.errors import ConfigError, nearest
 from vzip.keys import raise_all
+from vzip.option_files import counted_budget, is_option
 
 # Words of Hydra's own command line that take a value of their own.
 _FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
@@ -28,8 +30,9 @@ _FLAGS_WITH_VALUE |= {"--config-dir", "-cd", "--experimental-rerun", "--info", "
 _SWEEP_FLAGS = ("-m", "--multirun")
 _SHOW_FLAGS = ("--cfg", "-c", "--info", "-i")
 
-_COUNTED = re.compile(r"budget=(\d+)tok")
 logger = logging.getLogger(__name__)
+
+_OR_COUNTS = "\nOr any number of tokens, as budget=48tok, or counts: budget.num_dominant=D budget.num_contextual=C."
 
 # A sweep's jobs that are composed beforehand (a quarter of a second each); every job is checked again when it starts.
 MAX_JOBS_CHECKED = 64
@@ -54,6 +57,7 @@ def check_overrides(arguments: Sequence[str], directory: Path, config_name: str)
 
     If one is wrong, the others are composed and their values judged too, so that one message names everything. The
     jobs of a sweep are judged before the first one starts. Otherwise values are left to the composed configuration.
+    From here on Hydra composes the budgets too that are named by their number of tokens.
 
     Raises:
         ConfigError: naming every wrong override.
@@ -68,11 +72,13 @@ def check_overrides(arguments: Sequence[str], directory: Path, config_name: str)
         found = _check_word(word, parser, directory)
         problems += found
         good += [] if found else parser.parse_overrides([word])
+    _offer_counted_budgets(good, directory)
     absent = absent_settings(good, directory, config_name)
     problems += absent.values()
     good = [override for override in good if override.input_line not in absent]
     if problems or is_sweep(arguments):
-        problems += _check_values(good, directory, config_name, is_sweep(arguments))
+        deeply = not problems or any(map(_needs_a_look, good))
+        problems += _check_values(good, directory, config_name, is_sweep(arguments), deeply)
     raise_all(problems)
 
 
@@ -80,22 +86,24 @@ def is_sweep(arguments: Sequence[str]) -> bool:
     return any(word in _SWEEP_FLAGS for word in arguments)
 
 
-def counted_budgets(arguments: Sequence[str], directory: Path) -> list[str]:
-    """The words with ``budget=48tok``, of which there is no file, as two counts in the paper's ratio.
+def _offer_counted_budgets(overrides: Sequence[Override], directory: Path) -> None:
+    """Makes ``budget=48tok``, of which there is no file, an option of Hydra's, and says how it is split."""
+    for override in overrides:
+        for name in _names_of(override) if override.key_or_group == "budget" else ():
+            values = None if name in options(directory, "budget") else counted_budget(name)
+            if values is not None:
+                # Kept for the process, and handed on to those that a sweep's launcher starts.
+                ConfigStore.instance().store(name, values, group="budget")
+                counts = values["num_dominant"], values["num_contextual"]
+                logger.info("budget=%s: %d dominant + %d contextual tokens", name, *counts)
 
-    The paper's 64, 128 and 192 are 54 + 10, 108 + 20 and 162 + 30: 5.4 dominant tokens to 1 contextual.
-    """
-    words: list[str] = []
-    for word in arguments:
-        found = _COUNTED.fullmatch(word)
-        if found is None or int(found[1]) < 2 or f"{found[1]}tok" in options(directory, "budget"):
-            words.append(word)
-            continue
-        num_tokens = int(found[1])
-        num_contextual = max(1, round(num_tokens / 6.4))
-        words += [f"budget.num_dominant={num_tokens - num_contextual}", f"budget.num_contextual={num_contextual}"]
-        logger.info("%s: %d dominant + %d contextual tokens", word, num_tokens - num_contextual, num_contextual)
-    return words
+
+def _names_of(override: Override) -> list[str]:
+    """The options that an override of a group names: one, or a sweep's."""
+    value = override.value()
+    if isinstance(value, Sweep):
+        return [str(v) for v in value.list] if hasattr(value, "list") else []
+    return [str(value)]
 
 
 def arrange(arguments: Sequence[str]) -> list[str]:
@@ -107,11 +115,38 @@ def arrange(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     words = [word for word in arguments if word not in _SWEEP_FLAGS]
     of_model = [word for word in words if re.match(rf"\+{RECIPE_GROUP}=|\+*model[.=]", word)]
-    return ["-m", *of_model, *(word for word in words if word not in of_model)]
+    folder = own_folder_words()
+    others = [word for word in words[len(folder) :] if word not in of_model]
+    return [*folder, "-m", *of_model, *others]
 
 
-def _check_values(overrides: Sequence[Override], directory: Path, config_name: str, of_sweep: bool) -> list[str]:
+def _needs_a_look(override: Override) -> bool:
+    """Whether an override can go wrong with others in a way that only the methods' classes, so torch, can tell."""
+    group, dot, _ = override.key_or_group.partition(".")
+    return group in (*schema.OPEN_GROUPS, "budget") or (dot != "" and group in ("model", "eval", "paths"))
+
+
+def _check_values(
+    overrides: Sequence[Override], directory: Path, config_name: str, of_sweep: bool, deeply: bool
+) -> list[str]:
     """Problems of the configurations that the overrides compose: one, or each of a sweep, before any of it starts."""
+    problems: list[str] = []
+    with initialize_config_dir(str(directory), version_base="1.3"):
+        for words in jobs_of(overrides):
+            composed = OmegaConf.to_container(compose(config_name, words), resolve=True)
+            if isinstance(composed, dict):
+                config = {str(key): value for key, value in composed.items()}
+                if config_name == "eval" and of_sweep:
+                    config = full_is_vanilla(config, directory)
+                problems += find_problems(config, deeply)
+    return list(dict.fromkeys(problems))
+
+
+def jobs_of(overrides: Sequence[Override]) -> Iterator[list[str]]:
+    """The words of each job that the overrides come to, the first ones: one, or those of a sweep.
+
+    There are none where an interval of an optimising sweeper is among them, whose values are not known yet.
+    """
     choices: list[list[str]] = []
     for override in overrides:
         if not override.is_sweep_override():
@@ -120,17 +155,9 @@ def _check_values(overrides: Sequence[Override], directory: Path, config_name: s
             values = [str(value) for value in override.sweep_string_iterator()]
             choices.append([f"{override.get_key_element()}={value}" for value in values])
         else:
-            return []  # an interval of an optimising sweeper: its values are not known yet
-    problems: list[str] = []
-    with initialize_config_dir(str(directory), version_base="1.3"):
-        for words in itertools.islice(itertools.product(*choices), MAX_JOBS_CHECKED):
-            composed = OmegaConf.to_container(compose(config_name, list(words)), resolve=True)
-            if isinstance(composed, dict):
-                config = {str(key): value for key, value in composed.items()}
-                if config_name == "eval" and of_sweep:
-                    config = full_is_vanilla(config, directory)
-                problems += find_problems(config)
-    return list(dict.fromkeys(problems))
+            return
+    for words in itertools.islice(itertools.product(*choices), MAX_JOBS_CHECKED):
+        yield list(words)
 
 
 def _check_word(word: str, parser: OverridesParser, directory: Path) -> list[str]:
@@ -157,15 +184,13 @@ def _check_option(override: Override, directory: Path) -> list[str]:
         return [f"{group} is no group of the defaults list: write +{group}=NAME."]
     if override.is_delete():
         return [f"~{group}: every group must keep an option."]
-    value = override.value()
-    names = [str(v) for v in value.list] if isinstance(value, Sweep) and hasattr(value, "list") else [str(value)]
     allowed = options(directory, group)
     return [
         f"{group}={name}: no such option{nearest(name, allowed)}. Available options in '{group}':\n"
         + "\n".join(f"       {option}" for option in allowed)
-        + ("\nOr counts of your own: budget.num_dominant=D budget.num_contextual=C." if group == "budget" else "")
-        for name in names
-        if name not in allowed and not isinstance(value, dict)
+        + (_OR_COUNTS if group == "budget" else "")
+        for name in _names_of(override)
+        if not is_option(directory, group, name) and not isinstance(override.value(), dict)
     ]
 
 

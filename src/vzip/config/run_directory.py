@@ -111,9 +111,10 @@ def compressor_label(compressor: Mapping[str, Any], directory: Path, group: str 
 
 
 def budget_label(budget: Mapping[str, Any], directory: Path) -> str:
-    usual = option_values(directory, "budget", budget["name"])
+    name = f"{budget['num_tokens']}tok" if "num_tokens" in budget else budget["name"]
+    usual = option_values(directory, "budget", name)
     if all(budget[key] == usual.get(key) for key in RESULT_KEYS["budget"]):
-        return budget["name"]
+        return str(name)
     return f"{budget['num_dominant']}+{budget['num_contextual']}"
 
 

@@ -86,6 +86,16 @@ class BudgetSettings:
 
 
 @dataclass(frozen=True)
+class CountedBudgetSettings(BudgetSettings):
+    """The ``budget`` group for a number of tokens that is split as the paper splits its own."""
+
+    num_tokens: int = key(
+        "of budget=tokens: dominant and contextual together, 5.4 to 1",
+        rule=Rule("a whole number of tokens a crop, 2 or more, as budget.num_tokens=48", whole_number(2).allows),
+    )
+
+
+@dataclass(frozen=True)
 class GenerationSettings:
     """``eval.gen_kwargs``: what is asked of each answer."""
 
@@ -178,6 +188,7 @@ def _kind(name: str, settings: type) -> Mapping[str, Key]:
 # Groups whose options are of different kinds, with keys of their own; an option without a kind has a name only.
 KINDS: Mapping[str, Mapping[str, Mapping[str, Key]]] = {
     "data": {"llava_json": _kind("llava_json", LlavaJsonSettings), "scenes": _kind("scenes", ScenesSettings)},
+    "budget": {"counted": _kind("counted", CountedBudgetSettings)},
     "train": {"tune": _kind("tune", TrainSettings)},
 }
 

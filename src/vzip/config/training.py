@@ -10,9 +10,10 @@ from omegaconf import DictConfig
 from vzip.config.build import check_assembled, launch_of, load_arguments, resolved
 from vzip.config.options import RECIPE_GROUP, config_dir
 from vzip.config.run_directory import RESULT_KEYS, training_directory
-from vzip.config.validate import TRAINED, build_compressor, validate
+from vzip.config.validate import TRAINED, build_compressor, has_a_directory, validate
 from vzip.errors import ConfigError
 from vzip.installed import check_quantization, program
+from vzip.train.settings import refuse_finished
 
 if TYPE_CHECKING:
     from vzip.data.collate import TrainingSet
@@ -27,8 +28,11 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: naming every problem, or that nothing is to be trained.
         CheckpointError: a model that is to be put together first.
+        RunExistsError: the training is finished, and ``overwrite`` is false.
     """
     config = resolved(cfg)
+    if not config.get("overwrite") and has_a_directory(config):
+        refuse_finished(training_directory(config, config_dir()))  # before torch is imported to judge the rest
     validate(config)
     train, data = config["train"], config["data"]
     if train["name"] == "none":
@@ -58,13 +62,9 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
     Raises:
         ConfigError: settings that contradict one another.
     """
-    from vzip.train.settings import refuse_finished
-
     model = config["model"]
     settings, launch = settings_of(config)
     run_dir = training_directory(config, config_dir())
-    if not config["overwrite"]:
-        refuse_finished(run_dir)
     if launch.num_machines == 1:
         launch.accumulation(settings.samples_per_step, launch.num_processes)
     if settings.lora is not None and model["adapter_path"] is not None:

@@ -31,8 +31,30 @@ def validate(config: Mapping[str, Any]) -> None:
     raise_all(find_problems(config))
 
 
-def find_problems(config: Mapping[str, Any]) -> list[str]:
-    """Every problem of a configuration, in the order of the keys."""
+def find_problems(config: Mapping[str, Any], deeply: bool = True) -> list[str]:
+    """Every problem of a configuration, in the order of the keys; not ``deeply``: what torch is not needed to tell."""
+    problems, is_whole = _key_problems(config)
+    if deeply and is_whole and isinstance(config["compressor"], Mapping):
+        problems += _check_compressor(_with_usable_seed(config), config["budget"])
+        problems += _check_budget_fits(config["model"], config["compressor"], config["budget"])
+        problems += _check_family(config["model"], config["compressor"])
+        problems += _check_pruner(config["model"], config["pruner"])
+        problems += _check_paths(config["model"], config["eval"])
+        problems += _check_video_root(config["eval"], config["paths"])
+    return problems
+
+
+def has_a_directory(config: Mapping[str, Any]) -> bool:
+    """Whether nothing is wrong that can be told without importing a method, and so torch: keys, values and names."""
+    problems, is_whole = _key_problems(config)
+    if not is_whole or problems or _check_paths(config["model"], config["eval"]):
+        return False
+    methods = [(group, config.get(group)) for group in schema.OPEN_GROUPS]
+    return all(isinstance(method, Mapping) and not check_name(group, method) for group, method in methods)
+
+
+def _key_problems(config: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """Wrong, unknown and missing keys, and whether none is missing."""
     problems: list[str] = []
     allowed = [*schema.TOP, *schema.GROUPS, *schema.OPEN_GROUPS]
     for key, value in config.items():
@@ -44,14 +66,7 @@ def find_problems(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key}: no such key{nearest(key, allowed)}; allowed: {', '.join(allowed)}.")
     absent = [key for key in allowed if key not in config]
     problems += [f"{key}: missing from the configuration; start from configs/base.yaml." for key in absent]
-    if not absent and isinstance(config["compressor"], Mapping):
-        problems += _check_compressor(_with_usable_seed(config), config["budget"])
-        problems += _check_budget_fits(config["model"], config["compressor"], config["budget"])
-        problems += _check_family(config["model"], config["compressor"])
-        problems += _check_pruner(config["model"], config["pruner"])
-        problems += _check_paths(config["model"], config["eval"])
-        problems += _check_video_root(config["eval"], config["paths"])
-    return problems
+    return problems, not absent
 
 
 def _with_usable_seed(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -75,6 +90,8 @@ def _check_compressor(compressor: Mapping[str, Any], budget: Mapping[str, Any]) 
                 f" {show(counts[0])} dominant + {show(counts[1])} contextual: set budget=full, or choose a compressor"
                 " (one that takes a budget, as configs/compressor/visionzip.yaml)."
             )
+    elif any(count is None for count in counts) and "num_tokens" in budget:
+        return problems  # reported already: the counts follow from it
     elif any(count is None for count in counts):
         problems.append(
             f"compressor={name} needs a budget, but budget={budget.get('name')} names no counts: set budget=64tok (or"

@@ -107,12 +107,12 @@ def file_table(manifest: Manifest, files: list[ManifestFile]) -> Table:
     """What there is to fetch, to be printed."""
     table = Table("source", "file", title=f"{manifest.name}: {manifest.description}", title_justify="left")
     table.add_column("GB", justify="right")
-    for heading in ("SHA-256", "licence"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("SHA-256")
+    table.columns[1].overflow = "fold"
     for file in files:
         size = f"{file.num_bytes / 1e9:.2f}" if file.num_bytes else "?"
         checksum = file.sha256[:12] if file.sha256 else file.checksum_source.partition(":")[0]
-        table.add_row(file.source, file.path, size, checksum, file.licence)
+        table.add_row(file.source, file.path, size, checksum)
     known = [file.num_bytes for file in files if file.num_bytes]
     unknown = len(files) - len(known)
     more = f" and {unknown} of unknown size" if unknown else ""
@@ -122,8 +122,9 @@ def file_table(manifest: Manifest, files: list[ManifestFile]) -> Table:
 
 
 def addresses(files: list[ManifestFile]) -> list[str]:
-    """Where each file comes from, one unbroken line a file."""
-    return [f"{file.path}: {file.url or file.note}" for file in files]
+    """Where each file comes from and each source's licence, in unbroken lines."""
+    licences = dict.fromkeys(f"licence of {file.source}: {file.licence}" for file in files)
+    return [*(f"{file.path}: {file.url or file.note}" for file in files), *licences]
 
 
 def _find(name_or_path: str | Path) -> Path:

@@ -7,6 +7,7 @@ and one job's failure loses nothing of the others.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import tempfile
@@ -15,7 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -24,13 +27,16 @@ from rich.console import Console
 
 from vzip.config.build import resolved
 from vzip.config.full_budget import full_is_vanilla
-from vzip.config.options import config_dir
-from vzip.config.overrides import is_sweep
+from vzip.config.options import config_dir, with_own_folder_of_job
+from vzip.config.overrides import is_sweep, jobs_of
 from vzip.config.run_directory import run_directory, training_directory
 from vzip.errors import ConfigError, ManifestError, VzipError
 from vzip.json_files import read_json
 from vzip.results.files import write_json
 from vzip.results.owner import owning
+from vzip.results.record import RECORD_NAME
+
+logger = logging.getLogger(__name__)
 
 _JOBS = "jobs"
 _claims: dict[Path, str] = {}  # this process's GPU, by the folder of its sweep
@@ -105,6 +111,8 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         SweepCallback.folder = Path(config.hydra.sweep.dir)
+        if not SweepCallback.is_dry and not config.overwrite:
+            _tell_kept(config)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         # Stays where the job's process is killed, which then cannot say so.
@@ -154,12 +162,34 @@ def _write_entry(config: DictConfig, error: str | None = None, place: str | None
     write_json(folder / f"{number:04d}.json", entry)
 
 
+def _tell_kept(config: DictConfig) -> None:
+    """Says what an earlier beginning of a sweep has left; one that searches chooses its runs later."""
+    if "BasicSweeper" not in str(config.hydra.sweeper.get("_target_")) or not Path(config.paths.runs_dir).is_dir():
+        return
+    from vzip.evaluation.answering.resume import num_kept_answers
+
+    program = config.hydra.job.config_name
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
+    places = {_place(resolved(compose(program, words)), program) for words in jobs_of(overrides)}
+    finished = {place for place in places if (place / ("final" if program == "train" else RECORD_NAME)).exists()}
+    answers = [num for place in places - finished if (num := num_kept_answers(place))]
+    if finished or answers:
+        more = f"; {sum(answers):,} answers of {len(answers)} more are there" if answers else ""
+        logger.info("begun before: %d of %d runs are finished and kept%s", len(finished), len(places), more)
+
+
 def _directory(config: DictConfig) -> Path:
     """The job's run directory."""
     own = resolved(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
-    if config.hydra.job.config_name == "train":
-        return training_directory(own, config_dir())
-    return run_directory(full_is_vanilla(own, config_dir()), config_dir())
+    with with_own_folder_of_job(config.hydra):
+        return _place(own, config.hydra.job.config_name)
+
+
+def _place(config: dict[str, Any], program: str) -> Path:
+    if program == "train":
+        return training_directory(config, config_dir())
+    return run_directory(full_is_vanilla(config, config_dir()), config_dir())
 
 
 def finish(briefly: bool = False) -> int:
@@ -242,7 +272,7 @@ def distinct_words(words: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
 
 def _run(run_dir: Path) -> Any:
     """The record of a finished evaluation; None for a training."""
-    from vzip.results.record import RECORD_NAME, Run, read_record
+    from vzip.results.record import Run, read_record
 
     path = run_dir / RECORD_NAME
     return Run(path, read_record(path)) if path.is_file() else None

@@ -159,11 +159,16 @@ class AnswerStore:
 
 def kept_answers(run_dir: Path, num_questions: int | None = None) -> str:
     """What an interrupted run has kept, in words."""
+    of = "" if num_questions is None else f" of {num_questions:,}"
+    return f"{num_kept_answers(run_dir):,}{of} answers are kept in {run_dir}"
+
+
+def num_kept_answers(run_dir: Path) -> int:
+    """How many answers an interrupted run has kept, whatever its settings were."""
     kept = KeptAnswers()
     for path in run_dir.glob(_PARTIAL_FILES):
         _read(path, path.open(encoding="utf-8", errors="replace").readline().rstrip("\n"), kept)
-    of = "" if num_questions is None else f" of {num_questions:,}"
-    return f"{len(kept.answers):,}{of} answers are kept in {run_dir}"
+    return len(kept.answers)
 
 
 def delete_answers(run_dir: Path) -> None:
