@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         FractionBudget,
         HoloV,
         Identity,
+        Pooled,
         PruMerge,
         PruMergePlus,
         PruneSid,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         VisionZip,
         VisPruner,
         VScan,
+        ZeroImage,
         ZooPrune,
     )
     from .models.load import load_vlm
@@ -61,6 +63,7 @@ __all__ = [
     "FractionBudget",
     "HoloV",
     "Identity",
+    "Pooled",
     "PruMerge",
     "PruMergePlus",
     "PruneSid",
@@ -78,6 +81,7 @@ __all__ = [
     "VisPruner",
     "VisionOutput",
     "VisionZip",
+    "ZeroImage",
     "ZooPrune",
     "load_vlm",
 ]

@@ -28,7 +28,7 @@ def draw_kept(vlm: CompressedVlm, image: Image.Image) -> Image.Image:
         name: value.to(vlm.device, vlm.model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
-    visual = adapter.read_inputs(**moved)
+    visual = adapter.viewed(adapter.read_inputs(**moved), vlm.compressor)
     seen = _as_image(adapter.shown(visual), vlm)
     if vlm.compressor.scope == "image":
         return seen

@@ -1,7 +1,7 @@
 """Compression methods and controls; torch only. A new method is a new file here and a config in configs/compressor."""
 
 from .base import Budgeted, ChosenUnits, CompressedTokens, Compressor, FractionBudget, Selection, TokenBudget, TopScores
-from .controls import ContextualOnly, DominantOnly, Identity, RandomTokens, UniformTokens
+from .controls import ContextualOnly, DominantOnly, Identity, Pooled, RandomTokens, UniformTokens, ZeroImage
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
 from .holov import HoloV
@@ -26,6 +26,7 @@ __all__ = [
     "FractionBudget",
     "HoloV",
     "Identity",
+    "Pooled",
     "PruMerge",
     "PruMergePlus",
     "PruneSid",
@@ -41,5 +42,6 @@ __all__ = [
     "VisionOutput",
     "VisionShape",
     "VisionZip",
+    "ZeroImage",
     "ZooPrune",
 ]

@@ -200,6 +200,10 @@ class Compressor(ABC):
         """What the vision tower's run must record."""
         return frozenset()
 
+    def view(self, pixel_values: Tensor) -> Tensor:
+        """What is shown in place of the processor's pixels, of any layout: of the same shape, type and device."""
+        return pixel_values
+
     @abstractmethod
     def num_tokens(self, shape: VisionShape) -> int:
         """Tokens that ``compress`` makes of a crop (of the whole, where ``scope`` is the image), by its shape alone.

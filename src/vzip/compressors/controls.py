@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vzip.ops.merge import assign_to_targets, target_positions
+from vzip.errors import ConfigError
+from vzip.ops.merge import MergeRule, assign_to_targets, target_positions
 from vzip.ops.select import random_indices, uniform_indices
 
 from .base import Budgeted, ChosenUnits, Compressor, Selection, TopScores, check_seed
@@ -58,6 +60,75 @@ class UniformTokens(ChosenUnits):
     def choose(self, vision: VisionOutput, num_tokens: int) -> Tensor:
         patches = uniform_indices(num_tokens, vision.num_patches, vision.hidden.device)
         return (patches + int(vision.has_cls)).expand(vision.hidden.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class Pooled(Budgeted):
+    """The patch grid averaged to a smaller grid of ``budget.num_tokens`` cells; CLS is dropped.
+
+    Of the grids with as many cells the one nearest to the patch grid's aspect (of a square one's two, the one with
+    fewer rows). Every patch is in one cell; where a side is no multiple, cells differ by one patch in that side.
+    """
+
+    merge_rule: ClassVar[MergeRule] = "mean"  # type: ignore[misc]  # fixed here, an option elsewhere
+
+    def num_tokens(self, shape: VisionShape) -> int:
+        num_tokens = super().num_tokens(shape)
+        _pooled_grid(num_tokens, shape.grid)
+        return num_tokens
+
+    def select(self, vision: VisionOutput) -> Selection:
+        first, width, device = int(vision.has_cls), vision.grid[1], vision.hidden.device
+        rows, cols = _pooled_grid(self.num_tokens(vision.shape), vision.grid)
+        row, middle_row = _cells(vision.grid[0], rows, device)
+        col, middle_col = _cells(width, cols, device)
+        places = (middle_row[:, None] * width + middle_col).flatten()
+        cell = (row[:, None] * cols + col).flatten().scatter(0, places, -1)
+        num_crops = len(vision.hidden)
+        return Selection(
+            (places + first).expand(num_crops, -1), functional.pad(cell, (first, 0), value=-1).expand(num_crops, -1)
+        )
+
+
+def _pooled_grid(num_cells: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """(rows, cols) of so many cells within ``grid``, nearest to its aspect, ties to fewer rows.
+
+    Raises:
+        ConfigError: there are none.
+    """
+
+    def unlike(cells: tuple[int, int]) -> Fraction:
+        aspect = Fraction(cells[0] * grid[1], cells[1] * grid[0])
+        return max(aspect, 1 / aspect)
+
+    fits = [(r, num_cells // r) for r in range(1, grid[0] + 1) if num_cells % r == 0 and num_cells // r <= grid[1]]
+    if not fits:
+        allowed = {rows * cols for rows in range(1, grid[0] + 1) for cols in range(1, grid[1] + 1)}
+        below, above = max(n for n in allowed if n < num_cells), min(n for n in allowed if n > num_cells)
+        raise ConfigError(
+            f"budget.num_dominant + budget.num_contextual = {num_cells} visual tokens per crop: pooling averages a grid"
+            f" of {grid[0]} x {grid[1]} patches to rows x columns of cells, no more than those, and no such grid has"
+            f" {num_cells}. The nearest that are allowed are {below} and {above}: change the budget, or use another"
+            " method."
+        )
+    return min(fits, key=unlike)
+
+
+def _cells(side: int, num_cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A side cut into cells: int64 ``[side]``, the cell of each place, and ``[num_cells]``, the place in its middle."""
+    starts = (torch.arange(num_cells + 1, device=device) * side + num_cells - 1) // num_cells
+    return torch.arange(side, device=device) * num_cells // side, (starts[:-1] + starts[1:] - 1) // 2
+
+
+@dataclass(frozen=True)
+class ZeroImage(UniformTokens):
+    """As ``UniformTokens``, of a blank image: zeros after normalisation, the processor's mean colour everywhere.
+
+    What the language model answers without seeing, from as many visual tokens.
+    """
+
+    def view(self, pixel_values: Tensor) -> Tensor:
+        return torch.zeros_like(pixel_values)
 
 
 @dataclass(frozen=True)

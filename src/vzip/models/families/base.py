@@ -10,7 +10,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -347,6 +347,13 @@ class Adapter(ABC):
         """Images -> ``pixel_values`` and whatever else the family needs; see ``vzip.media.images``."""
         return prepare_images(images, image_processor, preprocess)
 
+    def viewed(self, visual: VisualInputs, compressor: Compressor) -> VisualInputs:
+        """What the method shows in place of the images and videos; see ``Compressor.view``."""
+        shown = {
+            n: compressor.view(value) if n.startswith("pixel_values") else value for n, value in visual.tensors.items()
+        }
+        return replace(visual, tensors=shown)
+
     def encode(
         self, visual: VisualInputs, compressor: Compressor, run: TowerRun | None = None, stage: Stage = no_stage
     ) -> list[VisualTokens]:
@@ -362,6 +369,7 @@ class Adapter(ABC):
         Returns:
             for each image, then for each video.
         """
+        visual = self.viewed(visual, compressor)
         tokens: list[VisualTokens] = []
         for shapes, outputs in ((visual.images, self.image_outputs), (visual.videos, self.video_outputs)):
             found: dict[int, VisualTokens] = {}
