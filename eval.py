@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 
 from vzip.cli.entry import entry_point
 from vzip.config.build import EvaluationPlan, evaluation_plan
-from vzip.config.options import own_folder_words
+from vzip.config.options import own_folder_overrides
 from vzip.config.preview import stop_dry, tell
 from vzip.sweep.execute import run_plan
 from vzip.sweep.sweep import alone_in, check_objective, in_sweep
@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> float | None:
 
     check_devices(plan.launch)
     command = launch_command(
-        plan.launch, Path(__file__).resolve(), [*own_folder_words(), *HydraConfig.get().overrides.task]
+        plan.launch, Path(__file__).resolve(), [*own_folder_overrides(), *HydraConfig.get().overrides.task]
     )
     if command is not None:
         plan.check_tasks(plan.include_path())  # one message before they start, not one of each

@@ -5,7 +5,7 @@ python train.py +exp=llava15_7b_64tok                      a fine-tuned row of t
 python train.py +exp=llava15_7b_64tok dry_run=true         what that would do: data, steps, launcher, memory
 python train.py train=projector data=llava_json data.json=FILE data.image_root=DIR model=...   one's own data
 
-Then: python eval.py with the same words and model.projector=trained.
+Then: python eval.py with the same overrides and model.projector=trained.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 
 from vzip.cli.entry import entry_point
 from vzip.config.launching import launching
-from vzip.config.options import own_folder_words
+from vzip.config.options import own_folder_overrides
 from vzip.config.training import checked, tuning_plan
 from vzip.config.training_preview import outlook
 
@@ -41,8 +41,8 @@ def main(cfg: DictConfig) -> None:
     from vzip.train.loop import prepare, train
 
     check_devices(plan.launch)
-    words = [*own_folder_words(), *HydraConfig.get().overrides.task, *found.words]
-    command = launch_command(plan.launch, Path(__file__).resolve(), words)
+    overrides = [*own_folder_overrides(), *HydraConfig.get().overrides.task, *found.words]
+    command = launch_command(plan.launch, Path(__file__).resolve(), overrides)
     if command is not None:
         prepare(plan)  # whatever is wrong is said once, by this process
         return run_command(command)

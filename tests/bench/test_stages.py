@@ -133,7 +133,7 @@ def test_a_pruner_that_cannot_be_measured(clip_tower: BenchModel) -> None:
             parse(["pruner=fastv", wrong])
 
 
-def test_a_image_in_a_number_of_crops_that_is_not_made() -> None:
+def test_an_image_in_a_number_of_crops_that_is_not_made() -> None:
     with pytest.raises(ConfigError, match=r"num_crops=2: .* 3, 4, 5 crops"):
         build(bench_model(family="llava_next"), num_crops=2)
 
@@ -220,7 +220,7 @@ def test_images_come_from_the_seed() -> None:
     assert first[0].tobytes() != first[1].tobytes()
 
 
-def test_prompts_hold_one_placeholder_a_image() -> None:
+def test_prompts_hold_one_placeholder_an_image() -> None:
     w = build(bench_model(), num_crops=3, batch_size=4)
     assert w.input_ids is not None and w.input_ids.shape == (4, 10)
     assert ((w.input_ids == 4).sum(dim=1) == 3).all()

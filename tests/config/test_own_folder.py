@@ -12,7 +12,7 @@ from tests.config.kit import ROOT, Run
 
 from vzip.cli.entry import entry_point
 from vzip.config.build import evaluation_plan
-from vzip.config.options import config_dir, own_folder_words, with_own_folder
+from vzip.config.options import config_dir, own_folder_overrides, with_own_folder
 from vzip.option_files import options, own_folder
 from vzip.train.launch import launch_command
 from vzip.train.settings import LaunchSettings
@@ -42,7 +42,7 @@ def _composed(monkeypatch: pytest.MonkeyPatch, words: list[str], name: str = "ev
     def act(cfg: DictConfig) -> None:
         plan = evaluation_plan(cfg)
         command = launch_command(
-            LaunchSettings(**{**_launcher(), "num_processes": 2}), Path("eval.py"), own_folder_words(), {}
+            LaunchSettings(**{**_launcher(), "num_processes": 2}), Path("eval.py"), own_folder_overrides(), {}
         )
         sources = [source.provider for source in HydraConfig.get().runtime.config_sources]
         seen.append({**plan.evaluation["resolved_config"], "command": command, "sources": sources})

@@ -212,7 +212,7 @@ def test_place_images() -> None:
 
 
 @pytest.mark.parametrize("max_length", range(1, 40))
-def test_truncation_never_cuts_within_a_image(max_length: int, processor: Any) -> None:
+def test_truncation_never_cuts_within_an_image(max_length: int, processor: Any) -> None:
     lengths = [5, 9]
     whole = encode(vicuna_v1(turns("<image> or <image>?", "ab"), None, processor), processor.tokenizer, IMAGE)
     cut = truncate(whole, lengths, IMAGE, max_length)

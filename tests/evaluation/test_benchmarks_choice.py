@@ -161,7 +161,7 @@ def test_scienceqa(task, benchmarks, make_image):
 BROKEN = {"bytes": b"no picture", "path": None}
 
 
-def test_mme_without_a_image_leaves_out_its_other_question(benchmarks, make_image):
+def test_mme_without_an_image_leaves_out_its_other_question(benchmarks, make_image):
     questions = [
         {"question_id": f"existence/{i // 2}.png", "question": f"q{i}?", "category": "existence"}
         | {"answer": "Yes", "image": BROKEN if i == 3 else make_image(0)}
@@ -190,7 +190,7 @@ def test_mmbench_without_a_rotation_leaves_out_its_question(benchmarks, make_ima
     assert done.value("gpt_eval_score") == 50 and [row["doc_id"] for row in done.rows] == [0, 2, 3]
 
 
-def test_a_image_that_cannot_be_read_is_no_wrong_answer(benchmarks, make_image):
+def test_an_image_that_cannot_be_read_is_no_wrong_answer(benchmarks, make_image):
     questions = [
         {
             "question": f"q{i}?",
@@ -207,7 +207,7 @@ def test_a_image_that_cannot_be_read_is_no_wrong_answer(benchmarks, make_image):
         benchmarks.run("scienceqa_overall", questions, {"q0": "A"})
 
 
-def test_half_of_mmes_questions_about_a_image_are_refused_before_anything_is_asked(benchmarks):
+def test_half_of_mmes_questions_about_an_image_are_refused_before_anything_is_asked(benchmarks):
     with pytest.raises(ConfigError, match=r"limit=3: mme scores 2 questions about an image together"):
         evaluate(benchmarks.scripted(lambda prompt: ""), tasks=["mme"], limit=3, run_dir=benchmarks.folder / "run")
     assert not (benchmarks.folder / "run").exists()

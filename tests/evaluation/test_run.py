@@ -65,7 +65,7 @@ class TestScores:
         again = run_of(vlm, ["own_yesno"], "again", gen_kwargs={"until": ["never"]})
         assert again["tasks"]["own_yesno"]["metrics"]["exact_match"]["value"] == 0.0
 
-    def test_questions_without_a_image(self, run_of, scripted, answers, tmp_path):
+    def test_questions_without_an_image(self, run_of, scripted, answers, tmp_path):
         record = run_of(scripted(lambda prompt: answers[question_in(prompt)]), ["own_text"])
         assert record["visual_tokens"] == {
             "budget_per_crop": 7,

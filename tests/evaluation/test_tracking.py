@@ -140,7 +140,7 @@ def test_retention_over_the_runs_of_the_tree(tmp_path: Path, monkeypatch: pytest
     assert plot == ours.path.with_name("retention.png") and plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_image_that_cannot_be_drawn_is_left_out(
+def test_an_image_that_cannot_be_drawn_is_left_out(
     vlm: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [

@@ -204,7 +204,7 @@ def test_pixels_are_the_image_processors(tmp_path):
             torch.testing.assert_close(values.double(), torch.from_numpy(expected).permute(2, 0, 1), atol=0.03, rtol=0)
 
 
-def test_what_is_a_image_and_what_a_video(tmp_path):
+def test_what_is_an_image_and_what_a_video(tmp_path):
     Image.new("RGB", (5, 5)).save(tmp_path / "a.png")
     assert video.is_image(tmp_path / "a.png")
     assert not video.is_image(write(tmp_path / "a.mp4", 2))

@@ -195,7 +195,7 @@ def test_prompts_are_tokenized_as_the_published_code_does(checkpoint):
 
 
 @torch.no_grad()
-def test_a_image_to_an_answer(checkpoint):
+def test_an_image_to_an_answer(checkpoint):
     vlm = vzip.load_vlm(checkpoint, compressor=vzip.VisionZip(BUDGET))
     inputs = vlm.build_inputs(["USER: <image>\na dog? ASSISTANT:"] * 2, [[Image.new("RGB", (64, 20), "blue")]] * 2)
     assert inputs["pixel_values"].shape == (2, 3, tiny_mini_gemini.SIDE, tiny_mini_gemini.SIDE)

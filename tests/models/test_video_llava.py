@@ -182,7 +182,7 @@ def test_a_saved_checkpoint_comes_back_with_its_processor(model, clips, tmp_path
     assert torch.equal(vlm.forward(**inputs).logits, expected.forward(**inputs).logits)
 
 
-def test_ask_about_a_video_and_a_image(model, clips, tmp_path, capsys):
+def test_ask_about_a_video_and_an_image(model, clips, tmp_path, capsys):
     checkpoint = tmp_path / "checkpoint"
     model.save_pretrained(checkpoint)
     tiny.video_processor().save_pretrained(checkpoint)

@@ -281,7 +281,7 @@ def test_a_batch(tmp_path: Path) -> None:
     assert (batch.input_ids[batch.labels != IGNORED_LABEL] == batch.labels[batch.labels != IGNORED_LABEL]).all()
 
 
-def test_a_image_that_does_not_fit_goes_whole() -> None:
+def test_an_image_that_does_not_fit_goes_whole() -> None:
     vlm = load_model()
     length = len("USER: ") + 1 + 9 - 1  # the image's last visual token would be one too many
     batch = collator(vlm, max_length=length - 1)([Samples()[1]])

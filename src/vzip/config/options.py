@@ -96,7 +96,7 @@ def with_own_folder_of_job(hydra: DictConfig | HydraConf) -> Iterator[None]:
         yield
 
 
-def own_folder_words() -> list[str]:
+def own_folder_overrides() -> list[str]:
     """The flag for a process that is started to do what this one was asked to."""
     return [] if (folder := own_folder()) is None else [_FLAGS[0], str(folder)]
 

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from vzip.config import schema
 from vzip.config.full_budget import full_is_vanilla
 from vzip.config.missing_keys import absent_settings
-from vzip.config.options import RECIPE_GROUP, groups, option_values, options, own_folder_words
+from vzip.config.options import RECIPE_GROUP, groups, option_values, options, own_folder_overrides
 from vzip.config.validate import find_problems
 from vzip.errors import ConfigError, nearest
 from vzip.keys import raise_all
@@ -115,7 +115,7 @@ def arrange(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     words = [word for word in arguments if word not in _SWEEP_FLAGS]
     of_model = [word for word in words if re.match(rf"\+{RECIPE_GROUP}=|\+*model[.=]", word)]
-    folder = own_folder_words()
+    folder = own_folder_overrides()
     others = [word for word in words[len(folder) :] if word not in of_model]
     return [*folder, "-m", *of_model, *others]
 
