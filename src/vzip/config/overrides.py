@@ -110,8 +110,20 @@ def arrange(arguments: Sequence[str]) -> list[str]:
     return ["-m", *of_model, *(word for word in words if word not in of_model)]
 
 
-def _check_values(overrides: Sequence[Override], directory: Path, config_name: str, of_sweep: bool) -> list[str]:
-    """Problems of the configurations that the overrides compose: one, or each of a sweep, before any of it starts."""
+def sweep_jobs(words: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job of a sweep: every combination of the values, the last override changing fastest.
+
+    Raises:
+        ConfigError: an override whose values are not listed.
+    """
+    choices = _choices(OverridesParser.create().parse_overrides(list(words)))
+    if choices is None:
+        raise ConfigError("an interval has no list of values; write them out, as budget=64tok,32tok.")
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def _choices(overrides: Sequence[Override]) -> list[list[str]] | None:
+    """Of each override its values as overrides; None if one's are not listed."""
     choices: list[list[str]] = []
     for override in overrides:
         if not override.is_sweep_override():
@@ -120,7 +132,15 @@ def _check_values(overrides: Sequence[Override], directory: Path, config_name: s
             values = [str(value) for value in override.sweep_string_iterator()]
             choices.append([f"{override.get_key_element()}={value}" for value in values])
         else:
-            return []  # an interval of an optimising sweeper: its values are not known yet
+            return None
+    return choices
+
+
+def _check_values(overrides: Sequence[Override], directory: Path, config_name: str, of_sweep: bool) -> list[str]:
+    """Problems of the configurations that the overrides compose: one, or each of a sweep, before any of it starts."""
+    choices = _choices(overrides)
+    if choices is None:
+        return []  # an interval of an optimising sweeper: its values are not known yet
     problems: list[str] = []
     with initialize_config_dir(str(directory), version_base="1.3"):
         for words in itertools.islice(itertools.product(*choices), MAX_JOBS_CHECKED):
