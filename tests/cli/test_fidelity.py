@@ -12,9 +12,9 @@ from PIL import Image
 
 import vzip
 from vzip import cli
-from vzip.config.method_grid import method_grid
 from vzip.config.options import config_dir
-from vzip.errors import ConfigError
+from vzip.models.towers import cache
+from vzip.models.towers.cache import TowerCache
 from vzip.results.stats import mean_interval
 
 SCENE = config_dir().parent / "docs" / "scene.png"
@@ -38,7 +38,10 @@ def test_vanilla_is_itself_and_fewer_tokens_are_farther(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("What word is written on the sign?\n\nIs there a star in the image?\n")
     words = ["--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "6", "--out", str(tmp_path / "out")]
+    caches: list[TowerCache] = []
+    monkeypatch.setattr(cache, "TowerCache", lambda gib: caches.append(TowerCache(gib)) or caches[-1])
     assert cli.main(["fidelity", str(folder), "compressor=random", "budget=full,192tok,17tok", *words]) == 0
+    assert [each.num_misses for each in caches] == [1, 1], "the tower runs once an image, for all methods and prompts"
     told = capsys.readouterr()
     assert "cut.png: cut off or damaged" in told.err and "left out: 1" in told.out
     record = json.loads((tmp_path / "out" / "fidelity.json").read_text())
@@ -87,25 +90,3 @@ def test_all_that_is_wrong_is_said_before_loading(
     for text, given in refused.items():
         assert cli.main(["fidelity", *given]) == 2
         assert text in capsys.readouterr().err
-
-
-def test_a_grid_is_each_combination_once_and_of_one_model() -> None:
-    grid = method_grid(["compressor=visionzip,divprune", "budget=full,64tok,32tok"])
-    rows = [(each.method, each.budget) for each in grid.methods]
-    assert rows == [("none", "full"), *((name, b) for name in ("visionzip", "divprune") for b in ("64tok", "32tok"))]
-    assert [getattr(each.compressor, "budget", None) for each in grid.methods[1:3]] == [
-        vzip.TokenBudget(54, 10),
-        vzip.TokenBudget(27, 5),
-    ]
-    assert grid.model_name == "tiny"
-    with pytest.raises(ConfigError, match="cannot be compared in one run"):
-        method_grid(["model.dtype=float32,float16"])
-
-
-def test_an_interval_of_a_mean() -> None:
-    values = np.array([0.0, 1.0] * 50)
-    low, high = mean_interval(values)
-    assert 0.39 < low < 0.42 and 0.58 < high < 0.61, "0.5 +- 1.96 x 0.05"
-    assert (low, high) == mean_interval(values) != mean_interval(values, seed=1)
-    with pytest.raises(ConfigError, match="two or more"):
-        mean_interval(values[:1])

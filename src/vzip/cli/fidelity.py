@@ -258,15 +258,15 @@ def lay_out(record: Mapping[str, Any]) -> Layout:
         words = (row["method"], row["budget"], f"{row['num_visual_tokens']:g}", _cell(row["kl"], 1, 4), *shares)
         lines.append(tuple(map(Piece, words)))
     title = (
-        f"{record['model']['name']} against itself with all visual tokens: {record['num_images']} images,"
-        f" {len(record['prompts'])} prompts, {record['num_answer_tokens']} tokens of vanilla's answers"
+        f"{record['model']['name']} against itself with all visual tokens; images: {record['num_images']}, prompts:"
+        f" {len(record['prompts'])}, tokens of vanilla's answers: {record['num_answer_tokens']}"
     )
-    remarks = [f"{record['num_damaged']} images could not be used and are left out."] if record["damaged"] else []
+    remarks = [f"Images that cannot be used, left out: {record['num_damaged']}."] if record["damaged"] else []
     cells = [row[name] for row in record["methods"] for name in ("kl", "agreement", "identical")]
     remarks += [NO_WIDTH] if any(cell["low"] is not None and cell["low"] == cell["high"] for cell in cells) else []
     return Layout(title, HEAD, (tuple(lines),), tuple(remarks), left=frozenset({0, 1}))
 
 
-def _cell(value: Mapping[str, float | None], factor: int, digits: int) -> str:
-    mean, low, high = (None if value[key] is None else factor * value[key] for key in ("mean", "low", "high"))  # type: ignore[operator]
-    return f"{mean:.{digits}f}" + ("" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]")
+def _cell(value: Mapping[str, Any], factor: int, digits: int) -> str:
+    mean, *ends = (f"{factor * value[key]:.{digits}f}" for key in ("mean", "low", "high") if value[key] is not None)
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
