@@ -93,7 +93,8 @@ def main(arguments: argparse.Namespace) -> int:
     raise_all(problems)
     assert paths is not None and prompts is not None and grid is not None
     prompts = prompts or [BUILT_IN_PROMPT if grid.model["name_or_path"] == BUILT_IN else PROMPT]
-    out = arguments.out or Path("runs/fidelity", grid.model_name, expanded(arguments.images).resolve().name)
+    out = Path("runs/fidelity", grid.model_name, expanded(arguments.images).resolve().name)
+    out = out if arguments.out is None else expanded(arguments.out)
     if (out / FILE_NAME).exists() and not arguments.overwrite:
         raise RunExistsError(
             f"{out} already holds a {FILE_NAME}; give another --out DIR, or --overwrite to replace it."
@@ -110,7 +111,7 @@ def main(arguments: argparse.Namespace) -> int:
 def _images(given: str) -> list[Path]:
     """The image files of a folder, of which one at least can be read."""
     if not is_folder(expanded(given)):
-        raise ImageError(f"{shown(given)}: {'a file, no folder' if is_file(given) else 'no such folder'}.")
+        raise ImageError(f"{shown(given)}: {'a file, no folder' if is_file(expanded(given)) else 'no such folder'}.")
     files = sorted(path for path in expanded(given).rglob("*") if path.is_file())
     paths = [path for path in files if path.suffix.lower() in ENDINGS or is_image(path)]
     problem = ""
