@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from vzip.errors import ConfigError
-from vzip.results.stats import bootstrap_standard_error, clustered_standard_error, retention_interval, standard_error
+from vzip.results.stats import (
+    bootstrap_standard_error,
+    clustered_standard_error,
+    mean_interval,
+    retention_interval,
+    standard_error,
+)
 
 RNG = np.random.default_rng(7)
 VANILLA = (RNG.random(400) < 0.85).astype(float)
@@ -132,3 +138,13 @@ def test_errors_of_clustered_scores():
     resampled = np.std([np.concatenate([clusters[i] for i in draw]).mean() for draw in draws], ddof=1)
     values, names = np.concatenate(clusters), np.repeat(range(200), [len(cluster) for cluster in clusters]).tolist()
     assert clustered_standard_error(values, names) == pytest.approx(resampled, rel=0.12)
+
+
+def test_an_interval_of_a_mean() -> None:
+    values = np.array([0.0, 1.0] * 50)
+    low, high = mean_interval(values)
+    assert 0.39 < low < 0.42 and 0.58 < high < 0.61, "0.5 +- 1.96 x 0.05"
+    values = np.arange(10.0) ** 3.3
+    assert mean_interval(values) == mean_interval(values) != mean_interval(values, seed=1)
+    with pytest.raises(ConfigError, match="two or more"):
+        mean_interval(values[:1])

@@ -47,6 +47,7 @@ COMMANDS: Mapping[str, Command] = {
     "ask": Command("vzip.cli.ask", "a question about an image file"),
     "chat": Command("vzip.cli.chat", "a dialogue about images in the terminal"),
     "bench": Command("vzip.cli.bench", "what compression costs and saves: time by stage, memory, FLOPs"),
+    "fidelity": Command("vzip.cli.fidelity", "compressed against vanilla on a folder of images, without labels"),
     "memory": Command("vzip.cli.memory", "what a training or an inference needs on each device, and for what"),
     "prefetch": Command("vzip.cli.prefetch", "what runs need from the hub, fetched for machines without a network"),
     "merge": Command("vzip.cli.merge", "a plain Hugging Face checkpoint with the tuned projector in it"),

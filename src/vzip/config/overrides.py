@@ -132,7 +132,7 @@ def _check_values(
     """Problems of the configurations that the overrides compose: one, or each of a sweep, before any of it starts."""
     problems: list[str] = []
     with initialize_config_dir(str(directory), version_base="1.3"):
-        for words in jobs_of(overrides):
+        for words in itertools.islice(jobs_of(overrides), MAX_JOBS_CHECKED):
             composed = OmegaConf.to_container(compose(config_name, words), resolve=True)
             if isinstance(composed, dict):
                 config = {str(key): value for key, value in composed.items()}
@@ -143,7 +143,7 @@ def _check_values(
 
 
 def jobs_of(overrides: Sequence[Override]) -> Iterator[list[str]]:
-    """The words of each job that the overrides come to, the first ones: one, or those of a sweep.
+    """The overrides of each job that these come to: one, or those of a sweep, the last changing fastest.
 
     There are none where an interval of an optimising sweeper is among them, whose values are not known yet.
     """
@@ -156,7 +156,7 @@ def jobs_of(overrides: Sequence[Override]) -> Iterator[list[str]]:
             choices.append([f"{override.get_key_element()}={value}" for value in values])
         else:
             return
-    for words in itertools.islice(itertools.product(*choices), MAX_JOBS_CHECKED):
+    for words in itertools.product(*choices):
         yield list(words)
 
 

@@ -123,6 +123,23 @@ def resampled_retention(
     return score(compressed) / base, _resampled_ratios(compressed, vanilla, score, num_resamples, rng)
 
 
+def mean_interval(
+    values: np.ndarray, num_resamples: int = 2000, seed: int = 0, confidence: float = 0.95
+) -> tuple[float, float]:
+    """(low, high) of the mean of independent values ``[n]``: a percentile bootstrap over them.
+
+    The draws depend on seed and ``n`` alone, so that means of several methods on the same units are drawn together.
+
+    Raises:
+        ConfigError: fewer than two values, which say nothing of their spread.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2:
+        raise ConfigError(f"{len(values)} values: an interval needs two or more.")
+    blocks = _draws(len(values), num_resamples, np.random.default_rng(seed))
+    return percentile_interval(np.concatenate([values[block].mean(axis=1) for block in blocks]), confidence)
+
+
 def percentile_interval(resampled: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
     """(low, high) of bootstrap values ``[num_resamples]``; those that are not finite are left out.
 

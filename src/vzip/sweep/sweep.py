@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from rich.console import Console
 from vzip.config.build import resolved
 from vzip.config.full_budget import full_is_vanilla
 from vzip.config.options import config_dir, with_own_folder_of_job
-from vzip.config.overrides import is_sweep, jobs_of
+from vzip.config.overrides import MAX_JOBS_CHECKED, is_sweep, jobs_of
 from vzip.config.run_directory import run_directory, training_directory
 from vzip.errors import ConfigError, ManifestError, VzipError
 from vzip.json_files import read_json
@@ -171,7 +172,9 @@ def _tell_kept(config: DictConfig) -> None:
     program = config.hydra.job.config_name
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
-    places = {_place(resolved(compose(program, words)), program) for words in jobs_of(overrides)}
+    places = {
+        _place(resolved(compose(program, words)), program) for words in islice(jobs_of(overrides), MAX_JOBS_CHECKED)
+    }
     finished = {place for place in places if (place / ("final" if program == "train" else RECORD_NAME)).exists()}
     answers = [num for place in places - finished if (num := num_kept_answers(place))]
     if finished or answers:
