@@ -65,7 +65,8 @@ def test_values_are_read() -> None:
         ("warmup=-1", "warmup=-1"),
         (
             "methods=vzip,eager",
-            "methods=eager: must be one of vanilla, vzip, eager_maps, fastv (did you mean 'eager_maps'?)",
+            "methods=eager: must be one of vanilla, vzip, eager_maps, dart, fastv, pyramiddrop, sparsevlm,"
+            " sparsevlm_v10, sparsevlm_v20, vscan_stage2 (did you mean 'eager_maps'?)",
         ),
         ("weights=randm", "did you mean 'random'?"),
         ("overwrite=yes", "must be true or false"),
@@ -74,7 +75,7 @@ def test_values_are_read() -> None:
         ("compressor.merge_rule=max", "merge_rule='max': must be one of sum, mean"),
         ("compressor.merge_rule=[", "compressor.merge_rule=[: cannot be read as YAML"),
         ("pruner=fastw", "did you mean 'fastv'?"),
-        ("pruner.K=3", "pruner.K: pruner=none has no settings; add pruner=fastv"),
+        ("pruner.K=3", "pruner.K: pruner=none has no settings; add pruner=NAME, one of dart, fastv, "),
         ("model=llava15_7", "did you mean 'llava15_7b'?"),
     ],
 )

@@ -118,7 +118,7 @@ MESSAGES = {
     ("pruner=pyramiddrop",): ["cuts at the input of layer 8, 16, 24,", "0 to 4", "pruner.K or pruner.layers sets them"],
     ("pruner=vscan_stage2", "pruner.keep=[0]"): ["pruner.keep=[0]: must be whole numbers"],
     ("pruner=sparsevlm", "pruner.layers=[1,0,2]"): ["pruner.layers=[1, 0, 2]: must be whole numbers, 0 or more"],
-    ("+pruner.keep=3",): ["pruner.keep: pruner=none has no settings; add pruner=fastv"],
+    ("+pruner.keep=3",): ["pruner.keep: pruner=none has no settings; add pruner=NAME, one of dart, fastv, "],
     ("pruner=3",): ["pruner=3: no such option"],
     ("model.projector=nowhere",): ["model.projector=nowhere: no such directory"],
     ("model.projector=trained",): ["model.projector=trained: train=none trains no projector"],

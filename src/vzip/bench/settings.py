@@ -182,7 +182,10 @@ class BenchSettings:
         settings = self.method_settings.get("pruner", {})
         if self.pruner == NO_PRUNER:
             if settings:
-                raise ConfigError(f"pruner.{min(settings)}: pruner=none has no settings; add pruner={PRUNERS[0]}.")
+                raise ConfigError(
+                    f"pruner.{min(settings)}: pruner=none has no settings; add pruner=NAME, one of"
+                    f" {', '.join(PRUNERS)}."
+                )
             return None
         built: Pruner = find_method(self.pruner, "pruner").build(**settings)
         return built

@@ -183,7 +183,11 @@ def _check_pruner(model: Mapping[str, Any], pruner: Any) -> list[str]:
         return [f"pruner={show(pruner)}: must be one of the group's options, whose file names a class in _target_."]
     if "_target_" not in pruner:
         extra = [key for key in pruner if key != "name"]
-        return [f"pruner.{key}: pruner={pruner.get('name')} has no settings; add pruner=fastv." for key in extra]
+        names = ", ".join(name for name in options(config_dir(), "pruner") if name != pruner.get("name"))
+        return [
+            f"pruner.{key}: pruner={pruner.get('name')} has no settings; add pruner=NAME, one of {names}."
+            for key in extra
+        ]
     if problems := _check_arguments("pruner", pruner["_target_"], pruner) or check_name("pruner", pruner):
         return problems
     try:
