@@ -71,7 +71,7 @@ SHOWN = [
     ("", 2, "usage: python -m vzip COMMAND"),
     ("--help", 0, "usage: python -m vzip COMMAND"),
     ("runs", 2, "runs: no such folder"),
-    ("list", 0, "vzip eval +exp=NAME"),
+    ("list", 0, "vzip eval +exp=..."),
     ("ask photo.jpg What budget=32tok", 0, "(32 visual tokens, 576 without compression)"),
     ("bench budget=64tok repeats=2 warmup=1", 0, "wrote runs/bench/tiny/"),
     ("demo --limit 1", 0, "written to runs/demo/"),

@@ -37,7 +37,8 @@ def main(args: argparse.Namespace) -> int:
     chosen = [RECIPE_GROUP, *groups(directory)] if args.group is None else [args.group]
     for group in chosen:
         chooses = f"+{RECIPE_GROUP}" if group == RECIPE_GROUP else group
-        table = Table("write", "what it is", title=f"{program('eval')} {chooses}=...", title_justify="left")
+        typed = f"{program('train' if group in ('train', 'data') else 'eval')} {chooses}=..."
+        table = Table("write", "what it is", title=typed, title_justify="left")
         table.columns[0].no_wrap = True
         for name in options(directory, group):
             path = option_file(directory, group, name)
