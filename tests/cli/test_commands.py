@@ -267,3 +267,14 @@ def test_help_begins_with_three_examples(name: str) -> None:
 def test_the_nearest_name_comes_last_behind_a_long_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["benhc"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "Did you mean 'bench'?"
+
+
+@pytest.mark.parametrize("words", [["list"], ["--help"]])
+def test_a_reader_that_goes_early_sees_no_traceback(words: list[str]) -> None:
+    """As `python -m vzip list | head -1`."""
+    command = [sys.executable, "-m", "vzip", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1 and not said, said

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import runpy
+import select
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,15 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         starting.over()
         if not words or words[0] in ("-h", "--help"):
-            print(usage())
+            print(usage(), flush=True)
             return 0 if words else USER_ERROR
         if words[0] not in PROGRAMS:
-            return run(words[0], words[1:])
+            code = run(words[0], words[1:])
+            sys.stdout.flush()  # here, where a reader that has gone is no traceback
+            return code
         script = str(checkout() / f"{words[0]}.py")
     except VzipError as error:
         return log.tell_error(error)
     except KeyboardInterrupt as error:
         return log.tell_interruption(error)
+    except BrokenPipeError:
+        return _reader_gone()
     sys.argv = [script, *words[1:]]
     try:
         with optional_packages(f"`vzip {words[0]}`"):
@@ -81,6 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:  # while it was being imported
         return log.tell_interruption(error)
     return 0
+
+
+def _reader_gone() -> int:
+    """The exit code where standard output is read no more, as by `head`; any other broken pipe is raised again."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        raise
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
+    return 1  # as rich's, which ends so itself where it prints
 
 
 def run(name: str, words: Sequence[str]) -> int:
