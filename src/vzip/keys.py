@@ -74,6 +74,9 @@ def at_most(rule: Rule, maximum: int) -> Rule:
     return Rule(f"{rule.text} and at most {maximum}", lambda v: rule.allows(v) and v <= maximum)
 
 
+SEED = at_most(whole_number(0), MAX_SEED)
+
+
 def subset_of(*names: str, empty: bool = False) -> Rule:
     return Rule(
         f"a list of {'any' if empty else 'at least one'} of {', '.join(names)}, each once",

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+import select
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -99,3 +100,13 @@ def tell_interruption(error: KeyboardInterrupt) -> int:
     if kept and os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
         print(f"interrupted: {kept}", file=sys.stderr, flush=True)
     return INTERRUPTED
+
+
+def reader_gone(error: BrokenPipeError) -> int:
+    """The exit code where standard output is read no more, as by `head`; any other broken pipe is raised again."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        raise error
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
+    return 1  # as rich's, which ends so itself where it prints

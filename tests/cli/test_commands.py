@@ -269,7 +269,7 @@ def test_the_nearest_name_comes_last_behind_a_long_list(capsys: pytest.CaptureFi
     assert capsys.readouterr().err.splitlines()[-1] == "Did you mean 'bench'?"
 
 
-@pytest.mark.parametrize("words", [["list"], ["--help"]])
+@pytest.mark.parametrize("words", [["list"], ["--help"], ["eval", "--help"]])
 def test_a_reader_that_goes_early_sees_no_traceback(words: list[str]) -> None:
     """As `python -m vzip list | head -1`."""
     command = [sys.executable, "-m", "vzip", *words]

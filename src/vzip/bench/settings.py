@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.installed import checkout
-from vzip.keys import MAX_SEED, Rule, at_most, check_value, key, keys_of, one_of, raise_all, show, whole_number
+from vzip.keys import SEED, Rule, check_value, key, keys_of, one_of, raise_all, show
 from vzip.methods import budgets, find_budget, find_method, method_names
 from vzip.option_files import options, read_yaml
 
@@ -137,9 +137,7 @@ class BenchSettings:
     repeats: int = key("measured rounds", at_least=1, default=5)
     warmup: int = key("rounds before them that are thrown away", default=1)
     threads: int = key("CPU threads; 0: torch's default", default=0)
-    seed: int = key(
-        "seed of the random weights, images and prompts", rule=at_most(whole_number(0), MAX_SEED), default=0
-    )
+    seed: int = key("seed of the random weights, images and prompts", rule=SEED, default=0)
     out: str = key("for bench.json and bench.png; auto: runs/bench/...", what="a directory", default="auto")
     overwrite: bool = key("whether an existing out directory may be written to", default=False)
     method_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import runpy
-import select
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return log.tell_error(error)
     except KeyboardInterrupt as error:
         return log.tell_interruption(error)
-    except BrokenPipeError:
-        return _reader_gone()
+    except BrokenPipeError as error:
+        return log.reader_gone(error)
     sys.argv = [script, *words[1:]]
     try:
         with optional_packages(f"`vzip {words[0]}`"):
@@ -87,16 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:  # while it was being imported
         return log.tell_interruption(error)
     return 0
-
-
-def _reader_gone() -> int:
-    """The exit code where standard output is read no more, as by `head`; any other broken pipe is raised again."""
-    output = select.poll()
-    output.register(sys.stdout.fileno(), 0)
-    if not any(event & select.POLLERR for _, event in output.poll(0)):
-        raise
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
-    return 1  # as rich's, which ends so itself where it prints
 
 
 def run(name: str, words: Sequence[str]) -> int:

@@ -91,6 +91,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 starting.over()
                 with with_own_folder(sys.argv[1:]) as words:
                     run(words)
+                sys.stdout.flush()  # here, where a reader that has gone is no traceback
             except (VzipError, HydraException, OmegaConfBaseException) as error:
                 if wants_traceback:
                     raise
@@ -99,6 +100,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 if wants_traceback:
                     raise
                 sys.exit(log.tell_interruption(error))
+            except BrokenPipeError as error:
+                sys.exit(log.reader_gone(error))
             finally:
                 if not wants_traceback:
                     os.environ.pop(_FULL, None)

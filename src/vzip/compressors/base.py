@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vzip.errors import ConfigError
-from vzip.keys import MAX_SEED
+from vzip.keys import SEED, check_value, raise_all
 from vzip.ops.attention import at_least_float32
 from vzip.ops.merge import MERGE_RULES, MergeRule, combine_rows
 from vzip.ops.select import dominant_rows, gather_rows
@@ -400,5 +400,4 @@ def check_count(num_tokens: int, available: int, what: Iterable[str] | str) -> N
 
 def check_seed(seed: object, key: str = "compressor.seed") -> None:
     """Raises ConfigError unless ``seed`` is a whole number that NumPy and torch both take."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise ConfigError(f"{key}={seed!r}: must be a whole number, 0 or more and at most {MAX_SEED}.")
+    raise_all(check_value(key, seed, SEED))

@@ -45,15 +45,15 @@ class MethodGrid:
     methods: tuple[GridMethod, ...]
 
 
-def method_grid(words: Sequence[str]) -> MethodGrid:
+def method_grid(overrides: Sequence[str]) -> MethodGrid:
     """Composes every combination as a sweep (``eval.py -m``) would; ``budget=full`` is vanilla whatever the compressor.
 
     Raises:
         ConfigError: naming every problem of the overrides; a pruner; values that mean more than one model.
     """
     directory = config_dir()
-    check_overrides(["-m", *words], directory, "eval")
-    jobs = list(jobs_of(OverridesParser.create().parse_overrides(list(words))))
+    check_overrides(["-m", *overrides], directory, "eval")
+    jobs = list(jobs_of(OverridesParser.create().parse_overrides(list(overrides))))
     if not jobs:
         raise ConfigError("an interval has no list of values; write them out, as budget=64tok,32tok.")
     methods: dict[tuple[str, str], GridMethod] = {}

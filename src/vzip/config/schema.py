@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vzip.keys import MAX_SEED, Key, Rule, at_most, key, keys_of, once_each, one_of, optional, text, texts, whole_number
+from vzip.keys import SEED, Key, Rule, key, keys_of, once_each, one_of, optional, text, texts, whole_number
 from vzip.train.settings import LaunchSettings, TrainSettings
 
 AUTO = "auto"  # of launcher
@@ -25,7 +25,7 @@ class RunSettings:
     """The keys outside of all groups."""
 
     recipe: str | None = key("the recipe, whose file sets it", what="the name of a file in configs/exp")
-    seed: int = key("seed of every random choice", rule=at_most(whole_number(0), MAX_SEED))
+    seed: int = key("seed of every random choice", rule=SEED)
     dry_run: bool = key("check everything, print what would be done, and stop before anything is loaded or written")
     overwrite: bool = key("replace the record of an earlier run in the same run directory")
 

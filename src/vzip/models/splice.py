@@ -259,6 +259,9 @@ def splice(
 
     Returns:
         ``PreparedInputs``, as long as its longest prompt.
+
+    Raises:
+        PromptError: labels of another shape than ``input_ids``.
     """
     if labels is not None:
         plan.check_labels(labels, input_ids)

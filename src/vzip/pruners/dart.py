@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vzip.keys import check_value, raise_all, whole_number
 from vzip.ops.attention import at_least_float32
 from vzip.ops.select import top_indices
 
 from .base import Cut, PromptState, Pruner
-from .stages import by_layer, is_whole, raise_problems
+from .stages import by_layer
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,17 @@ class DART(Pruner):
     def __post_init__(self) -> None:
         minimum = {"K": 1, "num_claimed": 0, "num_image_pivots": 0, "num_text_pivots": 0}
         problems = [
-            f"pruner.{name}={getattr(self, name)!r}: must be a whole number, {least} or more"
+            problem
             for name, least in minimum.items()
-            if not is_whole(getattr(self, name), least)
+            for problem in check_value(f"pruner.{name}", getattr(self, name), whole_number(least))
         ]
         if not problems and not 1 <= self.num_image_pivots + self.num_text_pivots <= self.num_claimed:
             problems.append(
                 f"pruner.num_claimed={self.num_claimed}: must be at least one for each of the pivots, of which there"
                 f" must be one: pruner.num_image_pivots={self.num_image_pivots} +"
-                f" pruner.num_text_pivots={self.num_text_pivots}"
+                f" pruner.num_text_pivots={self.num_text_pivots}."
             )
-        raise_problems(problems)
+        raise_all(problems)
 
     @property
     def cuts(self) -> tuple[int, ...]:

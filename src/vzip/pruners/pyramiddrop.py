@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from vzip.keys import raise_all
 from vzip.ops.select import top_indices
 
 from .base import Cut, PromptState, Pruner
-from .stages import as_tuple, by_layer, check_keep, check_layers, num_entered, num_kept, raise_problems
+from .stages import as_tuple, by_layer, check_keep, check_layers, num_entered, num_kept
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class PyramidDrop(Pruner):
         layers, keep = as_tuple(self.layers), as_tuple(self.keep)
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "keep", keep)
-        raise_problems(check_layers(layers, 1) + check_keep(keep, layers))
+        raise_all(check_layers(layers, 1) + check_keep(keep, layers))
 
     @property
     def cuts(self) -> tuple[int, ...]:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vzip.keys import MAX_SEED
+from vzip.keys import SEED, check_value, number, raise_all, whole_number
 from vzip.ops.attention import at_least_float32
 from vzip.ops.select import top_indices
 
 from .base import Cut, PromptState, Pruner
-from .stages import as_tuple, by_layer, check_keep, check_layers, is_whole, num_entered, num_kept, raise_problems
+from .stages import as_tuple, by_layer, check_keep, check_layers, num_entered, num_kept
 
 TEXT = -1
 
@@ -58,10 +58,7 @@ class Recycling(RatedByText):
     seed: int
 
     def check(self) -> list[str]:
-        problems = super().check()
-        if not is_whole(self.seed, 0) or self.seed > MAX_SEED:
-            problems.append(f"pruner.seed={self.seed!r}: must be a whole number, 0 or more and at most {MAX_SEED}")
-        return problems
+        return super().check() + check_value("pruner.seed", self.seed, SEED)
 
     @abstractmethod
     def num_kept_of(self, state: PromptState, image: Tensor, attention: Tensor) -> int:
@@ -122,7 +119,7 @@ class SparseVLM(Recycling):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", as_tuple(self.keep))
-        raise_problems(self.check() + check_keep(tuple(self.keep), tuple(self.layers)))
+        raise_all(self.check() + check_keep(tuple(self.keep), tuple(self.layers)))
 
     def schedule(self, num_visual: int, num_layers: int) -> list[int]:
         counts = [num_visual]
@@ -165,11 +162,13 @@ class SparseVLMByRank(Recycling):
 
     def __post_init__(self) -> None:
         problems = self.check()
-        for name in ("scale", "bias"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                problems.append(f"pruner.{name}={value!r}: must be a number, 0 or more")
-        raise_problems(problems)
+        rule = number(0)
+        problems += [
+            f"pruner.{name}={value!r}: must be {rule.text}."
+            for name, value in (("scale", self.scale), ("bias", self.bias))
+            if not rule.allows(value)
+        ]
+        raise_all(problems)
 
     def schedule(self, num_visual: int, num_layers: int) -> None:
         return None
@@ -209,9 +208,7 @@ class SparseVLMPlus(RatedByText):
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", as_tuple(self.keep))
         problems = self.check() + check_keep(tuple(self.keep), tuple(self.layers))
-        if not is_whole(self.num_heads, 1):
-            problems.append(f"pruner.num_heads={self.num_heads!r}: must be a whole number, 1 or more")
-        raise_problems(problems)
+        raise_all(problems + check_value("pruner.num_heads", self.num_heads, whole_number(1)))
 
     def schedule(self, num_visual: int, num_layers: int) -> list[int]:
         return by_layer(self.cuts, [num_kept(keep, num_visual) for keep in self.keep], num_visual, num_layers)

@@ -9,14 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from vzip.errors import ConfigError
+from vzip.keys import whole_number
 
 from .base import PromptState
-
-
-def is_whole(value: Any, minimum: int) -> bool:
-    """Whether it is a whole number, ``minimum`` or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
@@ -26,36 +21,31 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 
 def check_layers(layers: tuple[Any, ...], first: int) -> list[str]:
     """What is wrong with ``layers``, in at most one message; ``first`` is the lowest that can stand there."""
-    if layers and all(is_whole(layer, first) for layer in layers) and list(layers) == sorted(set(layers)):
+    if layers and all(whole_number(first).allows(layer) for layer in layers) and list(layers) == sorted(set(layers)):
         return []
     return [
         f"pruner.layers={list(layers)}: must be whole numbers, {first} or more, in ascending order, as [{first + 1},"
-        f" {first + 5}]"
+        f" {first + 5}]."
     ]
 
 
 def check_keep(keep: tuple[Any, ...], layers: tuple[Any, ...]) -> list[str]:
     """What is wrong with ``keep``, a number for each of ``layers``."""
     problems = []
-    counted = all(is_whole(value, 1) for value in keep)
+    counted = all(whole_number(1).allows(value) for value in keep)
     if not counted and not all(isinstance(value, float) and 0 < value <= 1 for value in keep):
         problems.append(
             f"pruner.keep={list(keep)}: must be whole numbers of visual tokens an image, 1 or more, or the fractions of"
-            " them that are kept, above 0 and at most 1.0 (with a decimal point); all of one kind"
+            " them that are kept, above 0 and at most 1.0 (with a decimal point); all of one kind."
         )
     elif list(keep) != sorted(keep, reverse=True):
-        problems.append(f"pruner.keep={list(keep)}: must not rise, for what was dropped does not come back")
+        problems.append(f"pruner.keep={list(keep)}: must not rise, for what was dropped does not come back.")
     if len(keep) != len(layers):
         problems.append(
-            f"pruner.keep={list(keep)}: must be as many numbers as pruner.layers={list(layers)} has, one for each layer"
+            f"pruner.keep={list(keep)}: must be as many numbers as pruner.layers={list(layers)} has, one for each"
+            " layer."
         )
     return problems
-
-
-def raise_problems(problems: Sequence[str]) -> None:
-    """One ConfigError for all of them, if there are any."""
-    if problems:
-        raise ConfigError("\n".join(f"{problem}." for problem in problems))
 
 
 def num_kept(keep: float, num_entered: int) -> int:
