@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vzip.keys import check_value, raise_all, whole_number
+from vzip.keys import raise_all, whole_number
 from vzip.ops.attention import at_least_float32
 from vzip.ops.select import top_indices
 
@@ -46,11 +46,11 @@ class DART(Pruner):
     num_text_pivots: int = 4
 
     def __post_init__(self) -> None:
-        minimum = {"K": 1, "num_claimed": 0, "num_image_pivots": 0, "num_text_pivots": 0}
+        rules = {name: whole_number(int(name == "K")) for name in vars(self)}
         problems = [
-            problem
-            for name, least in minimum.items()
-            for problem in check_value(f"pruner.{name}", getattr(self, name), whole_number(least))
+            f"pruner.{name}={vars(self)[name]!r}: must be {rule.text}."
+            for name, rule in rules.items()
+            if not rule.allows(vars(self)[name])
         ]
         if not problems and not 1 <= self.num_image_pivots + self.num_text_pivots <= self.num_claimed:
             problems.append(
