@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -102,11 +103,24 @@ def tell_interruption(error: KeyboardInterrupt) -> int:
     return INTERRUPTED
 
 
-def reader_gone(error: BrokenPipeError) -> int:
-    """The exit code where standard output is read no more, as by `head`; any other broken pipe is raised again."""
-    output = select.poll()
-    output.register(sys.stdout.fileno(), 0)
-    if not any(event & select.POLLERR for _, event in output.poll(0)):
+def output_failed(error: OSError) -> int:
+    """The exit code where standard output takes no more: its reader has gone, as `head` does, or its disk is full.
+
+    Any other error of a file is raised again.
+    """
+    full, ours = error.errno in (errno.ENOSPC, errno.EDQUOT), False
+    if isinstance(error, BrokenPipeError):
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        ours = any(event & select.POLLERR for _, event in output.poll(0))
+    elif full:
+        try:  # another file's disk may be the full one
+            os.write(sys.stdout.fileno(), b"\n")
+        except OSError:
+            ours = True
+    if not ours:
         raise error
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
+    if full:
+        print(f"standard output: {error.strerror}; what was to be printed is not all there.", file=sys.stderr)
     return 1  # as rich's, which ends so itself where it prints

@@ -278,3 +278,13 @@ def test_a_reader_that_goes_early_sees_no_traceback(words: list[str]) -> None:
         process.stdout.close()
         said = process.stderr.read()
     assert process.returncode == 1 and not said, said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("words", [["list"], ["--help"], ["eval", "--help"]])
+def test_an_output_that_is_full_is_one_sentence(words: list[str]) -> None:
+    command = [sys.executable, "-m", "vzip", *words]
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert process.returncode == 1 and process.stderr.startswith("standard output: No space left on device;")
+    assert len(process.stderr.splitlines()) == 1, process.stderr

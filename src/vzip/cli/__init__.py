@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return log.tell_error(error)
     except KeyboardInterrupt as error:
         return log.tell_interruption(error)
-    except BrokenPipeError as error:
-        return log.reader_gone(error)
+    except OSError as error:
+        return log.output_failed(error)
     sys.argv = [script, *words[1:]]
     try:
         with optional_packages(f"`vzip {words[0]}`"):

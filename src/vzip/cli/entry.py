@@ -100,8 +100,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 if wants_traceback:
                     raise
                 sys.exit(log.tell_interruption(error))
-            except BrokenPipeError as error:
-                sys.exit(log.reader_gone(error))
+            except OSError as error:
+                sys.exit(log.output_failed(error))
             finally:
                 if not wants_traceback:
                     os.environ.pop(_FULL, None)
