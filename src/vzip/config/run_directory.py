@@ -100,12 +100,13 @@ def methods_label(config: Mapping[str, Any], directory: Path) -> str:
 
 
 def compressor_label(compressor: Mapping[str, Any], directory: Path, group: str = "compressor") -> str:
+    """The option's name, and what it changes of its file; of a method around another one always the other one."""
     usual = option_values(directory, group, compressor["name"])
     skipped = ("name", "_target_", "budget")
     changed = {
         key: value
         for key, value in compressor.items()
-        if key not in skipped and value != usual.get(key) and "${" not in str(usual.get(key))
+        if key not in skipped and (key == "of" or value != usual.get(key)) and "${" not in str(usual.get(key))
     }
     return compressor["name"] + "".join(f"_{key}-{show(value)}" for key, value in changed.items())
 
