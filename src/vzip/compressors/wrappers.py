@@ -136,9 +136,9 @@ class WithoutOutliers(Wrapper):
             )
         if self.scope == "image":
             raise ConfigError(
-                f"compressor.of={self.of}: chooses among the projected tokens of a whole image, and outliers are told by"
-                " the norms of the vision tower's rows. Use a method that works crop by crop, as visionzip, fastervlm,"
-                " vispruner or scope."
+                f"compressor.of={self.of}: chooses among the projected tokens of a whole image, and outliers are told"
+                " by the norms of the vision tower's rows. Use a method that works crop by crop, as visionzip,"
+                " fastervlm, vispruner or scope."
             )
 
     def select(self, vision: VisionOutput) -> Selection:
