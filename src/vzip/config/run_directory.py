@@ -75,7 +75,8 @@ def _recipe_label(config: Mapping[str, Any]) -> str | None:
     if recipe is None:
         return None
     keys = ("quantization", "positions") if recipe.endswith(TUNED) else ("projector", "quantization", "positions")
-    return recipe + "".join(f"_{key}-{show(model[key])}" for key in keys if model[key] is not None)
+    own = [key for key in keys if model[key] is not None and not recipe.endswith(f"_{model[key]}")]
+    return recipe + "".join(f"_{key}-{show(model[key])}" for key in own)
 
 
 def task_label(evaluation: Mapping[str, Any], directory: Path) -> str:
