@@ -12,6 +12,7 @@ from .vision import Signal, VisionOutput, VisionShape
 from .visionzip import VisionZip
 from .vispruner import VisPruner
 from .vscan import VScan
+from .wrappers import MergeDropped, WithoutOutliers
 from .zooprune import ZooPrune
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "FractionBudget",
     "HoloV",
     "Identity",
+    "MergeDropped",
     "Pooled",
     "PruMerge",
     "PruMergePlus",
@@ -42,6 +44,7 @@ __all__ = [
     "VisionOutput",
     "VisionShape",
     "VisionZip",
+    "WithoutOutliers",
     "ZeroImage",
     "ZooPrune",
 ]

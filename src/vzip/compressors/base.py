@@ -176,6 +176,7 @@ class Compressor(ABC):
         is_vanilla: whether nothing is compressed.
         uses_valid: whether units that are not ``valid`` are kept last.
         splits_budget: whether dominant and contextual tokens are told apart; otherwise only their sum counts.
+        drops_rest: whether what is not kept is dropped, and so left to ``MergeDropped``.
     """
 
     scope: ClassVar[Literal["crop", "image"]] = "crop"
@@ -183,6 +184,7 @@ class Compressor(ABC):
     is_vanilla: ClassVar[bool] = False
     uses_valid: ClassVar[bool] = False
     splits_budget: ClassVar[bool] = False
+    drops_rest: ClassVar[bool] = False
     merge_rule: MergeRule = "sum"
 
     def __init_subclass__(cls, **kwargs: object) -> None:
@@ -339,6 +341,7 @@ class TopScores(Budgeted):
     """A method that scores: the patches of highest score are kept, the rest is dropped."""
 
     uses_valid: ClassVar[bool] = True
+    drops_rest: ClassVar[bool] = True
 
     @abstractmethod
     def score(self, vision: VisionOutput) -> Tensor:
@@ -362,6 +365,8 @@ class TopScores(Budgeted):
 class ChosenUnits(Budgeted):
     """A method that chooses units by itself: those are kept, the rest is dropped."""
 
+    drops_rest: ClassVar[bool] = True
+
     @abstractmethod
     def choose(self, vision: VisionOutput, num_tokens: int) -> Tensor:
         """int64 ``[N, num_tokens]``, ascending units."""
@@ -370,11 +375,11 @@ class ChosenUnits(Budgeted):
         return Selection(self.choose(vision, self.num_tokens(vision.shape)))
 
 
-def check_is_compressor(compressor: object) -> None:
+def check_is_compressor(compressor: object, key: str = "compressor") -> None:
     """Raises ConfigError for anything else, a name above all."""
     if not isinstance(compressor, Compressor):
         raise ConfigError(
-            f"compressor={compressor!r}: must be an instance of vzip.Compressor, such as vzip.VisionZip(budget) or"
+            f"{key}={compressor!r}: must be an instance of vzip.Compressor, such as vzip.VisionZip(budget) or"
             " vzip.Identity()."
         )
 

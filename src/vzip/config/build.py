@@ -289,7 +289,7 @@ def check_assembled(model: Mapping[str, Any]) -> None:
 
 def load_arguments(model: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of ``vzip.load_vlm``, the compressor left out, from the ``model`` group."""
-    of_family = ("drop_padding", "row_newline", "num_frames", "drop_cls")
+    of_family = ("drop_padding", "row_newline", "num_frames", "drop_cls", "positions")
     on_top = ("projector", "adapter_path")
     keys = ("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess")
     name_or_path = model["name_or_path"]

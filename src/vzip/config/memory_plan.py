@@ -145,7 +145,7 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
         source = resolve_checkpoint(model["name_or_path"])
         checkpoint = Checkpoint(source, model["revision"], key="model.name_or_path")
         config = read_config(checkpoint.directory)
-    options = FamilyOptions(**{key: model[key] for key in ("drop_padding", "row_newline", "drop_cls")})
+    options = FamilyOptions(**{key: model[key] for key in ("drop_padding", "row_newline", "drop_cls", "positions")})
     built = build_compressor(compressor)
     adapter_class_for_config(config).check_settings(config, built, options, model["num_frames"])
     return ModelShape(config, built, options, model["quantization"], model["attn_implementation"])

@@ -70,11 +70,13 @@ def _plain_model_label(config: Mapping[str, Any], directory: Path) -> str:
 
 
 def _recipe_label(config: Mapping[str, Any]) -> str | None:
-    """The recipe's name; with tuned weights that are not the recipe's own they are part of it."""
-    recipe, projector = config["recipe"], config["model"]["projector"]
-    if recipe is None or projector is None or recipe.endswith(TUNED):
-        return recipe
-    return f"{recipe}_projector-{show(projector)}"
+    """The recipe's name; with tuned weights that are not the recipe's own, and what else its model is, part of it."""
+    recipe, model = config["recipe"], config["model"]
+    if recipe is None:
+        return None
+    keys = ("quantization", "positions") if recipe.endswith(TUNED) else ("projector", "quantization", "positions")
+    own = [key for key in keys if model[key] is not None and not recipe.endswith(f"_{model[key]}")]
+    return recipe + "".join(f"_{key}-{show(model[key])}" for key in own)
 
 
 def task_label(evaluation: Mapping[str, Any], directory: Path) -> str:
@@ -100,14 +102,23 @@ def methods_label(config: Mapping[str, Any], directory: Path) -> str:
 
 
 def compressor_label(compressor: Mapping[str, Any], directory: Path, group: str = "compressor") -> str:
+    """The option's name, and what it changes of its file; of a method around another one always the other one."""
     usual = option_values(directory, group, compressor["name"])
     skipped = ("name", "_target_", "budget")
     changed = {
         key: value
         for key, value in compressor.items()
-        if key not in skipped and value != usual.get(key) and "${" not in str(usual.get(key))
+        if key not in skipped and (key == "of" or value != usual.get(key)) and "${" not in str(usual.get(key))
     }
-    return compressor["name"] + "".join(f"_{key}-{show(value)}" for key, value in changed.items())
+    return compressor["name"] + "".join(f"_{key}-{_method_label(value)}" for key, value in changed.items())
+
+
+def _method_label(value: Any) -> str:
+    """A setting's value; of a method with settings its name and these."""
+    if not isinstance(value, Mapping):
+        return show(value)
+    others = [f"_{key}-{_method_label(own)}" for key, own in value.items() if key != "name"]
+    return f"{show(value.get('name'))}{''.join(others)}"
 
 
 def budget_label(budget: Mapping[str, Any], directory: Path) -> str:

@@ -59,6 +59,10 @@ class ModelSettings:
     row_newline: bool = key("LLaVA-NeXT: the newline token after each row, on top of the budget; published: none")
     num_frames: int | None = key("Video-LLaVA: frames of a video, spread from first to last; null: 8", at_least=1)
     drop_cls: bool = key("Mini-Gemini: compress mined patches alone; else CLS, which is not mined, is the first kept")
+    positions: Literal["original", "repacked"] | None = key(
+        "of visual tokens: original: the position ids that their places have without compression; repacked: 0, 1, 2,"
+        " ... over what is left; null: the family's own (LLaVA repacked, Qwen2.5-VL original)"
+    )
     adapter_path: str | None = key(
         "put on top; null: none", what="a directory with a PEFT checkpoint (LoRA), or a hub id"
     )

@@ -246,15 +246,16 @@ def _check_budget_fits(model: Mapping[str, Any], compressor: Mapping[str, Any], 
 def _check_family(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> list[str]:
     """Holds options that only some families have against the compressor, and against a checkpoint's own directory."""
     switches = {key: model.get(key) for key in ("drop_padding", "row_newline", "drop_cls")}
-    num_frames = model.get("num_frames")
+    num_frames, positions = model.get("num_frames"), model.get("positions")
     wrong_value = not all(isinstance(value, bool) for value in switches.values())
-    if wrong_value or not (any(switches.values()) or num_frames is not None):
+    wrong_value = wrong_value or not schema.GROUPS["model"]["positions"].rule.allows(positions)
+    if wrong_value or not (any(switches.values()) or num_frames is not None or positions is not None):
         return []
     from vzip.models.families import FamilyOptions, adapter_class_for_config
     from vzip.models.families.options import check_drop_padding
 
     problems = []
-    options = FamilyOptions(**{key: bool(value) for key, value in switches.items()})
+    options = FamilyOptions(**{key: bool(value) for key, value in switches.items()}, positions=positions)
     try:
         check_drop_padding(build_compressor(compressor), options.drop_padding)
     except ConfigError as error:
@@ -265,7 +266,9 @@ def _check_family(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> li
     from vzip.models.load import read_config
 
     try:
-        adapter_class_for_config(read_config(folder)).check_options(options, num_frames)
+        family = adapter_class_for_config(read_config(folder))
+        family.check_options(options, num_frames)
+        family.check_positions(options, model.get("attn_implementation"))
     except ConfigError as error:
         problems.append(str(error))
     except (VzipError, ValueError, OSError):

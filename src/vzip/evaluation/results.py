@@ -177,6 +177,7 @@ def _model_entry(vlm: CompressedVlm) -> dict[str, Any]:
         "device": str(model.device),
         "num_parameters": model.num_parameters(),
         "preprocess": vlm.preprocess,
+        "positions": vlm.positions,
     }
 
 

@@ -104,13 +104,14 @@ def max_positions(config: Any) -> int | None:
     return max([limit, *reached])
 
 
-def check_length(lengths: Sequence[int], config: Any, num_new_tokens: int = 0) -> None:
+def check_length(lengths: Sequence[int], config: Any, num_new_tokens: int = 0, dropped_count: bool = False) -> None:
     """Refuses what the language model cannot read.
 
     Args:
         lengths: of each prompt in tokens, visual ones counted, padding not.
         config: the whole model's configuration.
         num_new_tokens: of the answer, at most.
+        dropped_count: whether lengths are of the positions, which tokens that are dropped have had too.
 
     Raises:
         PromptTooLongError: naming the prompt, its length and the limit.
@@ -119,10 +120,12 @@ def check_length(lengths: Sequence[int], config: Any, num_new_tokens: int = 0) -
     if limit is None or longest + num_new_tokens <= limit:
         return
     answer = f" and its answer up to {num_new_tokens}" if num_new_tokens else ""
-    ways = "use a smaller budget, or shorten the prompt"
+    ways, counted = "use a smaller budget, or shorten the prompt", ""
+    if dropped_count:
+        ways, counted = "shorten the prompt, or use positions=repacked", " (positions=original: dropped tokens count)"
     raise PromptTooLongError(
-        f"Prompt {list(lengths).index(longest)} is {longest} tokens long{answer}, but the language model reads {limit}"
-        f" (max_position_embeddings): {'lower max_new_tokens, ' if num_new_tokens else ''}{ways}.",
+        f"Prompt {list(lengths).index(longest)} is {longest} tokens long{counted}{answer}, but the language model reads"
+        f" {limit} (max_position_embeddings): {'lower max_new_tokens, ' if num_new_tokens else ''}{ways}.",
         limit - longest,
     )
 

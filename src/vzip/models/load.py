@@ -23,6 +23,7 @@ from .environment import refuse_broken_packages
 from .families import Adapter, FamilyOptions, adapter_class_for_config
 from .families.finite import damaged_weights
 from .families.mini_gemini.published import find_published
+from .families.options import Positions
 from .hub import READ_ERRORS, Checkpoint, is_hub_id, shards_of
 from .vlm import CompressedVlm
 from .weights.lora import apply_peft_checkpoint, check_peft_checkpoint
@@ -61,6 +62,7 @@ def load_vlm(
     adapter_path: str | Path | None = None,
     projector: str | Path | None = None,
     pruner: Pruner | None = None,
+    positions: Positions | None = None,
 ) -> CompressedVlm:
     """Loads a checkpoint and wraps it.
 
@@ -77,6 +79,8 @@ def load_vlm(
         drop_padding, row_newline: as for ``CompressedVlm``: options of LLaVA-NeXT.
         num_frames: as for ``CompressedVlm``: frames taken of a video.
         drop_cls: as for ``CompressedVlm``: an option of Mini-Gemini.
+        positions: as for ``CompressedVlm``: position ids of visual tokens, ``original`` or ``repacked``; None: the
+            family's own.
         projector: directory of tuned weights that training wrote (``vzip.models.weights.tuned``); another budget than
             theirs is warned of, another base model an error.
         adapter_path: a PEFT checkpoint (LoRA), directory or hub id, put on the model (``vzip.models.weights.lora``).
@@ -107,7 +111,8 @@ def load_vlm(
     directory = checkpoint.directory
     config = read_config(directory)
     adapter_class = reach(source, lambda: adapter_class_for_config(config))
-    options = FamilyOptions(drop_padding, row_newline, drop_cls)
+    options = FamilyOptions(drop_padding, row_newline, drop_cls, positions)
+    adapter_class.check_positions(options, attn_implementation)
     reach(source, lambda: adapter_class.check_settings(config, compressor, options, num_frames))
     adapter_class.check_preprocess(preprocess)
     if pruner is not None:
@@ -135,8 +140,9 @@ def load_vlm(
         apply_peft_checkpoint(model, adapter_path)
         _refuse_damaged(f"model.adapter_path={adapter_path}", model)
     model.eval()
-    vlm = CompressedVlm(model, compressor, processor, preprocess, drop_padding, row_newline, num_frames, drop_cls)
-    vlm.pruner = pruner
+    vlm = CompressedVlm(
+        model, compressor, processor, preprocess, drop_padding, row_newline, num_frames, drop_cls, pruner, positions
+    )
     vlm.name_or_path, vlm.revision = str(source), checkpoint.commit
     if projector is not None:
         apply_tuned(vlm.adapter, compressor, projector)

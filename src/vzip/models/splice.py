@@ -7,7 +7,7 @@ tensors are then assembled with slices and one concatenation per prompt, so grad
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -32,8 +32,8 @@ class PreparedInputs:
     Attributes:
         inputs_embeds: ``[B, T, d_text]``; zeros where padded.
         attention_mask: int64 ``[B, T]``, 1 on text and visual tokens, 0 on padding.
-        position_ids: int64 ``[B, T]``, 0, 1, 2, ... over the tokens of each prompt, 0 on padding. Of a family that
-            keeps places ``[axes, B, T]``, those that the unmodified model gives to the places that are left.
+        position_ids: int64 ``[B, T]`` (of a family with several axes ``[axes, B, T]``), 0, 1, 2, ... over the tokens of
+            each prompt, 0 on padding. Where places are kept, those that the unmodified model gives to what is left.
         labels: int64 ``[B, T]`` with -100 on visual tokens and padding, or None.
         num_visual_tokens: visual tokens that entered: for each image in order, then for each video.
         num_images: how many of these are images.
@@ -255,7 +255,7 @@ def splice(
         images: for each image ``[num_visual_tokens, d_text]``.
         labels: integers ``[B, T]`` or None.
         videos: for each video ``[num_visual_tokens, d_text]``.
-        placement: of a family that keeps places.
+        placement: where places are kept.
 
     Returns:
         ``PreparedInputs``, as long as its longest prompt.
@@ -298,6 +298,7 @@ def splice(
     else:
         kept = [placement.kept(row, pieces, text.device) for row, pieces in enumerate(plan.rows)]
         positions = torch.stack([pad(row, 0) for row in kept], dim=1)
+        positions = positions[0] if len(positions) == 1 else positions
     sizes = [[p.stop - p.start if p.visual is None else len(visual[p.visual]) for p in pieces] for pieces in plan.rows]
     shown = [[-1 if p.visual is None else p.visual for p in pieces] for pieces in plan.rows]
     new_labels = None
@@ -331,8 +332,8 @@ def splice(
 
 def positions_before(
     adapter: Adapter, plan: SplicePlan, input_ids: Tensor, shapes: Sequence[VisionShape]
-) -> list[Tensor | None]:
-    """For each prompt the position ids of the unmodified model, of a family that keeps places; else an empty list.
+) -> list[Tensor]:
+    """For each prompt the position ids of the unmodified model, where places are kept; else an empty list.
 
     Raises:
         PromptError: as ``Adapter.positions``.
@@ -348,14 +349,17 @@ def splice_tokens(
     input_ids: Tensor,
     visual: VisualInputs,
     tokens: Sequence[VisualTokens],
-    before: Sequence[Tensor | None],
+    before: Sequence[Tensor],
     labels: Tensor | None = None,
 ) -> PreparedInputs:
     """``splice`` of what ``Adapter.encode`` made of ``visual``; ``before`` is from ``positions_before``."""
     placement = placement_of(before, visual.shapes, [each.place_index for each in tokens])
     rows = [each.rows for each in tokens]
     images, videos = rows[: len(visual.images)], rows[len(visual.images) :]
-    return splice(plan, input_ids, adapter.embed_tokens, images, labels, videos, placement)
+    prepared = splice(plan, input_ids, adapter.embed_tokens, images, labels, videos, placement)
+    if placement is None and adapter.position_axes > 1:
+        return replace(prepared, position_ids=prepared.position_ids.expand(adapter.position_axes, -1, -1))
+    return prepared
 
 
 def check_ends_in_text(visual_index: Tensor) -> None:

@@ -24,6 +24,7 @@ from vzip.pruners.context import PrunedRun, pruning, refuse_generation, refuse_t
 from .chat.session import ChatSession
 from .families import INPUT_NAMES, FamilyOptions, adapter_for_model
 from .families.finite import check_embeddings, check_logits, refusing_not_finite
+from .families.options import Positions
 from .generation import (
     AnswerStreamer,
     check_length,
@@ -70,6 +71,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         num_frames: int | None = None,
         drop_cls: bool = False,
         pruner: Pruner | None = None,
+        positions: Positions | None = None,
     ) -> None:
         """Wraps a loaded model.
 
@@ -78,6 +80,7 @@ class CompressedVlm(InputBuilder, nn.Module):
             drop_padding, row_newline: see ``vzip.models.families.options.FamilyOptions`` (LLaVA-NeXT only).
             num_frames: see the class (Video-LLaVA only); None: 8, as it was trained.
             drop_cls: see ``FamilyOptions`` (Mini-Gemini only).
+            positions: see ``FamilyOptions``: ``original``, ``repacked``, or None for the family's own.
 
         Raises:
             UnsupportedModelError: no adapter for the model's class, vision tower or settings.
@@ -85,7 +88,7 @@ class CompressedVlm(InputBuilder, nn.Module):
                 that the family or the compressor cannot honour.
         """
         super().__init__()
-        self.adapter = adapter_for_model(hf_model, FamilyOptions(drop_padding, row_newline, drop_cls))
+        self.adapter = adapter_for_model(hf_model, FamilyOptions(drop_padding, row_newline, drop_cls, positions))
         self.preprocess = self.adapter.check_preprocess(preprocess)
         self.adapter.check_options(self.adapter.options, num_frames)
         self.num_frames = DEFAULT_NUM_FRAMES if num_frames is None else check_num_frames(num_frames)
@@ -98,6 +101,11 @@ class CompressedVlm(InputBuilder, nn.Module):
         self.compressor = compressor
         self.pruner = pruner
         self.last_pruned: PrunedRun | None = None
+
+    @property
+    def positions(self) -> Positions:
+        """Whether visual tokens keep the position ids of their places (``original``) or are counted anew."""
+        return "original" if self.adapter.keeps_places else "repacked"
 
     @property
     def compressor(self) -> Compressor:
@@ -237,6 +245,7 @@ class CompressedVlm(InputBuilder, nn.Module):
             plan.num_tokens([self._compressor.num_visual_tokens(shape) for shape in visual.shapes]), self.model.config
         )
         before = positions_before(adapter, plan, input_ids, visual.shapes)
+        check_length([int(ids.max()) + 1 for ids in before if ids.numel()], self.model.config, dropped_count=True)
         tokens = adapter.encode(visual, self._compressor)
         prepared = splice_tokens(adapter, plan, input_ids.to(self.device), visual, tokens, before, labels)
         check_embeddings(self.model, [prepared.inputs_embeds], processor_outputs)
@@ -323,12 +332,16 @@ class CompressedVlm(InputBuilder, nn.Module):
             settings["streamer"] = AnswerStreamer(settings["streamer"])
         prepared = self.prepare(input_ids, attention_mask, padding_side="left", **outputs)
         positions = {}
-        if self.adapter.keeps_places:
+        if self.adapter.keeps_places or self.adapter.position_axes > 1:
             positions["position_ids"] = prepared.position_ids
+        if self.adapter.keeps_places:
             check_ends_in_text(prepared.visual_index)
         length = prepared.inputs_embeds.shape[1]
-        lengths = prepared.attention_mask.sum(dim=1).tolist()
-        check_length(lengths, self.model.config, num_new_tokens(settings, of_model, length))
+        num_new = num_new_tokens(settings, of_model, length)
+        check_length(prepared.attention_mask.sum(dim=1).tolist(), self.model.config, num_new)
+        if self.adapter.keeps_places and length:
+            last = prepared.position_ids[..., -1] + 1  # padded on the left, so each prompt's own
+            check_length(last.reshape(-1, last.shape[-1]).amax(dim=0).tolist(), self.model.config, num_new, True)
         with self._pruning(prepared) as run:
             # The ids are for what looks at them (repetition_penalty ...); the embeddings are what is read.
             output = self.model.generate(

@@ -57,6 +57,7 @@ def settings_of(vlm: CompressedVlm, config: Mapping[str, Any] | None, **settings
         "config": asked,
         "compressor": repr(vlm.compressor),
         "preprocess": vlm.preprocess,
+        "positions": vlm.positions,
         "code": provenance.source_sha256(),
         "versions": provenance.versions(),
         **({} if vlm.pruner is None else {"pruner": repr(vlm.pruner)}),

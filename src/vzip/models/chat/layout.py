@@ -134,7 +134,10 @@ class ChatLayout:
         return embeddings
 
     def positions(self, ids: Sequence[int], visuals: Sequence[EncodedVisual]) -> Tensor | None:
-        """Position ids ``[axes, 1, T]`` of ``lay_out``'s ids; None for a family that counts them anew."""
+        """Position ids ``[1, T]`` or ``[axes, 1, T]`` of ``lay_out``'s ids; None where generate counts as they are."""
+        axes = self._adapter.position_axes
+        if not self._adapter.keeps_places:
+            return None if axes == 1 else torch.arange(len(ids)).expand(axes, 1, -1)
         pieces, start = list[Piece](), 0
         for number, run in itertools.groupby(_FIRST_SHOWN - i if i <= _FIRST_SHOWN else None for i in ids):
             stop = start + len(list(run))
@@ -145,7 +148,9 @@ class ChatLayout:
         )
         places = [visual.place_index for visual in visuals]
         placement = placement_of([vanilla], [visual.shape for visual in visuals], places)
-        return None if placement is None else placement.kept(0, pieces, torch.device("cpu"))[:, None]
+        assert placement is not None
+        kept = placement.kept(0, pieces, torch.device("cpu"))
+        return kept if axes == 1 else kept[:, None]
 
     @staticmethod
     def visual_index(ids: Sequence[int]) -> Tensor:

@@ -153,7 +153,9 @@ class ChatSession:
         messages = [*self.messages, message("user", question, pending)]
         visuals = [*self.visuals, *pending]
         ids = self._layout.lay_out(messages, visuals)
-        self._check_length(len(ids), max_new_tokens)
+        positions = self._layout.positions(ids, visuals)
+        reached = len(ids) if positions is None else max(len(ids), int(positions.max()) + 1)
+        self._check_length(reached, max_new_tokens)
         new_ids = self._generate(ids, visuals, on_text, {"max_new_tokens": max_new_tokens, **settings})
         answer = self._layout.read(new_ids)
         self.messages = [*messages, message("assistant", answer)]

@@ -90,7 +90,9 @@ class Adapter(ABC):
         has_video: whether it takes videos.
         why_no_video: why not, for messages.
         preprocesses: ways to prepare images that it has, see ``vzip.media.images``; the first is the usual one.
-        keeps_places: whether visual tokens keep the position ids that the unmodified model gives to their places.
+        keeps_places: whether visual tokens keep the position ids that the unmodified model gives to their places; of
+            the class what the published code does, of an object what ``options.positions`` says.
+        position_axes: rows of position ids that the language model takes.
         video_token_id: id of a video's placeholder in ``input_ids``, or None.
         tower_cache: outputs of the vision tower kept between runs; None: the tower always runs.
     """
@@ -103,7 +105,8 @@ class Adapter(ABC):
     has_video: ClassVar[bool] = False
     why_no_video: ClassVar[str] = "has no video tower and takes images only"
     preprocesses: ClassVar[tuple[str, ...]] = PREPROCESSES
-    keeps_places: ClassVar[bool] = False
+    keeps_places: bool = False
+    position_axes: ClassVar[int] = 1
     video_token_id: int | None = None
 
     def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
@@ -117,6 +120,10 @@ class Adapter(ABC):
         self.options = options or FamilyOptions()
         self.check_options(self.options)
         self.check_config(model.config)
+        attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
+        self.check_positions(self.options, attention)
+        if self.options.positions is not None:
+            self.keeps_places = self.options.positions == "original"
         self.image_token_id: int = self.read_image_token_id(model.config)
         self.tower_cache: TowerCache | None = None
 
@@ -146,6 +153,16 @@ class Adapter(ABC):
             raise ConfigError(
                 f"model.num_frames={num_frames}: {cls.model_class.__name__} {cls.why_no_video}, so it must be"
                 " null. Video-LLaVA takes videos (model=video_llava_7b)."
+            )
+
+    @classmethod
+    def check_positions(cls, options: FamilyOptions, attn_implementation: str | None) -> None:
+        """Raises ConfigError where an attention kernel would misread the position ids."""
+        if options.positions == "original" and attn_implementation == "flash_attention_2" and cls.position_axes == 1:
+            raise ConfigError(
+                "model.positions=original with model.attn_implementation=flash_attention_2: flash attention reads a gap"
+                " in the position ids as the beginning of another sequence. Use attn_implementation=sdpa, or"
+                " positions=repacked."
             )
 
     @classmethod
@@ -272,10 +289,8 @@ class Adapter(ABC):
         """The same for all videos."""
         raise self._no_video()
 
-    def positions(self, segments: Sequence[Sequence[int] | VisionShape]) -> Tensor | None:
-        """Position ids of the unmodified model for one prompt: int64 ``[axes, T]`` on the CPU.
-
-        None: 0, 1, 2, ..., so those of a compressed prompt are counted anew.
+    def positions(self, segments: Sequence[Sequence[int] | VisionShape]) -> Tensor:
+        """Position ids of the unmodified model for one prompt: int64 ``[position_axes, T]`` on the CPU.
 
         Args:
             segments: of the prompt, in order: ids of text, or the shape of an image or video.
@@ -283,7 +298,20 @@ class Adapter(ABC):
         Raises:
             PromptError: an order of segments that the model cannot read.
         """
-        return None
+        return torch.arange(sum(s.num_vanilla if isinstance(s, VisionShape) else len(s) for s in segments))[None]
+
+    def unit_places(self, shape: VisionShape) -> Tensor:
+        """Which of the unmodified model's visual tokens each unit is: int64 ``[num_crops, U]`` on the CPU.
+
+        A unit that it leaves out, as CLS, has the first place.
+        """
+        num_stock = shape.num_vanilla // shape.num_crops
+        own = torch.arange(shape.num_units - num_stock, -num_stock, -1).neg()
+        return (torch.arange(shape.num_crops)[:, None] * num_stock + own).where(own >= 0, 0)
+
+    def newline_places(self, shape: VisionShape) -> Tensor:
+        """The same of the newlines that ``pack`` adds: int64 ``[num_added]``."""
+        return torch.arange(0)
 
     def whole_index(self, shape: VisionShape) -> Tensor | None:
         """How the unmodified model packs an image (or a video): int64 ``[T]`` on the CPU, rows of its crops in turn.
@@ -416,12 +444,18 @@ class Adapter(ABC):
         with stage("splice"):
             if self.keeps_places:
                 places = compressed.places.split(num_crops)
-                return [
-                    VisualTokens.of_crops(*part, vision.num_rows)
-                    for part in zip(tokens.split(num_crops), places, strict=True)
-                ]
+                return [self._placed(*part) for part in zip(shapes, tokens.split(num_crops), places, strict=True)]
             parts = zip(tokens.split(num_crops), compressed.source_index.split(num_crops), strict=True)
             return [VisualTokens(self.pack(shape, *part)) for shape, part in zip(shapes, parts, strict=True)]
+
+    def _placed(self, shape: VisionShape, tokens: Tensor, units: Tensor) -> VisualTokens:
+        """An image's tokens, ``[num_crops, K, d_text]``, and newlines by their places; ``units [num_crops, K]``."""
+        places = self.unit_places(shape).to(units.device).gather(1, units).flatten()
+        rows, of_newlines = tokens.flatten(0, 1), self.newline_places(shape)
+        if len(of_newlines):
+            rows = torch.cat([rows, self.newline(rows).expand(len(of_newlines), -1)])
+            places = torch.cat([places, of_newlines.to(places.device)])
+        return VisualTokens(rows, places).in_order()
 
     def _whole(
         self, vision: VisionOutput, rows: Tensor, own: slice, shape: VisionShape, index: Tensor | None

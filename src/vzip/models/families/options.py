@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vzip.compressors.base import Compressor
 from vzip.compressors.vision import Signal
-from vzip.errors import ConfigError
+from vzip.errors import ConfigError, nearest
 
 from ..towers.structure import TowerGeometry
+
+Positions = Literal["original", "repacked"]
+POSITIONS: tuple[Positions, ...] = ("original", "repacked")
 
 
 @dataclass(frozen=True)
 class FamilyOptions:
-    """What some families can do beyond what the published code does.
+    """What families can do beyond what the published code does.
 
     Attributes:
         drop_padding: (LLaVA-NeXT) patches that show nothing but the padding around the image are not selected as long
@@ -23,16 +27,27 @@ class FamilyOptions:
             none.
         drop_cls: (Mini-Gemini) compression chooses among the mined patches alone. False: CLS, which owns no window and
             stays unmined, is the first dominant token, as for LLaVA-1.5. The uncompressed model never uses it.
+        positions: ``original``: each visual token has the position id that the unmodified model gives to the unit whose
+            place it takes (a contextual token its target's, CLS the image's first, of a crop's patch that the
+            unmodified model cuts off the nearest one's), visual tokens stand in this order, and text goes on where it
+            would without compression. ``repacked``: 0, 1, 2, ... over what is left. None: the family's own, as its
+            published code does: LLaVA's families ``repacked``, Qwen2.5-VL ``original``.
     """
 
     drop_padding: bool = False
     row_newline: bool = False
     drop_cls: bool = False
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not isinstance(value, bool):
-                raise ConfigError(f"model.{name}={value!r}: must be true or false.")
+        for name in ("drop_padding", "row_newline", "drop_cls"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"model.{name}={getattr(self, name)!r}: must be true or false.")
+        if self.positions not in (None, *POSITIONS):
+            raise ConfigError(
+                f"model.positions={self.positions!r}: must be one of {', '.join(POSITIONS)}, or null for the family's"
+                f" own{nearest(str(self.positions), POSITIONS)}."
+            )
 
 
 def check_fit(compressor: Compressor, geometry: TowerGeometry, options: FamilyOptions) -> None:

@@ -24,16 +24,10 @@ class VisualTokens:
     rows: Tensor
     place_index: Tensor | None = None
 
-    @classmethod
-    def of_crops(cls, rows: Tensor, places: Tensor, num_units: int) -> VisualTokens:
-        """Of crops one after the other, ``[num_crops, K, d_text]`` and ``[num_crops, K]``, each token at its place."""
-        starts = torch.arange(len(rows), device=places.device)[:, None] * num_units
-        return cls(rows.flatten(0, 1), (places + starts).flatten()).in_order()
-
     def in_order(self) -> VisualTokens:
-        """The tokens by their places."""
+        """The tokens by their places; of one place in the order they had."""
         assert self.place_index is not None
-        order = self.place_index.argsort()
+        order = self.place_index.argsort(stable=True)
         return VisualTokens(self.rows[order], self.place_index[order])
 
 
@@ -75,16 +69,16 @@ class Placement:
 
 
 def placement_of(
-    position_ids: Sequence[Tensor | None], shapes: Sequence[VisionShape], places: Sequence[Tensor | None]
+    position_ids: Sequence[Tensor], shapes: Sequence[VisionShape], places: Sequence[Tensor | None]
 ) -> Placement | None:
-    """What ``splice`` needs of a family that keeps places; None for one that counts positions anew.
+    """What ``splice`` needs where places are kept; None without ``position_ids``, which are then counted anew.
 
     Args:
         position_ids: for each prompt, what the family's ``positions`` says.
         shapes: of all images, then all videos.
         places: of their visual tokens.
     """
-    ids, kept = [each for each in position_ids if each is not None], [each for each in places if each is not None]
-    if not ids:
+    if not position_ids:
         return None
-    return Placement(ids, [shape.num_vanilla for shape in shapes], kept)
+    kept = [each for each in places if each is not None]
+    return Placement(position_ids, [shape.num_vanilla for shape in shapes], kept)

@@ -142,6 +142,31 @@ class LlavaNextAdapter(LlavaBase):
         stitched = stitched[rows.start : rows.stop, cols.start : cols.stop]
         return torch.cat([base, functional.pad(stitched, (0, 1), value=-1).flatten()])
 
+    def unit_places(self, shape: VisionShape) -> Tensor:
+        """CLS of any crop has the image's first place; patches that are cut off that of the nearest that is not."""
+        num_patches, (tile_rows, tile_cols) = self.geometry.num_patches, self.geometry.grid
+        places = torch.arange(num_patches)[None]
+        if shape.num_crops > 1:
+            _, (grid_rows, grid_cols) = self._layout(shape)
+            patch, tile = torch.arange(num_patches), torch.arange(grid_rows * grid_cols)[:, None]
+            y, x = tile // grid_cols * tile_rows + patch // tile_cols, tile % grid_cols * tile_cols + patch % tile_cols
+            places = torch.cat([places, self._stitched_places(shape, y, x)])
+        return functional.pad(places, (int(self.geometry.has_cls), 0))
+
+    def newline_places(self, shape: VisionShape) -> Tensor:
+        if shape.num_crops == 1:
+            return torch.tensor([self.geometry.num_patches])
+        size, grid = self._layout(shape)
+        return self._stitched_places(shape, torch.tensor(self._newline_rows(size, grid), dtype=torch.int64), None)
+
+    def _stitched_places(self, shape: VisionShape, y: Tensor, x: Tensor | None) -> Tensor:
+        """Places of stitched patches, or of the newlines that end their rows; see ``whole_index``."""
+        size, grid = self._layout(shape)
+        rows, cols = unpadded(size, *self._stitched(grid))
+        own = len(cols) if x is None else (x - cols.start).clamp(min=0, max=max(len(cols) - 1, 0))
+        line = (y - rows.start).clamp(min=0, max=max(len(rows) - 1, 0))
+        return (self.geometry.num_patches + line * (len(cols) + 1) + own).clamp(max=shape.num_vanilla - 1)
+
     def pack(self, shape: VisionShape, tokens: Tensor, kept: Tensor) -> Tensor:
         newline = self.newline(tokens)
         if len(tokens) == 1:

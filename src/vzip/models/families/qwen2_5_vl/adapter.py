@@ -35,6 +35,7 @@ class Qwen2_5VlAdapter(Adapter):
     written_image = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
     why_no_video = "takes images only here, for its videos are not served yet"
     keeps_places = True
+    position_axes = 3
     preprocesses = ("hf",)
 
     def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
