@@ -22,7 +22,7 @@ from .structure import Tower
 
 
 @contextmanager
-def _record_output(module: nn.Module, name: str, into: dict[str, Tensor]) -> Iterator[None]:
+def record_output(module: nn.Module, name: str, into: dict[str, Tensor]) -> Iterator[None]:
     """Stores the module's output under ``name`` while the context lasts.
 
     The hook returns nothing, so it changes nothing; calls from other threads that share the model are not ours.
@@ -89,9 +89,9 @@ def run_tower(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for layer in sorted({layer_of[signal] for signal in recorded if signal.name != "hidden"}):
             query_projection, key_projection, _ = tower.attention_of(layer - 1)
-            stack.enter_context(_record_output(key_projection, f"keys{layer}", projections))
+            stack.enter_context(record_output(key_projection, f"keys{layer}", projections))
             if any(layer_of[s] == layer and s.name in _OF_QUERIES for s in recorded):
-                stack.enter_context(_record_output(query_projection, f"queries{layer}", projections))
+                stack.enter_context(record_output(query_projection, f"queries{layer}", projections))
         for index in range(max([num_layers, *layer_of.values()])):
             hidden = tower.layers[index](hidden, None)
             if index + 1 in layer_of.values():
