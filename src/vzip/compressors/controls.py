@@ -116,7 +116,10 @@ def _grid_of(
     fits = [cells for cells in allowed if cells[0] * cells[1] == num_cells]
     if not fits:
         counts = {rows * cols for rows, cols in allowed}
-        near = [max((n for n in counts if n < num_cells), default=None), min((n for n in counts if n > num_cells), default=None)]
+        near = [
+            max((n for n in counts if n < num_cells), default=None),
+            min((n for n in counts if n > num_cells), default=None),
+        ]
         rule = "" if most_unlike is None else f" and at most {most_unlike} times as wide or as tall"
         raise ConfigError(
             f"budget.num_dominant + budget.num_contextual = {num_cells} visual tokens per crop: {what_happens} a grid"

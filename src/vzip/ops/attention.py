@@ -24,9 +24,7 @@ def split_heads(projection: Tensor, num_heads: int) -> Tensor:
     return projection.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def cls_attention(
-    queries: Tensor, keys: Tensor, num_heads: int, scale: float, shown: Tensor | None = None
-) -> Tensor:
+def cls_attention(queries: Tensor, keys: Tensor, num_heads: int, scale: float, shown: Tensor | None = None) -> Tensor:
     """Attention the CLS query pays to every patch, summed over heads (VisionZip, Eq. 3; sum as published code does).
 
     Args:

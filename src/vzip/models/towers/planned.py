@@ -98,7 +98,16 @@ def _pruned(tower: Tower, hidden: Tensor, num_layers: int, pruner: TowerPruner) 
             for name, module in taps.items():
                 stack.enter_context(record_output(module, name, found))
             hidden = tower.layers[index](hidden, mask)
-        state = LayerState(index, num_layers, **found, num_heads=tower.num_heads, scale=scale, num_patches=counts, shown=shown, carried=score)
+        state = LayerState(
+            index,
+            num_layers,
+            **found,
+            num_heads=tower.num_heads,
+            scale=scale,
+            num_patches=counts,
+            shown=shown,
+            carried=score,
+        )
         score, dropped = _judged(pruner, state)
         is_last, longest = index == cuts[-1], pruner.num_tokens
         if index not in cuts or (hidden.device.type == "meta" and not is_last):
