@@ -43,6 +43,9 @@ def vision_output(has_cls=True, num_crops=4, grid=(5, 8), dtype=torch.float32, s
             Signal("undivided_attention", -1): (
                 torch.rand(num_crops, num_patches, generator=generator).to(device) / num_patches
             ),
+            Signal("present"): torch.ones(num_crops, num_patches, device=device).index_fill(
+                1, torch.arange(9, num_patches, device=device), 0.0
+            ),
             Signal("undivided_keys", -1): torch.randn(num_crops, length, 4, generator=generator).to(device),
         },
         project=lambda rows: rows * 0.5,

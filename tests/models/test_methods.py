@@ -12,6 +12,7 @@ from tests.tiny import some_of
 import vzip
 from vzip.compressors import ChosenUnits, Selection, Signal, TopScores, VisionOutput
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError
+from vzip.models.families import adapter_for_model
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -25,7 +26,12 @@ def build(name: str) -> vzip.Compressor:
 @each_family
 @torch.no_grad()
 def test_counts_are_known_before_and_a_batch_equals_singles(family, name) -> None:
-    vlm = vzip.CompressedVlm(family.build(), build(name))
+    model, method = family.build(), build(name)
+    if method.tower_use in adapter_for_model(model).cannot_use:
+        with pytest.raises(ConfigError, match=f"compressor={type(method).__name__} .*does not allow"):
+            vzip.CompressedVlm(model, method)
+        return
+    vlm = vzip.CompressedVlm(model, method)
     inputs = family.inputs(3)
     expected = vlm.expected_num_visual_tokens(**inputs)
     together = family.encode(vlm, inputs)

@@ -120,7 +120,10 @@ def test_text_alone_equals_stock(model):
     assert torch.equal(vlm.forward(**ids).logits, model(**ids).logits)
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+SERVED = [name for name in methods.METHODS if methods.build(name, BUDGET).tower_use == "whole"]
+
+
+@pytest.mark.parametrize("name", SERVED)
 @torch.no_grad()
 def test_a_batch_equals_singles_and_counts_are_known_before(model, name):
     settings = {"local_layer": 2, "window": 3} if name == "vscan" else {}

@@ -32,7 +32,7 @@ def draw_kept(vlm: CompressedVlm, image: Image.Image) -> Image.Image:
     seen = _as_image(adapter.shown(visual), vlm)
     if vlm.compressor.scope == "image":
         return seen
-    _, vision = adapter.image_outputs(visual, vlm.compressor.reads())[0]
+    _, vision = adapter.image_outputs(visual, vlm.compressor.reads(), adapter.run_for(vlm.compressor))[0]
     return draw_overlay(seen, vlm.compressor(vision), 0, vision.grid, vision.has_cls)
 
 

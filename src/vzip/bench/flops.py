@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PretrainedConfig
 
 CONVENTION = (
@@ -25,8 +25,15 @@ GATED_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text")
 
 
 def count(run: Callable[[], object]) -> int:
-    """Returns the operations of one call, by torch's counter; inputs and weights should be on the meta device."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.bmm: _batched_product})
+    """Returns the operations of one call, by torch's counter.
+
+    Inputs and weights should be on the meta device, but for what depends on the contents.
+    """
+    mapping = {
+        torch.ops.aten.bmm: _batched_product,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
     with torch.no_grad(), counter:
         run()
     return int(counter.get_total_flops())
@@ -38,6 +45,11 @@ def _batched_product(a: torch.Size, b: torch.Size, *_: object, **__: object) -> 
     transformers 5.17 writes the angles of rotary positions so, 5.23 as the plain multiplication it is.
     """
     return 0 if a[-1] == 1 else 2 * a[0] * a[1] * a[2] * b[-1]
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    """torch's count of fused attention, which it has for no CPU."""
+    return int(sdpa_flop_count(query, key, value))
 
 
 def tower_formula(config: PretrainedConfig, *, num_layers: int, num_crops: int, has_cls: bool) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vzip.bench import flops
 from vzip.bench.shapes import BenchModel, build_meta
-from vzip.bench.stages import METHOD_CLASSES, Method, Vanilla, Vzip
+from vzip.bench.stages import METHOD_CLASSES, Method, Vanilla, Vzip, preprocess
 from vzip.bench.visuals import AnySize, Images
 from vzip.bench.workload import Workload, parts_of
 from vzip.compressors import Signal, VisionOutput
@@ -64,6 +64,12 @@ def count_method(
     side = meta.visuals.tower.geometry.image_size
     pixel_values = torch.empty(meta.num_inputs, 3, side, side, device="meta", dtype=meta.dtype)
     result = {"tower": _tower(method, model, pixel_values)}
+    if (
+        isinstance(method, Vzip) and method.compressor.tower_use == "pruned"
+    ):  # how many patches a layer sees, data decide
+        real, inputs = METHOD_CLASSES[method_name](workload), preprocess(workload)
+        pixels = workload.visuals.tower_inputs(inputs)
+        result["tower"] = StageFlops(flops.count(lambda: real.run_tower(pixels)), None)
     with torch.no_grad():
         vision = method.run_tower(pixel_values)
     if isinstance(meta.adapter, MiniGeminiAdapter):

@@ -22,7 +22,7 @@ from vzip.models.families.base import TowerRun, VisualInputs
 from vzip.models.families.places import VisualTokens
 from vzip.models.splice import PreparedInputs, plan_splice, positions_before, splice_tokens
 from vzip.models.towers.structure import Tower
-from vzip.models.towers.tap import run_tower
+from vzip.models.towers.planned import run_for
 from vzip.ops.attention import cls_attention, mean_keys, received_attention
 from vzip.pruners import Pruner
 from vzip.pruners.context import PrunedRun, pruning
@@ -97,7 +97,7 @@ class Vzip(Method):
 
     def run_tower(self, pixel_values: Tensor) -> VisionOutput:
         w = self.workload
-        return run_tower(w.visuals.tower, pixel_values, w.select_layer, w.compressor.reads(), w.visuals.stock_offset)
+        return run_for(w.compressor, w.visuals.tower, pixel_values, w.select_layer, w.visuals.stock_offset)
 
     def run_scoring(self, pixel_values: Tensor, watch: Stopwatch) -> None:
         """Times scoring by itself, on projections recorded once."""

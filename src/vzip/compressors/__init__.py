@@ -1,9 +1,10 @@
 """Compression methods and controls; torch only. A new method is a new file here and a config in configs/compressor."""
 
 from .base import Budgeted, ChosenUnits, CompressedTokens, Compressor, FractionBudget, Selection, TokenBudget, TopScores
-from .controls import ContextualOnly, DominantOnly, Identity, Pooled, RandomTokens, UniformTokens, ZeroImage
+from .controls import ContextualOnly, DominantOnly, Identity, Pooled, RandomTokens, Resized, UniformTokens, ZeroImage
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
+from .flowcut import FlowCut
 from .holov import HoloV
 from .prumerge import PruMerge, PruMergePlus
 from .prunesid import PruneSid
@@ -24,6 +25,7 @@ __all__ = [
     "DivPrune",
     "DominantOnly",
     "FasterVLM",
+    "FlowCut",
     "FractionBudget",
     "HoloV",
     "Identity",
@@ -33,6 +35,7 @@ __all__ = [
     "PruMergePlus",
     "PruneSid",
     "RandomTokens",
+    "Resized",
     "Scope",
     "Selection",
     "Signal",

@@ -26,6 +26,7 @@ from vzip.ops.attention import at_least_float32
 from vzip.ops.merge import MERGE_RULES, MergeRule, combine_rows
 from vzip.ops.select import dominant_rows, gather_rows
 
+from .plan import TowerPlan, TowerUse
 from .vision import Signal, VisionOutput, VisionShape
 
 
@@ -177,6 +178,7 @@ class Compressor(ABC):
         uses_valid: whether units that are not ``valid`` are kept last.
         splits_budget: whether dominant and contextual tokens are told apart; otherwise only their sum counts.
         drops_rest: whether what is not kept is dropped, and so left to ``MergeDropped``.
+        tower_use: how the vision tower runs for it; ``plan`` says the rest.
     """
 
     scope: ClassVar[Literal["crop", "image"]] = "crop"
@@ -185,6 +187,7 @@ class Compressor(ABC):
     uses_valid: ClassVar[bool] = False
     splits_budget: ClassVar[bool] = False
     drops_rest: ClassVar[bool] = False
+    tower_use: ClassVar[TowerUse] = "whole"
     merge_rule: MergeRule = "sum"
 
     def __init_subclass__(cls, **kwargs: object) -> None:
@@ -205,6 +208,14 @@ class Compressor(ABC):
     def view(self, pixel_values: Tensor) -> Tensor:
         """What is shown in place of the processor's pixels, of any layout: of the same shape, type and device."""
         return pixel_values
+
+    def plan(self, shape: VisionShape) -> TowerPlan | None:
+        """How the vision tower runs on a crop of that shape, where ``tower_use`` is not ``whole``.
+
+        Its output has a row for every place of the grid all the same: zeros where no patch is left, and the signal
+        ``present`` says where. Nothing else is recorded.
+        """
+        return None
 
     @abstractmethod
     def num_tokens(self, shape: VisionShape) -> int:
@@ -359,6 +370,22 @@ class TopScores(Budgeted):
         of_patches = score[:, int(vision.has_cls) :]
         kept = dominant_rows(of_patches, self.num_tokens(vision.shape), keeps_cls, vision.valid_patches)
         return Selection(kept + int(vision.has_cls and not keeps_cls))
+
+
+@dataclass(frozen=True)
+class PresentPatches(TopScores):
+    """A method that chooses by its ``plan``: the patches that the vision tower ends with are kept."""
+
+    uses_valid: ClassVar[bool] = False
+
+    @abstractmethod
+    def plan(self, shape: VisionShape) -> TowerPlan: ...
+
+    def reads(self) -> frozenset[Signal]:
+        return frozenset({Signal("present")})
+
+    def score(self, vision: VisionOutput) -> Tensor:
+        return vision.read(Signal("present"))
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from vzip.errors import ConfigError
+from vzip.ops.grid import cells
 from vzip.ops.merge import MergeRule, assign_to_targets, target_positions
 from vzip.ops.select import random_indices, uniform_indices
 
-from .base import Budgeted, ChosenUnits, Compressor, Selection, TopScores, check_seed
+from .base import Budgeted, ChosenUnits, Compressor, PresentPatches, Selection, TopScores, check_seed
+from .plan import TowerPlan, TowerUse
 from .vision import Signal, VisionOutput, VisionShape
 
 
@@ -74,14 +76,14 @@ class Pooled(Budgeted):
 
     def num_tokens(self, shape: VisionShape) -> int:
         num_tokens = super().num_tokens(shape)
-        _pooled_grid(num_tokens, shape.grid)
+        _grid_of(num_tokens, shape.grid, "pooling averages")
         return num_tokens
 
     def select(self, vision: VisionOutput) -> Selection:
         first, width, device = int(vision.has_cls), vision.grid[1], vision.hidden.device
-        rows, cols = _pooled_grid(self.num_tokens(vision.shape), vision.grid)
-        row, middle_row = _cells(vision.grid[0], rows, device)
-        col, middle_col = _cells(width, cols, device)
+        rows, cols = _grid_of(self.num_tokens(vision.shape), vision.grid, "pooling averages")
+        row, middle_row = cells(vision.grid[0], rows, device)
+        col, middle_col = cells(width, cols, device)
         places = (middle_row[:, None] * width + middle_col).flatten()
         cell = (row[:, None] * cols + col).flatten().scatter(0, places, -1)
         num_crops = len(vision.hidden)
@@ -90,8 +92,16 @@ class Pooled(Budgeted):
         )
 
 
-def _pooled_grid(num_cells: int, grid: tuple[int, int]) -> tuple[int, int]:
+def _grid_of(
+    num_cells: int, grid: tuple[int, int], what_happens: str, most_unlike: int | None = None
+) -> tuple[int, int]:
     """(rows, cols) of so many cells within ``grid``, nearest to its aspect, ties to fewer rows.
+
+    Args:
+        num_cells: rows * cols.
+        grid: of patches.
+        what_happens: to the grid, for the message.
+        most_unlike: how many times as wide or as tall as ``grid`` it may be at most; None: any.
 
     Raises:
         ConfigError: there are none.
@@ -101,23 +111,48 @@ def _pooled_grid(num_cells: int, grid: tuple[int, int]) -> tuple[int, int]:
         aspect = Fraction(cells[0] * grid[1], cells[1] * grid[0])
         return max(aspect, 1 / aspect)
 
-    fits = [(r, num_cells // r) for r in range(1, grid[0] + 1) if num_cells % r == 0 and num_cells // r <= grid[1]]
+    within = [(rows, cols) for rows in range(1, grid[0] + 1) for cols in range(1, grid[1] + 1)]
+    allowed = [cells for cells in within if most_unlike is None or unlike(cells) <= most_unlike]
+    fits = [cells for cells in allowed if cells[0] * cells[1] == num_cells]
     if not fits:
-        allowed = {rows * cols for rows in range(1, grid[0] + 1) for cols in range(1, grid[1] + 1)}
-        below, above = max(n for n in allowed if n < num_cells), min(n for n in allowed if n > num_cells)
+        counts = {rows * cols for rows, cols in allowed}
+        near = [
+            max((n for n in counts if n < num_cells), default=None),
+            min((n for n in counts if n > num_cells), default=None),
+        ]
+        rule = "" if most_unlike is None else f" and at most {most_unlike} times as wide or as tall"
         raise ConfigError(
-            f"budget.num_dominant + budget.num_contextual = {num_cells} visual tokens per crop: pooling averages a grid"
-            f" of {grid[0]} x {grid[1]} patches to rows x columns of cells, no more than those, and no such grid has"
-            f" {num_cells}. The nearest that are allowed are {below} and {above}: change the budget, or use another"
-            " method."
+            f"budget.num_dominant + budget.num_contextual = {num_cells} visual tokens per crop: {what_happens} a grid"
+            f" of {grid[0]} x {grid[1]} patches to rows x columns of cells, no more than those{rule}, and no such grid"
+            f" has {num_cells}. The nearest that are allowed are {' and '.join(str(n) for n in near if n)}: change the"
+            " budget, or use another method."
         )
     return min(fits, key=unlike)
 
 
-def _cells(side: int, num_cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A side cut into cells: int64 ``[side]``, the cell of each place, and ``[num_cells]``, the place in its middle."""
-    starts = (torch.arange(num_cells + 1, device=device) * side + num_cells - 1) // num_cells
-    return torch.arange(side, device=device) * num_cells // side, (starts[:-1] + starts[1:] - 1) // 2
+@dataclass(frozen=True)
+class Resized(PresentPatches):
+    """The image made smaller: the whole vision tower runs on as many patches as there are visual tokens; CLS is dropped.
+
+    Each crop is resized from the processor's pixels, bicubic and antialiased, to the most nearly square rows x columns
+    of patches (rows the fewer) whose product is ``budget.num_tokens``: 64 = 8 x 8, 128 = 8 x 16, 192 = 12 x 16. More
+    than twice as wide as tall it may not become, nor larger than it was. The tower's position embeddings are
+    interpolated (bicubic, as Hugging Face does). A token stands where the middle of its patch was.
+    """
+
+    tower_use: ClassVar[TowerUse] = "resized"
+
+    def num_tokens(self, shape: VisionShape) -> int:
+        num_tokens = super().num_tokens(shape)
+        self._grid(num_tokens, shape)
+        return num_tokens
+
+    def plan(self, shape: VisionShape) -> TowerPlan:
+        return TowerPlan(grid=self._grid(self.num_tokens(shape), shape))
+
+    @staticmethod
+    def _grid(num_tokens: int, shape: VisionShape) -> tuple[int, int]:
+        return _grid_of(num_tokens, shape.grid, "resizing the image shrinks", most_unlike=2)
 
 
 @dataclass(frozen=True)

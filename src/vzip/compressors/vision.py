@@ -15,7 +15,7 @@ from torch.nn import functional
 from vzip.errors import ConfigError, nearest
 
 # What a method may read, by name. A score has one value a unit, higher is more important; the others have a row a unit.
-SCORES = ("attention", "received_attention", "undivided_attention", "key_norms")
+SCORES = ("attention", "received_attention", "undivided_attention", "key_norms", "present")
 SIGNALS = (*SCORES, "keys", "undivided_keys", "hidden", "projected")
 
 
@@ -27,7 +27,8 @@ class Signal:
         name: ``attention`` (with CLS: the CLS query's softmax row over the patches, summed over heads; without: the
             mean attention that each patch receives), ``received_attention`` (that mean, whether there is a CLS or not),
             ``undivided_attention`` (as ``attention``, but queries and keys are not divided into heads),
-            ``key_norms`` (norm of the unscaled key, mean over heads), ``keys`` (the unscaled keys, mean over heads),
+            ``key_norms`` (norm of the unscaled key, mean over heads), ``present`` (1 for patches that the tower ends
+            with, 0 for others: of a tower that runs by a ``TowerPlan``), ``keys`` (the unscaled keys, mean over heads),
             ``undivided_keys`` (the unscaled keys of all heads, side by side),
             ``hidden`` (the tower's rows) or ``projected`` (the projector's output for the tower's rows).
         layer: where it is read, an index into the tower's hidden states (-2: the second-last layer); None: the select

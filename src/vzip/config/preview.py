@@ -113,6 +113,7 @@ def visual_tokens(plan: EvaluationPlan) -> str:
 
     adapter = adapter_class_for_config(shape.config)
     geometry = adapter.check_config(shape.config)
+    adapter.check_tower_use(compressor)
     if geometry is None:
         return f"{_varying(compressor)} of an image's, which vary with its size"
     kept = None if compressor.is_vanilla else compressor.num_tokens(geometry.shape())

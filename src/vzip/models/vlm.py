@@ -115,6 +115,7 @@ class CompressedVlm(InputBuilder, nn.Module):
     @compressor.setter
     def compressor(self, compressor: Compressor) -> None:
         check_is_compressor(compressor)
+        self.adapter.check_tower_use(compressor)
         self.adapter.check_compressor(compressor)
         self._compressor = compressor
 

@@ -24,7 +24,7 @@ def split_heads(projection: Tensor, num_heads: int) -> Tensor:
     return projection.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def cls_attention(queries: Tensor, keys: Tensor, num_heads: int, scale: float) -> Tensor:
+def cls_attention(queries: Tensor, keys: Tensor, num_heads: int, scale: float, shown: Tensor | None = None) -> Tensor:
     """Attention the CLS query pays to every patch, summed over heads (VisionZip, Eq. 3; sum as published code does).
 
     Args:
@@ -32,13 +32,17 @@ def cls_attention(queries: Tensor, keys: Tensor, num_heads: int, scale: float) -
         keys: ``[N, L, H * d]``, unscaled, CLS first.
         num_heads: H.
         scale: factor on the products, ``d ** -0.5`` in CLIP.
+        shown: bool ``[N, L]``, the keys there are; None: all.
 
     Returns:
         ``[N, P]`` with P = L - 1. The softmax runs over all L keys, so a head's row sums to 1 minus CLS's own share.
     """
     query = split_heads(at_least_float32(queries[:, :1]), num_heads) * scale
     key = split_heads(at_least_float32(keys), num_heads)
-    row = torch.softmax(query @ key.transpose(-1, -2), dim=-1)  # [N, H, 1, L]
+    products = query @ key.transpose(-1, -2)  # [N, H, 1, L]
+    if shown is not None:
+        products = products.masked_fill(~shown[:, None, None], float("-inf"))
+    row = torch.softmax(products, dim=-1)
     return row[:, :, 0, 1:].sum(dim=1)
 
 

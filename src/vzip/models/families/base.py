@@ -95,6 +95,7 @@ class Adapter(ABC):
         position_axes: rows of position ids that the language model takes.
         video_token_id: id of a video's placeholder in ``input_ids``, or None.
         tower_cache: outputs of the vision tower kept between runs; None: the tower always runs.
+        cannot_use: why its tower cannot be used as some methods need, by ``Compressor.tower_use``.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
@@ -107,6 +108,10 @@ class Adapter(ABC):
     preprocesses: ClassVar[tuple[str, ...]] = PREPROCESSES
     keeps_places: bool = False
     position_axes: ClassVar[int] = 1
+    cannot_use: ClassVar[Mapping[str, str]] = {
+        "pruned": "its vision tower is run as a whole and not layer by layer",
+        "resized": "its images have any size; give smaller ones",
+    }
     video_token_id: int | None = None
 
     def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
@@ -177,8 +182,20 @@ class Adapter(ABC):
         """
         geometry = cls.check_config(config)
         cls.check_options(options, num_frames)
+        cls.check_tower_use(compressor)
         if geometry is not None:
             check_fit(compressor, geometry, options)
+
+    @classmethod
+    def check_tower_use(cls, compressor: Compressor) -> None:
+        """Raises ConfigError for a method that needs the vision tower to run in a way in which it cannot."""
+        if (why := cls.cannot_use.get(compressor.tower_use)) is not None:
+            acts = {"pruned": "drops patches inside the vision tower", "resized": "makes the image smaller"}
+            raise ConfigError(
+                f"compressor={type(compressor).__name__} {acts[compressor.tower_use]}, which"
+                f" {cls.model_class.__name__} does not allow: {why}. Use another compressor, or a model of LLaVA-1.5,"
+                " LLaVA-NeXT or Video-LLaVA."
+            )
 
     @classmethod
     def check_preprocess(cls, preprocess: str | None) -> Preprocess:
@@ -382,6 +399,10 @@ class Adapter(ABC):
         }
         return replace(visual, tensors=shown)
 
+    def run_for(self, compressor: Compressor) -> TowerRun | None:
+        """What runs the tower as the method needs it; None: as always."""
+        return None
+
     def encode(
         self, visual: VisualInputs, compressor: Compressor, run: TowerRun | None = None, stage: Stage = no_stage
     ) -> list[VisualTokens]:
@@ -397,7 +418,7 @@ class Adapter(ABC):
         Returns:
             for each image, then for each video.
         """
-        visual = self.viewed(visual, compressor)
+        visual, run = self.viewed(visual, compressor), run or self.run_for(compressor)
         tokens: list[VisualTokens] = []
         for shapes, outputs in ((visual.images, self.image_outputs), (visual.videos, self.video_outputs)):
             found: dict[int, VisualTokens] = {}

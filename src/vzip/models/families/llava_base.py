@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from vzip.compressors.base import Compressor
 from vzip.compressors.vision import Signal, VisionOutput
 
 from ..towers.structure import Tower, TowerGeometry, check_select_layer, find_tower, geometry_from_config
+from ..towers.planned import run_planned
 from ..towers.tap import run_tower
 from .base import Adapter, Group, Stage, TowerRun, VisualInputs, no_stage
 from .options import FamilyOptions, check_fit
@@ -28,6 +30,8 @@ class LlavaBase(Adapter):
         select_layer: the tower's layer the model was trained on.
         stock_offset: first row of the tower's output the unmodified model uses (1: it drops row 0).
     """
+
+    cannot_use: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
         super().__init__(model, options)
@@ -119,6 +123,18 @@ class LlavaBase(Adapter):
         if self.tower_cache is None or torch.is_grad_enabled() or not can_score:
             return run(signals)
         return self.tower_cache.look_up(pixel_values, (id(tower), self.select_layer), signals, run)
+
+    def run_for(self, compressor: Compressor) -> TowerRun | None:
+        if compressor.tower_use == "whole":
+            return None
+
+        def run(tower: Tower, pixel_values: Tensor, signals: frozenset[Signal], stock_offset: int) -> VisionOutput:
+            plan = compressor.plan(tower.geometry.shape())
+            assert plan is not None
+            # Never to or from `tower_cache`, whose outputs any method may take.
+            return run_planned(tower, pixel_values, self.select_layer, plan, stock_offset)
+
+        return run
 
     def image_output(
         self, visual: VisualInputs, signals: frozenset[Signal], run: TowerRun | None = None, stage: Stage = no_stage

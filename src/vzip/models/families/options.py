@@ -53,10 +53,28 @@ class FamilyOptions:
 def check_fit(compressor: Compressor, geometry: TowerGeometry, options: FamilyOptions) -> None:
     """Raises ConfigError if the compressor does not fit the vision tower or the family's options."""
     compressor.num_tokens(geometry.shape(options.drop_cls))
+    check_tower_use(compressor, geometry)
     for signal in compressor.reads():
         keys = [name for name, value in vars(compressor).items() if value == signal.layer and name.endswith("layer")]
         check_layer(signal, geometry.num_layers, keys[0] if keys else "the method's own layer")
     check_drop_padding(compressor, options.drop_padding)
+
+
+def check_tower_use(compressor: Compressor, geometry: TowerGeometry) -> None:
+    """Raises ConfigError if the tower cannot run as the compressor needs it."""
+    if compressor.tower_use == "whole":
+        return
+    name = type(compressor).__name__
+    if compressor.tower_use == "pruned" and not geometry.has_cls:
+        raise ConfigError(
+            f"compressor={name} drops patches inside the vision tower by what its CLS token attends to, and this tower"
+            " (SigLIP) has none. Use another compressor, or a model with a CLIP tower."
+        )
+    if others := sorted(signal.name for signal in compressor.reads() - {Signal("present")}):
+        raise ConfigError(
+            f"compressor={name} reads {', '.join(others)} of a vision tower that does not run on all patches, where"
+            " there is nothing to read but which are left. Choose a method inside it that leaves the tower whole."
+        )
 
 
 def check_layer(signal: Signal, num_layers: int, key: str) -> None:

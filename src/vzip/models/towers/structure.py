@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import CLIPVisionModel, SiglipVisionModel
+from transformers.masking_utils import create_bidirectional_mask
 
 from vzip.compressors.vision import VisionShape
 from vzip.errors import PromptError, UnsupportedModelError, nearest
@@ -40,12 +42,14 @@ class TowerGeometry:
         grid: (rows, cols) of patches.
         has_cls: whether row 0 of the output is CLS.
         num_layers: transformer layers.
+        patch_size: side of a patch in pixels.
     """
 
     image_size: int
     grid: tuple[int, int]
     has_cls: bool
     num_layers: int
+    patch_size: int
 
     @property
     def num_patches(self) -> int:
@@ -89,8 +93,12 @@ class Tower:
     layers: nn.ModuleList
     num_heads: int
 
-    def embed(self, pixel_values: Tensor) -> Tensor:
+    def embed(self, pixel_values: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """``[N, 3, h, w]`` -> ``[N, L, D]``, the input of the first layer.
+
+        Args:
+            pixel_values: as the tower takes them.
+            grid: (rows, cols) of patches that they are resized to, position embeddings interpolated; None: as they are.
 
         Raises:
             PromptError: pixels of another shape than the tower takes.
@@ -104,8 +112,29 @@ class Tower:
         weight = next(self.embeddings.parameters())
         if weight.device.type != "meta":  # accelerate parks offloaded weights on meta and moves inputs itself
             pixel_values = pixel_values.to(weight.device)
-        hidden = self.embeddings(pixel_values)
+        if grid is None or grid == self.geometry.grid:
+            hidden = self.embeddings(pixel_values)
+        else:
+            hidden = self.embeddings(self.resize(pixel_values, grid), interpolate_pos_encoding=True)
         return hidden if self.pre_norm is None else self.pre_norm(hidden)
+
+    def resize(self, pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``[N, 3, h, w]`` as so many rows and columns of patches, bicubic and antialiased."""
+        height, width = (side * self.geometry.patch_size for side in grid)
+        wide = pixel_values.float()
+        return functional.interpolate(wide, (height, width), mode="bicubic", antialias=True).to(pixel_values.dtype)
+
+    def mask(self, hidden: Tensor, shown: Tensor | None) -> Tensor | None:
+        """What the layers take as mask where rows are padding; ``shown``: bool ``[N, L]``, None where none is."""
+        if shown is None:
+            return None
+        config: Any = self.layers[0].get_submodule("self_attn").config
+        mask: Tensor | None = create_bidirectional_mask(config, hidden, shown)
+        return mask
+
+    def values_of(self, layer_index: int) -> nn.Module:
+        """The value projection of a layer (0-based)."""
+        return self.layers[layer_index].get_submodule("self_attn.v_proj")
 
     def attention_of(self, layer_index: int) -> tuple[nn.Module, nn.Module, float]:
         """The query projection, key projection and product scale of a layer (0-based)."""
@@ -125,7 +154,7 @@ def geometry_from_config(vision_config: Any) -> TowerGeometry:
             _check_sizes(vision_config)
             size, num_layers = vision_config.image_size, vision_config.num_hidden_layers
             side = size // vision_config.patch_size
-            return TowerGeometry(size, (side, side), family.has_cls, num_layers)
+            return TowerGeometry(size, (side, side), family.has_cls, num_layers, vision_config.patch_size)
     names = [family.config_type for family in _FAMILIES]
     raise UnsupportedModelError(
         f"Vision tower of type '{vision_config.model_type}' is not supported"

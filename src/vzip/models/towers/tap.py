@@ -22,7 +22,7 @@ from .structure import Tower
 
 
 @contextmanager
-def _record_output(module: nn.Module, name: str, into: dict[str, Tensor]) -> Iterator[None]:
+def record_output(module: nn.Module, name: str, into: dict[str, Tensor]) -> Iterator[None]:
     """Stores the module's output under ``name`` while the context lasts.
 
     The hook returns nothing, so it changes nothing; calls from other threads that share the model are not ours.
@@ -71,7 +71,7 @@ def run_tower(
         UnsupportedModelError: no such layer, or attention asked for at layer 0, before any attention.
     """
     num_layers = tower.geometry.num_layers_to_run(select_layer)
-    recorded = [signal for signal in signals if signal.name != "projected" and signal != Signal("hidden")]
+    recorded = [signal for signal in signals if signal.name not in _ELSEWHERE and signal != Signal("hidden")]
     layer_of = {s: tower.geometry.num_layers_to_run(select_layer if s.layer is None else s.layer) for s in recorded}
     for signal, layer in layer_of.items():
         if layer == 0 and signal.name != "hidden":
@@ -89,9 +89,9 @@ def run_tower(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for layer in sorted({layer_of[signal] for signal in recorded if signal.name != "hidden"}):
             query_projection, key_projection, _ = tower.attention_of(layer - 1)
-            stack.enter_context(_record_output(key_projection, f"keys{layer}", projections))
+            stack.enter_context(record_output(key_projection, f"keys{layer}", projections))
             if any(layer_of[s] == layer and s.name in _OF_QUERIES for s in recorded):
-                stack.enter_context(_record_output(query_projection, f"queries{layer}", projections))
+                stack.enter_context(record_output(query_projection, f"queries{layer}", projections))
         for index in range(max([num_layers, *layer_of.values()])):
             hidden = tower.layers[index](hidden, None)
             if index + 1 in layer_of.values():
@@ -147,6 +147,7 @@ def _undivided_keys(_tower: Tower, _layer: int, keys: Tensor, _queries: Tensor |
     return at_least_float32(keys)
 
 
+_ELSEWHERE = ("projected", "present")  # the projector's, and of a run by a plan (`planned.py`)
 _OF_QUERIES = ("attention", "received_attention", "undivided_attention")
 # What a layer's projections give, by the signal's name.
 _READERS: Mapping[str, Callable[[Tower, int, Tensor, Tensor | None], Tensor]] = {

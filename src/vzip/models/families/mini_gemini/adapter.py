@@ -7,9 +7,10 @@ low-resolution tower's, as for LLaVA-1.5; CLS passes unmined, or is left out (``
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class MiniGeminiAdapter(LlavaAdapter):
 
     model_class = MiniGeminiForConditionalGeneration
     has_mining = True
+    cannot_use: ClassVar[Mapping[str, str]] = {"resized": "each patch mines a window of its own of the larger image"}
 
     @classmethod
     def check_config(cls, config: Any) -> TowerGeometry:
