@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .compressors import (
+        CDPruner,
         CompressedTokens,
         Compressor,
         ContextualOnly,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         FractionBudget,
         HoloV,
         Identity,
+        MMTok,
         Pooled,
         PruMerge,
         PruMergePlus,
@@ -52,6 +54,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DART",
+    "CDPruner",
     "CompressedTokens",
     "CompressedVlm",
     "Compressor",
@@ -63,6 +66,7 @@ __all__ = [
     "FractionBudget",
     "HoloV",
     "Identity",
+    "MMTok",
     "Pooled",
     "PruMerge",
     "PruMergePlus",

@@ -1,10 +1,12 @@
 """Compression methods and controls; torch only. A new method is a new file here and a config in configs/compressor."""
 
 from .base import Budgeted, ChosenUnits, CompressedTokens, Compressor, FractionBudget, Selection, TokenBudget, TopScores
+from .cdpruner import CDPruner
 from .controls import ContextualOnly, DominantOnly, Identity, Pooled, RandomTokens, UniformTokens, ZeroImage
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
 from .holov import HoloV
+from .mmtok import MMTok
 from .prumerge import PruMerge, PruMergePlus
 from .prunesid import PruneSid
 from .scope import Scope
@@ -16,6 +18,7 @@ from .zooprune import ZooPrune
 
 __all__ = [
     "Budgeted",
+    "CDPruner",
     "ChosenUnits",
     "CompressedTokens",
     "Compressor",
@@ -26,6 +29,7 @@ __all__ = [
     "FractionBudget",
     "HoloV",
     "Identity",
+    "MMTok",
     "Pooled",
     "PruMerge",
     "PruMergePlus",

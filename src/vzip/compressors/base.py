@@ -176,6 +176,8 @@ class Compressor(ABC):
         is_vanilla: whether nothing is compressed.
         uses_valid: whether units that are not ``valid`` are kept last.
         splits_budget: whether dominant and contextual tokens are told apart; otherwise only their sum counts.
+        text_encoder: of a text-aware method: the CLIP checkpoint by whose text model it reads the question; None: by
+            the language model's input embeddings.
     """
 
     scope: ClassVar[Literal["crop", "image"]] = "crop"
@@ -184,6 +186,7 @@ class Compressor(ABC):
     uses_valid: ClassVar[bool] = False
     splits_budget: ClassVar[bool] = False
     merge_rule: MergeRule = "sum"
+    text_encoder: str | None = None
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -199,6 +202,15 @@ class Compressor(ABC):
     def reads(self) -> frozenset[Signal]:
         """What the vision tower's run must record."""
         return frozenset()
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the method is text-aware: what it keeps depends on the question."""
+        return Signal("text") in self.reads()
+
+    def text(self, question: str) -> str:
+        """What a text-aware method reads of the raw question; ``Signal("text")`` are this text's rows."""
+        return question
 
     def view(self, pixel_values: Tensor) -> Tensor:
         """What is shown in place of the processor's pixels, of any layout: of the same shape, type and device."""
