@@ -18,6 +18,7 @@ from vzip.bench.timing import StageTimes, Stopwatch, Untimed
 from vzip.bench.visuals import Images
 from vzip.bench.workload import Workload
 from vzip.compressors import Compressor, Identity, VisionOutput
+from vzip.compressors.vision import of_tower
 from vzip.models.families.base import TowerRun, VisualInputs
 from vzip.models.families.places import VisualTokens
 from vzip.models.splice import PreparedInputs, plan_splice, positions_before, splice_tokens
@@ -33,6 +34,7 @@ STAGES = {
     "scoring": "the part of `tower` that makes scores and keys from one layer's projections, timed apart",
     "high_res_tower": "Mini-Gemini: the other vision tower",
     "mining": "Mini-Gemini: what each patch finds in its window of that tower's features",
+    "text": "text-aware methods: reading the question",
     "selection": "selection and merge",
     "projector": "projector",
     "splice": "planning and building the language model's inputs",
@@ -97,7 +99,8 @@ class Vzip(Method):
 
     def run_tower(self, pixel_values: Tensor) -> VisionOutput:
         w = self.workload
-        return run_tower(w.visuals.tower, pixel_values, w.select_layer, w.compressor.reads(), w.visuals.stock_offset)
+        reads = of_tower(w.compressor.reads())
+        return run_tower(w.visuals.tower, pixel_values, w.select_layer, reads, w.visuals.stock_offset)
 
     def run_scoring(self, pixel_values: Tensor, watch: Stopwatch) -> None:
         """Times scoring by itself, on projections recorded once."""
@@ -247,6 +250,9 @@ def _visual_tokens(method: Method, inputs: dict[str, Tensor], watch: Stopwatch |
     w = method.workload
     if w.adapter is not None:
         visual = w.adapter.read_inputs(**inputs)
+        if method.compressor.reads_text:
+            with watch.stage("text"):
+                visual = w.asked(visual)
         run: TowerRun | None = None
         if w.visuals.has_tower:
 

@@ -391,6 +391,15 @@ def check_is_compressor(compressor: object) -> None:
         )
 
 
+def check_reads_no_text(compressor: Compressor, why: str) -> None:
+    """Raises ConfigError for a text-aware method where nothing is asked; ``why`` says where."""
+    if compressor.reads_text:
+        raise ConfigError(
+            f"compressor: {type(compressor).__name__} is text-aware, it needs the question about each image, and {why}."
+            " Choose a method that reads no text, such as compressor=visionzip."
+        )
+
+
 def check_budget(budget: object) -> None:
     """Raises ConfigError unless ``budget`` is one."""
     if not isinstance(budget, TokenBudget | FractionBudget):

@@ -1,4 +1,4 @@
-"""CDPruner: patches unlike each other and relevant to the question (arXiv 2506.10967, github.com/Theia-4869/CDPruner)."""
+"""CDPruner: patches relevant to the question, unlike each other (arXiv 2506.10967, github.com/Theia-4869/CDPruner)."""
 
 from __future__ import annotations
 
@@ -93,9 +93,8 @@ class CDPruner(ChosenUnits):
             chosen = (torch.where(is_spanned, relevance, left) + out).argmax(dim=1, keepdim=True)
             at_chosen = factors[:, :step].gather(2, chosen[:, None].expand(-1, step, -1))
             row = kernel.gather(1, chosen[:, None].expand(-1, -1, kernel.shape[2]))[:, 0]
-            row = (row - (at_chosen * factors[:, :step]).sum(dim=1)) / left.gather(1, chosen).clamp(
-                min=_EXHAUSTED
-            ).sqrt()
+            pivot = left.gather(1, chosen).clamp(min=_EXHAUSTED).sqrt()
+            row = (row - (at_chosen * factors[:, :step]).sum(dim=1)) / pivot
             row = row.masked_fill(is_spanned, 0)
             factors[:, step] = row
             left = left - row.square()

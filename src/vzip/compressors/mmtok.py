@@ -18,55 +18,8 @@ from .text import text_cosines, without_answer_sentences
 from .vision import Signal, VisionOutput
 
 STOP_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "being",
-        "have",
-        "has",
-        "had",
-        "do",
-        "does",
-        "did",
-        "it",
-        "they",
-        "he",
-        "she",
-        "we",
-        "you",
-        "i",
-        "what",
-        "where",
-        "when",
-        "why",
-        "how",
-        "who",
-        "which",
-        "and",
-        "or",
-        "but",
-        "so",
-        "if",
-        "then",
-        "question",
-        "answer",
-        "to",
-        "for",
-        "with",
-        "by",
-        "from",
-        "at",
-        "into",
-        "onto",
-        "upon",
-    ]
+    """a an the is are was were be been being have has had do does did it they he she we you i what where when why how
+    who which and or but so if then question answer to for with by from at into onto upon""".split()  # noqa: SIM905
 )
 
 

@@ -3,8 +3,8 @@
 The checkpoint's chat template lays out the whole dialogue anew each turn. What the key-value cache already holds of it
 (the longest common beginning) is kept, the rest is computed, so the model always sees what one pass over the whole
 dialogue would show it, even where a template or the tokenizer writes earlier turns differently than they were produced.
-What a text-aware method keeps depends on the question: its images are encoded anew in each turn, for that turn's question,
-and all from the first of them on is computed.
+What a text-aware method keeps depends on the question: its images are encoded anew for each turn's question, and all
+from the first of them on is computed.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class ChatSession:
     """One dialogue; made by ``CompressedVlm.chat``.
 
     Whatever fails in a turn, or interrupts it, leaves the dialogue as it was before. If the wrapper's compressor is
-    replaced, images and videos that are already encoded keep their tokens, or their text-aware method. A pruner drops tokens of the images that
-    come with a turn in that turn, for good; if it is replaced, what it dropped stays dropped.
+    replaced, images and videos that are already there keep their tokens, or the text-aware method that encodes them
+    anew. A pruner drops tokens of the images that come with a turn (or are encoded anew) in that turn, for good; if it
+    is replaced, what it dropped stays dropped.
 
     Attributes:
         messages: the turns so far, as the chat template gets them.

@@ -428,17 +428,16 @@ class Adapter(ABC):
         if compressor.reads_text and visual.shapes and not visual.texts:
             raise missing_questions(compressor)
         visual = self.viewed(visual, compressor)
-        reads, texts = (
-            of_tower(compressor.reads()),
-            [visual.texts[: len(visual.images)], visual.texts[len(visual.images) :]],
-        )
+        reads, num_images = of_tower(compressor.reads()), len(visual.images)
+        of_images, of_videos = visual.texts[:num_images], visual.texts[num_images:]
         tokens: list[VisualTokens] = []
-        for (shapes, outputs), own_texts in zip(
-            ((visual.images, self.image_outputs), (visual.videos, self.video_outputs)), texts, strict=True
+        for shapes, outputs, texts in (
+            (visual.images, self.image_outputs, of_images),
+            (visual.videos, self.video_outputs, of_videos),
         ):
             found: dict[int, VisualTokens] = {}
             for members, vision in outputs(visual, reads, run, stage) if shapes else ():
-                asked = [own_texts[number] for number in members] if own_texts else []
+                asked = [texts[number] for number in members] if texts else []
                 vision = self.beside(vision, compressor, asked, [shapes[number].num_crops for number in members])
                 own = self._tokens(vision, [shapes[number] for number in members], compressor, stage)
                 found |= zip(members, own, strict=True)

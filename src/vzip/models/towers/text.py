@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
@@ -46,17 +46,12 @@ def check_text_encoder(compressor: Compressor, config: Any) -> None:
             f" {tower.model_type}. {_INSTEAD}"
         )
     own = _config(name).vision_config
-    if differ := [
-        f"{key} {getattr(own, key)}, not {getattr(tower, key)}" for key in _SIZES if _differ(own, tower, key)
-    ]:
+    sizes = [(key, getattr(own, key), getattr(tower, key)) for key in _SIZES]
+    if differ := [f"{key} {theirs}, not {ours}" for key, theirs, ours in sizes if theirs != ours]:
         raise ConfigError(
             f"{_KEY}={name}: its image model is not this vision tower ({'; '.join(differ)}), so its text model knows"
             f" nothing of these patches. Name the CLIP checkpoint that the tower comes from; {_INSTEAD}"
         )
-
-
-def _differ(own: Any, tower: Any, key: str) -> bool:
-    return bool(getattr(own, key) != getattr(tower, key))
 
 
 def checkpoint_of(name: str) -> Checkpoint:
@@ -91,12 +86,16 @@ class TextEncoder:
 
     Attributes:
         name: of the checkpoint.
-        model: Hugging Face's, without the layers of its image model.
+        text_model, text_projection: Hugging Face's, of the text.
+        image_norm, image_projection: what follows the image model's last layer.
         tokenizer: of the checkpoint.
     """
 
     name: str
-    model: CLIPModel
+    text_model: Any
+    text_projection: Any
+    image_norm: nn.Module
+    image_projection: Any
     tokenizer: Any
 
     @classmethod
@@ -116,8 +115,10 @@ class TextEncoder:
                 f"{_KEY}={name}: {len(absent)} parameters are not in the checkpoint ({', '.join(absent[:4])}"
                 f"{', ...' if len(absent) > 4 else ''}); they would stay random. Download it again. {_INSTEAD}"
             )
-        model.vision_model.encoder = torch.nn.Identity()  # our own copy: the model's vision tower is what runs
-        return cls(name, model.eval().requires_grad_(False).to(device), tokenizer)
+        model.eval().requires_grad_(False)
+        # The rest of the image model is let go: what runs is the vision tower.
+        parts = (model.text_model, model.text_projection, model.vision_model.post_layernorm, model.visual_projection)
+        return cls(name, *(part.to(device) for part in parts), tokenizer)
 
     @torch.no_grad()
     def read(self, text: str) -> Tensor:
@@ -126,16 +127,13 @@ class TextEncoder:
         The end is filled up with id 0, as published; the model looks back only, so nothing before sees it.
         """
         ids = torch.tensor(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
-        length = self.model.config.text_config.max_position_embeddings
-        parts = (
-            functional.pad(ids, (0, -len(ids) % length)).view(-1, length).to(self.model.text_projection.weight.device)
-        )
-        pooled = self.model.text_model(input_ids=parts).pooler_output
-        return self.model.text_projection(pooled)
+        length = self.text_model.config.max_position_embeddings
+        parts = functional.pad(ids, (0, -len(ids) % length)).view(-1, length).to(self.text_projection.weight.device)
+        embedding: Tensor = self.text_projection(self.text_model(input_ids=parts).pooler_output)
+        return embedding
 
     @torch.no_grad()
     def align(self, rows: Tensor) -> Tensor:
         """The image model's hidden states ``[N, U, D]`` in the shared space: ``[N, U, width]``."""
-        weight = self.model.visual_projection.weight
-        aligned: Tensor = self.model.visual_projection(self.model.vision_model.post_layernorm(rows.to(weight)))
+        aligned: Tensor = self.image_projection(self.image_norm(rows.to(self.image_projection.weight)))
         return aligned.to(rows.device)
