@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from vzip.errors import ConfigError, nearest
-from vzip.ops.select import cosine_matrix
 
 from .base import ChosenUnits
-from .text import text_cosines, without_answer_sentences
+from .text import cosines, token_weights, without_answer_sentences
 from .vision import Signal, VisionOutput
 
 SIGNS = ("negated", "positive")
 ALIGNED_LAYER = -2
-# Below it what is left of a patch is rounding: the kept ones span it already.
+# Below it what is left of a patch, or of a difference, is rounding: the kept ones span it already.
 _EXHAUSTED = 1e-10
 
 
@@ -33,7 +32,8 @@ class CDPruner(ChosenUnits):
 
     Apart from the published code: the scale is an image's own, not the batch's; where all patches are equally relevant
     each has 1, and where the kept patches span all others (as many as the projected rows' rank) the rest is filled by
-    relevance: the published code divides by zero in both cases. The tower's rows are normed and projected in float32.
+    relevance: the published code divides by zero in both cases. The tower's rows are normed and projected in
+    float32, the kernel is float64.
 
     Attributes:
         budget: tokens per crop.
@@ -78,11 +78,10 @@ class CDPruner(ChosenUnits):
 
     @torch.no_grad()  # rows of the factor are written in place
     def choose(self, vision: VisionOutput, num_tokens: int) -> Tensor:
-        similar = cosine_matrix(vision.read_patches(Signal("projected")))
-        relevance = self._relevance(vision).to(similar.dtype)
-        kernel = relevance[:, :, None] * similar * relevance[:, None, :]
+        rows, relevance = vision.read_patches(Signal("projected")), self._relevance(vision)
+        kernel = relevance[:, :, None] * cosines(rows, rows) * relevance[:, None, :]
         left = kernel.diagonal(dim1=1, dim2=2)  # what of each patch the kept ones do not span
-        out = torch.zeros_like(left)  # added to a score: what may not be kept any more, or only at the end
+        out = torch.zeros_like(left, dtype=torch.float32)  # added: what may not be kept, or only at the end
         if vision.valid_patches is not None:
             out = out.masked_fill(~vision.valid_patches, -1e3)
         factors = torch.zeros_like(kernel[:, :num_tokens])  # rows of the Cholesky factor, one a patch kept
@@ -90,7 +89,7 @@ class CDPruner(ChosenUnits):
         for step in range(num_tokens):
             adds = left.masked_fill(out < 0, -torch.inf)
             is_spanned = adds.amax(dim=1, keepdim=True) < _EXHAUSTED
-            chosen = (torch.where(is_spanned, relevance, left) + out).argmax(dim=1, keepdim=True)
+            chosen = (torch.where(is_spanned, relevance, left).float() + out).argmax(dim=1, keepdim=True)
             at_chosen = factors[:, :step].gather(2, chosen[:, None].expand(-1, step, -1))
             row = kernel.gather(1, chosen[:, None].expand(-1, -1, kernel.shape[2]))[:, 0]
             pivot = left.gather(1, chosen).clamp(min=_EXHAUSTED).sqrt()
@@ -103,14 +102,14 @@ class CDPruner(ChosenUnits):
         return torch.cat(kept, dim=1).sort(dim=1).values + int(vision.has_cls)
 
     def _relevance(self, vision: VisionOutput) -> Tensor:
-        """``[N, P]``, above 0, at most about 1."""
-        text, rows = vision.read(Signal("text")), vision.read_patches(self._aligned)
+        """Float64 ``[N, P]``, above 0, at most about 1."""
+        text = vision.read(Signal("text")).double()
+        weights = token_weights(text)
         if self.text_encoder is None:  # one row, the mean of the tokens
-            text = text.sum(dim=1, keepdim=True) / (text != 0).any(dim=2).sum(dim=1).clamp(min=1)[:, None, None]
-        cosine, is_row = text_cosines(text, rows)
-        relevance = (cosine * is_row[:, :, None]).sum(dim=1) / is_row.sum(dim=1, keepdim=True).clamp(min=1)
+            text, weights = (weights[:, None] @ text), weights.new_ones(len(text), 1)
+        relevance = (weights[:, None] @ cosines(text, vision.read_patches(self._aligned)))[:, 0]
         if self.relevance == "negated":
             relevance = -relevance
         low, high = vision.over_images(relevance, "amin"), vision.over_images(relevance, "amax")
         spread = high - low
-        return torch.where(spread > 0, (relevance - low + 1e-6) / spread, 1.0)
+        return torch.where(spread > _EXHAUSTED, (relevance - low + 1e-6) / spread, 1.0)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from vzip.errors import ConfigError
 from vzip.keys import POSITIVE, number
-from vzip.ops.select import cosine_matrix, gather_rows
+from vzip.ops.select import gather_rows
 
 from .base import ChosenUnits
-from .text import text_cosines, without_answer_sentences
+from .text import cosines, token_weights, without_answer_sentences
 from .vision import Signal, VisionOutput
 
 STOP_WORDS = frozenset(
@@ -79,22 +79,21 @@ class MMTok(ChosenUnits):
         return " ".join(words) if words else asked
 
     def choose(self, vision: VisionOutput, num_tokens: int) -> Tensor:
-        valid = vision.valid_patches
-        of_text, is_token = text_cosines(vision.read(Signal("text")), vision.read_patches(Signal("projected")))
-        of_image = cosine_matrix(vision.read_patches(Signal("hidden", self.layer))).to(of_text.dtype)
-        of_text, of_image = of_text / self.text_temperature, of_image / self.image_temperature
+        valid, text = vision.valid_patches, vision.read(Signal("text"))
+        rows = vision.read_patches(Signal("hidden", self.layer))
+        of_text = cosines(text, vision.read_patches(Signal("projected"))) / self.text_temperature
+        covers = torch.cat([of_text, cosines(rows, rows) / self.image_temperature], dim=1)  # [N, M + P, P]
+        weights = torch.full_like(covers[:, :, 0], self.alpha / rows.shape[1])
+        weights[:, : text.shape[1]] = token_weights(text)
+        out = torch.zeros_like(covers[:, 0], dtype=torch.float32)  # added: what may not be kept, or only at the end
         if valid is not None:
-            of_text, of_image = (own.masked_fill(~valid[:, None], -torch.inf) for own in (of_text, of_image))
-        of_text = of_text.softmax(dim=2) * is_token[:, :, None] / is_token.sum(dim=1).clamp(min=1)[:, None, None]
-        of_image = of_image.softmax(dim=2) * self.alpha / of_image.shape[2]
-        out = torch.zeros_like(of_image[:, 0])  # added to a gain: what may not be kept any more, or only at the end
-        if valid is not None:
-            of_text, of_image = of_text.nan_to_num(0), of_image.nan_to_num(0) * valid[:, :, None]
+            covers = covers.masked_fill(~valid[:, None], -torch.inf)
+            weights[:, text.shape[1] :] *= valid
             out = out.masked_fill(~valid, -1e3)
-        covers = torch.cat([of_text, of_image], dim=1)  # [N, M + P, P]
+        covers = (covers.softmax(dim=2).nan_to_num(0) * weights[:, :, None]).float()
         best, kept = torch.zeros_like(covers[:, :, 0]), []
         for _ in range(num_tokens):
-            gain = (covers - best[:, :, None]).clamp(min=0).sum(dim=1)
+            gain = (covers - best[:, :, None]).clamp(min=0).sum(dim=1, dtype=torch.float64).float()
             kept.append((gain + out).argmax(dim=1, keepdim=True))
             out = out.scatter(1, kept[-1], -torch.inf)
             best = torch.maximum(best, gather_rows(covers.transpose(1, 2), kept[-1])[:, 0])

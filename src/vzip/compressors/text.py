@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
-
-from vzip.ops.attention import at_least_float32
 
 # Sentences that LLaVA's evaluation puts behind a question; they speak of the answer.
 ANSWER_SENTENCES = (
@@ -23,23 +20,21 @@ def without_answer_sentences(question: str) -> str:
     return left.strip() or question.strip()
 
 
-def text_cosines(text: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines of a question's rows with units, in float32 at least.
+def cosines(rows: Tensor, others: Tensor) -> Tensor:
+    """Cosine of each of ``rows [N, M, E]`` with each of ``others [N, P, E]``: float64 ``[N, M, P]``.
 
-    Args:
-        text: ``[N, M, E]``, filled up with rows of zeros.
-        rows: ``[N, P, E]``.
-
-    Returns:
-        ``[N, M, P]``, and bool ``[N, M]``: which rows are the question's.
+    In float32 equal rows would differ in the last bit by where they stand, and a tie not be one.
 
     Raises:
-        ValueError: rows of another width than the text's.
+        ValueError: rows of different width.
     """
-    if text.shape[-1] != rows.shape[-1]:
-        raise ValueError(
-            f"the question's rows are {text.shape[-1]} wide and the units' {rows.shape[-1]}: they must be of one space."
-        )
-    wide_text, wide_rows = at_least_float32(text), at_least_float32(rows)
-    cosine = functional.normalize(wide_text, dim=-1) @ functional.normalize(wide_rows, dim=-1).transpose(1, 2)
-    return cosine, (torch.abs(wide_text) > 0).any(dim=2)
+    if rows.shape[-1] != others.shape[-1]:
+        raise ValueError(f"rows are {rows.shape[-1]} and {others.shape[-1]} wide: they must be of one space.")
+    unit, other = (functional.normalize(own.double(), dim=-1) for own in (rows, others))
+    return unit @ other.transpose(1, 2)
+
+
+def token_weights(text: Tensor) -> Tensor:
+    """Float64 ``[N, M]``: of a question's rows ``[N, M, E]`` each the same, 1 together; 0 for rows that fill up."""
+    is_token = (text != 0).any(dim=2).double()
+    return is_token / is_token.sum(dim=1, keepdim=True).clamp(min=1)

@@ -46,6 +46,9 @@ from .splice import (
 )
 from .towers.text import check_text_encoder
 
+# A list of texts or None. Not typed so: then no `**inputs` of tensors could stand beside it.
+Questions = Any
+
 
 class CompressedVlm(InputBuilder, nn.Module):
     """A vision-language model whose visual tokens pass through a compressor.
@@ -149,7 +152,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         self,
         pixel_values: Tensor,
         image_sizes: Tensor | None = None,
-        questions: Sequence[str] | None = None,
+        questions: Questions = None,
         **processor_outputs: Tensor | None,
     ) -> list[Tensor]:
         """Images -> visual tokens, as they enter the language model.
@@ -174,7 +177,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         check_embeddings(self.model, tokens, outputs)
         return tokens
 
-    def encode_videos(self, pixel_values_videos: Tensor, questions: Sequence[str] | None = None) -> list[Tensor]:
+    def encode_videos(self, pixel_values_videos: Tensor, questions: Questions = None) -> list[Tensor]:
         """Videos -> visual tokens, frame by frame, as they enter the language model.
 
         Args:
@@ -225,7 +228,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         padding_side: PaddingSide | None = None,
-        questions: Sequence[str] | None = None,
+        questions: Questions = None,
         **processor_outputs: Tensor | None,
     ) -> PreparedInputs:
         """Builds what the language model gets.
@@ -284,7 +287,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         *,
-        questions: Sequence[str] | None = None,
+        questions: Questions = None,
         **kwargs: Any,
     ) -> Any:
         """As the Hugging Face model's forward, returning its output object; logits are of the compressed sequence.
@@ -329,7 +332,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        questions: Sequence[str] | None = None,
+        questions: Questions = None,
         **kwargs: Any,
     ) -> Any:
         """Generates; returns the new tokens only, ``[B, num_new_tokens]`` (or Hugging Face's output object).

@@ -129,7 +129,7 @@ class ChatLayout:
         embeddings = embed_tokens(tokens.masked_fill(is_shown, 0))
         order = dict.fromkeys(_FIRST_SHOWN - i for i in ids if i <= _FIRST_SHOWN)
         if order:
-            shown = torch.cat([tokens for number in order if (tokens := visuals[number].tokens) is not None])
+            shown = torch.cat([rows for number in order if (rows := visuals[number].tokens) is not None])
             embeddings[is_shown.to(embeddings.device)] = shown.to(embeddings)
         return embeddings
 
