@@ -39,6 +39,7 @@ RIVALS = (
         "prumerge_plus_fixed_p*",
     ),
     *("zooprune_p49_*", "zooprune_p*_k32.*"),
+    *("cdpruner_*", "mmtok_p*"),
 )
 TARGET = Path(__file__).resolve().parents[1] / "tests" / "golden"
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .compressors import (
+        CDPruner,
         CompressedTokens,
         Compressor,
         ContextualOnly,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         HoloV,
         Identity,
         MergeDropped,
+        MMTok,
         Pooled,
         PruMerge,
         PruMergePlus,
@@ -56,6 +58,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DART",
+    "CDPruner",
     "CompressedTokens",
     "CompressedVlm",
     "Compressor",
@@ -68,6 +71,7 @@ __all__ = [
     "FractionBudget",
     "HoloV",
     "Identity",
+    "MMTok",
     "MergeDropped",
     "Pooled",
     "PruMerge",

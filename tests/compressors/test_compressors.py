@@ -23,6 +23,8 @@ COMPRESSORS = [
     vzip.VisionZip(vzip.TokenBudget(4, 0)),
     vzip.RandomTokens(BUDGET, seed=3),
     vzip.DivPrune(BUDGET, centered=True),
+    vzip.CDPruner(BUDGET, relevance="positive"),
+    vzip.MMTok(BUDGET, alpha=0.1, stop_words=False),
 ]
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 with_and_without_cls = pytest.mark.parametrize("has_cls", [True, False], ids=["cls", "no_cls"])
@@ -47,9 +49,19 @@ def vision_output(has_cls=True, num_crops=4, grid=(5, 8), dtype=torch.float32, s
                 1, torch.arange(9, num_patches, device=device), 0.0
             ),
             Signal("undivided_keys", -1): torch.randn(num_crops, length, 4, generator=generator).to(device),
+            Signal("text"): questions(num_crops, generator).to(device),
+            Signal("aligned", -2): torch.randn(num_crops, length, 6, generator=generator).to(device),
         },
         project=lambda rows: rows * 0.5,
     )
+
+
+def questions(num_crops, generator):
+    """Of one to three tokens, in turn."""
+    rows = torch.randn(num_crops, 3, 6, generator=generator)
+    for crop in range(num_crops):
+        rows[crop, crop % 3 + 1 :] = 0
+    return rows
 
 
 def crop_of(vision: VisionOutput, number: int) -> VisionOutput:

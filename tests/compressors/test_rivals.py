@@ -33,12 +33,15 @@ BUILT = {
     ),
     "prumerge": vzip.PruMerge,
     "prumerge_fixed": vzip.PruMerge,
+    "mmtok": vzip.MMTok,
+    "cdpruner": lambda budget: vzip.CDPruner(budget, text_encoder="whose embeddings the case holds"),
 }
 SETTINGS = ("important_ratio", "m", "h", "torch.manual_seed")  # options of a case that ours have too
 APART = {
     "holov_full_chunk",
     "prumerge_plus",
     "prumerge_plus_fixed",
+    "cdpruner_rank_exhausted",
 }  # ours departs from the code on purpose, and a test of its own says how
 
 
@@ -57,7 +60,8 @@ def golden_case(case):
     """A case's inputs as a tower's output, and what its own code made of it."""
     given = load_file(GOLDEN / case["inputs"])
     wanted = load_file(GOLDEN / "cases" / f"{case['case']}.safetensors")
-    side, projected = math.isqrt(case["patches"]), given["projected"].float()[None]
+    side, projected = math.isqrt(case["patches"]), given[case["options"].get("features", "projected")].float()[None]
+    text = wanted.get("text_token_embeds", given["text_embeds"])
     vision = VisionOutput(
         given["hidden"].float()[None],
         has_cls=True,
@@ -67,6 +71,8 @@ def golden_case(case):
             Signal("attention", 6): given["attention_shallow"][None],
             Signal("undivided_attention", -1): undivided_row(given)[None],
             Signal("undivided_keys", -1): given["keys"].float()[None],
+            Signal("text"): text.float()[None],
+            Signal("aligned", -2): functional.pad(given["image_embeds"].float()[None], (0, 0, 1, 0)),
         },
         project=real_projector() if case["method"] == "zooprune" else lambda _: functional.pad(projected, (0, 0, 1, 0)),
     )

@@ -31,15 +31,15 @@ def test_counts_are_known_before_and_a_batch_equals_singles(family, name) -> Non
         with pytest.raises(ConfigError, match=f"compressor={type(method).__name__} .*does not allow"):
             vzip.CompressedVlm(model, method)
         return
-    vlm = vzip.CompressedVlm(model, method)
-    inputs = family.inputs(3)
+    vlm = vzip.CompressedVlm(model, method, methods.Words())
+    inputs = family.inputs(3) | {"questions": list(methods.QUESTIONS)}  # the others look at no question
     expected = vlm.expected_num_visual_tokens(**inputs)
     together = family.encode(vlm, inputs)
     assert [len(tokens) for tokens in together] == expected
     if name == "none":
-        assert expected == family.stock_lengths(vlm.model, inputs)
+        assert expected == family.stock_lengths(vlm.model, family.inputs(3))
     elif vlm.compressor.scope == "crop" or not vlm.adapter.has_tiles:
-        added = [shape.num_added for shape in vlm.adapter.read_inputs(**inputs).shapes]
+        added = [shape.num_added for shape in vlm.adapter.read_inputs(**family.inputs(3)).shapes]
         assert expected == [9 * crops + more for crops, more in zip(family.num_crops(3), added, strict=True)]
     for number, tokens in enumerate(together):
         (alone,) = family.encode(vlm, some_of(inputs, number, number + 1))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -59,12 +59,12 @@ def image_means(answers: Sequence[AnswerFidelity]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def answer_logits(vlm: CompressedVlm, inputs: Mapping[str, Tensor], answer: Tensor) -> Tensor:
+def answer_logits(vlm: CompressedVlm, inputs: Mapping[str, Any], answer: Tensor) -> Tensor:
     """Logits ``[T, V]`` from which each token of a given answer would be chosen, in one pass.
 
     Args:
         vlm: without a pruner, which would take the answer for a part of the prompt.
-        inputs: of one prompt, from ``build_inputs``.
+        inputs: of one prompt, from ``build_inputs``, with its ``questions`` for a text-aware method.
         answer: int64 ``[T]``, one token or more.
     """
     before = answer[None, :-1].to(inputs["input_ids"])

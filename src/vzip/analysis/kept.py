@@ -7,20 +7,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vzip.compressors.vision import of_tower
 from vzip.models.vlm import CompressedVlm
 
 from .overlay import draw_overlay
 
 
 @torch.inference_mode()
-def draw_kept(vlm: CompressedVlm, image: Image.Image) -> Image.Image:
+def draw_kept(vlm: CompressedVlm, image: Image.Image, question: str | None = None) -> Image.Image:
     """The image as the vision tower sees it, kept patches and merge groups drawn (``draw_overlay``).
 
     Of a family that cuts images into crops the first crop, which is the whole image. Without compression, and
     of a method that keeps tokens of the whole image whatever their crop, what the tower sees is returned as it is.
 
+    Args:
+        vlm: the wrapper.
+        image: any.
+        question: about it, for a text-aware method.
+
     Raises:
         ConfigError: the wrapper has no processor.
+        PromptError: a text-aware method without a question.
         ImageError: an image that cannot be used.
     """
     adapter, inputs = vlm.adapter, vlm.preprocess_images([image])
@@ -28,11 +35,14 @@ def draw_kept(vlm: CompressedVlm, image: Image.Image) -> Image.Image:
         name: value.to(vlm.device, vlm.model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
-    visual = adapter.viewed(adapter.read_inputs(**moved), vlm.compressor)
+    visual = vlm.asked(adapter.read_inputs(**moved), None if question is None else [question])
+    visual = adapter.viewed(visual, vlm.compressor)
     seen = _as_image(adapter.shown(visual), vlm)
     if vlm.compressor.scope == "image":
         return seen
-    _, vision = adapter.image_outputs(visual, vlm.compressor.reads(), adapter.run_for(vlm.compressor))[0]
+    reads = of_tower(vlm.compressor.reads())
+    _, vision = adapter.image_outputs(visual, reads, adapter.run_for(vlm.compressor))[0]
+    vision = adapter.beside(vision, vlm.compressor, visual.texts, [visual.images[0].num_crops])
     return draw_overlay(seen, vlm.compressor(vision), 0, vision.grid, vision.has_cls)
 
 

@@ -21,8 +21,8 @@ from vzip.compressors import Compressor, Identity, VisionOutput
 from vzip.models.families.base import TowerRun, VisualInputs
 from vzip.models.families.places import VisualTokens
 from vzip.models.splice import PreparedInputs, plan_splice, positions_before, splice_tokens
-from vzip.models.towers.structure import Tower
 from vzip.models.towers.planned import run_for
+from vzip.models.towers.structure import Tower
 from vzip.ops.attention import cls_attention, mean_keys, received_attention
 from vzip.pruners import Pruner
 from vzip.pruners.context import PrunedRun, pruning
@@ -33,6 +33,7 @@ STAGES = {
     "scoring": "the part of `tower` that makes scores and keys from one layer's projections, timed apart",
     "high_res_tower": "Mini-Gemini: the other vision tower",
     "mining": "Mini-Gemini: what each patch finds in its window of that tower's features",
+    "text": "text-aware methods: reading the question",
     "selection": "selection and merge",
     "projector": "projector",
     "splice": "planning and building the language model's inputs",
@@ -247,6 +248,9 @@ def _visual_tokens(method: Method, inputs: dict[str, Tensor], watch: Stopwatch |
     w = method.workload
     if w.adapter is not None:
         visual = w.adapter.read_inputs(**inputs)
+        if method.compressor.reads_text:
+            with watch.stage("text"):
+                visual = w.asked(visual)
         run: TowerRun | None = None
         if w.visuals.has_tower:
 

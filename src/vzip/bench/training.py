@@ -24,6 +24,7 @@ from vzip.bench.settings import BenchSettings
 from vzip.bench.shapes import BenchModel
 from vzip.bench.timing import StageTimes, Stopwatch, Timing, run_interleaved
 from vzip.compressors import Compressor, Identity
+from vzip.compressors.base import check_reads_no_text
 from vzip.errors import ConfigError
 from vzip.installed import checkout
 from vzip.models.families import FamilyOptions, adapter_class_for_config
@@ -132,6 +133,7 @@ def method_shapes(settings: BenchSettings, model: BenchModel) -> dict[str, Model
             f" ({shapes.TINY}, {', '.join(name for name in shapes.SHAPES if name != model.name)})"
         )
     known: dict[str, Compressor] = {"vanilla": Identity(), "vzip": settings.method(model)}
+    check_reads_no_text(known["vzip"], "this is measured without one")
     for name in settings.methods:
         adapter_class_for_config(model.config).check_settings(model.config, known[name], FamilyOptions())
     return {name: ModelShape(model.config, known[name]) for name in settings.methods}

@@ -17,8 +17,9 @@ from vzip.bench.settings import DEFAULT_METHODS, BenchSettings, estimate_bytes
 from vzip.bench.shapes import BenchModel
 from vzip.bench.visuals import IMAGE_SIZE, Images, Visuals, visuals_of
 from vzip.compressors import Compressor, Identity
+from vzip.compressors.base import check_reads_no_text
 from vzip.errors import CheckpointError, ConfigError
-from vzip.models.families import Adapter, FamilyOptions, adapter_class_for_config, adapter_for_model
+from vzip.models.families import Adapter, FamilyOptions, VisualInputs, adapter_class_for_config, adapter_for_model
 from vzip.models.families.llava_base import LlavaBase
 from vzip.models.families.options import check_fit
 from vzip.models.generation import max_positions
@@ -28,6 +29,7 @@ from vzip.models.towers.structure import geometry_from_config
 from vzip.models.weights.from_config import new_image_processor
 
 TOWER_ONLY_SELECT_LAYER = -2
+QUESTION = "How many people can be seen in the picture, and what do they do?"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,20 @@ class Workload:
     images: list[Image.Image]
     input_ids: Tensor | None
 
+    def asked(self, visual: VisualInputs) -> VisualInputs:
+        """With each image's question, for a text-aware method: its prompt's text, of tokens and without words.
+
+        A text model of its own, which needs words, reads ``QUESTION``.
+        """
+        adapter, ids = self.adapter, self.input_ids
+        assert adapter is not None and ids is not None and isinstance(self.visuals, Images)
+        if self.compressor.text_encoder is not None:
+            return adapter.asked(visual, self.compressor, [QUESTION] * len(visual.shapes), None)
+        is_text = ids[0] != self.visuals.placeholder
+        of_prompts = adapter.embed_tokens(ids[:, is_text])
+        per_prompt = len(visual.shapes) // len(ids)
+        return replace(visual, texts=tuple(rows for rows in of_prompts for _ in range(per_prompt)))
+
     @property
     def num_inputs(self) -> int:
         """Inputs of the vision tower in the batch."""
@@ -88,6 +104,7 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
     """
     compressor = settings.method(model)
     if model.tower_only:
+        check_reads_no_text(compressor, f"{model.name} is a vision tower alone, of which nothing is asked")
         check_fit(compressor, geometry_from_config(model.vision_config), FamilyOptions())
     else:
         adapter_class_for_config(model.config).check_settings(model.config, compressor, FamilyOptions())

@@ -67,7 +67,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     vlm = vzip.load_vlm(**model, compressor=compressor)
     inputs = build_inputs(vlm, arguments.question, images, frames)
-    new = vlm.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+    questions = [whole_text(arguments.question)]
+    new = vlm.generate(**inputs, questions=questions, max_new_tokens=arguments.max_new_tokens, do_sample=False)
     processor: Any = vlm.processor
     answer = processor.tokenizer.decode(new[0], skip_special_tokens=True).strip()
     print(answer or "(no words)")
@@ -81,7 +82,7 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"({counts})")
     if arguments.overlay is not None:
         title = f"{arguments.model}, {type(compressor).__name__}, {num_tokens} of {shape.num_vanilla} visual tokens"
-        _draw(vlm, images[0], title, f"{arguments.question}\n{answer}", arguments.overlay)
+        _draw(vlm, images[0], questions[0], title, answer, arguments.overlay)
         print(f"wrote {arguments.overlay}")
     return 0
 
@@ -103,13 +104,13 @@ def _check_overlay(path: Path | None) -> None:
         raise ConfigError(f"--overlay {path}: no folder {path.parent}. Make it, or name another.")
 
 
-def _draw(vlm: CompressedVlm, image: Image.Image, title: str, text: str, path: Path) -> None:
+def _draw(vlm: CompressedVlm, image: Image.Image, question: str, title: str, answer: str, path: Path) -> None:
     from vzip.analysis.kept import draw_kept
     from vzip.analysis.overlay import with_text
     from vzip.results.files import naming_the_file
 
     with naming_the_file(path):
-        with_text(draw_kept(vlm, image), title, text).save(path)
+        with_text(draw_kept(vlm, image, question), title, f"{question}\n{answer}").save(path)
 
 
 def build_inputs(

@@ -37,8 +37,6 @@ from vzip.results.owner import owning
 from vzip.results.stats import mean_interval
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from vzip.analysis.fidelity import AnswerFidelity
     from vzip.models.vlm import CompressedVlm
 
@@ -170,7 +168,7 @@ def measure(grid: MethodGrid, paths: Sequence[Path], prompts: Sequence[str], max
         for path in progress.track(paths):
             try:
                 image = load_image(path)
-                asked = [build_inputs(vlm, prompt, [image], []) for prompt in prompts]
+                asked = [{**build_inputs(vlm, prompt, [image], []), "questions": [prompt]} for prompt in prompts]
             except (ImageError, MissingPackageError) as error:
                 logger.warning("left out: %s", error)
                 damaged.append({"image": str(path), "problem": str(error)})
@@ -217,7 +215,7 @@ def measure(grid: MethodGrid, paths: Sequence[Path], prompts: Sequence[str], max
 def _compare(
     vlm: CompressedVlm,
     methods: Sequence[GridMethod],
-    asked: Sequence[Mapping[str, Tensor]],
+    asked: Sequence[Mapping[str, Any]],
     max_new_tokens: int,
     counts: Sequence[list[int]],
 ) -> tuple[list[list[AnswerFidelity]], int]:

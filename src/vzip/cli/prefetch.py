@@ -291,13 +291,14 @@ Item = Checkpoint | TaskData | TrainingSet
 
 
 def checkpoints(configs: Sequence[Mapping[str, Any]], hub: Hub) -> list[Checkpoint]:
-    """The repositories that the configurations' models and adapters are in; local ones are left out.
+    """The repositories that the configurations' models, adapters and text models are in; local ones are left out.
 
     Raises:
         Unreachable: see ``Hub.files``.
         CheckpointError: a name that is neither a directory nor a hub id.
     """
     from vzip.models.load import BUILT_IN_NAME, resolve_checkpoint
+    from vzip.models.towers.text import PINNED
 
     wanted: dict[tuple[str, str | None], None] = {}
     for config in configs:
@@ -307,6 +308,9 @@ def checkpoints(configs: Sequence[Mapping[str, Any]], hub: Hub) -> list[Checkpoi
         adapter = model["adapter_path"]
         if adapter is not None and not Path(adapter).expanduser().is_dir():
             wanted[adapter, None] = None
+        encoder = config["compressor"].get("text_encoder")
+        if encoder is not None and not Path(encoder).expanduser().is_dir():
+            wanted[encoder, PINNED.get(encoder)] = None
     found = []
     for name, revision in wanted:
         try:

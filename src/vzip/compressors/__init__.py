@@ -1,11 +1,13 @@
 """Compression methods and controls; torch only. A new method is a new file here and a config in configs/compressor."""
 
 from .base import Budgeted, ChosenUnits, CompressedTokens, Compressor, FractionBudget, Selection, TokenBudget, TopScores
+from .cdpruner import CDPruner
 from .controls import ContextualOnly, DominantOnly, Identity, Pooled, RandomTokens, Resized, UniformTokens, ZeroImage
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
 from .flowcut import FlowCut
 from .holov import HoloV
+from .mmtok import MMTok
 from .prumerge import PruMerge, PruMergePlus
 from .prunesid import PruneSid
 from .scope import Scope
@@ -18,6 +20,7 @@ from .zooprune import ZooPrune
 
 __all__ = [
     "Budgeted",
+    "CDPruner",
     "ChosenUnits",
     "CompressedTokens",
     "Compressor",
@@ -29,6 +32,7 @@ __all__ = [
     "FractionBudget",
     "HoloV",
     "Identity",
+    "MMTok",
     "MergeDropped",
     "Pooled",
     "PruMerge",

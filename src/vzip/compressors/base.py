@@ -179,6 +179,8 @@ class Compressor(ABC):
         splits_budget: whether dominant and contextual tokens are told apart; otherwise only their sum counts.
         drops_rest: whether what is not kept is dropped, and so left to ``MergeDropped``.
         tower_use: how the vision tower runs for it; ``plan`` says the rest.
+        text_encoder: of a text-aware method: the CLIP checkpoint by whose text model it reads the question; None: by
+            the language model's input embeddings.
     """
 
     scope: ClassVar[Literal["crop", "image"]] = "crop"
@@ -189,6 +191,7 @@ class Compressor(ABC):
     drops_rest: ClassVar[bool] = False
     tower_use: ClassVar[TowerUse] = "whole"
     merge_rule: MergeRule = "sum"
+    text_encoder: str | None = None
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -204,6 +207,15 @@ class Compressor(ABC):
     def reads(self) -> frozenset[Signal]:
         """What the vision tower's run must record."""
         return frozenset()
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the method is text-aware: what it keeps depends on the question."""
+        return Signal("text") in self.reads()
+
+    def text(self, question: str) -> str:
+        """What a text-aware method reads of the raw question; ``Signal("text")`` are this text's rows."""
+        return question
 
     def view(self, pixel_values: Tensor) -> Tensor:
         """What is shown in place of the processor's pixels, of any layout: of the same shape, type and device."""
@@ -408,6 +420,15 @@ def check_is_compressor(compressor: object, key: str = "compressor") -> None:
         raise ConfigError(
             f"{key}={compressor!r}: must be an instance of vzip.Compressor, such as vzip.VisionZip(budget) or"
             " vzip.Identity()."
+        )
+
+
+def check_reads_no_text(compressor: Compressor, why: str) -> None:
+    """Raises ConfigError for a text-aware method where nothing is asked; ``why`` says where."""
+    if compressor.reads_text:
+        raise ConfigError(
+            f"compressor: {type(compressor).__name__} is text-aware, it needs the question about each image, and {why}."
+            " Choose a method that reads no text, such as compressor=visionzip."
         )
 
 

@@ -5,10 +5,12 @@ Shapes: N crops, U unit rows (CLS and patches of a CLIP tower, patches of a SigL
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,7 +18,7 @@ from vzip.errors import ConfigError, nearest
 
 # What a method may read, by name. A score has one value a unit, higher is more important; the others have a row a unit.
 SCORES = ("attention", "received_attention", "undivided_attention", "key_norms", "present")
-SIGNALS = (*SCORES, "keys", "undivided_keys", "hidden", "projected")
+SIGNALS = (*SCORES, "keys", "undivided_keys", "hidden", "projected", "text", "aligned")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,10 @@ class Signal:
             ``key_norms`` (norm of the unscaled key, mean over heads), ``present`` (1 for patches that the tower ends
             with, 0 for others: of a tower that runs by a ``TowerPlan``), ``keys`` (the unscaled keys, mean over heads),
             ``undivided_keys`` (the unscaled keys of all heads, side by side),
-            ``hidden`` (the tower's rows) or ``projected`` (the projector's output for the tower's rows).
+            ``hidden`` (the tower's rows), ``projected`` (the projector's output for the tower's rows), ``text`` (of
+            the question, not of units: rows of what ``Compressor.text`` makes of it, ``[N, M, width]``, a shorter
+            question's filled up with rows of zeros) or ``aligned`` (the tower's rows in the space that CLIP's image
+            and text models share, by ``Compressor.text_encoder``). A method that reads ``text`` is text-aware.
         layer: where it is read, an index into the tower's hidden states (-2: the second-last layer); None: the select
             layer, whose output the model uses.
 
@@ -53,6 +58,15 @@ class Signal:
             )
         if self.name == "projected" and self.layer is not None:
             raise ConfigError(f"layer {self.layer} of signal projected: the projector reads the select layer alone.")
+        if self.name == "text" and self.layer is not None:
+            raise ConfigError(f"layer {self.layer} of signal text: the question is no layer of the vision tower.")
+
+
+def of_tower(signals: Iterable[Signal]) -> frozenset[Signal]:
+    """What the vision tower must record for these signals: the rest is made of its output, or of the question."""
+    rows = {Signal("hidden", signal.layer) for signal in signals if signal.name == "aligned"}
+    recorded = {signal for signal in signals if signal.name not in ("projected", "text", "aligned")}
+    return frozenset(rows | recorded) - {Signal("hidden")}
 
 
 @dataclass(frozen=True)
@@ -108,6 +122,7 @@ class VisionOutput:
         project: the projector, rows ``[N, U, D]`` -> ``[N, U, E]``; None where there is none, or rows are projected.
         whole: the image's shape where the N are whole images (``Compressor.scope``); None for crops.
         fixed: as ``VisionShape.fixed``.
+        num_crops: of each image (or video), whose crops follow one another; None: each crop is an image.
     """
 
     hidden: Tensor
@@ -121,6 +136,7 @@ class VisionOutput:
     project: Callable[[Tensor], Tensor] | None = None
     whole: VisionShape | None = None
     fixed: bool = True
+    num_crops: Sequence[int] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -169,6 +185,17 @@ class VisionOutput:
     def read_patches(self, signal: Signal) -> Tensor:
         """The same without CLS: ``[N, P]`` or ``[N, P, width]``."""
         return self.read(signal)[:, int(self.has_cls) :]
+
+    def over_images(self, values: Tensor, function: Literal["amin", "amax"]) -> Tensor:
+        """The least or greatest of ``values [N, P]`` over all crops of an image, for each crop: ``[N, 1]``."""
+        of_crops = getattr(values, function)(dim=1)
+        if self.num_crops is not None and len(self.num_crops) < len(values):
+            images = list(itertools.chain(*([number] * count for number, count in enumerate(self.num_crops))))
+            image_of = torch.tensor(images).to(values.device, non_blocking=True)
+            of_images = of_crops.new_zeros(len(self.num_crops))
+            of_images = of_images.scatter_reduce(0, image_of, of_crops, function, include_self=False)
+            of_crops = of_images[image_of]
+        return of_crops[:, None]
 
     @property
     def valid_patches(self) -> Tensor | None:

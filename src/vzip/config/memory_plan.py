@@ -129,6 +129,7 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
     """
     from vzip.bench.memory.model_shape import ModelShape
     from vzip.bench.shapes import SHAPES
+    from vzip.compressors.base import check_reads_no_text
     from vzip.models.families import FamilyOptions, adapter_class_for_config
     from vzip.models.hub import Checkpoint
     from vzip.models.load import read_config, resolve_checkpoint
@@ -147,6 +148,7 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
         config = read_config(checkpoint.directory)
     options = FamilyOptions(**{key: model[key] for key in ("drop_padding", "row_newline", "drop_cls", "positions")})
     built = build_compressor(compressor)
+    check_reads_no_text(built, "memory is estimated without one")
     adapter_class_for_config(config).check_settings(config, built, options, model["num_frames"])
     return ModelShape(config, built, options, model["quantization"], model["attn_implementation"])
 

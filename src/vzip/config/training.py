@@ -77,7 +77,10 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
             f"train.lora on top of model.adapter_path={model['adapter_path']}: a model has one set of LoRA layers at a"
             " time. Merge the first into the weights (PEFT's merge_and_unload), or set either to null."
         )
+    from vzip.compressors.base import check_reads_no_text
+
     compressor = build_compressor(config["compressor"])
+    check_reads_no_text(compressor, "a training encodes each image once for all its conversations")
     start = None if model["projector"] == TRAINED else model["projector"]
     # What a training's model is; the precision is training's own, and the start is named apart.
     identity_keys = [key for key in RESULT_KEYS["model"] if key not in ("dtype", "projector")]

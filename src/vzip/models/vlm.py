@@ -6,7 +6,7 @@ It owns the five multimodal steps (encode, score, compress, project, splice) and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,9 +22,10 @@ from vzip.pruners.base import Pruner
 from vzip.pruners.context import PrunedRun, pruning, refuse_generation, refuse_training
 
 from .chat.session import ChatSession
-from .families import INPUT_NAMES, FamilyOptions, adapter_for_model
+from .families import INPUT_NAMES, FamilyOptions, VisualInputs, adapter_for_model
 from .families.finite import check_embeddings, check_logits, refusing_not_finite
 from .families.options import Positions
+from .families.questions import check_questions
 from .generation import (
     AnswerStreamer,
     check_length,
@@ -35,7 +36,19 @@ from .generation import (
     refuse_unserved,
 )
 from .inputs import InputBuilder
-from .splice import PaddingSide, PreparedInputs, check_ends_in_text, plan_splice, positions_before, splice_tokens
+from .splice import (
+    PaddingSide,
+    PreparedInputs,
+    SplicePlan,
+    check_ends_in_text,
+    plan_splice,
+    positions_before,
+    splice_tokens,
+)
+from .towers.text import check_text_encoder
+
+# A list of texts or None. Not typed so: then no `**inputs` of tensors could stand beside it.
+Questions = Any
 
 
 class CompressedVlm(InputBuilder, nn.Module):
@@ -117,6 +130,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         check_is_compressor(compressor)
         self.adapter.check_tower_use(compressor)
         self.adapter.check_compressor(compressor)
+        check_text_encoder(compressor, self.model.config)
         self._compressor = compressor
 
     @property
@@ -144,13 +158,18 @@ class CompressedVlm(InputBuilder, nn.Module):
         self.last_pruned = run
 
     def encode_images(
-        self, pixel_values: Tensor, image_sizes: Tensor | None = None, **processor_outputs: Tensor | None
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | None = None,
+        questions: Questions = None,
+        **processor_outputs: Tensor | None,
     ) -> list[Tensor]:
         """Images -> visual tokens, as they enter the language model.
 
         Args:
             pixel_values: as the model's Hugging Face processor returns them (LLaVA: ``[images, 3, h, w]``).
             image_sizes: original (height, width) of each image, where the family needs it.
+            questions: for a text-aware method the raw question about each image; no other looks at them.
             **processor_outputs: what else the processor, or ``preprocess_images``, returned with them. LLaVA-NeXT's
                 ``tile_grids`` (rows, cols) are taken from the Hugging Face processor's rule where they are left out.
 
@@ -158,31 +177,47 @@ class CompressedVlm(InputBuilder, nn.Module):
             for each image ``[num_visual_tokens, d_text]``.
 
         Raises:
-            PromptError: a tensor of a wrong shape; one that is missing or that the family does not have.
+            PromptError: a tensor of a wrong shape; one that is missing or that the family does not have; a text-aware
+                method without a question for each image.
         """
         outputs = {"pixel_values": pixel_values, "image_sizes": image_sizes, **processor_outputs}
-        visual = self.adapter.read_inputs(**outputs)
+        visual = self.asked(self.adapter.read_inputs(**outputs), questions)
         tokens = [each.rows for each in self.adapter.encode(visual, self._compressor)]
         check_embeddings(self.model, tokens, outputs)
         return tokens
 
-    def encode_videos(self, pixel_values_videos: Tensor) -> list[Tensor]:
+    def encode_videos(self, pixel_values_videos: Tensor, questions: Questions = None) -> list[Tensor]:
         """Videos -> visual tokens, frame by frame, as they enter the language model.
 
         Args:
             pixel_values_videos: ``[videos, frames, 3, h, w]``, any number of frames.
+            questions: as for ``encode_images``, about each video.
 
         Returns:
             for each video ``[num_visual_tokens, d_text]``: the frames' tokens one after the other.
 
         Raises:
             UnsupportedModelError: the model has no video tower.
-            PromptError: another shape.
+            PromptError: another shape; a text-aware method without a question for each video.
         """
-        visual = self.adapter.read_inputs(pixel_values_videos=pixel_values_videos)
+        visual = self.asked(self.adapter.read_inputs(pixel_values_videos=pixel_values_videos), questions)
         tokens = [each.rows for each in self.adapter.encode(visual, self._compressor)]
         check_embeddings(self.model, tokens, {"pixel_values_videos": pixel_values_videos})
         return tokens
+
+    def asked(self, visual: VisualInputs, questions: Sequence[str] | None) -> VisualInputs:
+        """``Adapter.asked`` with this compressor and processor: one question an image, then one a video."""
+        return self.adapter.asked(visual, self._compressor, questions, self.processor)
+
+    def _asked_in_prompts(
+        self, visual: VisualInputs, plan: SplicePlan, questions: Sequence[str] | None
+    ) -> VisualInputs:
+        """The same with one question a prompt, for all its images and videos."""
+        if not visual.shapes or check_questions(self._compressor, questions, len(plan.rows), "prompt") is None:
+            return visual
+        assert questions is not None
+        prompt_of = {p.visual: row for row, pieces in enumerate(plan.rows) for p in pieces if p.visual is not None}
+        return self.asked(visual, [questions[prompt_of[number]] for number in range(len(visual.shapes))])
 
     def expected_num_visual_tokens(self, **inputs: Any) -> list[int]:
         """Visual tokens that the compressor will make of each image, then of each video; nothing is encoded.
@@ -202,6 +237,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         padding_side: PaddingSide | None = None,
+        questions: Questions = None,
         **processor_outputs: Tensor | None,
     ) -> PreparedInputs:
         """Builds what the language model gets.
@@ -211,6 +247,8 @@ class CompressedVlm(InputBuilder, nn.Module):
             attention_mask: ``[B, T]``; None means no padding. Excluded positions are dropped and padding is made anew.
             labels: ``[B, T]``, as for the Hugging Face model.
             padding_side: side of the result's padding; None keeps the input's (left where the input has no padding).
+            questions: for a text-aware method the raw question of each prompt, without template and placeholders: what
+                is kept of all its images and videos depends on it. No other method looks at them, nor a batch of text.
             **processor_outputs: all images and videos of the batch, in the order of their placeholders, as the model's
                 processor returns them; none for a batch of text.
 
@@ -220,7 +258,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         Raises:
             PromptError: placeholders and images or videos do not match; a tensor of a wrong shape, one that is missing
                 or that the family does not have; ids or labels outside the vocabulary; a prompt longer than the model
-                reads.
+                reads; a text-aware method without a question for each prompt.
             UnsupportedModelError: videos for a model without a video tower.
             NotFiniteError: pixels, weights or what is made of them hold NaN or infinity.
         """
@@ -247,7 +285,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         )
         before = positions_before(adapter, plan, input_ids, visual.shapes)
         check_length([int(ids.max()) + 1 for ids in before if ids.numel()], self.model.config, dropped_count=True)
-        tokens = adapter.encode(visual, self._compressor)
+        tokens = adapter.encode(self._asked_in_prompts(visual, plan, questions), self._compressor)
         prepared = splice_tokens(adapter, plan, input_ids.to(self.device), visual, tokens, before, labels)
         check_embeddings(self.model, [prepared.inputs_embeds], processor_outputs)
         self.last_num_visual_tokens = prepared.num_visual_tokens
@@ -258,12 +296,14 @@ class CompressedVlm(InputBuilder, nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        questions: Questions = None,
         **kwargs: Any,
     ) -> Any:
         """As the Hugging Face model's forward, returning its output object; logits are of the compressed sequence.
 
         Args:
-            input_ids, attention_mask, labels: as in ``prepare``.
+            input_ids, attention_mask, labels, questions: as in ``prepare``.
             **kwargs: the processor's outputs, as in ``prepare``; the others are handed on to the Hugging Face model
                 (``use_cache``, ``logits_to_keep``, ...).
 
@@ -272,13 +312,14 @@ class CompressedVlm(InputBuilder, nn.Module):
                 done here (``vision_feature_layer``); labels or a model in training mode while there is a pruner.
         """
         if self._pruner is not None and torch.compiler.is_compiling():  # a pruner's hooks are no part of a graph
-            return torch.compiler.disable(self.forward)(input_ids, attention_mask, labels, **kwargs)
+            plain = torch.compiler.disable(self.forward)
+            return plain(input_ids, attention_mask, labels, questions=questions, **kwargs)
         _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values"), "forward")
         if self._pruner is not None:
             refuse_training(self.model.training, labels)
         outputs, settings = _split(kwargs)
         settings = check_settings(settings, self.model.config, "forward")
-        prepared = self.prepare(input_ids, attention_mask, labels, **outputs)
+        prepared = self.prepare(input_ids, attention_mask, labels, questions=questions, **outputs)
         with self._pruning(prepared) as run:
             output = self.model(
                 inputs_embeds=prepared.inputs_embeds,
@@ -296,7 +337,14 @@ class CompressedVlm(InputBuilder, nn.Module):
         return output
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        questions: Questions = None,
+        **kwargs: Any,
+    ) -> Any:
         """Generates; returns the new tokens only, ``[B, num_new_tokens]`` (or Hugging Face's output object).
 
         Prompts are padded on the left inside, whatever the input's side, since the last position is continued. Options
@@ -304,7 +352,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         visual tokens.
 
         Args:
-            input_ids, attention_mask: as in ``prepare``.
+            input_ids, attention_mask, questions: as in ``prepare``.
             **kwargs: the processor's outputs, as in ``prepare``, and Hugging Face's generation settings
                 (``max_new_tokens``, ``do_sample``, ``num_beams``, ...).
 
@@ -315,7 +363,8 @@ class CompressedVlm(InputBuilder, nn.Module):
                 or another cache than a dynamic or static one.
         """
         if self._pruner is not None and torch.compiler.is_compiling():
-            return torch.compiler.disable(self.generate)(input_ids, attention_mask, **kwargs)
+            plain = torch.compiler.disable(self.generate)
+            return plain(input_ids, attention_mask, questions=questions, **kwargs)
         _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values", "labels"), "generate")
         if kwargs.get("use_cache") is False:
             # Hugging Face would switch the cache on without a word: from embeddings it cannot start over each step.
@@ -331,7 +380,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         refuse_unserved(settings, of_model)
         if settings.get("streamer") is not None:
             settings["streamer"] = AnswerStreamer(settings["streamer"])
-        prepared = self.prepare(input_ids, attention_mask, padding_side="left", **outputs)
+        prepared = self.prepare(input_ids, attention_mask, padding_side="left", questions=questions, **outputs)
         positions = {}
         if self.adapter.keeps_places or self.adapter.position_axes > 1:
             positions["position_ids"] = prepared.position_ids
@@ -369,6 +418,8 @@ class CompressedVlm(InputBuilder, nn.Module):
 
     def chat(self, system_prompt: str | None = None) -> ChatSession:
         """Begins a dialogue that encodes each image and video once and computes only what is new in each turn.
+
+        With a text-aware method they are encoded anew for each question, and all from the first of them on is computed.
 
         Args:
             system_prompt: text that the chat template puts before the first turn.

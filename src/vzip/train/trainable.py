@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vzip.compressors.base import check_reads_no_text
 from vzip.errors import ConfigError
 from vzip.models.freeze import initialise_anew, train_projector_only
 from vzip.models.vlm import CompressedVlm
@@ -47,6 +48,7 @@ def choose_trainable(vlm: CompressedVlm, settings: TrainSettings, in_float32: bo
         ConfigError: a part whose weights are quantised, or LoRA for layers that the language model does not have.
     """
     vlm.adapter.check_training()
+    check_reads_no_text(vlm.compressor, "a training encodes each image once for all its conversations")
     arguments = lora_arguments(vlm, settings)
     # First, because PEFT freezes all that is not its own.
     lora = [] if arguments is None else add_lora(vlm.adapter, arguments)

@@ -161,7 +161,7 @@ class Answerer:
         if kwargs["do_sample"]:
             torch.manual_seed(_seed_of(self.seed, loaded[0]))
         with torch.no_grad():
-            new_tokens = self.vlm.generate(**inputs, **kwargs)
+            new_tokens = self.vlm.generate(**inputs, questions=[one.asked for one in loaded], **kwargs)
         measured = check_token_counts(
             self.vlm, inputs, [len(one.images) for one in loaded], [len(one.videos) for one in loaded]
         )

@@ -60,10 +60,18 @@ class Question:
 
 @dataclass(frozen=True)
 class LoadedQuestion:
-    """A question with its images and videos opened; ``prompt`` has a placeholder for each."""
+    """A question with its images and videos opened.
+
+    Attributes:
+        question: the question.
+        prompt: as the chat template writes it, with a placeholder for each image and video.
+        asked: the last turn's text alone, which text-aware methods read.
+        images, videos: in the order of their placeholders.
+    """
 
     question: Question
     prompt: str
+    asked: str
     images: list[Image.Image]
     videos: list[VideoSource]
 
@@ -167,7 +175,8 @@ class Preparer:
         if self.system_prompt:
             turns.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
         prompt = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return LoadedQuestion(question, prompt, images, videos)
+        asked = "\n".join(part["text"] for part in turns[-1]["content"] if part["type"] == "text")
+        return LoadedQuestion(question, prompt, asked, images, videos)
 
     def _chunks(self, loaded: list[LoadedQuestion], chunk_size: int) -> list[Chunk]:
         parts = [[loaded[position] for position in part] for part in cut(range(len(loaded)), chunk_size)]

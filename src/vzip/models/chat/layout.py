@@ -32,21 +32,21 @@ class EncodedVisual:
 
     Attributes:
         medium: ``image`` or ``video``.
-        tokens: ``[num_visual_tokens, d_text]``.
+        num_visual_tokens: as the language model gets it.
+        tokens: ``[num_visual_tokens, d_text]``; None where a text-aware method still waits for a question.
         num_vanilla_tokens: visual tokens it would have without compression.
         shape: of the image or video.
         place_index: int64 ``[num_visual_tokens]``, the places its tokens take, of a family that keeps places.
+        encode: encodes it for another question; None: it is the same for all.
     """
 
     medium: Medium
-    tokens: Tensor
+    num_visual_tokens: int
+    tokens: Tensor | None
     num_vanilla_tokens: int
     shape: VisionShape
     place_index: Tensor | None = None
-
-    @property
-    def num_visual_tokens(self) -> int:
-        return self.tokens.shape[0]
+    encode: Callable[[str], EncodedVisual] | None = None
 
 
 class ChatLayout:
@@ -129,7 +129,7 @@ class ChatLayout:
         embeddings = embed_tokens(tokens.masked_fill(is_shown, 0))
         order = dict.fromkeys(_FIRST_SHOWN - i for i in ids if i <= _FIRST_SHOWN)
         if order:
-            shown = torch.cat([visuals[number].tokens for number in order])
+            shown = torch.cat([rows for number in order if (rows := visuals[number].tokens) is not None])
             embeddings[is_shown.to(embeddings.device)] = shown.to(embeddings)
         return embeddings
 
@@ -151,6 +151,11 @@ class ChatLayout:
         assert placement is not None
         kept = placement.kept(0, pieces, torch.device("cpu"))
         return kept if axes == 1 else kept[:, None]
+
+    @staticmethod
+    def numbers_shown(visuals: Sequence[EncodedVisual]) -> list[int]:
+        """What ``lay_out`` writes for each image and video that every question changes."""
+        return [_FIRST_SHOWN - number for number, visual in enumerate(visuals) if visual.encode is not None]
 
     @staticmethod
     def visual_index(ids: Sequence[int]) -> Tensor:

@@ -3,6 +3,8 @@
 The checkpoint's chat template lays out the whole dialogue anew each turn. What the key-value cache already holds of it
 (the longest common beginning) is kept, the rest is computed, so the model always sees what one pass over the whole
 dialogue would show it, even where a template or the tokenizer writes earlier turns differently than they were produced.
+What a text-aware method keeps depends on the question: its images are encoded anew for each turn's question, and all
+from the first of them on is computed.
 """
 
 from __future__ import annotations
@@ -57,8 +59,9 @@ class ChatSession:
     """One dialogue; made by ``CompressedVlm.chat``.
 
     Whatever fails in a turn, or interrupts it, leaves the dialogue as it was before. If the wrapper's compressor is
-    replaced, images and videos that are already encoded keep their tokens. A pruner drops tokens of the images that
-    come with a turn in that turn, for good; if it is replaced, what it dropped stays dropped.
+    replaced, images and videos that are already there keep their tokens, or the text-aware method that encodes them
+    anew. A pruner drops tokens of the images that come with a turn (or are encoded anew) in that turn, for good; if it
+    is replaced, what it dropped stays dropped.
 
     Attributes:
         messages: the turns so far, as the chat template gets them.
@@ -97,7 +100,7 @@ class ChatSession:
 
     @torch.no_grad()
     def add_image(self, image: Image.Image) -> EncodedVisual:
-        """Encodes an image for the next question.
+        """Encodes an image for the next question (of a text-aware method once that is asked).
 
         Raises:
             ImageError: an image that cannot be used.
@@ -107,7 +110,7 @@ class ChatSession:
 
     @torch.no_grad()
     def add_video(self, video: VideoSource) -> EncodedVisual:
-        """Encodes a video, a file or its frames as images, for the next question.
+        """Encodes a video, a file or its frames as images, for the next question; see ``add_image``.
 
         Raises:
             UnsupportedModelError: the model has no video tower.
@@ -156,6 +159,9 @@ class ChatSession:
         positions = self._layout.positions(ids, visuals)
         reached = len(ids) if positions is None else max(len(ids), int(positions.max()) + 1)
         self._check_length(reached, max_new_tokens)
+        visuals = [visual if visual.encode is None else visual.encode(question) for visual in visuals]
+        if changed := [ids.index(number) for number in self._layout.numbers_shown(visuals)]:
+            self._cached_ids = self._cached_ids[: min(changed)]
         new_ids = self._generate(ids, visuals, on_text, {"max_new_tokens": max_new_tokens, **settings})
         answer = self._layout.read(new_ids)
         self.messages = [*messages, message("assistant", answer)]
@@ -171,12 +177,25 @@ class ChatSession:
         return self._encode_inputs("video", inputs)
 
     def _encode_inputs(self, kind: Literal["image", "video"], inputs: dict[str, Tensor]) -> EncodedVisual:
-        visual = self._vlm.adapter.read_inputs(**inputs)
-        (encoded,) = self._vlm.adapter.encode(visual, self._vlm.compressor)
-        check_embeddings(self._vlm.model, [encoded.rows], inputs)
+        adapter, compressor = self._vlm.adapter, self._vlm.compressor
+        visual = adapter.read_inputs(**inputs)
         of_images, of_videos = visual.num_placeholders
-        num_vanilla = [*of_images, *of_videos][0]
-        return EncodedVisual(kind, encoded.rows, num_vanilla, visual.shapes[0], encoded.place_index)
+        num_vanilla, (shape,) = [*of_images, *of_videos][0], visual.shapes
+
+        def encode(question: str | None, again: Callable[[str], EncodedVisual] | None = None) -> EncodedVisual:
+            asked = visual if question is None else adapter.asked(visual, compressor, [question], self._vlm.processor)
+            (encoded,) = adapter.encode(asked, compressor)
+            check_embeddings(self._vlm.model, [encoded.rows], inputs)
+            return EncodedVisual(kind, len(encoded.rows), encoded.rows, num_vanilla, shape, encoded.place_index, again)
+
+        if not compressor.reads_text:
+            return encode(None)
+
+        def for_question(question: str) -> EncodedVisual:
+            return encode(question, for_question)
+
+        num_tokens = compressor.num_visual_tokens(shape)
+        return EncodedVisual(kind, num_tokens, None, num_vanilla, shape, encode=for_question)
 
     def _check(self, question: str, max_new_tokens: int, settings: dict[str, Any]) -> None:
         self._layout.check_question(question)

@@ -20,17 +20,20 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel
 
 from vzip.compressors.base import Compressor
-from vzip.compressors.vision import Signal, VisionOutput, VisionShape
+from vzip.compressors.vision import Signal, VisionOutput, VisionShape, of_tower
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError, nearest
 from vzip.media.images import PREPROCESSES, Preprocess, prepare_images
 from vzip.media.video import VideoSource
 from vzip.pruners.base import Decoder, Pruner
 
+from ..devices import execution_device
 from ..towers.cache import TowerCache
 from ..towers.structure import Tower, TowerGeometry
+from ..towers.text import TextEncoder, check_text_encoder
 from .decoder import LlamaDecoder
 from .options import FamilyOptions, check_fit
 from .places import VisualTokens
+from .questions import beside, check_questions, missing_questions, need_tokenizer, read_text
 
 # Runs a tower: the tower, pixels ``[N, 3, h, w]``, signals to record, the first row that the unmodified model uses.
 TowerRun = Callable[[Tower, Tensor, frozenset[Signal], int], VisionOutput]
@@ -50,11 +53,14 @@ class VisualInputs:
         images: the shape of each image, in the order of their placeholders.
         videos: the shape of each video, likewise.
         tensors: as the processor returned them, by its names.
+        texts: of each image, then of each video, its question's rows ``[M, width]``, see ``Adapter.asked``; empty
+            where nothing is asked.
     """
 
     images: list[VisionShape]
     videos: list[VisionShape]
     tensors: Mapping[str, Tensor]
+    texts: Sequence[Tensor] = ()
 
     @property
     def shapes(self) -> list[VisionShape]:
@@ -94,8 +100,10 @@ class Adapter(ABC):
             the class what the published code does, of an object what ``options.positions`` says.
         position_axes: rows of position ids that the language model takes.
         video_token_id: id of a video's placeholder in ``input_ids``, or None.
-        tower_cache: outputs of the vision tower kept between runs; None: the tower always runs.
+        tower_cache: outputs of the vision tower kept between runs; None: the tower always runs. What a question adds
+            for a text-aware method is never kept.
         cannot_use: why its tower cannot be used as some methods need, by ``Compressor.tower_use``.
+        text_encoder: the CLIP text model that was last needed.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
@@ -131,6 +139,7 @@ class Adapter(ABC):
             self.keeps_places = self.options.positions == "original"
         self.image_token_id: int = self.read_image_token_id(model.config)
         self.tower_cache: TowerCache | None = None
+        self.text_encoder: TextEncoder | None = None
 
     @classmethod
     @abstractmethod
@@ -185,6 +194,7 @@ class Adapter(ABC):
         cls.check_tower_use(compressor)
         if geometry is not None:
             check_fit(compressor, geometry, options)
+        check_text_encoder(compressor, config)
 
     @classmethod
     def check_tower_use(cls, compressor: Compressor) -> None:
@@ -392,6 +402,52 @@ class Adapter(ABC):
         """Images -> ``pixel_values`` and whatever else the family needs; see ``vzip.media.images``."""
         return prepare_images(images, image_processor, preprocess)
 
+    def asked(
+        self, visual: VisualInputs, compressor: Compressor, questions: Sequence[str] | None, processor: Any
+    ) -> VisualInputs:
+        """Images and videos with what a text-aware method reads of their questions; as they are for any other method.
+
+        Args:
+            visual: from ``read_inputs``.
+            compressor: the method.
+            questions: of each image, then of each video.
+            processor: the checkpoint's, for its tokenizer; not needed where the method names a text model of its own.
+
+        Raises:
+            PromptError: no question, or an empty one.
+            ConfigError, CheckpointError: no tokenizer, or a text model that cannot be loaded.
+        """
+        if not visual.shapes or not compressor.reads_text:
+            return visual
+        known = check_questions(compressor, questions, len(visual.shapes), "image or video")
+        assert known is not None
+        if compressor.text_encoder is not None:
+            encoder = self._encoder_of(compressor)
+            rows = {question: encoder.read(compressor.text(question)) for question in set(known)}
+        else:
+            tokenizer, embed = need_tokenizer(processor, compressor), self.embed_tokens
+            device = execution_device(embed)
+            rows = {each: read_text(compressor.text(each), tokenizer, embed, device) for each in set(known)}
+        return replace(visual, texts=tuple(rows[question] for question in known))
+
+    def _encoder_of(self, compressor: Compressor) -> TextEncoder:
+        name = compressor.text_encoder
+        assert name is not None
+        if self.text_encoder is None or self.text_encoder.name != name:
+            self.text_encoder = TextEncoder.load(name, execution_device(self.projector))
+        return self.text_encoder
+
+    def beside(
+        self, vision: VisionOutput, compressor: Compressor, texts: Sequence[Tensor], num_crops: Sequence[int]
+    ) -> VisionOutput:
+        """The tower's output with what a text-aware method reads of these images' questions; else as it is."""
+        if not compressor.reads_text:
+            return vision
+        if not texts:
+            raise missing_questions(compressor)
+        encoder = None if compressor.text_encoder is None else self._encoder_of(compressor)
+        return beside(vision, compressor, texts, num_crops, encoder)
+
     def viewed(self, visual: VisualInputs, compressor: Compressor) -> VisualInputs:
         """What the method shows in place of the images and videos; see ``Compressor.view``."""
         shown = {
@@ -409,7 +465,7 @@ class Adapter(ABC):
         """Images and videos -> visual tokens: tower, compressor, projector, packing.
 
         Args:
-            visual: from ``read_inputs``.
+            visual: from ``read_inputs``; for a text-aware method from ``asked``.
             compressor: the method.
             run: runs a tower, as ``run_tower`` does, which it is by default.
             stage: a context for each stage by name (``tower``, ``selection``, ``projector``, ``splice``, a family's
@@ -418,11 +474,20 @@ class Adapter(ABC):
         Returns:
             for each image, then for each video.
         """
+        if compressor.reads_text and visual.shapes and not visual.texts:
+            raise missing_questions(compressor)
         visual, run = self.viewed(visual, compressor), run or self.run_for(compressor)
+        reads, num_images = of_tower(compressor.reads()), len(visual.images)
+        of_images, of_videos = visual.texts[:num_images], visual.texts[num_images:]
         tokens: list[VisualTokens] = []
-        for shapes, outputs in ((visual.images, self.image_outputs), (visual.videos, self.video_outputs)):
+        for shapes, outputs, texts in (
+            (visual.images, self.image_outputs, of_images),
+            (visual.videos, self.video_outputs, of_videos),
+        ):
             found: dict[int, VisualTokens] = {}
-            for members, vision in outputs(visual, compressor.reads(), run, stage) if shapes else ():
+            for members, vision in outputs(visual, reads, run, stage) if shapes else ():
+                asked = [texts[number] for number in members] if texts else []
+                vision = self.beside(vision, compressor, asked, [shapes[number].num_crops for number in members])
                 own = self._tokens(vision, [shapes[number] for number in members], compressor, stage)
                 found |= zip(members, own, strict=True)
             tokens += [found[number] for number in range(len(shapes))]
@@ -495,7 +560,9 @@ class Adapter(ABC):
 
         signals = [*vision.signals]
         signals += [Signal(name) for name in ("attention", "keys") if getattr(vision, name) is not None]
-        recorded = {signal: packed(vision.read(signal)[:, first:], None) for signal in signals}
+        recorded = {s: packed(vision.read(s)[:, first:], None) for s in signals if s.name != "text"}
+        if Signal("text") in vision.signals:  # of the question, and so of every crop of the image
+            recorded[Signal("text")] = vision.signals[Signal("text")][own.start : own.start + 1]
         hidden = packed(rows, None if index is None else self.newline(rows))
         valid = None if vision.valid is None else packed(vision.valid[:, first:], None)
         if index is not None:
