@@ -107,6 +107,8 @@ class VisionOutput:
         project: the projector, rows ``[N, U, D]`` -> ``[N, U, E]``; None where there is none, or rows are projected.
         whole: the image's shape where the N are whole images (``Compressor.scope``); None for crops.
         fixed: as ``VisionShape.fixed``.
+        planes: ``[N, U, F]``, what else of each unit enters the language model, at deeper layers (DeepStack); the
+            selection is applied to it too. None: nothing does.
     """
 
     hidden: Tensor
@@ -120,6 +122,7 @@ class VisionOutput:
     project: Callable[[Tensor], Tensor] | None = None
     whole: VisionShape | None = None
     fixed: bool = True
+    planes: Tensor | None = None
 
     @property
     def num_rows(self) -> int:

@@ -39,6 +39,8 @@ class PreparedInputs:
         num_images: how many of these are images.
         visual_index: int64 ``[B, T]`` on the CPU: -1 text, -2 padding, else the number of the image (or video) there.
         text_ids: int64, the ids of all text tokens, row by row.
+        planes: ``[visual tokens of all prompts, F]`` in the order of ``visual_index``, or None; see
+            ``Adapter.language_context``.
     """
 
     inputs_embeds: Tensor
@@ -49,6 +51,7 @@ class PreparedInputs:
     num_images: int
     visual_index: Tensor
     text_ids: Tensor
+    planes: Tensor | None = None
 
 
 @dataclass
@@ -245,6 +248,7 @@ def splice(
     labels: Tensor | None = None,
     videos: Sequence[Tensor] = (),
     placement: Placement | None = None,
+    planes: Sequence[Tensor] = (),
 ) -> PreparedInputs:
     """Builds the language model's inputs from a plan.
 
@@ -256,6 +260,7 @@ def splice(
         labels: integers ``[B, T]`` or None.
         videos: for each video ``[num_visual_tokens, d_text]``.
         placement: of a family that keeps places.
+        planes: for each image, then each video, ``[num_visual_tokens, F]``, of a family that has them.
 
     Returns:
         ``PreparedInputs``, as long as its longest prompt.
@@ -300,6 +305,7 @@ def splice(
         positions = torch.stack([pad(row, 0) for row in kept], dim=1)
     sizes = [[p.stop - p.start if p.visual is None else len(visual[p.visual]) for p in pieces] for pieces in plan.rows]
     shown = [[-1 if p.visual is None else p.visual for p in pieces] for pieces in plan.rows]
+    deeper = [planes[p.visual].to(text.device) for row in plan.rows for p in row if planes and p.visual is not None]
     new_labels = None
     if labels is not None:
         labels = labels.to(text.device)
@@ -326,6 +332,7 @@ def splice(
                 for row, size in zip(shown, sizes, strict=True)
             ]
         ),
+        planes=torch.cat(deeper) if deeper else None,
     )
 
 
@@ -355,7 +362,8 @@ def splice_tokens(
     placement = placement_of(before, visual.shapes, [each.place_index for each in tokens])
     rows = [each.rows for each in tokens]
     images, videos = rows[: len(visual.images)], rows[len(visual.images) :]
-    return splice(plan, input_ids, adapter.embed_tokens, images, labels, videos, placement)
+    planes = [each.planes for each in tokens if each.planes is not None]
+    return splice(plan, input_ids, adapter.embed_tokens, images, labels, videos, placement, planes)
 
 
 def check_ends_in_text(visual_index: Tensor) -> None:

@@ -7,7 +7,7 @@ It owns the five multimodal steps (encode, score, compress, project, splice) and
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -133,6 +133,10 @@ class CompressedVlm(InputBuilder, nn.Module):
         with pruning(self._pruner, self.adapter.decoder, prepared.visual_index) as run:
             yield run
         self.last_pruned = run
+
+    def _deeper(self, prepared: PreparedInputs) -> AbstractContextManager[None]:
+        """What enters the language model at deeper layers, of a family that has it."""
+        return self.adapter.language_context(prepared.visual_index, prepared.planes)
 
     def encode_images(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, **processor_outputs: Tensor | None
@@ -269,7 +273,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         outputs, settings = _split(kwargs)
         settings = check_settings(settings, self.model.config, "forward")
         prepared = self.prepare(input_ids, attention_mask, labels, **outputs)
-        with self._pruning(prepared) as run:
+        with self._pruning(prepared) as run, self._deeper(prepared):
             output = self.model(
                 inputs_embeds=prepared.inputs_embeds,
                 attention_mask=prepared.attention_mask,
@@ -329,7 +333,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         length = prepared.inputs_embeds.shape[1]
         lengths = prepared.attention_mask.sum(dim=1).tolist()
         check_length(lengths, self.model.config, num_new_tokens(settings, of_model, length))
-        with self._pruning(prepared) as run:
+        with self._pruning(prepared) as run, self._deeper(prepared):
             # The ids are for what looks at them (repetition_penalty ...); the embeddings are what is read.
             output = self.model.generate(
                 self._ids(prepared),

@@ -174,7 +174,7 @@ class ChatSession:
         check_embeddings(self._vlm.model, [encoded.rows], inputs)
         of_images, of_videos = visual.num_placeholders
         num_vanilla = [*of_images, *of_videos][0]
-        return EncodedVisual(kind, encoded.rows, num_vanilla, visual.shapes[0], encoded.place_index)
+        return EncodedVisual(kind, encoded.rows, num_vanilla, visual.shapes[0], encoded.place_index, encoded.planes)
 
     def _check(self, question: str, max_new_tokens: int, settings: dict[str, Any]) -> None:
         self._layout.check_question(question)
@@ -213,7 +213,10 @@ class ChatSession:
         settings = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, **settings}
         shown_ids = self._layout.written(ids, self._vlm.model.config.get_text_config().vocab_size)
         try:
-            with self._pruning(ids, settings) as run:
+            deeper = self._vlm.adapter.language_context(
+                self._layout.visual_index(ids), self._layout.planes(ids, visuals)
+            )
+            with self._pruning(ids, settings) as run, deeper:
                 output: Tensor = self._vlm.model.generate(
                     shown_ids.to(embeddings.device),
                     inputs_embeds=embeddings,  # all of it: Hugging Face leaves out what the cache holds

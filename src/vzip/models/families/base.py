@@ -285,6 +285,10 @@ class Adapter(ABC):
         """
         return None
 
+    def language_context(self, visual_index: Tensor, planes: Tensor | None) -> AbstractContextManager[None]:
+        """What must hold while the language model reads a prompt: ``PreparedInputs.visual_index`` and ``planes``."""
+        return nullcontext()
+
     def whole_index(self, shape: VisionShape) -> Tensor | None:
         """How the unmodified model packs an image (or a video): int64 ``[T]`` on the CPU, rows of its crops in turn.
 
@@ -396,13 +400,17 @@ class Adapter(ABC):
                     wholes.append(self._whole(vision, rows, own, shape, self.whole_index(shape)))
             if compressor.is_vanilla:  # nothing is selected: what is packed is what the unmodified model gets
                 return [
-                    VisualTokens(whole.hidden[0], torch.arange(whole.num_rows) if self.keeps_places else None)
+                    VisualTokens(
+                        whole.hidden[0],
+                        torch.arange(whole.num_rows) if self.keeps_places else None,
+                        None if whole.planes is None else whole.planes[0],
+                    )
                     for whole in wholes
                 ]
             with stage("selection"):
                 made = [compressor(whole) for whole in wholes]
             return [
-                VisualTokens(one.tokens[0], one.places[0]).in_order()
+                VisualTokens(one.tokens[0], one.places[0], None if one.planes is None else one.planes[0]).in_order()
                 if self.keeps_places
                 else VisualTokens(one.tokens[0])
                 for one in made
@@ -415,10 +423,11 @@ class Adapter(ABC):
                 tokens = vision.project(tokens)
         with stage("splice"):
             if self.keeps_places:
-                places = compressed.places.split(num_crops)
+                places, planes = compressed.places.split(num_crops), compressed.planes
+                of_images = [None] * len(shapes) if planes is None else planes.split(num_crops)
                 return [
-                    VisualTokens.of_crops(*part, vision.num_rows)
-                    for part in zip(tokens.split(num_crops), places, strict=True)
+                    VisualTokens.of_crops(rows, own, vision.num_rows, deeper)
+                    for rows, own, deeper in zip(tokens.split(num_crops), places, of_images, strict=True)
                 ]
             parts = zip(tokens.split(num_crops), compressed.source_index.split(num_crops), strict=True)
             return [VisualTokens(self.pack(shape, *part)) for shape, part in zip(shapes, parts, strict=True)]
@@ -443,11 +452,19 @@ class Adapter(ABC):
         recorded = {signal: packed(vision.read(signal)[:, first:], None) for signal in signals}
         hidden = packed(rows, None if index is None else self.newline(rows))
         valid = None if vision.valid is None else packed(vision.valid[:, first:], None)
+        planes = None if vision.planes is None else packed(vision.planes[:, first:], None)
         if index is not None:
             shown = (index >= 0).to(hidden.device)[None]
             valid = shown if valid is None else valid & shown
         return VisionOutput(
-            hidden, False, (1, hidden.shape[1]), stock_offset=0, signals=recorded, valid=valid, whole=shape
+            hidden,
+            False,
+            (1, hidden.shape[1]),
+            stock_offset=0,
+            signals=recorded,
+            valid=valid,
+            whole=shape,
+            planes=planes,
         )
 
 

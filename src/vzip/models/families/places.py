@@ -19,22 +19,26 @@ class VisualTokens:
         rows: ``[num_visual_tokens, d_text]``.
         place_index: int64 ``[num_visual_tokens]``, the one of the unmodified model's visual tokens whose place each
             takes, ascending; None where the family counts positions anew.
+        planes: ``[num_visual_tokens, F]``, what of each enters at deeper layers (``VisionOutput.planes``), or None.
     """
 
     rows: Tensor
     place_index: Tensor | None = None
+    planes: Tensor | None = None
 
     @classmethod
-    def of_crops(cls, rows: Tensor, places: Tensor, num_units: int) -> VisualTokens:
+    def of_crops(cls, rows: Tensor, places: Tensor, num_units: int, planes: Tensor | None = None) -> VisualTokens:
         """Of crops one after the other, ``[num_crops, K, d_text]`` and ``[num_crops, K]``, each token at its place."""
         starts = torch.arange(len(rows), device=places.device)[:, None] * num_units
-        return cls(rows.flatten(0, 1), (places + starts).flatten()).in_order()
+        flat = None if planes is None else planes.flatten(0, 1)
+        return cls(rows.flatten(0, 1), (places + starts).flatten(), flat).in_order()
 
     def in_order(self) -> VisualTokens:
         """The tokens by their places."""
         assert self.place_index is not None
         order = self.place_index.argsort()
-        return VisualTokens(self.rows[order], self.place_index[order])
+        planes = None if self.planes is None else self.planes[order]
+        return VisualTokens(self.rows[order], self.place_index[order], planes)
 
 
 @dataclass(frozen=True)

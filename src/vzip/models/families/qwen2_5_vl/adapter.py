@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -28,9 +28,14 @@ from .tower import Grid, UnitTower, check_signal
 
 
 class Qwen2_5VlAdapter(Adapter):
-    """Images; videos are not served yet."""
+    """Images; videos are not served yet.
 
-    model_class = Qwen2_5_VLForConditionalGeneration
+    Attributes:
+        published_name: of the models, for messages.
+    """
+
+    published_name: ClassVar[str] = "Qwen2.5-VL"
+    model_class: ClassVar[type[PreTrainedModel]] = Qwen2_5_VLForConditionalGeneration
     input_names = ("pixel_values", "image_grid_thw", "mm_token_type_ids", "pixel_values_videos")
     written_image = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
     why_no_video = "takes images only here, for its videos are not served yet"
@@ -121,8 +126,9 @@ class Qwen2_5VlAdapter(Adapter):
             return []
         if pixel_values is None or grid_thw is None:
             raise PromptError(
-                f"{'pixel_values' if pixel_values is None else 'image_grid_thw'} is missing: Qwen2.5-VL's processor and"
-                " preprocess_images return both, the patches of all images and the grid of each."
+                f"{'pixel_values' if pixel_values is None else 'image_grid_thw'} is missing:"
+                f" {self.published_name}'s processor and preprocess_images return both, the patches of all images and"
+                " the grid of each."
             )
         merge = self.tower.merge_size
         if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
@@ -175,7 +181,7 @@ class Qwen2_5VlAdapter(Adapter):
     def positions(self, segments: Sequence[Sequence[int] | VisionShape]) -> Tensor:
         if any(isinstance(one, VisionShape) and isinstance(other, VisionShape) for one, other in pairwise(segments)):
             raise PromptError(
-                "Two images touch in a prompt: Qwen2.5-VL reads one run of placeholders as one image. Put"
+                f"Two images touch in a prompt: {self.published_name} reads one run of placeholders as one image. Put"
                 " <|vision_end|><|vision_start|> between them, as the chat template does."
             )
         ids, types, grids = list[int](), list[int](), list[Grid]()
@@ -214,6 +220,7 @@ def _of_images(
         stock_offset=0,
         signals={signal: own(value) for signal, value in vision.signals.items()},
         fixed=False,
+        planes=None if vision.planes is None else own(vision.planes),
     )
 
 
