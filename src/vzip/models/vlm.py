@@ -134,6 +134,11 @@ class CompressedVlm(InputBuilder, nn.Module):
             yield run
         self.last_pruned = run
 
+    @property
+    def _has_hooks(self) -> bool:
+        """Whether the language model runs with hooks, a pruner's or the family's."""
+        return self._pruner is not None or self.adapter.has_planes
+
     def _deeper(self, prepared: PreparedInputs) -> AbstractContextManager[None]:
         """What enters the language model at deeper layers, of a family that has it."""
         return self.adapter.language_context(prepared.visual_index, prepared.planes)
@@ -265,7 +270,7 @@ class CompressedVlm(InputBuilder, nn.Module):
             PromptError: as ``prepare``; an argument that belongs to the uncompressed sequence, or to a step that is
                 done here (``vision_feature_layer``); labels or a model in training mode while there is a pruner.
         """
-        if self._pruner is not None and torch.compiler.is_compiling():  # a pruner's hooks are no part of a graph
+        if self._has_hooks and torch.compiler.is_compiling():  # hooks are no part of a graph
             return torch.compiler.disable(self.forward)(input_ids, attention_mask, labels, **kwargs)
         _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values"), "forward")
         if self._pruner is not None:
@@ -308,7 +313,7 @@ class CompressedVlm(InputBuilder, nn.Module):
                 other options that need the prompt's ids and cannot have its images; while there is a pruner, beams
                 or another cache than a dynamic or static one.
         """
-        if self._pruner is not None and torch.compiler.is_compiling():
+        if self._has_hooks and torch.compiler.is_compiling():
             return torch.compiler.disable(self.generate)(input_ids, attention_mask, **kwargs)
         _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values", "labels"), "generate")
         if kwargs.get("use_cache") is False:

@@ -91,6 +91,7 @@ class Adapter(ABC):
         why_no_video: why not, for messages.
         preprocesses: ways to prepare images that it has, see ``vzip.media.images``; the first is the usual one.
         keeps_places: whether visual tokens keep the position ids that the unmodified model gives to their places.
+        has_planes: whether something of each visual token enters the language model at deeper layers.
         video_token_id: id of a video's placeholder in ``input_ids``, or None.
         tower_cache: outputs of the vision tower kept between runs; None: the tower always runs.
     """
@@ -104,6 +105,7 @@ class Adapter(ABC):
     why_no_video: ClassVar[str] = "has no video tower and takes images only"
     preprocesses: ClassVar[tuple[str, ...]] = PREPROCESSES
     keeps_places: ClassVar[bool] = False
+    has_planes: ClassVar[bool] = False
     video_token_id: int | None = None
 
     def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:

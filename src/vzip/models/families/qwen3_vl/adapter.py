@@ -24,6 +24,7 @@ class Qwen3VlAdapter(Qwen2_5VlAdapter):
 
     published_name = "Qwen3-VL"
     model_class: ClassVar[type[PreTrainedModel]] = Qwen3VLForConditionalGeneration
+    has_planes = True
 
     @contextmanager
     def language_context(self, visual_index: Tensor, planes: Tensor | None) -> Iterator[None]:
@@ -54,6 +55,7 @@ class Qwen3VlAdapter(Qwen2_5VlAdapter):
 
         handle = self.language_model.register_forward_pre_hook(add, with_kwargs=True)
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):  # compiled before, it would go on without the hook
+                yield
         finally:
             handle.remove()
