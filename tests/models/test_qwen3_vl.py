@@ -68,9 +68,10 @@ def test_identity_equals_stock_bit_for_bit(name, side, dtype):
         ours = vlm.generate(**ids, **inputs, **GREEDY)
         assert torch.equal(ours.sequences, theirs.sequences[:, ids["input_ids"].shape[1] :])
         assert torch.equal(torch.stack(ours.logits), torch.stack(theirs.logits))
-        beams = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False}
-        theirs = model.generate(**stock(model, ids, **inputs), **beams)[:, ids["input_ids"].shape[1] :]
-        assert torch.equal(vlm.generate(**ids, **inputs, **beams), theirs)
+        beams = {**GREEDY, "num_beams": 3, "output_scores": True}
+        theirs, ours = model.generate(**stock(model, ids, **inputs), **beams), vlm.generate(**ids, **inputs, **beams)
+        assert torch.equal(ours.sequences, theirs.sequences[:, ids["input_ids"].shape[1] :])
+        assert torch.equal(ours.sequences_scores, theirs.sequences_scores)
 
 
 @torch.no_grad()
@@ -230,13 +231,13 @@ def test_planes_reach_the_model_and_leave_nothing(model):
 
 
 @torch.no_grad()
-def test_a_compiled_language_model_does_not_forget_the_planes():
+def test_a_compiled_model_does_not_forget_the_planes():
     """A graph made before the hook was there would run without it, and say nothing."""
     compiled, inputs, ids = tiny_qwen3.build(), images("6x10"), batch(prompt(5, "6x10", 7, 8))
     vlm = vzip.CompressedVlm(compiled, vzip.VisionZip(BUDGET))
     expected = vlm.forward(**ids, **inputs).logits
     prepared = vlm.prepare(**ids, **inputs)
-    compiled.model.language_model.compile(backend="eager")
+    compiled.model.compile(backend="eager")
     arguments = {name: getattr(prepared, name) for name in ("inputs_embeds", "attention_mask", "position_ids")}
     compiled(**arguments)
     assert torch.equal(vlm.forward(**ids, **inputs).logits, expected)
@@ -342,6 +343,9 @@ def test_the_processor_and_a_dialogue(tmp_path):
     cold = vlm.chat()
     cold.messages, cold.visuals = chat.messages[:2], chat.visuals[:1]
     assert cold.ask("And this?", images=[second], max_new_tokens=5) == answers[1]
+    for warm, whole in zip(chat._cache.layers, cold._cache.layers, strict=True):
+        torch.testing.assert_close(warm.keys, whole.keys, rtol=0, atol=1e-4)
+        torch.testing.assert_close(warm.values, whole.values, rtol=0, atol=1e-4)
     for turns, shown, answer in ((chat.messages[:1], [first], answers[0]), (chat.messages[:3], [first, second], None)):
         text = vlm.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         new = vlm.generate(**vlm.build_inputs([text], [shown]), max_new_tokens=5, do_sample=False)
