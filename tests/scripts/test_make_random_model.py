@@ -75,7 +75,7 @@ def test_a_family_is_evaluated_and_asked(
         assert f"({8 * 17} visual tokens in a dialogue" in out and f"({16 * 17} visual tokens in a dialogue" in out
     else:
         assert cli.main(["ask", str(clip), *ask]) == cli.USER_ERROR
-        why = "its videos are not served yet" if family.startswith("qwen") else "has no video tower"
+        why = "files are not served yet" if family.startswith("qwen") else "has no video tower"
         assert why in capfd.readouterr().err
 
 

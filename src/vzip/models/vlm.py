@@ -166,11 +166,12 @@ class CompressedVlm(InputBuilder, nn.Module):
         check_embeddings(self.model, tokens, outputs)
         return tokens
 
-    def encode_videos(self, pixel_values_videos: Tensor) -> list[Tensor]:
+    def encode_videos(self, pixel_values_videos: Tensor, **processor_outputs: Tensor | None) -> list[Tensor]:
         """Videos -> visual tokens, frame by frame, as they enter the language model.
 
         Args:
-            pixel_values_videos: ``[videos, frames, 3, h, w]``, any number of frames.
+            pixel_values_videos: ``[videos, frames, 3, h, w]``, any number of frames; of Qwen's models all patches.
+            **processor_outputs: what else the processor returned with them (``video_grid_thw``).
 
         Returns:
             for each video ``[num_visual_tokens, d_text]``: the frames' tokens one after the other.
@@ -179,9 +180,10 @@ class CompressedVlm(InputBuilder, nn.Module):
             UnsupportedModelError: the model has no video tower.
             PromptError: another shape.
         """
-        visual = self.adapter.read_inputs(pixel_values_videos=pixel_values_videos)
+        outputs = {"pixel_values_videos": pixel_values_videos, **processor_outputs}
+        visual = self.adapter.read_inputs(**outputs)
         tokens = [each.rows for each in self.adapter.encode(visual, self._compressor)]
-        check_embeddings(self.model, tokens, {"pixel_values_videos": pixel_values_videos})
+        check_embeddings(self.model, tokens, outputs)
         return tokens
 
     def expected_num_visual_tokens(self, **inputs: Any) -> list[int]:
@@ -239,6 +241,7 @@ class CompressedVlm(InputBuilder, nn.Module):
             video_token_id,
             video_lengths,
             vocab_size,
+            adapter.video_runs(visual),
         )
         if labels is not None:
             plan.check_labels(labels, input_ids, vocab_size)

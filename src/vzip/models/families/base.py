@@ -89,6 +89,7 @@ class Adapter(ABC):
         has_mining: whether patches are mined, and CLS, which is not, may be left out.
         has_video: whether it takes videos.
         why_no_video: why not, for messages.
+        reads_video: whether it takes them as its processor returns them, though not as files (``has_video``: as both).
         preprocesses: ways to prepare images that it has, see ``vzip.media.images``; the first is the usual one.
         keeps_places: whether visual tokens keep the position ids that the unmodified model gives to their places.
         has_planes: whether something of each visual token enters the language model at deeper layers.
@@ -103,6 +104,7 @@ class Adapter(ABC):
     has_mining: ClassVar[bool] = False
     has_video: ClassVar[bool] = False
     why_no_video: ClassVar[str] = "has no video tower and takes images only"
+    reads_video: ClassVar[bool] = False
     preprocesses: ClassVar[tuple[str, ...]] = PREPROCESSES
     keeps_places: ClassVar[bool] = False
     has_planes: ClassVar[bool] = False
@@ -239,7 +241,7 @@ class Adapter(ABC):
             UnsupportedModelError: videos, and the family has no video tower.
         """
         given = {name: value for name, value in processor_outputs.items() if value is not None}
-        if "pixel_values_videos" in given and not self.has_video:
+        if "pixel_values_videos" in given and not (self.has_video or self.reads_video):
             raise self._no_video()
         for name, value in given.items():
             if name in self.input_names and not isinstance(value, Tensor):
@@ -260,6 +262,10 @@ class Adapter(ABC):
 
     def video_shapes(self, tensors: Mapping[str, Tensor]) -> list[VisionShape]:
         """The shape of each video; raises as ``read_inputs``."""
+        return []
+
+    def video_runs(self, visual: VisualInputs) -> list[int]:
+        """Of each video, in how many runs its placeholders are written; empty: each in one."""
         return []
 
     @abstractmethod

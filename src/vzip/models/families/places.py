@@ -43,11 +43,16 @@ class VisualTokens:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a prompt: text positions start..stop, or an image (``visual``: its number; videos after images)."""
+    """A stretch of a prompt: text positions start..stop, or an image (``visual``: its number; videos after images).
+
+    ``units``: of a video that is written in several runs, first and stop of its visual tokens, before compression, that
+    are here; None: all of them.
+    """
 
     start: int
     stop: int
     visual: int | None = None
+    units: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,15 @@ class Placement:
     lengths: Sequence[int]
     place_index: Sequence[Tensor]
 
+    def own(self, piece: Piece) -> slice:
+        """Which of its image's (or video's) tokens stand in a piece."""
+        assert piece.visual is not None
+        if piece.units is None:
+            return slice(None)
+        places = self.place_index[piece.visual]
+        first, stop = torch.searchsorted(places, torch.tensor(piece.units, device=places.device)).tolist()
+        return slice(first, stop)
+
     def kept(self, row: int, pieces: Sequence[Piece], device: torch.device) -> Tensor:
         """Position ids of a compressed prompt, ``[axes, T]``."""
         parts, start = [torch.arange(0, device=device)], 0
@@ -72,8 +86,9 @@ class Placement:
                 length = piece.stop - piece.start
                 parts.append(torch.arange(start, start + length, device=device))
             else:
-                length = self.lengths[piece.visual]
-                parts.append(self.place_index[piece.visual].to(device) + start)
+                first, stop = piece.units or (0, self.lengths[piece.visual])
+                length = stop - first
+                parts.append(self.place_index[piece.visual][self.own(piece)].to(device) + start - first)
             start += length
         return self.position_ids[row].to(device)[:, torch.cat(parts)]
 

@@ -16,15 +16,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 
+from ..base import VisualInputs
 from ..qwen2_5_vl.adapter import Qwen2_5VlAdapter
 
 
 class Qwen3VlAdapter(Qwen2_5VlAdapter):
-    """Images; videos are not served yet."""
+    """Images, and videos as the processor returns them: a run of placeholders, with its time before it, a step."""
 
+    input_names = tuple(name for name in Qwen2_5VlAdapter.input_names if name != "second_per_grid_ts")
     published_name = "Qwen3-VL"
     model_class: ClassVar[type[PreTrainedModel]] = Qwen3VLForConditionalGeneration
     has_planes = True
+
+    def video_runs(self, visual: VisualInputs) -> list[int]:
+        return [shape.num_crops for shape in visual.videos]
 
     @contextmanager
     def language_context(self, visual_index: Tensor, planes: Tensor | None) -> Iterator[None]:
