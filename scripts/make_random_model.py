@@ -103,6 +103,24 @@ def qwen2_5_vl_config(tokenizer: PreTrainedTokenizerBase) -> Any:
     return fresh.qwen2_5_vl_config({**{name: text[name] for name in (*kept, *ids)}, **heads}, vision, tokens)
 
 
+def qwen3_vl_config(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The same of Qwen3-VL."""
+    like = qwen2_5_vl_config(tokenizer).to_dict()
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+    kept += ("num_attention_heads", "num_key_value_heads", "bos_token_id", "eos_token_id", "pad_token_id")
+    text = {**{name: like["text_config"][name] for name in kept}, "head_dim": WIDTH // 2}
+    vision = {
+        "depth": NUM_LAYERS,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_heads": NUM_HEADS,
+        "out_hidden_size": WIDTH,
+        "patch_size": 16,
+        "deepstack_visual_indexes": [0, NUM_LAYERS - 2],
+    }
+    return fresh.qwen3_vl_config(text, vision, {name: like[name] for name in QWEN_TOKENS})
+
+
 def build(family: str, seed: int = 0) -> tuple[Any, Any]:
     """A random model in eval mode, float32, and its processor.
 
@@ -116,9 +134,10 @@ def build(family: str, seed: int = 0) -> tuple[Any, Any]:
     if family not in FAMILIES:
         raise ConfigError(f"family={family}: must be one of {', '.join(FAMILIES)}{nearest(family, FAMILIES)}.")
     tokenizer = _tokenizer()
-    if family == fresh.QWEN2_5_VL:
+    if family in (fresh.QWEN2_5_VL, fresh.QWEN3_VL):
         tokenizer.add_tokens(list(QWEN_TOKENS.values()), special_tokens=True)
-        config, template = qwen2_5_vl_config(tokenizer), QWEN_CHAT_TEMPLATE
+        of_family = qwen2_5_vl_config if family == fresh.QWEN2_5_VL else qwen3_vl_config
+        config, template = of_family(tokenizer), QWEN_CHAT_TEMPLATE
     else:
         config, template = family_config(family, tokenizer), CHAT_TEMPLATE
     torch.manual_seed(seed)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 GOLDEN = Path(__file__).parent / "golden/qwen2_5_vl_tiny"
-IMAGE, START, END = 120, 122, 123
+IMAGE, VIDEO, START, END = 120, 121, 122, 123
 GRIDS = ("4x4", "4x8", "6x10", "8x8", "12x16", "14x22")  # rows x columns of patches; a merge unit is 2 x 2
 
 
@@ -53,6 +53,26 @@ def prompt(*items: int | str, expanded: bool = True) -> list[int]:
     return ids
 
 
+def videos(*grids: str) -> dict[str, torch.Tensor]:
+    """What the processor returns for videos of these grids, as ``3x6x10``: steps first."""
+    sizes = [tuple(map(int, grid.split("x"))) for grid in grids]
+    generator = torch.Generator().manual_seed(sum(sum(size) for size in sizes))
+    num_patches = sum(steps * rows * cols for steps, rows, cols in sizes)
+    return {
+        "pixel_values_videos": torch.randn(num_patches, 96, generator=generator),
+        "video_grid_thw": torch.tensor(sizes),
+    }
+
+
+def video(grid: str, in_runs: bool) -> list[int]:
+    """Ids of a video: one run of placeholders, or (Qwen3-VL) a run a step with its time, two words, before it."""
+    steps, rows, cols = map(int, grid.split("x"))
+    length = rows * cols // 4
+    if not in_runs:
+        return [START, *[VIDEO] * steps * length, END]
+    return [i for step in range(steps) for i in (40 + step, 39, START, *[VIDEO] * length, END)]
+
+
 def batch(*rows: list[int], side: str = "left") -> dict[str, torch.Tensor]:
     """``input_ids`` and ``attention_mask``, padded."""
     longest = max(map(len, rows))
@@ -65,4 +85,5 @@ def batch(*rows: list[int], side: str = "left") -> dict[str, torch.Tensor]:
 
 def stock(model: Any, ids: dict[str, torch.Tensor], **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     """The arguments of the unmodified model."""
-    return {**ids, **inputs, "mm_token_type_ids": (ids["input_ids"] == IMAGE).int()}
+    shown = ids["input_ids"]
+    return {**ids, **inputs, "mm_token_type_ids": (shown == IMAGE).int() + 2 * (shown == VIDEO).int()}

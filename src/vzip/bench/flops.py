@@ -20,7 +20,7 @@ CONVENTION = (
     "1 multiply-add = 2 FLOPs; matrix products, convolution and attention only; attention in full (not causal-halved)"
 )
 
-GATED_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text")
+GATED_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text", "qwen3_vl_text")
 """Text model types whose layer is q, k, v, o projections and a gated three-matrix MLP, as the formula below counts."""
 
 

@@ -23,7 +23,6 @@ from transformers import (
     MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
-    Qwen2_5_VLConfig,
     VideoLlavaConfig,
 )
 
@@ -32,9 +31,21 @@ from vzip.installed import checkout
 from vzip.media.video import DEFAULT_NUM_FRAMES
 from vzip.models.families import adapter_class_for_config
 from vzip.models.load import read_config
-from vzip.models.weights.from_config import family_config, pinpoints, qwen2_5_vl_config
+from vzip.models.weights.from_config import (
+    QWEN_CONFIGS,
+    family_config,
+    pinpoints,
+    qwen2_5_vl_config,
+    qwen3_vl_config,
+)
 from vzip.option_files import option_values
 
+QWEN_IDS = {
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+}
 NOISE_PERIOD = 1_048_573  # a prime just under 2**20: rows of a matrix, whose lengths are composite, then all differ
 
 
@@ -69,7 +80,7 @@ class BenchModel:
     @property
     def has_fixed_crops(self) -> bool:
         """Whether all inputs of the vision tower have one size; otherwise there is no published way to compare with."""
-        return not isinstance(self.config, Qwen2_5_VLConfig)
+        return not isinstance(self.config, QWEN_CONFIGS)
 
     @property
     def rows_per_crop(self) -> int:
@@ -199,14 +210,37 @@ def _qwen2_5_vl(size: str) -> BenchModel:
         "fullatt_block_indexes": [7, 15, 23, 31],
         "tokens_per_second": 2,
     }
-    ids = {
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-    }
-    config = qwen2_5_vl_config(text, vision, ids)
+    config = qwen2_5_vl_config(text, vision, QWEN_IDS)
     return _published(f"qwen2_5_vl_{size}", config)
+
+
+def _qwen3_vl(size: str) -> BenchModel:
+    width, mlp_width, num_layers, num_heads, depth, tower_width, tower_mlp_width, deeper = {
+        "2b": (2048, 6144, 28, 16, 24, 1024, 4096, [5, 11, 17]),
+        "4b": (2560, 9728, 36, 32, 24, 1024, 4096, [5, 11, 17]),
+        "8b": (4096, 12288, 36, 32, 27, 1152, 4304, [8, 16, 24]),
+    }[size]
+    text = {
+        "vocab_size": 151936,
+        "hidden_size": width,
+        "intermediate_size": mlp_width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": size != "8b",
+    }
+    vision = {
+        "depth": depth,
+        "hidden_size": tower_width,
+        "intermediate_size": tower_mlp_width,
+        "num_heads": 16,
+        "out_hidden_size": width,
+        "deepstack_visual_indexes": deeper,
+    }
+    return _published(f"qwen3_vl_{size}", qwen3_vl_config(text, vision, QWEN_IDS))
 
 
 SHAPES: dict[str, Callable[[], BenchModel]] = {
@@ -222,6 +256,9 @@ SHAPES: dict[str, Callable[[], BenchModel]] = {
     "mini_gemini_13b": lambda: _mini_gemini("13b"),
     "qwen2_5_vl_3b": lambda: _qwen2_5_vl("3b"),
     "qwen2_5_vl_7b": lambda: _qwen2_5_vl("7b"),
+    "qwen3_vl_2b": lambda: _qwen3_vl("2b"),
+    "qwen3_vl_4b": lambda: _qwen3_vl("4b"),
+    "qwen3_vl_8b": lambda: _qwen3_vl("8b"),
 }
 TINY = "tiny"
 TOWER_TYPES = ("clip_vision_model", "siglip_vision_model")

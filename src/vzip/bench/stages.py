@@ -281,7 +281,7 @@ def _first_token(
     run = None
     if method.pruner is not None:
         run = stack.enter_context(pruning(method.pruner, w.adapter.decoder, prepared.visual_index))
-    with watch.stage("prefill"):
+    with watch.stage("prefill"), adapter.language_context(prepared.visual_index, prepared.planes):
         output = w.model(
             inputs_embeds=prepared.inputs_embeds,
             attention_mask=prepared.attention_mask,

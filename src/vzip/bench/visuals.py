@@ -145,7 +145,7 @@ class Frames(Images):
 
 
 class AnySize(Images):
-    """Qwen2.5-VL: one image of about a thousand visual tokens."""
+    """Qwen2.5-VL, Qwen3-VL: one image of about a thousand visual tokens."""
 
     has_tower = False
 

@@ -141,12 +141,14 @@ class CompressedTokens:
             token (0..K-1) that it was merged into.
         place_index: int64 ``[N, K]``, the unit whose place each token takes; None: of kept units their own, and
             contextual tokens have none.
+        planes: ``[N, K, F]``, the tokens of ``VisionOutput.planes``, or None.
     """
 
     tokens: Tensor
     source_index: Tensor
     merge_index: Tensor
     place_index: Tensor | None = None
+    planes: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -262,6 +264,7 @@ class Compressor(ABC):
         check_selection(selection, vision.num_rows)
         rows = vision.hidden if self.space == "tower" else vision.read(Signal("projected"))
         tokens = self.combine(rows, selection)
+        planes = None if vision.planes is None else self.combine(vision.planes, selection)
         num_kept, merged = selection.num_kept, selection.merge_index
         if merged is None:
             merged = torch.full(rows.shape[:2], -1, dtype=torch.int64, device=rows.device)
@@ -269,7 +272,7 @@ class Compressor(ABC):
             targets = selection.place_index[:, num_kept:]
             own = torch.arange(num_kept, selection.place_index.shape[1], device=rows.device).expand_as(targets)
             merged = (merged.scatter(1, targets, own) - num_kept).clamp(min=-1)
-        return CompressedTokens(tokens, selection.place_index[:, :num_kept], merged, selection.place_index)
+        return CompressedTokens(tokens, selection.place_index[:, :num_kept], merged, selection.place_index, planes)
 
     def __call__(self, vision: VisionOutput) -> CompressedTokens:
         """Compresses and checks count, type and device.
@@ -292,6 +295,10 @@ class Compressor(ABC):
             raise ValueError(
                 f"{self}: tokens are {tokens.dtype} on {tokens.device}, the tower's output {vision.hidden.dtype} on"
                 f" {vision.hidden.device}."
+            )
+        if vision.planes is not None and (result.planes is None or result.planes.shape[:2] != tokens.shape[:2]):
+            raise ValueError(
+                f"{self}: `compress` must apply its selection to the planes of this model too, as the base's does."
             )
         if result.merge_index.shape != (num_crops, num_rows) or result.source_index.shape[:1] != (num_crops,):
             raise ValueError(

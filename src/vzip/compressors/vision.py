@@ -123,6 +123,8 @@ class VisionOutput:
         whole: the image's shape where the N are whole images (``Compressor.scope``); None for crops.
         fixed: as ``VisionShape.fixed``.
         num_crops: of each image (or video), whose crops follow one another; None: each crop is an image.
+        planes: ``[N, U, F]``, what else of each unit enters the language model, at deeper layers (DeepStack); the
+            selection is applied to it too. None: nothing does.
     """
 
     hidden: Tensor
@@ -137,6 +139,7 @@ class VisionOutput:
     whole: VisionShape | None = None
     fixed: bool = True
     num_crops: Sequence[int] | None = None
+    planes: Tensor | None = None
 
     @property
     def num_rows(self) -> int:

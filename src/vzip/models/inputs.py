@@ -73,7 +73,7 @@ class InputBuilder:
         """Prompts, images and videos -> keyword arguments for ``prepare``, ``forward`` and ``generate``.
 
         Args:
-            texts: prompts, with one ``<image>`` (Qwen2.5-VL: ``<|vision_start|><|image_pad|><|vision_end|>``) for each
+            texts: prompts, with one ``<image>`` (Qwen: ``<|vision_start|><|image_pad|><|vision_end|>``) for each
                 of their images, one ``<video>`` for each of their videos.
             images: for each prompt its images, in the order of the placeholders; None: no images.
             videos: for each prompt its videos, likewise; see ``preprocess_videos``.

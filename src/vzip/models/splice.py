@@ -39,6 +39,8 @@ class PreparedInputs:
         num_images: how many of these are images.
         visual_index: int64 ``[B, T]`` on the CPU: -1 text, -2 padding, else the number of the image (or video) there.
         text_ids: int64, the ids of all text tokens, row by row.
+        planes: ``[visual tokens of all prompts, F]`` in the order of ``visual_index``, or None; see
+            ``Adapter.language_context``.
     """
 
     inputs_embeds: Tensor
@@ -49,6 +51,7 @@ class PreparedInputs:
     num_images: int
     visual_index: Tensor
     text_ids: Tensor
+    planes: Tensor | None = None
 
 
 @dataclass
@@ -82,14 +85,18 @@ class SplicePlan:
     def segments(self, input_ids: Tensor, shapes: Sequence[VisionShape]) -> Iterator[list[list[int] | VisionShape]]:
         """Each prompt as ids of text and the shapes of its images and videos, padding left out."""
         for ids, pieces in zip(input_ids.tolist(), self.rows, strict=True):
-            yield [ids[p.start : p.stop] if p.visual is None else shapes[p.visual] for p in pieces]
+            yield [ids[p.start : p.stop] if p.visual is None else _shown(shapes[p.visual], p) for p in pieces]
 
     def num_tokens(self, num_visual_tokens: Sequence[int]) -> list[int]:
         """Of each prompt, given those of each image, then of each video."""
-        return [
-            sum(p.stop - p.start if p.visual is None else num_visual_tokens[p.visual] for p in pieces)
-            for pieces in self.rows
-        ]
+
+        def length(piece: Piece) -> int:
+            if piece.visual is None:
+                return piece.stop - piece.start
+            # Of a video in several runs all are counted with the first.
+            return 0 if piece.units is not None and piece.units[0] else num_visual_tokens[piece.visual]
+
+        return [sum(map(length, pieces)) for pieces in self.rows]
 
     def check_labels(self, labels: Tensor, input_ids: Tensor, vocab_size: int | None = None) -> None:
         """Holds labels to the text's vocabulary (None: their shape alone); placeholders and padding may have any.
@@ -114,6 +121,13 @@ class SplicePlan:
                 )
 
 
+def _shown(shape: VisionShape, piece: Piece) -> VisionShape:
+    """What of an image (or video) a piece shows: of a video in several runs, one crop."""
+    if piece.units is None:
+        return shape
+    return replace(shape, num_crops=1, num_vanilla=piece.units[1] - piece.units[0])
+
+
 @torch.compiler.disable(reason="vzip: prompts are laid out on the CPU, so fullgraph=True cannot be; leave it out")
 def plan_splice(
     input_ids: Tensor,
@@ -124,6 +138,7 @@ def plan_splice(
     video_token_id: int | None = None,
     video_lengths: Sequence[int] = (),
     vocab_size: int | None = None,
+    video_runs: Sequence[int] = (),
 ) -> SplicePlan:
     """Matches placeholders to images and videos, prompt by prompt.
 
@@ -139,6 +154,7 @@ def plan_splice(
         video_token_id: id of a video's placeholder; None for a model without videos.
         video_lengths: as ``expanded_lengths``, for each video.
         vocab_size: rows of the text embedding; None: ids are not held against it.
+        video_runs: of each video, in how many runs of one length it is written; none given: each in one.
 
     Raises:
         PromptError: shapes that do not fit, or another number of placeholders than images or videos; names both. Words
@@ -163,10 +179,15 @@ def plan_splice(
     masks = [[1] * len(row) for row in ids] if attention_mask is None else attention_mask.tolist()
     kinds = [_Kind("image", image_token_id, expanded_lengths)]
     if video_token_id is not None:
-        kinds.append(_Kind("video", video_token_id, video_lengths, first=len(expanded_lengths)))
+        runs = list(video_runs) or [1] * len(video_lengths)
+        lengths = [length // num for length, num in zip(video_lengths, runs, strict=True) for _ in range(num)]
+        name = "temporal step" if any(num > 1 for num in runs) else "video"
+        kinds.append(_Kind(name, video_token_id, lengths, first=len(expanded_lengths)))
     rows = [_plan_row(row_ids, row_mask, kinds) for row_ids, row_mask in zip(ids, masks, strict=True)]
     for kind in kinds:
         _check_all_used(kind)
+    if video_runs:
+        rows = _in_runs(rows, len(expanded_lengths), video_lengths, video_runs)
     if vocab_size is not None:
         words = ((number, ids[number][p.start : p.stop]) for number, row in enumerate(rows) for p in row)
         texts = ((number, own) for number, own in words if own[0] not in {kind.token_id for kind in kinds})
@@ -218,6 +239,32 @@ def _plan_row(ids: list[int], mask: list[int], kinds: list[_Kind]) -> list[Piece
     return pieces
 
 
+def _in_runs(
+    rows: list[list[Piece]], num_images: int, lengths: Sequence[int], runs: Sequence[int]
+) -> list[list[Piece]]:
+    """Pieces that number videos, of pieces that number their runs.
+
+    Raises:
+        PromptError: a video whose runs stand in several prompts.
+    """
+    parts = [(video, run) for video, num in enumerate(runs) for run in range(num)]
+    prompt_of: dict[int, int] = {}
+
+    def whole(piece: Piece, prompt: int) -> Piece:
+        if piece.visual is None or piece.visual < num_images:
+            return piece
+        video, run = parts[piece.visual - num_images]
+        if prompt_of.setdefault(video, prompt) != prompt:
+            raise PromptError(
+                f"Video {video} begins in prompt {prompt_of[video]} and goes on in prompt {prompt}: each of its"
+                f" {runs[video]} temporal steps needs a run of placeholders in one prompt, as the processor writes it."
+            )
+        length = lengths[video] // runs[video]
+        return replace(piece, visual=num_images + video, units=(run * length, (run + 1) * length))
+
+    return [[whole(piece, prompt) for piece in pieces] for prompt, pieces in enumerate(rows)]
+
+
 def _images_in_run(length: int, expanded_lengths: Sequence[int], next_image: int) -> int:
     """Images that a run of placeholders stands for: those whose expansions it is, else one each."""
     total = 0
@@ -245,6 +292,7 @@ def splice(
     labels: Tensor | None = None,
     videos: Sequence[Tensor] = (),
     placement: Placement | None = None,
+    planes: Sequence[Tensor] = (),
 ) -> PreparedInputs:
     """Builds the language model's inputs from a plan.
 
@@ -256,6 +304,7 @@ def splice(
         labels: integers ``[B, T]`` or None.
         videos: for each video ``[num_visual_tokens, d_text]``.
         placement: where places are kept.
+        planes: for each image, then each video, ``[num_visual_tokens, F]``, of a family that has them.
 
     Returns:
         ``PreparedInputs``, as long as its longest prompt.
@@ -275,9 +324,15 @@ def splice(
                 text_ids.append(input_ids[row, piece.start : piece.stop])
     text = embed_tokens(input_ids.masked_fill(~is_text.to(input_ids.device), 0))
     visual = [tokens.to(text.device, text.dtype) for tokens in (*images, *videos)]
+
+    def own(piece: Piece, of_visuals: Sequence[Tensor]) -> Tensor:
+        assert piece.visual is not None
+        rows = of_visuals[piece.visual]
+        return rows if placement is None else rows[placement.own(piece)]
+
     rows = [
         torch.cat(
-            [text[row, p.start : p.stop] if p.visual is None else visual[p.visual] for p in pieces]
+            [text[row, p.start : p.stop] if p.visual is None else own(p, visual) for p in pieces]
             or [text[row, :0]]  # a prompt that is all padding
         )
         for row, pieces in enumerate(plan.rows)
@@ -299,15 +354,16 @@ def splice(
         kept = [placement.kept(row, pieces, text.device) for row, pieces in enumerate(plan.rows)]
         positions = torch.stack([pad(row, 0) for row in kept], dim=1)
         positions = positions[0] if len(positions) == 1 else positions
-    sizes = [[p.stop - p.start if p.visual is None else len(visual[p.visual]) for p in pieces] for pieces in plan.rows]
+    sizes = [[p.stop - p.start if p.visual is None else len(own(p, visual)) for p in pieces] for pieces in plan.rows]
     shown = [[-1 if p.visual is None else p.visual for p in pieces] for pieces in plan.rows]
+    deeper = [own(p, planes).to(text.device) for row in plan.rows for p in row if planes and p.visual is not None]
     new_labels = None
     if labels is not None:
         labels = labels.to(text.device)
         ignored = [labels.new_full((tokens.shape[0],), IGNORED_LABEL) for tokens in visual]
         label_rows = [
             torch.cat(
-                [labels[row, p.start : p.stop] if p.visual is None else ignored[p.visual] for p in pieces]
+                [labels[row, p.start : p.stop] if p.visual is None else own(p, ignored) for p in pieces]
                 or [labels[row, :0]]
             )
             for row, pieces in enumerate(plan.rows)
@@ -327,6 +383,7 @@ def splice(
                 for row, size in zip(shown, sizes, strict=True)
             ]
         ),
+        planes=torch.cat(deeper) if deeper else None,
     )
 
 
@@ -356,7 +413,8 @@ def splice_tokens(
     placement = placement_of(before, visual.shapes, [each.place_index for each in tokens])
     rows = [each.rows for each in tokens]
     images, videos = rows[: len(visual.images)], rows[len(visual.images) :]
-    prepared = splice(plan, input_ids, adapter.embed_tokens, images, labels, videos, placement)
+    planes = [each.planes for each in tokens if each.planes is not None]
+    prepared = splice(plan, input_ids, adapter.embed_tokens, images, labels, videos, placement, planes)
     if placement is None and adapter.position_axes > 1:
         return replace(prepared, position_ids=prepared.position_ids.expand(adapter.position_axes, -1, -1))
     return prepared

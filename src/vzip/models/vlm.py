@@ -7,7 +7,7 @@ It owns the five multimodal steps (encode, score, compress, project, splice) and
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -157,6 +157,15 @@ class CompressedVlm(InputBuilder, nn.Module):
             yield run
         self.last_pruned = run
 
+    @property
+    def _has_hooks(self) -> bool:
+        """Whether the language model runs with hooks, a pruner's or the family's."""
+        return self._pruner is not None or self.adapter.has_planes
+
+    def _deeper(self, prepared: PreparedInputs) -> AbstractContextManager[None]:
+        """What enters the language model at deeper layers, of a family that has it."""
+        return self.adapter.language_context(prepared.visual_index, prepared.planes)
+
     def encode_images(
         self,
         pixel_values: Tensor,
@@ -186,12 +195,15 @@ class CompressedVlm(InputBuilder, nn.Module):
         check_embeddings(self.model, tokens, outputs)
         return tokens
 
-    def encode_videos(self, pixel_values_videos: Tensor, questions: Questions = None) -> list[Tensor]:
+    def encode_videos(
+        self, pixel_values_videos: Tensor, questions: Questions = None, **processor_outputs: Tensor | None
+    ) -> list[Tensor]:
         """Videos -> visual tokens, frame by frame, as they enter the language model.
 
         Args:
-            pixel_values_videos: ``[videos, frames, 3, h, w]``, any number of frames.
+            pixel_values_videos: ``[videos, frames, 3, h, w]``, any number of frames; of Qwen's models all patches.
             questions: as for ``encode_images``, about each video.
+            **processor_outputs: what else the processor returned with them (``video_grid_thw``).
 
         Returns:
             for each video ``[num_visual_tokens, d_text]``: the frames' tokens one after the other.
@@ -200,9 +212,10 @@ class CompressedVlm(InputBuilder, nn.Module):
             UnsupportedModelError: the model has no video tower.
             PromptError: another shape; a text-aware method without a question for each video.
         """
-        visual = self.asked(self.adapter.read_inputs(pixel_values_videos=pixel_values_videos), questions)
+        outputs = {"pixel_values_videos": pixel_values_videos, **processor_outputs}
+        visual = self.asked(self.adapter.read_inputs(**outputs), questions)
         tokens = [each.rows for each in self.adapter.encode(visual, self._compressor)]
-        check_embeddings(self.model, tokens, {"pixel_values_videos": pixel_values_videos})
+        check_embeddings(self.model, tokens, outputs)
         return tokens
 
     def asked(self, visual: VisualInputs, questions: Sequence[str] | None) -> VisualInputs:
@@ -277,6 +290,7 @@ class CompressedVlm(InputBuilder, nn.Module):
             video_token_id,
             video_lengths,
             vocab_size,
+            adapter.video_runs(visual),
         )
         if labels is not None:
             plan.check_labels(labels, input_ids, vocab_size)
@@ -311,7 +325,7 @@ class CompressedVlm(InputBuilder, nn.Module):
             PromptError: as ``prepare``; an argument that belongs to the uncompressed sequence, or to a step that is
                 done here (``vision_feature_layer``); labels or a model in training mode while there is a pruner.
         """
-        if self._pruner is not None and torch.compiler.is_compiling():  # a pruner's hooks are no part of a graph
+        if self._has_hooks and torch.compiler.is_compiling():  # hooks are no part of a graph
             plain = torch.compiler.disable(self.forward)
             return plain(input_ids, attention_mask, labels, questions=questions, **kwargs)
         _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values"), "forward")
@@ -320,7 +334,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         outputs, settings = _split(kwargs)
         settings = check_settings(settings, self.model.config, "forward")
         prepared = self.prepare(input_ids, attention_mask, labels, questions=questions, **outputs)
-        with self._pruning(prepared) as run:
+        with self._pruning(prepared) as run, self._deeper(prepared):
             output = self.model(
                 inputs_embeds=prepared.inputs_embeds,
                 attention_mask=prepared.attention_mask,
@@ -362,7 +376,7 @@ class CompressedVlm(InputBuilder, nn.Module):
                 other options that need the prompt's ids and cannot have its images; while there is a pruner, beams
                 or another cache than a dynamic or static one.
         """
-        if self._pruner is not None and torch.compiler.is_compiling():
+        if self._has_hooks and torch.compiler.is_compiling():
             plain = torch.compiler.disable(self.generate)
             return plain(input_ids, attention_mask, questions=questions, **kwargs)
         _refuse(kwargs, ("inputs_embeds", "position_ids", "past_key_values", "labels"), "generate")
@@ -392,7 +406,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         if self.adapter.keeps_places and length:
             last = prepared.position_ids[..., -1] + 1  # padded on the left, so each prompt's own
             check_length(last.reshape(-1, last.shape[-1]).amax(dim=0).tolist(), self.model.config, num_new, True)
-        with self._pruning(prepared) as run:
+        with self._pruning(prepared) as run, self._deeper(prepared):
             # The ids are for what looks at them (repetition_penalty ...); the embeddings are what is read.
             output = self.model.generate(
                 self._ids(prepared),

@@ -37,6 +37,7 @@ class EncodedVisual:
         num_vanilla_tokens: visual tokens it would have without compression.
         shape: of the image or video.
         place_index: int64 ``[num_visual_tokens]``, the places its tokens take, of a family that keeps places.
+        planes: ``[num_visual_tokens, F]``, what of each enters at deeper layers, or None.
         encode: encodes it for another question; None: it is the same for all.
     """
 
@@ -46,6 +47,7 @@ class EncodedVisual:
     num_vanilla_tokens: int
     shape: VisionShape
     place_index: Tensor | None = None
+    planes: Tensor | None = None
     encode: Callable[[str], EncodedVisual] | None = None
 
 
@@ -132,6 +134,13 @@ class ChatLayout:
             shown = torch.cat([rows for number in order if (rows := visuals[number].tokens) is not None])
             embeddings[is_shown.to(embeddings.device)] = shown.to(embeddings)
         return embeddings
+
+    @staticmethod
+    def planes(ids: Sequence[int], visuals: Sequence[EncodedVisual]) -> Tensor | None:
+        """``PreparedInputs.planes`` of ``lay_out``'s ids."""
+        order = dict.fromkeys(_FIRST_SHOWN - i for i in ids if i <= _FIRST_SHOWN)
+        found = [planes for number in order if (planes := visuals[number].planes) is not None]
+        return torch.cat(found) if found else None
 
     def positions(self, ids: Sequence[int], visuals: Sequence[EncodedVisual]) -> Tensor | None:
         """Position ids ``[1, T]`` or ``[axes, 1, T]`` of ``lay_out``'s ids; None where generate counts as they are."""

@@ -186,7 +186,8 @@ class ChatSession:
             asked = visual if question is None else adapter.asked(visual, compressor, [question], self._vlm.processor)
             (encoded,) = adapter.encode(asked, compressor)
             check_embeddings(self._vlm.model, [encoded.rows], inputs)
-            return EncodedVisual(kind, len(encoded.rows), encoded.rows, num_vanilla, shape, encoded.place_index, again)
+            places, planes = encoded.place_index, encoded.planes
+            return EncodedVisual(kind, len(encoded.rows), encoded.rows, num_vanilla, shape, places, planes, again)
 
         if not compressor.reads_text:
             return encode(None)
@@ -234,7 +235,10 @@ class ChatSession:
         settings = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, **settings}
         shown_ids = self._layout.written(ids, self._vlm.model.config.get_text_config().vocab_size)
         try:
-            with self._pruning(ids, settings) as run:
+            deeper = self._vlm.adapter.language_context(
+                self._layout.visual_index(ids), self._layout.planes(ids, visuals)
+            )
+            with self._pruning(ids, settings) as run, deeper:
                 output: Tensor = self._vlm.model.generate(
                     shown_ids.to(embeddings.device),
                     inputs_embeds=embeddings,  # all of it: Hugging Face leaves out what the cache holds

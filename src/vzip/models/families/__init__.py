@@ -14,6 +14,7 @@ from .llava_next.adapter import LlavaNextAdapter
 from .mini_gemini.adapter import MiniGeminiAdapter
 from .options import FamilyOptions
 from .qwen2_5_vl.adapter import Qwen2_5VlAdapter
+from .qwen3_vl.adapter import Qwen3VlAdapter
 from .video_llava.adapter import VideoLlavaAdapter
 
 # Subclasses before their base: a Mini-Gemini model is a LLaVA model to isinstance.
@@ -23,6 +24,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     LlavaNextAdapter,
     VideoLlavaAdapter,
     Qwen2_5VlAdapter,
+    Qwen3VlAdapter,
 )
 
 # What any family's processor may return beside the text.
@@ -37,6 +39,7 @@ __all__ = [
     "LlavaNextAdapter",
     "MiniGeminiAdapter",
     "Qwen2_5VlAdapter",
+    "Qwen3VlAdapter",
     "VideoLlavaAdapter",
     "VisualInputs",
     "adapter_class_for_config",

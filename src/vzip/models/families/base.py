@@ -95,10 +95,12 @@ class Adapter(ABC):
         has_mining: whether patches are mined, and CLS, which is not, may be left out.
         has_video: whether it takes videos.
         why_no_video: why not, for messages.
+        reads_video: whether it takes them as its processor returns them, though not as files (``has_video``: as both).
         preprocesses: ways to prepare images that it has, see ``vzip.media.images``; the first is the usual one.
         keeps_places: whether visual tokens keep the position ids that the unmodified model gives to their places; of
             the class what the published code does, of an object what ``options.positions`` says.
         position_axes: rows of position ids that the language model takes.
+        has_planes: whether something of each visual token enters the language model at deeper layers.
         video_token_id: id of a video's placeholder in ``input_ids``, or None.
         tower_cache: outputs of the vision tower kept between runs; None: the tower always runs. What a question adds
             for a text-aware method is never kept.
@@ -113,8 +115,10 @@ class Adapter(ABC):
     has_mining: ClassVar[bool] = False
     has_video: ClassVar[bool] = False
     why_no_video: ClassVar[str] = "has no video tower and takes images only"
+    reads_video: ClassVar[bool] = False
     preprocesses: ClassVar[tuple[str, ...]] = PREPROCESSES
     keeps_places: bool = False
+    has_planes: ClassVar[bool] = False
     position_axes: ClassVar[int] = 1
     cannot_use: ClassVar[Mapping[str, str]] = {
         "pruned": "its vision tower is run as a whole and not layer by layer",
@@ -281,7 +285,7 @@ class Adapter(ABC):
             UnsupportedModelError: videos, and the family has no video tower.
         """
         given = {name: value for name, value in processor_outputs.items() if value is not None}
-        if "pixel_values_videos" in given and not self.has_video:
+        if "pixel_values_videos" in given and not (self.has_video or self.reads_video):
             raise self._no_video()
         for name, value in given.items():
             if name in self.input_names and not isinstance(value, Tensor):
@@ -302,6 +306,10 @@ class Adapter(ABC):
 
     def video_shapes(self, tensors: Mapping[str, Tensor]) -> list[VisionShape]:
         """The shape of each video; raises as ``read_inputs``."""
+        return []
+
+    def video_runs(self, visual: VisualInputs) -> list[int]:
+        """Of each video, in how many runs its placeholders are written; empty: each in one."""
         return []
 
     @abstractmethod
@@ -339,6 +347,10 @@ class Adapter(ABC):
     def newline_places(self, shape: VisionShape) -> Tensor:
         """The same of the newlines that ``pack`` adds: int64 ``[num_added]``."""
         return torch.arange(0)
+
+    def language_context(self, visual_index: Tensor, planes: Tensor | None) -> AbstractContextManager[None]:
+        """What must hold while the language model reads a prompt: ``PreparedInputs.visual_index`` and ``planes``."""
+        return nullcontext()
 
     def whole_index(self, shape: VisionShape) -> Tensor | None:
         """How the unmodified model packs an image (or a video): int64 ``[T]`` on the CPU, rows of its crops in turn.
@@ -510,16 +522,21 @@ class Adapter(ABC):
                     wholes.append(self._whole(vision, rows, own, shape, self.whole_index(shape)))
             if compressor.is_vanilla:  # nothing is selected: what is packed is what the unmodified model gets
                 return [
-                    VisualTokens(whole.hidden[0], torch.arange(whole.num_rows) if self.keeps_places else None)
+                    VisualTokens(
+                        whole.hidden[0],
+                        torch.arange(whole.num_rows) if self.keeps_places else None,
+                        None if whole.planes is None else whole.planes[0],
+                    )
                     for whole in wholes
                 ]
             with stage("selection"):
                 made = [compressor(whole) for whole in wholes]
+            planes = [None if one.planes is None else one.planes[0] for one in made]
             return [
-                VisualTokens(one.tokens[0], one.places[0]).in_order()
+                VisualTokens(one.tokens[0], one.places[0], deeper).in_order()
                 if self.keeps_places
-                else VisualTokens(one.tokens[0])
-                for one in made
+                else VisualTokens(one.tokens[0], planes=deeper)
+                for one, deeper in zip(made, planes, strict=True)
             ]
         with stage("selection"):
             compressed = compressor(vision)
@@ -527,21 +544,27 @@ class Adapter(ABC):
         if compressor.space == "tower" and vision.project is not None:
             with stage("projector"):
                 tokens = vision.project(tokens)
+        planes = compressed.planes
+        of_images = [None] * len(shapes) if planes is None else [each.flatten(0, 1) for each in planes.split(num_crops)]
         with stage("splice"):
             if self.keeps_places:
                 places = compressed.places.split(num_crops)
-                return [self._placed(*part) for part in zip(shapes, tokens.split(num_crops), places, strict=True)]
-            parts = zip(tokens.split(num_crops), compressed.source_index.split(num_crops), strict=True)
-            return [VisualTokens(self.pack(shape, *part)) for shape, part in zip(shapes, parts, strict=True)]
+                parts = zip(shapes, tokens.split(num_crops), places, of_images, strict=True)
+                return [self._placed(*part) for part in parts]
+            kept = compressed.source_index.split(num_crops)
+            return [
+                VisualTokens(self.pack(shape, rows, own), planes=deeper)
+                for shape, rows, own, deeper in zip(shapes, tokens.split(num_crops), kept, of_images, strict=True)
+            ]
 
-    def _placed(self, shape: VisionShape, tokens: Tensor, units: Tensor) -> VisualTokens:
+    def _placed(self, shape: VisionShape, tokens: Tensor, units: Tensor, planes: Tensor | None = None) -> VisualTokens:
         """An image's tokens, ``[num_crops, K, d_text]``, and newlines by their places; ``units [num_crops, K]``."""
         places = self.unit_places(shape).to(units.device).gather(1, units).flatten()
         rows, of_newlines = tokens.flatten(0, 1), self.newline_places(shape)
         if len(of_newlines):
             rows = torch.cat([rows, self.newline(rows).expand(len(of_newlines), -1)])
             places = torch.cat([places, of_newlines.to(places.device)])
-        return VisualTokens(rows, places).in_order()
+        return VisualTokens(rows, places, planes).in_order()
 
     def _whole(
         self, vision: VisionOutput, rows: Tensor, own: slice, shape: VisionShape, index: Tensor | None
@@ -565,11 +588,19 @@ class Adapter(ABC):
             recorded[Signal("text")] = vision.signals[Signal("text")][own.start : own.start + 1]
         hidden = packed(rows, None if index is None else self.newline(rows))
         valid = None if vision.valid is None else packed(vision.valid[:, first:], None)
+        planes = None if vision.planes is None else packed(vision.planes[:, first:], None)
         if index is not None:
             shown = (index >= 0).to(hidden.device)[None]
             valid = shown if valid is None else valid & shown
         return VisionOutput(
-            hidden, False, (1, hidden.shape[1]), stock_offset=0, signals=recorded, valid=valid, whole=shape
+            hidden,
+            False,
+            (1, hidden.shape[1]),
+            stock_offset=0,
+            signals=recorded,
+            valid=valid,
+            whole=shape,
+            planes=planes,
         )
 
 

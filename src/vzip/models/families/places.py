@@ -19,25 +19,33 @@ class VisualTokens:
         rows: ``[num_visual_tokens, d_text]``.
         place_index: int64 ``[num_visual_tokens]``, the one of the unmodified model's visual tokens whose place each
             takes, ascending; None where the family counts positions anew.
+        planes: ``[num_visual_tokens, F]``, what of each enters at deeper layers (``VisionOutput.planes``), or None.
     """
 
     rows: Tensor
     place_index: Tensor | None = None
+    planes: Tensor | None = None
 
     def in_order(self) -> VisualTokens:
         """The tokens by their places; of one place in the order they had."""
         assert self.place_index is not None
         order = self.place_index.argsort(stable=True)
-        return VisualTokens(self.rows[order], self.place_index[order])
+        planes = None if self.planes is None else self.planes[order]
+        return VisualTokens(self.rows[order], self.place_index[order], planes)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a prompt: text positions start..stop, or an image (``visual``: its number; videos after images)."""
+    """A stretch of a prompt: text positions start..stop, or an image (``visual``: its number; videos after images).
+
+    ``units``: of a video that is written in several runs, first and stop of its visual tokens, before compression, that
+    are here; None: all of them.
+    """
 
     start: int
     stop: int
     visual: int | None = None
+    units: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,15 @@ class Placement:
     lengths: Sequence[int]
     place_index: Sequence[Tensor]
 
+    def own(self, piece: Piece) -> slice:
+        """Which of its image's (or video's) tokens stand in a piece."""
+        assert piece.visual is not None
+        if piece.units is None:
+            return slice(None)
+        places = self.place_index[piece.visual]
+        first, stop = torch.searchsorted(places, torch.tensor(piece.units, device=places.device)).tolist()
+        return slice(first, stop)
+
     def kept(self, row: int, pieces: Sequence[Piece], device: torch.device) -> Tensor:
         """Position ids of a compressed prompt, ``[axes, T]``."""
         parts, start = [torch.arange(0, device=device)], 0
@@ -62,8 +79,9 @@ class Placement:
                 length = piece.stop - piece.start
                 parts.append(torch.arange(start, start + length, device=device))
             else:
-                length = self.lengths[piece.visual]
-                parts.append(self.place_index[piece.visual].to(device) + start)
+                first, stop = piece.units or (0, self.lengths[piece.visual])
+                length = stop - first
+                parts.append(self.place_index[piece.visual][self.own(piece)].to(device) + start - first)
             start += length
         return self.position_ids[row].to(device)[:, torch.cat(parts)]
 

@@ -112,10 +112,13 @@ def _read(vision: VisionOutput) -> frozenset[Signal]:
 
 
 def _size(vision: VisionOutput) -> int:
-    return vision.hidden.nbytes + sum(value.nbytes for value in _recorded(vision).values())
+    planes = 0 if vision.planes is None else vision.planes.nbytes
+    return vision.hidden.nbytes + planes + sum(value.nbytes for value in _recorded(vision).values())
 
 
 def _to(vision: VisionOutput, device: torch.device) -> VisionOutput:
     moved = {signal: value.to(device) for signal, value in _recorded(vision).items()}
     attention, keys = moved.pop(Signal("attention"), None), moved.pop(Signal("keys"), None)
-    return replace(vision, hidden=vision.hidden.to(device), attention=attention, keys=keys, signals=moved)
+    planes = None if vision.planes is None else vision.planes.to(device)
+    hidden = vision.hidden.to(device)
+    return replace(vision, hidden=hidden, attention=attention, keys=keys, signals=moved, planes=planes)

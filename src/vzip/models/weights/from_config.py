@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2_5_VLConfig,
+    Qwen3VLConfig,
     VideoLlavaConfig,
 )
 
@@ -30,8 +31,9 @@ CONFIGS: dict[str, Any] = {
     "video_llava": VideoLlavaConfig,
     "mini_gemini": MiniGeminiConfig,
 }
-QWEN2_5_VL = "qwen2_5_vl"
-FAMILIES = (*CONFIGS, QWEN2_5_VL)
+QWEN2_5_VL, QWEN3_VL = "qwen2_5_vl", "qwen3_vl"
+FAMILIES = (*CONFIGS, QWEN2_5_VL, QWEN3_VL)
+QWEN_CONFIGS = (Qwen2_5_VLConfig, Qwen3VLConfig)
 
 
 def family_config(
@@ -80,6 +82,20 @@ def qwen2_5_vl_config(text: Mapping[str, Any], vision: Mapping[str, Any], ids: M
     return Qwen2_5_VLConfig(**settings, **ids, tie_word_embeddings=text.get("tie_word_embeddings", False))
 
 
+def qwen3_vl_config(text: Mapping[str, Any], vision: Mapping[str, Any], ids: Mapping[str, int]) -> Any:
+    """Qwen3-VL's; as ``qwen2_5_vl_config``, the heads divided 24 : 20 : 20, with ``head_dim`` in ``text``."""
+    half = text["head_dim"] // 2
+    spatial = half * 20 // 64
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 5e6,
+        "mrope_section": [half - 2 * spatial, spatial, spatial],
+        "mrope_interleaved": True,
+    }
+    settings = {"text_config": {**text, "rope_parameters": rope}, "vision_config": dict(vision)}
+    return Qwen3VLConfig(**settings, **ids, tie_word_embeddings=text.get("tie_word_embeddings", False))
+
+
 def pinpoints(side: int) -> list[list[int]]:
     """LLaVA-NeXT's resolutions (height, width) as the published checkpoints have them, for crops of ``side`` pixels."""
     return [[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [3 * side, side], [side, 3 * side]]
@@ -102,11 +118,15 @@ def new_image_processor(config: Any) -> Any:
     from transformers import LlavaNextImageProcessor, VideoLlavaImageProcessor
     from transformers.models.clip import CLIPImageProcessor
 
-    if isinstance(config, Qwen2_5_VLConfig):
+    if isinstance(config, QWEN_CONFIGS):
         from transformers.models.qwen2_vl import Qwen2VLImageProcessor
 
         vision = config.vision_config
-        return Qwen2VLImageProcessor(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
+        settings: dict[str, Any] = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
+        if isinstance(config, Qwen3VLConfig):  # as its checkpoints' own
+            settings |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+            settings["size"] = {"shortest_edge": 65536, "longest_edge": 16777216}
+        return Qwen2VLImageProcessor(**settings)
     side = image_side(config)
     sides: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     if isinstance(config, LlavaNextConfig):
@@ -125,7 +145,7 @@ def new_processor(
         chat_template: Jinja.
         image_processor: None: a new one for the configuration.
     """
-    if isinstance(config, Qwen2_5_VLConfig):
+    if isinstance(config, QWEN_CONFIGS):
         return Qwen2_5VlImageTextProcessor(image_processor or new_image_processor(config), tokenizer, chat_template)
     kind = LlavaNextProcessor if isinstance(config, LlavaNextConfig) else LlavaProcessor
     geometry = geometry_from_config(config.vision_config)

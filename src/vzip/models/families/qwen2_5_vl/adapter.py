@@ -6,10 +6,12 @@ contextual token those of its target, as the file for Qwen2.5-VL that VisionZip'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
@@ -28,12 +30,27 @@ from .tower import Grid, UnitTower, check_signal
 
 
 class Qwen2_5VlAdapter(Adapter):
-    """Images; videos are not served yet."""
+    """Images, and videos as the processor returns them; a budget is each temporal step's.
 
-    model_class = Qwen2_5_VLForConditionalGeneration
-    input_names = ("pixel_values", "image_grid_thw", "mm_token_type_ids", "pixel_values_videos")
+    Attributes:
+        published_name: of the models, for messages.
+    """
+
+    published_name: ClassVar[str] = "Qwen2.5-VL"
+    model_class: ClassVar[type[PreTrainedModel]] = Qwen2_5_VLForConditionalGeneration
+    input_names = (
+        "pixel_values",
+        "image_grid_thw",
+        "mm_token_type_ids",
+        "pixel_values_videos",
+        "video_grid_thw",
+        "second_per_grid_ts",
+    )
     written_image = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
-    why_no_video = "takes images only here, for its videos are not served yet"
+    why_no_video = (
+        "takes videos only as its processor returns them (prepare, forward, generate), for files are not served yet"
+    )
+    reads_video = True
     keeps_places = True
     position_axes = 3
     preprocesses = ("hf",)
@@ -41,6 +58,7 @@ class Qwen2_5VlAdapter(Adapter):
     def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
         super().__init__(model, options)
         self.tower = UnitTower.of(self.vision_tower, model.config.vision_config)
+        self.video_token_id: int = model.config.video_token_id
 
     @classmethod
     def check_config(cls, config: Any) -> None:
@@ -117,49 +135,77 @@ class Qwen2_5VlAdapter(Adapter):
         }
 
     def image_shapes(self, tensors: Mapping[str, Tensor]) -> list[VisionShape]:
-        pixel_values, grid_thw = tensors.get("pixel_values"), tensors.get("image_grid_thw")
+        return [self._shape("image", grid) for grid in self._grids(tensors, "pixel_values", "image_grid_thw")]
+
+    def video_shapes(self, tensors: Mapping[str, Tensor]) -> list[VisionShape]:
+        grids = self._grids(tensors, "pixel_values_videos", "video_grid_thw")
+        seconds = tensors.get("second_per_grid_ts")
+        if seconds is None:
+            return [self._shape("video", grid) for grid in grids]
+        if tuple(seconds.shape) != (len(grids),):
+            raise PromptError(
+                f"second_per_grid_ts has shape {tuple(seconds.shape)}: must be [videos], the seconds of a temporal step"
+                f" of each of the {len(grids)} in video_grid_thw."
+            )
+        return [self._shape("video", grid, each) for grid, each in zip(grids, seconds.tolist(), strict=True)]
+
+    def _grids(self, tensors: Mapping[str, Tensor], pixels: str, name: str) -> list[Grid]:
+        """Grids of all images or of all videos; ``pixels`` and ``name`` are the processor's names of both tensors."""
+        pixel_values, grid_thw = tensors.get(pixels), tensors.get(name)
         if pixel_values is None and grid_thw is None:
             return []
+        what = name.partition("_")[0]
         if pixel_values is None or grid_thw is None:
+            helper = " and preprocess_images return" if what == "image" else " returns"
             raise PromptError(
-                f"{'pixel_values' if pixel_values is None else 'image_grid_thw'} is missing: Qwen2.5-VL's processor and"
-                " preprocess_images return both, the patches of all images and the grid of each."
+                f"{pixels if pixel_values is None else name} is missing: {self.published_name}'s processor{helper}"
+                f" both, the patches of all {what}s and the grid of each."
             )
         merge = self.tower.merge_size
         if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
             raise PromptError(
-                f"image_grid_thw is {grid_thw.dtype} of shape {tuple(grid_thw.shape)}: must be integers [images, 3],"
-                " the (temporal steps, rows, columns) of patches of each image."
+                f"{name} is {grid_thw.dtype} of shape {tuple(grid_thw.shape)}: must be integers [{what}s, 3],"
+                f" the (temporal steps, rows, columns) of patches of each {what}."
             )
         grids: list[Grid] = [(step, row, col) for step, row, col in grid_thw.tolist()]
-        if bad := [grid for grid in grids if grid[0] != 1 or min(grid) < 1 or grid[1] % merge or grid[2] % merge]:
+        most = 1 if what == "image" else math.inf
+        if bad := [g for g in grids if not 1 <= g[0] <= most or min(g) < 1 or g[1] % merge or g[2] % merge]:
+            steps = "an image has 1 temporal step" if what == "image" else "a video has 1 temporal step or more"
             raise PromptError(
-                f"image_grid_thw holds {bad[0]}: an image has 1 temporal step, and its rows and columns of patches are"
-                f" multiples of {merge}."
+                f"{name} holds {bad[0]}: {steps}, and its rows and columns of patches are multiples of {merge}."
             )
-        expected = (sum(row * col for _, row, col in grids), self._values_of_a_patch())
+        expected = (sum(step * row * col for step, row, col in grids), self._values_of_a_patch())
         if tuple(pixel_values.shape) != expected:
             raise PromptError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}: must be [patches, values of a patch], here"
-                f" {list(expected)}, since image_grid_thw counts {expected[0]} patches."
+                f"{pixels} has shape {tuple(pixel_values.shape)}: must be [patches, values of a patch], here"
+                f" {list(expected)}, since {name} counts {expected[0]} patches."
             )
-        return [self._shape(row // merge, col // merge) for _, row, col in grids]
+        return grids
 
-    @staticmethod
-    def _shape(rows: int, cols: int) -> VisionShape:
-        return VisionShape("image", 1, (rows, cols), has_cls=False, num_vanilla=rows * cols, fixed=False)
+    def _shape(self, kind: Literal["image", "video"], grid: Grid, seconds: float | None = None) -> VisionShape:
+        steps, rows, cols = grid[0], grid[1] // self.tower.merge_size, grid[2] // self.tower.merge_size
+        num_units = steps * rows * cols
+        return TimedShape(kind, steps, (rows, cols), False, num_units, fixed=False, seconds_per_step=seconds)
 
     def image_outputs(
         self, visual: VisualInputs, signals: frozenset[Signal], run: TowerRun | None = None, stage: Stage = no_stage
     ) -> list[Group]:
-        grids = [self._grid(shape) for shape in visual.images]
+        return self._outputs(visual.tensors["pixel_values"], visual.images, signals, stage)
+
+    def video_outputs(
+        self, visual: VisualInputs, signals: frozenset[Signal], run: TowerRun | None = None, stage: Stage = no_stage
+    ) -> list[Group]:
+        return self._outputs(visual.tensors["pixel_values_videos"], visual.videos, signals, stage)
+
+    def _outputs(
+        self, pixel_values: Tensor, shapes: Sequence[VisionShape], signals: frozenset[Signal], stage: Stage
+    ) -> list[Group]:
         with stage("tower"):
-            vision = self._run(visual.tensors["pixel_values"], grids, signals)
-        sizes = [shape.num_units for shape in visual.images]
+            vision = self._run(pixel_values, [self._grid(shape) for shape in shapes], signals)
         groups: dict[tuple[int, int], list[int]] = {}
-        for number, shape in enumerate(visual.images):
+        for number, shape in enumerate(shapes):
             groups.setdefault(shape.grid, []).append(number)
-        return [(members, _of_images(vision, sizes, members, grid)) for grid, members in groups.items()]
+        return [(members, _of_members(vision, shapes, members, grid)) for grid, members in groups.items()]
 
     def _run(self, pixel_values: Tensor, grids: Sequence[Grid], signals: frozenset[Signal]) -> VisionOutput:
         def run(reads: frozenset[Signal]) -> VisionOutput:
@@ -176,35 +222,48 @@ class Qwen2_5VlAdapter(Adapter):
     def positions(self, segments: Sequence[Sequence[int] | VisionShape]) -> Tensor:
         if any(isinstance(one, VisionShape) and isinstance(other, VisionShape) for one, other in pairwise(segments)):
             raise PromptError(
-                "Two images touch in a prompt: Qwen2.5-VL reads one run of placeholders as one image. Put"
+                f"Two images touch in a prompt: {self.published_name} reads one run of placeholders as one image. Put"
                 " <|vision_end|><|vision_start|> between them, as the chat template does."
             )
-        ids, types, grids = list[int](), list[int](), list[Grid]()
+        ids, types = list[int](), list[int]()
+        shapes = [segment for segment in segments if isinstance(segment, VisionShape)]
         for segment in segments:
             if isinstance(segment, VisionShape):
-                ids += [self.image_token_id] * segment.num_vanilla
-                types += [1] * segment.num_vanilla
-                grids.append(self._grid(segment))
+                ids += [self.image_token_id if segment.kind == "image" else self.video_token_id] * segment.num_vanilla
+                types += [1 if segment.kind == "image" else 2] * segment.num_vanilla
             else:
                 ids += segment
                 types += [0] * len(segment)
         if not ids:  # a prompt that is all padding
             return torch.zeros(3, 0, dtype=torch.int64)
+        arguments: dict[str, Tensor] = {}
+        for kind in ("image", "video"):
+            if own := [shape for shape in shapes if shape.kind == kind]:
+                arguments[f"{kind}_grid_thw"] = torch.tensor([self._grid(shape) for shape in own])
+        seconds = [shape.seconds_per_step for shape in shapes if isinstance(shape, TimedShape)]
+        if timed := [each for each in seconds if each is not None]:
+            arguments["second_per_grid_ts"] = torch.tensor(timed)
         model: Any = self.model.get_submodule("model")
-        found: Tensor = model.get_rope_index(
-            torch.tensor([ids]), torch.tensor([types]), image_grid_thw=torch.tensor(grids) if grids else None
-        )[0]
+        found: Tensor = model.get_rope_index(torch.tensor([ids]), torch.tensor([types]), **arguments)[0]
         return found[:, 0]
 
 
-def _of_images(
-    vision: VisionOutput, sizes: Sequence[int], members: Sequence[int], grid: tuple[int, int]
+@dataclass(frozen=True)
+class TimedShape(VisionShape):
+    """Of an image, or of a video whose temporal steps last ``seconds_per_step`` (None: what the model takes)."""
+
+    seconds_per_step: float | None = None
+
+
+def _of_members(
+    vision: VisionOutput, shapes: Sequence[VisionShape], members: Sequence[int], grid: tuple[int, int]
 ) -> VisionOutput:
-    """Those of some images of one grid, out of what the tower made of all: ``[len(members), U, ...]``."""
+    """Images (or the temporal steps of videos) of one grid, out of what the tower made of all: ``[N, U, ...]``."""
+    sizes = [shape.num_vanilla for shape in shapes]
 
     def own(values: Tensor) -> Tensor:
-        parts = values[0].split(list(sizes))
-        return torch.stack([parts[number] for number in members])
+        parts = values[0].split(sizes)
+        return torch.cat([parts[number].unflatten(0, (shapes[number].num_crops, -1)) for number in members])
 
     return VisionOutput(
         own(vision.hidden),
@@ -215,6 +274,7 @@ def _of_images(
         stock_offset=0,
         signals={signal: own(value) for signal, value in vision.signals.items()},
         fixed=False,
+        planes=None if vision.planes is None else own(vision.planes),
     )
 
 

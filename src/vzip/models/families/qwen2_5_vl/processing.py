@@ -1,4 +1,4 @@
-"""The processor of a Qwen2.5-VL checkpoint without its part for videos, which needs torchvision."""
+"""The processor of a Qwen2.5-VL (or Qwen3-VL) checkpoint without its part for videos, which needs torchvision."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ def prepare_images(images: Sequence[Image.Image], image_processor: Any) -> dict[
         if max(image.size) >= MAX_ASPECT_RATIO * min(image.size):
             raise ImageError(
                 f"An image of {image.width} x {image.height} is more oblong than {MAX_ASPECT_RATIO}:1, which"
-                " Qwen2.5-VL's image processor does not take. Cut it into pieces."
+                " Qwen's image processor does not take. Cut it into pieces."
             )
     return dict(image_processor(images=images, return_tensors="pt"))

@@ -1,8 +1,9 @@
-"""Running the vision tower of Qwen2.5-VL and reading signals of its merge units on the way.
+"""Running the vision tower of Qwen2.5-VL (and Qwen3-VL) and reading signals of its merge units on the way.
 
 The tower runs as Hugging Face runs it, all images in one call. Inside it rows stand in *window order*: merge units
 (2 x 2 patches that become one visual token) sorted by the attention window they lie in. What is recorded there is
-averaged over each unit's patches and put back into reading order, which is the order of the visual tokens.
+averaged over each unit's patches and put back into reading order, which is the order of the visual tokens. Qwen3-VL has
+no windows: reading order throughout.
 
 Shapes: S patches and M merge units of all images, H heads, d = head width.
 """
@@ -34,14 +35,14 @@ class UnitTower:
     Attributes:
         module: Hugging Face's.
         merge_size: side of a merge unit in patches.
-        window: side of an attention window in merge units.
+        window: side of an attention window in merge units; None: there are no windows.
         full_blocks: blocks (0-based) whose attention sees a whole image (a temporal step of a video).
         num_layers: blocks.
     """
 
     module: nn.Module
     merge_size: int
-    window: int
+    window: int | None
     full_blocks: tuple[int, ...]
     num_layers: int
 
@@ -49,6 +50,8 @@ class UnitTower:
     def of(cls, module: nn.Module, config: Any) -> UnitTower:
         """From Hugging Face's module and ``vision_config``; raises UnsupportedModelError for what cannot be served."""
         merge_size = config.spatial_merge_size
+        if not hasattr(config, "window_size"):
+            return cls(module, merge_size, None, tuple(range(config.depth)), config.depth)
         window = config.window_size // merge_size // config.patch_size
         full_blocks = tuple(index for index in config.fullatt_block_indexes if index < config.depth)
         if window < 1 or not full_blocks:
@@ -81,7 +84,7 @@ class UnitTower:
 
         Returns:
             ``VisionOutput`` of one crop that holds the units of all images, ``hidden [1, M, d_text]`` being what the
-            merger made of them.
+            merger made of them, and ``planes`` what the other mergers made of earlier blocks' output.
         """
         recorded = {s: self.layer_of(s) for s in signals if s.name != "projected" and s != Signal("hidden")}
         module, into = self.module, dict[str, Any]()
@@ -93,8 +96,11 @@ class UnitTower:
                 stack.enter_context(_recording(module, layer, is_hidden, into))
             output = module(pixel_values.to(device, dtype), grid_thw=grid_thw, return_dict=True)
         device = output.pooler_output.device  # where blocks are spread over devices, the merger's
-        back = window_order(grids, self.merge_size, self.window).argsort().to(device)
-        values = {s: self._units(s, layer, into, grids).to(device)[back] for s, layer in recorded.items()}
+        values = {s: self._units(s, layer, into, grids).to(device) for s, layer in recorded.items()}
+        if self.window is not None:
+            back = window_order(grids, self.merge_size, self.window).argsort().to(device)
+            values = {signal: value[back] for signal, value in values.items()}
+        deeper = [plane.to(device) for plane in getattr(output, "deepstack_features", None) or ()]
         signals_of_all = {signal: value[None] for signal, value in values.items()}
         num_units = output.pooler_output.shape[0]
         return VisionOutput(
@@ -106,6 +112,7 @@ class UnitTower:
             stock_offset=0,
             signals=signals_of_all,
             fixed=False,
+            planes=torch.cat(deeper, dim=-1)[None] if deeper else None,
         )
 
     def num_operations(self, grids: Sequence[Grid], with_merger: bool = True, is_scored: bool = False) -> int:
@@ -118,7 +125,7 @@ class UnitTower:
         """
         num_patches = sum(steps * rows * cols for steps, rows, cols in grids)
         attended = sum(steps * (rows * cols) ** 2 for steps, rows, cols in grids)  # in a block that sees all
-        in_windows = num_patches * (self.window * self.merge_size) ** 2
+        in_windows = 0 if self.window is None else num_patches * (self.window * self.merge_size) ** 2
         blocks = self.module.get_submodule("blocks")
         weights = [p for p in (*self.module.get_submodule("patch_embed").parameters(), *blocks.parameters())]
         width = len(weights[0])
@@ -126,8 +133,8 @@ class UnitTower:
         pairs = 2 * (num_full * attended + (self.num_layers - num_full) * in_windows) + is_scored * attended
         linear = num_patches * sum(p.numel() for p in weights if p.ndim > 1)
         if with_merger:
-            merger = self.module.get_submodule("merger").parameters()
-            linear += num_patches // self.merge_size**2 * sum(p.numel() for p in merger if p.ndim > 1)
+            mergers = [p for name, p in self.module.named_parameters() if "merger" in name.partition(".")[0]]
+            linear += num_patches // self.merge_size**2 * sum(p.numel() for p in mergers if p.ndim > 1)
         return 2 * (linear + pairs * width)
 
     def _units(self, signal: Signal, layer: int, into: dict[str, Any], grids: Sequence[Grid]) -> Tensor:

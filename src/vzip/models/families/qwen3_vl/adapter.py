@@ -1,0 +1,66 @@
+"""Qwen3-VL: Qwen2.5-VL without windows, and with DeepStack.
+
+What earlier blocks of the vision tower saw is added to the visual tokens behind the language model's first layers, a
+*plane* for each of these blocks. Planes follow the selection: of a token that is kept they are its own, of a contextual
+token they are merged as its row is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
+
+from ..base import VisualInputs
+from ..qwen2_5_vl.adapter import Qwen2_5VlAdapter
+
+
+class Qwen3VlAdapter(Qwen2_5VlAdapter):
+    """Images, and videos as the processor returns them: a run of placeholders, with its time before it, a step."""
+
+    input_names = tuple(name for name in Qwen2_5VlAdapter.input_names if name != "second_per_grid_ts")
+    published_name = "Qwen3-VL"
+    model_class: ClassVar[type[PreTrainedModel]] = Qwen3VLForConditionalGeneration
+    has_planes = True
+
+    def video_runs(self, visual: VisualInputs) -> list[int]:
+        return [shape.num_crops for shape in visual.videos]
+
+    @contextmanager
+    def language_context(self, visual_index: Tensor, planes: Tensor | None) -> Iterator[None]:
+        """Hands the planes to the language model, whenever it reads a part of the prompt; see ``Adapter``.
+
+        The model's own call takes no planes, so they are put among the arguments of the language model within it.
+        """
+        if planes is None:
+            yield
+            return
+        is_visual, owner = visual_index >= 0, threading.get_ident()
+        of_rows = planes.split(is_visual.sum(dim=1).tolist())
+
+        def add(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+            start = 0 if cache is None else int(cache.get_seq_length())
+            own = is_visual[:, start : start + embeds.shape[1]]
+            if threading.get_ident() != owner or not bool(own.any()):
+                return None
+            # With beams, each prompt several times over.
+            repeats = len(embeds) // len(own)
+            before, count = is_visual[:, :start].sum(dim=1).tolist(), own.sum(dim=1).tolist()
+            parts = [rows[first : first + length] for rows, first, length in zip(of_rows, before, count, strict=True)]
+            added = torch.cat([part for part in parts for _ in range(repeats)])
+            mask = own.repeat_interleave(repeats, dim=0).to(embeds.device)
+            width = embeds.shape[2]
+            return args, {**kwargs, "visual_pos_masks": mask, "deepstack_visual_embeds": added.split(width, dim=-1)}
+
+        handle = self.language_model.register_forward_pre_hook(add, with_kwargs=True)
+        try:
+            with torch.compiler.set_stance("force_eager"):  # compiled before, it would go on without the hook
+                yield
+        finally:
+            handle.remove()
