@@ -21,8 +21,8 @@ from vzip.compressors import Compressor, Identity, VisionOutput
 from vzip.models.families.base import TowerRun, VisualInputs
 from vzip.models.families.places import VisualTokens
 from vzip.models.splice import PreparedInputs, plan_splice, positions_before, splice_tokens
-from vzip.models.towers.structure import Tower
 from vzip.models.towers.planned import run_for
+from vzip.models.towers.structure import Tower
 from vzip.ops.attention import cls_attention, mean_keys, received_attention
 from vzip.pruners import Pruner
 from vzip.pruners.context import PrunedRun, pruning

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from vzip.compressors.base import Compressor
 from vzip.compressors.vision import Signal, VisionOutput
 
-from ..towers.structure import Tower, TowerGeometry, check_select_layer, find_tower, geometry_from_config
 from ..towers.planned import run_planned
+from ..towers.structure import Tower, TowerGeometry, check_select_layer, find_tower, geometry_from_config
 from ..towers.tap import run_tower
 from .base import Adapter, Group, Stage, TowerRun, VisualInputs, no_stage
 from .options import FamilyOptions, check_fit
