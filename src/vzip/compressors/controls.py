@@ -132,7 +132,7 @@ def _grid_of(
 
 @dataclass(frozen=True)
 class Resized(PresentPatches):
-    """The image made smaller: the whole vision tower runs on as many patches as there are visual tokens; CLS is dropped.
+    """The image made smaller: the vision tower runs on as many patches as there are visual tokens, CLS is dropped.
 
     Each crop is resized from the processor's pixels, bicubic and antialiased, to the most nearly square rows x columns
     of patches (rows the fewer) whose product is ``budget.num_tokens``: 64 = 8 x 8, 128 = 8 x 16, 192 = 12 x 16. More

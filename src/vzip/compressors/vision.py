@@ -17,8 +17,9 @@ from torch.nn import functional
 from vzip.errors import ConfigError, nearest
 
 # What a method may read, by name. A score has one value a unit, higher is more important; the others have a row a unit.
-SCORES = ("attention", "received_attention", "undivided_attention", "key_norms", "present")
-SIGNALS = (*SCORES, "keys", "undivided_keys", "hidden", "projected", "text", "aligned")
+SCORES = ("attention", "received_attention", "undivided_attention", "key_norms")
+OF_PATCHES = (*SCORES, "present")  # a value for each patch, none for CLS
+SIGNALS = (*OF_PATCHES, "keys", "undivided_keys", "hidden", "projected", "text", "aligned")
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class VisionOutput:
         if signal not in recorded:
             raise ValueError(f"{signal} was not recorded: name it in the compressor's `reads`.")
         value = recorded[signal]
-        return functional.pad(value, (int(self.has_cls), 0)) if signal.name in SCORES else value
+        return functional.pad(value, (int(self.has_cls), 0)) if signal.name in OF_PATCHES else value
 
     def read_patches(self, signal: Signal) -> Tensor:
         """The same without CLS: ``[N, P]`` or ``[N, P, width]``."""

@@ -43,8 +43,8 @@ def run_planned(
         plan: of the method, for this tower's grid.
 
     Returns:
-        ``VisionOutput`` of all places of the grid: ``hidden [N, U, D]`` is zero where no patch is left, which the signal
-        ``present`` says. The row of a resized image's patch is that of the place in its middle.
+        ``VisionOutput`` of all places of the grid: ``hidden [N, U, D]`` is zero where no patch is left; the signal
+        ``present`` says where. The row of a resized image's patch is that of the place in its middle.
 
     Raises:
         PromptError: pixels of a wrong shape.

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vzip.compressors.vision import SCORES, Signal, VisionOutput
+from vzip.compressors.vision import OF_PATCHES, Signal, VisionOutput
 from vzip.errors import PromptError, UnsupportedModelError
 
 from ...towers.structure import TowerGeometry
@@ -105,7 +105,7 @@ class MiniGeminiAdapter(LlavaAdapter):
         mined = model.mine(vision.hidden[:, 1:], highres)
         if not self.options.drop_cls:
             return replace(vision, hidden=torch.cat([vision.hidden[:, :1], mined], dim=1))
-        rows = {signal: value for signal, value in vision.signals.items() if signal.name not in SCORES}
+        rows = {signal: value for signal, value in vision.signals.items() if signal.name not in OF_PATCHES}
         return replace(
             vision,
             hidden=mined,
