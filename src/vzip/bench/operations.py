@@ -71,7 +71,7 @@ def count_method(
         pixels = workload.visuals.tower_inputs(inputs)
         result["tower"] = StageFlops(flops.count(lambda: real.run_tower(pixels)), None)
     with torch.no_grad():
-        vision = method.run_tower(pixel_values)
+        vision = _with_text(meta, workload, model, method.run_tower(pixel_values))
     if isinstance(meta.adapter, MiniGeminiAdapter):
         result |= _mining(meta.adapter, vision, pixel_values)
     if not isinstance(method, Vanilla):
@@ -84,6 +84,23 @@ def count_method(
         with torch.no_grad():
             tokens = method.compressor(vision).tokens
     return result | _language(meta, model, tokens, _layers_of(meta, model, method, num_visual_tokens, cached_tokens))
+
+
+def _with_text(meta: Workload, workload: Workload, model: BenchModel, vision: VisionOutput) -> VisionOutput:
+    """What a text-aware method reads beside the tower's output, without contents."""
+    if not meta.compressor.reads_text:
+        return vision
+    num_crops, num_units = vision.hidden.shape[:2]
+    encoder = None if workload.adapter is None else workload.adapter.text_encoder
+    shape = (meta.settings.prompt_tokens, model.config.text_config.hidden_size)
+    if meta.compressor.text_encoder is not None and encoder is not None:
+        shape = (1, encoder.text_projection.out_features)
+    signals = {**vision.signals, Signal("text"): vision.hidden.new_empty(num_crops, *shape)}
+    for signal in meta.compressor.reads():
+        if signal.name == "aligned":
+            signals[signal] = vision.hidden.new_empty(num_crops, num_units, shape[1])
+    assert meta.adapter is not None
+    return replace(vision, signals=signals, project=meta.adapter.projector)
 
 
 def _of_any_size(meta: Workload, model: BenchModel, method: Method, num_visual_tokens: int) -> dict[str, StageFlops]:
