@@ -38,7 +38,7 @@ class Qwen2_5VlAdapter(Adapter):
 
     published_name: ClassVar[str] = "Qwen2.5-VL"
     model_class: ClassVar[type[PreTrainedModel]] = Qwen2_5_VLForConditionalGeneration
-    input_names = (
+    input_names: ClassVar[tuple[str, ...]] = (
         "pixel_values",
         "image_grid_thw",
         "mm_token_type_ids",
