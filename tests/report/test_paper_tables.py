@@ -9,10 +9,10 @@ import pytest
 
 from vzip.errors import ConfigError, ManifestError
 from vzip.evaluation.benchmarks.protocols import PROTOCOLS
-from vzip.report.paper_tables import AVERAGE, PaperTable, Row
 from vzip.installed import checkout
 from vzip.option_files import read_yaml
 from vzip.pruners import FastV
+from vzip.report.paper_tables import AVERAGE, PaperTable, Row
 from vzip.report.table_files import read_table, row_of_recipe, table_names
 from vzip.results.record import unit_factor
 
