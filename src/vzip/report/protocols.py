@@ -257,9 +257,9 @@ def _is_of(table: PublishedTable, row: PublishedRow, record: Mapping[str, Any]) 
     option = OPTIONS.get(row.method, "")
     if table.option is None or model.get("name") != table.option or model.get("projector") or record.get("provisional"):
         return False
-    counts = [budget.get(key) for key in ("num_dominant", "num_contextual")]
-    if None in counts or "_target_" in pruner or option not in method_names():
+    dominant, contextual = budget.get("num_dominant"), budget.get("num_contextual")
+    if dominant is None or contextual is None or "_target_" in pruner or option not in method_names():
         return False
     usual = {key: value for key, value in find_method(option).settings.items() if key != "seed"}
     as_usual = all(compressor.get(key) == value for key, value in usual.items())
-    return compressor.get("name") == option and as_usual and sum(counts) * table.crops == row.tokens
+    return compressor.get("name") == option and as_usual and (dominant + contextual) * table.crops == row.tokens
