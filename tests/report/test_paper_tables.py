@@ -9,8 +9,11 @@ import pytest
 
 from vzip.errors import ConfigError, ManifestError
 from vzip.evaluation.benchmarks.protocols import PROTOCOLS
+from vzip.installed import checkout
+from vzip.option_files import read_yaml
+from vzip.pruners import FastV
 from vzip.report.paper_tables import AVERAGE, PaperTable, Row
-from vzip.report.table_files import read_table, table_names
+from vzip.report.table_files import read_table, row_of_recipe, table_names
 from vzip.results.record import unit_factor
 
 PAPER = [name for name in table_names() if name.isdigit()]
@@ -49,9 +52,43 @@ def test_every_cell_has_a_source_and_a_run_or_a_reason(table: PaperTable) -> Non
     for cell in table.cells():
         assert cell.source.startswith(f"arXiv 2412.04467, Table {table.name}, row ")
         assert bool(cell.command) != bool(cell.reason), cell
-        assert (cell.method in ("FastV", "SparseVLM") and table.name != "1") <= (
-            cell.reason == "a rival's number: no recipe here"
-        )
+        if cell.method in ("FastV", "SparseVLM"):
+            assert cell.command, "rivals that are here have a recipe"
+
+
+def test_rivals_recipes_are_of_their_row() -> None:
+    """Each evaluates the table's own model with the row's method, and its numbers are where `compare` looks."""
+    families = {"1": "llava15_7b", "2": "llava_next_7b", "3": "video_llava_7b", "4": "llava_next_7b"}
+    methods = {"FastV": ("fastv",), "SparseVLM": ("sparsevlm_v10",)}
+    found = 0
+    for table in (table for table in TABLES if table.name in families):
+        for row in (row for row in table.rows if row.method in methods):
+            (word,) = row.run
+            recipe = word.removeprefix("+exp=")
+            config = read_yaml((checkout() / "configs" / "exp" / f"{recipe}.yaml").read_text())
+            overrides = {k: v for entry in config["defaults"] if isinstance(entry, dict) for k, v in entry.items()}
+            assert config["recipe"] == recipe
+            assert overrides["override /model"] == families[table.name]
+            assert overrides["override /pruner"] in methods[row.method]
+            of = row_of_recipe(recipe, PAPER)
+            assert table.name == "4" or (of is not None and of == (table, row))
+            found += 1
+    assert found == 6 + 3 + 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("table", "label", "num_visual", "average"),
+    [
+        ("1", "192, FastV", 576, 192),
+        ("1", "64, FastV", 576, 64),
+        ("3", "135, FastV", 2056, 135),
+        ("4", "160, FastV", 2880, 330),
+    ],
+)
+def test_fastv_recipes_are_their_budget_on_average(table: str, label: str, num_visual: int, average: int) -> None:
+    (word,) = read_table(table).row(label).run
+    config = read_yaml((checkout() / "configs" / "exp" / f"{word.removeprefix('+exp=')}.yaml").read_text())
+    assert FastV(**config["pruner"]).average(num_visual, 32) == pytest.approx(average, abs=0.5)
 
 
 @pytest.mark.parametrize("table", TABLES, ids=PAPER)

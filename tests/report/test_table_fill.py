@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,17 @@ def table(tmp_path: Path) -> PaperTable:
 
 
 def put_bench(
-    folder: Path, name: str, stages: dict[str, tuple[int, float]], processor: str = "H200", time: str = "2026-01-01"
+    folder: Path,
+    name: str,
+    stages: dict[str, tuple[int, float]],
+    processor: str = "H200",
+    time: str = "2026-01-01",
+    pruner: dict[str, Any] | None = None,
 ) -> None:
     content = {
         "model": "m",
         "environment": {"time": time, "processor": processor, "code": {"commit": "c", "dirty": processor == "dirty"}},
-        "settings": {"batch_size": 1},
+        "settings": {"batch_size": 1, "method_settings": {"pruner": pruner} if pruner else {}},
         "methods": {
             k: {"num_visual_tokens": n, "stages": {"prefill": {"median_ms": t}}} for k, (n, t) in stages.items()
         },
@@ -247,3 +253,19 @@ def test_csv_has_every_cell_with_its_origin(table: PaperTable, filled: list[Fill
     assert float(gqa["agreement"]) == pytest.approx(0.6) and float(gqa["p_value"]) < 1e-5
     rival = next(line for line in lines if line["method"] == "Rival")
     assert (rival["reason"], rival["command"], rival["ours"]) == ("not built", "", "")
+
+
+def test_a_pruner_is_measured_with_the_rows_own_settings(table: PaperTable, tmp_path: Path) -> None:
+    words = ("model=m", "methods=vanilla,fastv", "pruner.K=2", "pruner.keep=30")
+    row = replace(table.rows[1], run=("r",), none=None, bench=words)
+    of_rival = replace(table, rows=(table.rows[0], row, table.rows[2]))
+
+    def prefill() -> Any:
+        return [line.cells[4] for line in fill(of_rival, {}, find_benches(tmp_path / "runs"))[1:]]
+
+    put_bench(tmp_path, "a", {"vanilla": (576, 30.0), "fastv": (576, 15.0)}, pruner={"K": 2, "keep": 60})
+    assert [cell.ours for cell in prefill()] == [None, None], "of other settings"
+    put_bench(tmp_path, "b", {"vanilla": (576, 30.0), "fastv": (576, 10.0)}, pruner={"K": 2, "keep": 30})
+    rival, ours = prefill()
+    assert (rival.ours, rival.ratio, ours.ours) == (10, 3, None)
+    assert rival.command == ("python", "-m", "vzip", "bench", *words)

@@ -275,3 +275,26 @@ def test_what_each_command_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert [Path(words[0]).name for words in started] == ["train.py", "-m", "eval.py"]
     assert started[0][1:] == ["+exp=a", "launcher=ddp"] and started[1] == ["-m", "vzip", "bench", "model=m"]
     assert not of_table.run_one(alone, None) and "ConfigError: no: ('b',)" in capsys.readouterr().err
+
+
+def test_another_sources_numbers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["table", "--protocol", "B", "--runs", str(tmp_path), "--format", "markdown"]) == 0
+    shown = capsys.readouterr().out
+    assert "| 64 | DivPrune + Cen |  | published | 96.2 |" in shown and "ocr candidates: in the prompt" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--protocol", "Q"], "--protocol Q: no such protocol"),
+        (["1", "--protocol", "B"], "--protocol B: 1 goes with a table of the paper"),
+        (["--protocol", "B", "--run", "--only", "64"], "--run --only goes with a table of the paper"),
+        (["--protocol", "B", "--format", "csv"], "--format csv goes with a table"),
+        ([], "say which table: 1, 2, 3"),
+    ],
+)
+def test_what_does_not_go_with_another_source(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["table", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -10,6 +10,8 @@ from typing import Any
 
 from vzip.errors import ManifestError
 from vzip.json_files import read_json, read_json_lines
+from vzip.methods import method_names
+from vzip.option_files import read_yaml
 from vzip.results.record import Run
 
 from .paper_tables import Column, Row
@@ -113,15 +115,21 @@ def find_benches(folder: Path) -> list[Bench]:
 
 
 def cost_of_bench(benches: Iterable[Bench], row: Row, column: Column) -> list[Cost]:
-    """The stage's median in ms in every measurement of the row's model at its number of tokens, the newest last."""
-    is_vanilla = row.method.startswith("vanilla")
+    """The stage's median in ms in every measurement of the row's model at its number of tokens, the newest last.
+
+    Of a row with a pruner: in every measurement of that pruner with the row's settings, as all tokens enter.
+    """
+    is_vanilla, (pruner, settings) = row.method.startswith("vanilla"), bench_pruner(row)
     found = []
     for bench in benches:
         content = bench.content
-        entry = content["methods"].get("vanilla" if is_vanilla else "vzip")
+        entry = content["methods"].get("vanilla" if is_vanilla else pruner or "vzip")
         if entry is None or content["model"] != bench_model(row) or column.bench not in entry["stages"]:
             continue
-        if abs(entry["num_visual_tokens"] - row.tokens) > (VANILLA_COUNT_TOLERANCE * row.tokens if is_vanilla else 0):
+        if pruner is not None:
+            if (content["settings"].get("method_settings") or {}).get("pruner", {}) != settings:
+                continue
+        elif abs(entry["num_visual_tokens"] - row.tokens) > (VANILLA_COUNT_TOLERANCE * row.tokens if is_vanilla else 0):
             continue
         code = content["environment"].get("code") or {}
         reasons = ("the checkout had changes that are not committed",) if code.get("dirty") else ()
@@ -133,6 +141,16 @@ def cost_of_bench(benches: Iterable[Bench], row: Row, column: Column) -> list[Co
 def bench_model(row: Row) -> str | None:
     """The model among a row's overrides for ``python -m vzip bench``."""
     return next((word.removeprefix("model=") for word in row.bench if word.startswith("model=")), None)
+
+
+def bench_pruner(row: Row) -> tuple[str | None, dict[str, Any]]:
+    """The pruner that a row's measurement names among its methods, and its settings; (None, {}) where there is none."""
+    words = dict(word.split("=", 1) for word in row.bench)
+    named = [name for name in words.get("methods", "").split(",") if name in method_names("pruner")]
+    settings = {
+        key.removeprefix("pruner."): read_yaml(value) for key, value in words.items() if key.startswith("pruner.")
+    }
+    return (named[0], settings) if named else (None, {})
 
 
 def _bench_machine(content: Mapping[str, Any]) -> str:

@@ -44,7 +44,7 @@ def read_table(name: str) -> PaperTable:
             f"table {name!r}: no such table{nearest(name, known)}; tables: {', '.join(known)}, or a .json file."
         )
     try:
-        return _table(path, _load(path), _columns())
+        return _table(path, _load(path), read_columns())
     except (KeyError, TypeError, AttributeError) as error:
         raise ManifestError(
             f"{path} is not a table: {type(error).__name__} {error}; see {FOLDER / '1.json'}."
@@ -62,7 +62,7 @@ def row_of_recipe(recipe: str, names: Iterable[str]) -> tuple[PaperTable, Row] |
 
 
 @cache
-def _columns() -> dict[str, Column]:
+def read_columns() -> dict[str, Column]:
     return {key: Column(key, **entry) for key, entry in _load(FOLDER / "columns.json").items()}
 
 

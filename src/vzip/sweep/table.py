@@ -9,6 +9,7 @@
   python -m vzip table 1 --run --train zero2_8gpu       also trains what tuned rows (‡) lack
   python -m vzip table 1 --hours --gpu 3090             how long each row takes: measured, else estimated
   python -m vzip table 1 --format csv > table1.csv      everything known of each cell, with its record
+  python -m vzip table --protocol B                     what another method's paper prints, by its own protocol
 
 Prefill times come from `python -m vzip bench`, its bench.json below the runs folder, hours and memory of trainings from
 the logs of train.py. Costs have a ratio only where both were measured on one machine. Tables: 1 to 7 and 10 to 18 of
@@ -30,18 +31,21 @@ from vzip.config.options import config_dir
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.report.costs import Bench, find_benches
 from vzip.report.paper_tables import PaperTable
-from vzip.report.table_files import read_table
+from vzip.report.protocols import lay_out_published, protocol_names, read_protocol
+from vzip.report.table_files import read_table, table_names
 from vzip.report.table_fill import fill
 from vzip.report.table_format import FORMATS, lay_out, to_csv
-from vzip.results.layout import print_layout, to_latex, to_markdown
+from vzip.results.layout import Layout, print_layout, to_latex, to_markdown
 from vzip.results.record import Run, find_runs
 from vzip.sweep.execute import evaluate_words
 from vzip.sweep.plan import Planned, Todo, hours, missing, plan, runs_of
 
+_OF_THE_PAPER = ("run", "dry_run", "hours", "gpu", "train", "only")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m vzip table`."""
-    parser.add_argument("table", help="1 to 7, 10 to 18, scenes, or a .json file")
+    parser.add_argument("table", nargs="?", help="1 to 7, 10 to 18, scenes, or a .json file")
     parser.add_argument("words", nargs="*", metavar="key=value", help="with --run: further overrides for eval.py")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where records are, and go (runs)")
     parser.add_argument("--format", choices=FORMATS, help="to standard output; without it a table for the terminal")
@@ -52,11 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-gpus", type=int, default=1, help="with --hours: of them that share the work (1)")
     parser.add_argument("--utilisation", type=float, default=0.4, help="with --hours: share of the GPU's peak (0.4)")
     parser.add_argument("--train", metavar="LAUNCHER", help="with --run: trainings too, with launcher=LAUNCHER")
+    parser.add_argument(
+        "--protocol", metavar="NAME", help=f"instead: the numbers of another source: {', '.join(protocol_names())}"
+    )
     parser.add_argument("--only", help="columns, numbers of tokens or methods, by commas: gqa,mme,64,visionzip")
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs what is asked for and prints. Returns 1 if a run failed."""
+    if args.protocol is not None:
+        return print_protocol(args)
+    if args.table is None:
+        raise ConfigError(f"say which table: {', '.join(table_names())}, a .json file, or --protocol NAME.")
     table = select(read_table(args.table), args.only)
     if args.words and not (args.run or args.dry_run or args.hours):
         raise ConfigError(f"{' '.join(args.words)}: overrides for eval.py need --run.")
@@ -83,6 +94,20 @@ def main(args: argparse.Namespace) -> int:
     for command in failed:
         print(f"failed: {command}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def print_protocol(args: argparse.Namespace) -> int:
+    """Prints what another source published, and our own scores of the same model, method and budget."""
+    given = [args.table, *(f"--{name.replace('_', '-')}" for name in _OF_THE_PAPER if getattr(args, name)), *args.words]
+    given = [word for word in given if word is not None]
+    if given or args.format == "csv":
+        raise ConfigError(
+            f"--protocol {args.protocol}: {' '.join(given) or '--format csv'} goes with a table of the paper; beside"
+            " --protocol stand --runs and --format markdown or latex alone."
+        )
+    for layout in lay_out_published(read_protocol(args.protocol), find_runs(args.runs)):
+        _print_layout(layout, args.format)
+    return 0
 
 
 def tell_hours(table: PaperTable, args: argparse.Namespace) -> int:
@@ -230,7 +255,10 @@ def print_table(table: PaperTable, planned: Mapping[str, Planned], found: Result
     if form == "csv":
         print(to_csv(table, rows), end="")
         return
-    layout = lay_out(table, rows)
+    _print_layout(lay_out(table, rows), form)
+
+
+def _print_layout(layout: Layout, form: str | None) -> None:
     if form is None:
         print_layout(layout, Console())
     else:
