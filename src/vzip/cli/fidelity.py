@@ -85,7 +85,7 @@ def main(arguments: argparse.Namespace) -> int:
             problems.append(str(error))
             return None
 
-    paths = checked(_images, arguments.images)
+    paths = checked(image_files, arguments.images)
     prompts = checked(_prompts, arguments.prompts)
     grid = checked(method_grid, arguments.settings)
     if arguments.max_new_tokens < 1:
@@ -108,7 +108,7 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _images(given: str) -> list[Path]:
+def image_files(given: str) -> list[Path]:
     """The image files of a folder, of which one at least can be read."""
     if not is_folder(expanded(given)):
         raise ImageError(f"{shown(given)}: {'a file, no folder' if is_file(expanded(given)) else 'no such folder'}.")

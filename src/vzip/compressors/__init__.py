@@ -1,7 +1,16 @@
 """Compression methods and controls; torch only. A new method is a new file here and a config in configs/compressor."""
 
 from .base import Budgeted, ChosenUnits, CompressedTokens, Compressor, FractionBudget, Selection, TokenBudget, TopScores
-from .controls import ContextualOnly, DominantOnly, Identity, Pooled, RandomTokens, UniformTokens, ZeroImage
+from .controls import (
+    ContextualOnly,
+    DominantOnly,
+    Identity,
+    LeastAttended,
+    Pooled,
+    RandomTokens,
+    UniformTokens,
+    ZeroImage,
+)
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
 from .holov import HoloV
@@ -26,6 +35,7 @@ __all__ = [
     "FractionBudget",
     "HoloV",
     "Identity",
+    "LeastAttended",
     "Pooled",
     "PruMerge",
     "PruMergePlus",
