@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,10 +17,8 @@ class Watched(Compressor):
     def __init__(self, inner: Compressor) -> None:
         self.inner = inner
         self.kept: list[tuple[VisionOutput, Tensor]] = []
-        same: dict[str, Any] = {
-            n: getattr(inner, n) for n in ("scope", "space", "is_vanilla", "uses_valid", "merge_rule")
-        }
-        vars(self).update(same)
+        names = ("scope", "space", "is_vanilla", "uses_valid", "merge_rule")
+        vars(self).update({name: getattr(inner, name) for name in names})
 
     def reads(self) -> frozenset[Signal]:
         return self.inner.reads()
@@ -46,7 +42,7 @@ class Watched(Compressor):
 def kept_patches(vlm: CompressedVlm, image: Image.Image, compressor: Compressor) -> tuple[set[int], int]:
     """The patches that a method keeps of an image, numbered crop by crop, and how many the image has.
 
-    Kept are those that are tokens of their own; CLS, newlines and contextual tokens, which are no patches, are left out.
+    Kept are those that are tokens of their own: not CLS, newlines, and contextual tokens.
 
     Raises:
         ConfigError: the wrapper has no processor.

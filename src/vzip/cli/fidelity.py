@@ -86,7 +86,7 @@ def main(arguments: argparse.Namespace) -> int:
             return None
 
     paths = checked(image_files, arguments.images)
-    prompts = checked(_prompts, arguments.prompts)
+    prompts = checked(read_prompts, arguments.prompts)
     grid = checked(method_grid, arguments.settings)
     if arguments.max_new_tokens < 1:
         problems.append(f"--max-new-tokens={arguments.max_new_tokens}: must be 1 or more.")
@@ -126,7 +126,7 @@ def image_files(given: str) -> list[Path]:
     raise ImageError(f"{shown(given)}: {what}{problem}")
 
 
-def _prompts(given: str | None) -> list[str]:
+def read_prompts(given: str | None) -> list[str]:
     """The lines of a file; none if none is given."""
     if given is None:
         return []
