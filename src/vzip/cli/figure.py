@@ -50,7 +50,7 @@ TWO_TURNS: Mapping[str, tuple[str, ...]] = {
 }
 FEW_LAYERS = {"SparseVLM": ("pruner.layers=[0,1,2]",)}  # the built-in model has five, the published rule's are 2, 6, 15
 BUILT_IN = "vzip/tiny"
-NUM_DIALOGUES = 100
+NUM_DIALOGUES = 40
 ALL_OPTIONS = ("runs", "images", "prompts", "limit", "max_new_tokens")
 SET_HERE = ("compressor", "budget", "pruner")
 

@@ -99,10 +99,7 @@ def draw(points: Sequence[Point], model: str, num_left_out: int = 0) -> Drawing:
         own = [point for point in points if point.task == task]
         for point in own:
             if point.method == "vanilla":
-                text = f"vanilla, {point.num_tokens:g}"
-                axes.axhline(point.score, color="0.4", linestyle="--", linewidth=1, zorder=0)
-                where = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-                axes.annotate(text, (0.99, point.score), color="0.4", fontsize=8, **where)
+                axes.axhline(point.score, color="0.4", linestyle="--", linewidth=1, zorder=0, label="vanilla")
         for number, method in enumerate(methods):
             line = [point for point in own if point.method == method]
             if not line:
@@ -111,7 +108,9 @@ def draw(points: Sequence[Point], model: str, num_left_out: int = 0) -> Drawing:
             hollow = {"markerfacecolor": "white"} if any(point.provisional for point in line) else {}
             x, y = [point.num_tokens for point in line], [point.score for point in line]
             axes.errorbar(x, y, yerr=spreads, marker="o", capsize=3, color=f"C{number}", label=method, **hollow)
-        ticks = sorted({round(point.num_tokens) for point in own if point.method != "vanilla" or not methods})
+        ticks: list[int] = []
+        for tick in sorted({round(point.num_tokens) for point in own if point.method != "vanilla" or not methods}):
+            ticks += [tick] if not ticks or tick > 1.15 * ticks[-1] else []  # else they overlap
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
@@ -124,7 +123,9 @@ def draw(points: Sequence[Point], model: str, num_left_out: int = 0) -> Drawing:
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=num_columns + 1, frameon=False
+        )
     provisional = any(point.provisional for point in points)
     figure.suptitle(f"{model}: score against visual tokens" + (" (provisional)" if provisional else ""))
     return Drawing(figure, [vars(point) for point in points], _caption(points, model, tasks, num_left_out))

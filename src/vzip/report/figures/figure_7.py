@@ -141,7 +141,7 @@ def draw(asked: Sequence[Asked], model: str) -> Drawing:
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2)
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
     num = len({(one.image, one.first, one.second) for one in asked})
     figure.suptitle(f"{model}: the second question about an image, {num} dialogues")
     return Drawing(figure, [vars(one) for one in asked], caption(asked, model))
