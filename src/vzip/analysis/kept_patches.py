@@ -17,7 +17,7 @@ class Watched(Compressor):
     def __init__(self, inner: Compressor) -> None:
         self.inner = inner
         self.kept: list[tuple[VisionOutput, Tensor]] = []
-        names = ("scope", "space", "is_vanilla", "uses_valid", "merge_rule")
+        names = ("scope", "space", "uses_valid", "merge_rule")  # is_vanilla would pass by what is kept
         vars(self).update({name: getattr(inner, name) for name in names})
 
     def reads(self) -> frozenset[Signal]:
