@@ -356,3 +356,10 @@ def test_autocast_does_not_change_which_tokens_stay():
     with torch.autocast("cpu", torch.bfloat16):
         mixed = compressor(vision)
     assert torch.equal(plain.merge_index, mixed.merge_index) and torch.equal(plain.tokens, mixed.tokens)
+
+
+def test_least_attended_is_the_other_end_of_the_ranking() -> None:
+    hidden, attention = torch.zeros(1, 7, 2), torch.tensor([[0.3, 0.1, 0.5, 0.05, 0.2, 0.4]])
+    vision = vzip.VisionOutput(hidden, True, (2, 3), attention)
+    kept = vzip.LeastAttended(vzip.TokenBudget(4, 0))(vision)
+    assert kept.source_index.tolist() == [[1, 2, 4, 5]], "CLS and the two that it attends to most are gone"

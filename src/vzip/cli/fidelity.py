@@ -83,8 +83,8 @@ def main(arguments: argparse.Namespace) -> int:
             problems.append(str(error))
             return None
 
-    paths = checked(_images, arguments.images)
-    prompts = checked(_prompts, arguments.prompts)
+    paths = checked(image_files, arguments.images)
+    prompts = checked(read_prompts, arguments.prompts)
     grid = checked(method_grid, arguments.settings)
     if arguments.max_new_tokens < 1:
         problems.append(f"--max-new-tokens={arguments.max_new_tokens}: must be 1 or more.")
@@ -106,7 +106,7 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _images(given: str) -> list[Path]:
+def image_files(given: str) -> list[Path]:
     """The image files of a folder, of which one at least can be read."""
     if not is_folder(expanded(given)):
         raise ImageError(f"{shown(given)}: {'a file, no folder' if is_file(expanded(given)) else 'no such folder'}.")
@@ -124,7 +124,7 @@ def _images(given: str) -> list[Path]:
     raise ImageError(f"{shown(given)}: {what}{problem}")
 
 
-def _prompts(given: str | None) -> list[str]:
+def read_prompts(given: str | None) -> list[str]:
     """The lines of a file; none if none is given."""
     if given is None:
         return []

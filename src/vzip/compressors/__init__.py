@@ -2,7 +2,17 @@
 
 from .base import Budgeted, ChosenUnits, CompressedTokens, Compressor, FractionBudget, Selection, TokenBudget, TopScores
 from .cdpruner import CDPruner
-from .controls import ContextualOnly, DominantOnly, Identity, Pooled, RandomTokens, Resized, UniformTokens, ZeroImage
+from .controls import (
+    ContextualOnly,
+    DominantOnly,
+    Identity,
+    LeastAttended,
+    Pooled,
+    RandomTokens,
+    Resized,
+    UniformTokens,
+    ZeroImage,
+)
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
 from .flowcut import FlowCut
@@ -32,6 +42,7 @@ __all__ = [
     "FractionBudget",
     "HoloV",
     "Identity",
+    "LeastAttended",
     "MMTok",
     "MergeDropped",
     "Pooled",

@@ -45,8 +45,15 @@ class MethodGrid:
     methods: tuple[GridMethod, ...]
 
 
-def method_grid(overrides: Sequence[str]) -> MethodGrid:
+NO_ANSWER = "fidelity reads vanilla's answer in one pass with its prompt, where a pruner would choose by the answer"
+
+
+def method_grid(overrides: Sequence[str], why_no_pruner: str = NO_ANSWER) -> MethodGrid:
     """Composes every combination as a sweep (``eval.py -m``) would; ``budget=full`` is vanilla whatever the compressor.
+
+    Args:
+        overrides: as for ``eval.py -m``.
+        why_no_pruner: what is said to who asks for one.
 
     Raises:
         ConfigError: naming every problem of the overrides; a pruner; values that mean more than one model.
@@ -63,10 +70,7 @@ def method_grid(overrides: Sequence[str]) -> MethodGrid:
             config = full_is_vanilla(resolved(compose("eval", job)), directory)
             validate(config)
             if "_target_" in config["pruner"]:
-                raise ConfigError(
-                    f"pruner={config['pruner']['name']}: fidelity reads vanilla's answer in one pass with its prompt,"
-                    " where a pruner would choose by the answer. Leave it out (pruner=none)."
-                )
+                raise ConfigError(f"pruner={config['pruner']['name']}: {why_no_pruner}. Leave it out (pruner=none).")
             label, budget = compressor_label(config["compressor"], directory), budget_label(config["budget"], directory)
             key = (label, f"{budget} seed{config['seed']}")
             methods.setdefault(key, GridMethod(label, budget, build_compressor(config["compressor"])))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vzip.results.averages import average_retention
 from vzip.results.paired import Paired, compare_task
-from vzip.results.record import Run, answers_of, is_vanilla_of, score_of, unit_factor
+from vzip.results.record import Run, answers_of, is_comparable, score_of, unit_factor
 
 from .costs import Bench, Cost, cost_of_bench, cost_of_run, cost_of_training
 from .paper_tables import AVERAGE, Column, Mismatch, PaperTable, Row
@@ -201,7 +201,7 @@ def _score_cell(found: _Found, blank: FilledCell, row: Row, base: Row | None) ->
     reasons = tuple(run.record.get("provisional_reasons", ()))
     filled = replace(blank, ours=value, standard_error=error, run=run.path, provisional=reasons)
     candidates = () if base is None else found.runs.get(base.label, ())
-    base_run = _newest(r for r in candidates if holds(r, column) and is_vanilla_of(r.record, run.record))
+    base_run = _newest(r for r in candidates if holds(r, column) and is_comparable(r.record, run.record))
     if base_run is None:
         return filled
     answers, base_answers = answers_of(run, column.task), answers_of(base_run, column.task)

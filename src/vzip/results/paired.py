@@ -95,9 +95,7 @@ def compare_task(
     if rows is None or vanilla_rows is None:
         return _from_errors(ours, base, task, num_resamples, seed)
     rows, vanilla_rows = match(rows, vanilla_rows, task)
-    agreement = sum(_plain(a["answer"]) == _plain(b["answer"]) for a, b in zip(rows, vanilla_rows, strict=True)) / len(
-        rows
-    )
+    agreement = sum(same_answers(rows, vanilla_rows)) / len(rows)
     units, base_units = units_of(metric, rows), units_of(metric, vanilla_rows)
     if units is None or base_units is None or not (units.gives(ours.value) and base_units.gives(base.value)):
         return _from_errors(ours, base, task, num_resamples, seed, agreement)
@@ -147,6 +145,11 @@ def _by_id(rows: Rows, task: str) -> dict[tuple[Any, Any], Mapping[str, Any]]:
     if len(found) != len(rows):
         raise ManifestError(f"{task}: a question id stands more than once in the answers of one run.")
     return found
+
+
+def same_answers(rows: Rows, others: Rows) -> list[bool]:
+    """For each pair of matched rows whether the answers are the same, but for case and blanks around them."""
+    return [_plain(a["answer"]) == _plain(b["answer"]) for a, b in zip(rows, others, strict=True)]
 
 
 def _plain(answer: Any) -> Any:

@@ -278,13 +278,16 @@ def title_of(record: Mapping[str, Any]) -> str:
 
 
 def is_vanilla_of(candidate: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
-    """Whether ``candidate`` is an uncompressed run that ``record`` may be compared with.
+    """Whether ``candidate`` is an uncompressed run that ``record`` may be compared with."""
+    return is_vanilla(candidate) and is_comparable(candidate, record)
+
+
+def is_comparable(candidate: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether two runs differ in the method alone.
 
     The same model in the same precision and preprocessing, the same questions of every task they share (by digest), the
     same generation settings, and the same judge where both were judged.
     """
-    if not is_vanilla(candidate):
-        return False
     same: list[Callable[[Mapping[str, Any]], object]] = [
         lambda r: [r["model"].get(key) for key in _OF_MODEL],
         lambda r: r.get("gen_kwargs"),

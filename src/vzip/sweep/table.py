@@ -13,7 +13,7 @@
 
 Prefill times come from `python -m vzip bench`, its bench.json below the runs folder, hours and memory of trainings from
 the logs of train.py. Costs have a ratio only where both were measured on one machine. Tables: 1 to 7 and 10 to 18 of
-arXiv 2412.04467, scenes (the built-in model), or a .json file of one's own.
+arXiv 2412.04467, scenes and scenes5 (the built-in model; the latter as Table 5), or a .json file of one's own.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _OF_THE_PAPER = ("run", "dry_run", "hours", "gpu", "train", "only")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m vzip table`."""
-    parser.add_argument("table", nargs="?", help="1 to 7, 10 to 18, scenes, or a .json file")
+    parser.add_argument("table", nargs="?", help="1 to 7, 10 to 18, scenes, scenes5, or a .json file")
     parser.add_argument("words", nargs="*", metavar="key=value", help="with --run: further overrides for eval.py")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where records are, and go (runs)")
     parser.add_argument("--format", choices=FORMATS, help="to standard output; without it a table for the terminal")
