@@ -48,6 +48,7 @@ COMMANDS: Mapping[str, Command] = {
     "chat": Command("vzip.cli.chat", "a dialogue about images in the terminal"),
     "bench": Command("vzip.cli.bench", "what compression costs and saves: time by stage, memory, FLOPs"),
     "fidelity": Command("vzip.cli.fidelity", "compressed against vanilla on a folder of images, without labels"),
+    "leaderboard": Command("vzip.cli.leaderboard", "methods beside each other: retention, noise, time, memory", "eval"),
     "memory": Command("vzip.cli.memory", "what a training or an inference needs on each device, and for what"),
     "prefetch": Command("vzip.cli.prefetch", "what runs need from the hub, fetched for machines without a network"),
     "merge": Command("vzip.cli.merge", "a plain Hugging Face checkpoint with the tuned projector in it"),
@@ -122,4 +123,4 @@ def usage() -> str:
     """The list of commands."""
     helps = {**PROGRAMS, **{name: command.help for name, command in COMMANDS.items()}}
     first = "usage: python -m vzip COMMAND [...]   (COMMAND --help for more)"
-    return "\n".join([first, "", *(f"  {name:<9} {text}" for name, text in helps.items())])
+    return "\n".join([first, "", *(f"  {name:<11} {text}" for name, text in helps.items())])
