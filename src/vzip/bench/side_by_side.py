@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from vzip.bench.settings import BenchSettings
 from vzip.bench.stages import Method, PassResult, Vanilla, run_pass
@@ -19,6 +20,7 @@ from vzip.models.vlm import CompressedVlm
 from vzip.progress import Progress
 from vzip.pruners import Pruner
 
+Key = TypeVar("Key")
 STAGES = ("tower", "selection", "prefill", "time_to_first_token")
 PROMPT_TOKENS, NUM_FRAMES = 60, 8
 
@@ -77,10 +79,10 @@ def workload_of(vlm: CompressedVlm) -> Workload:
 
 def measure(
     vlm: CompressedVlm,
-    methods: Mapping[Hashable, tuple[Compressor, Pruner | None]],
+    methods: Mapping[Key, tuple[Compressor, Pruner | None]],
     repeats: int = 7,
     warmup: int = 2,
-) -> dict[Hashable, Cost | str]:
+) -> dict[Key, Cost | str]:
     """Runs every method in turns; its costs, or why it cannot be measured by itself.
 
     Args:
@@ -91,8 +93,8 @@ def measure(
     cache, vlm.adapter.tower_cache = vlm.adapter.tower_cache, None
     try:
         workload = workload_of(vlm)
-        chosen: dict[Hashable, Method] = {key: Chosen(workload, *method) for key, method in methods.items()}
-        found: dict[Hashable, Cost | str] = {}
+        chosen: dict[Key, Method] = {key: Chosen(workload, *method) for key, method in methods.items()}
+        found: dict[Key, Cost | str] = {}
         for key, method in chosen.items():
             try:
                 run_pass(method)

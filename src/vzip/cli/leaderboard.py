@@ -5,10 +5,10 @@ python -m vzip leaderboard model=llava15_7b eval=quick budgets=192,128,64
 python -m vzip leaderboard methods=visionzip,divprune,fastv:K=3 budgets=192 eval.limit=100
 python -m vzip leaderboard --merge DIR                      with a colleague's results of the same model and protocol
 
-Every method takes the same budget: visual tokens that enter the language model, and of a method that drops inside it the
-average over its layers. Vanilla and floors (random, uniform; without methods=... all that there are) always run. Runs are
-eval.py's own and lie where it puts them: finished ones are taken, interrupted ones go on. Then all methods are timed in
-turns on one prompt. Writes leaderboard.json, leaderboard.md, pareto.svg, pareto.png and the runs' records to --out.
+Every method takes the same budget: visual tokens that enter the language model, and of a method that drops inside it
+the average over its layers. Vanilla and floors (random, uniform; without methods=... all that there are) always run.
+Runs are eval.py's own and lie where it puts them: finished ones are taken, interrupted ones go on. Then all methods are
+timed in turns on one prompt. Writes leaderboard.json, leaderboard.md, pareto.svg, pareto.png and the runs' records.
 """
 
 from __future__ import annotations
@@ -61,11 +61,8 @@ def main(arguments: argparse.Namespace) -> int:
         merged, more = report.merge(entries, others)
         lines, pairs = report.compare(merged)
         floors = [name for name in FLOORS if any(entry.method == name for entry in merged)]
-        said = [
-            f"floors: {', '.join(floors)}" + (f" (added: {', '.join(planned.added)})" if planned.added else ""),
-            *said,
-        ]
-        layout = report.lay_out(lines, pairs, missing, [*said, *more])
+        added = f" (added: {', '.join(planned.added)})" if planned.added else ""
+        layout = report.lay_out(lines, pairs, missing, [f"floors: {', '.join(floors)}{added}", *said, *more])
         print_layout(layout, Console())
         command = shlex.join(["python", "-m", "vzip", "leaderboard", *arguments.settings])
         if others:

@@ -44,8 +44,10 @@ HEAD = ("method", "enter", "average", "retention, %", "rank", "select", "prefill
 MIB = 1024**2
 # What makes two runs' models one, beside the weights; of the configuration, where it was kept.
 _OF_MODEL = ("class", "dtype", "preprocess")
-_OF_CONFIG = ("projector_sha256", "adapter_sha256", "quantization", "num_frames", "drop_padding", "row_newline")
-_OF_CONFIG += ("drop_cls",)
+_OF_CONFIG = (
+    *("projector_sha256", "adapter_sha256", "quantization"),
+    *("num_frames", "drop_padding", "row_newline", "drop_cls"),
+)
 _OF_PROTOCOL = ("limit", "seed", "gen_kwargs", "system_prompt")
 
 
@@ -150,9 +152,8 @@ def merge(entries: Sequence[Entry], folders: Sequence[Path]) -> tuple[list[Entry
     vanilla = next(entry for entry in entries if entry.method == VANILLA)
     for folder in folders:
         theirs = read_folder(folder)
-        apart = [
-            f"{e.name} {e.budget}: {text}" for e in theirs for text in differences(vanilla.run.record, e.run.record)
-        ]
+        record = vanilla.run.record
+        apart = [f"{e.name} {e.budget}: {text}" for e in theirs for text in differences(record, e.run.record)]
         if not any(entry.method == VANILLA for entry in theirs):
             apart.append("it has no vanilla run")
         if apart:
@@ -262,7 +263,7 @@ def lay_out(
     order = sorted(blocks, key=lambda name: -int(name.removesuffix("tok")) if name.endswith("tok") else -(10**9))
     reasons: dict[tuple[str, str], list[str]] = {}
     for method, budget, reason in missing:
-        plain = reason.replace(f"budget={budget}", "budget=...")
+        plain = reason.replace(f"budget={budget} ", "a budget ").splitlines()[0]
         reasons.setdefault((method, plain), []).append(budget.removesuffix("tok"))
     remarks = [f"{method} at {', '.join(at)}: {reason}" for (method, reason), at in reasons.items()]
     record = ours.entry.run.record

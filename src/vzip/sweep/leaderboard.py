@@ -62,7 +62,7 @@ def entries_of(finished: list[tuple[Cell, Run]], out: Path, measure_anew: bool) 
     Returns:
         the entries, and why some could not be measured.
     """
-    earlier = {} if measure_anew else _earlier(out)
+    earlier: Mapping[tuple[str, str], Mapping[str, Any]] = {} if measure_anew else _earlier(out)
     machine = machine_words()
     keys = [(cell.method, cell.budget) for cell, _ in finished]
     said: list[str] = []
@@ -79,9 +79,7 @@ def machine_words() -> str:
     import torch
 
     found = hardware()
-    gpus = ", ".join(
-        str(gpu.get("name", gpu)) if isinstance(gpu, dict) else str(gpu) for gpu in found.get("gpus") or ()
-    )
+    gpus = ", ".join(found["gpus"])
     return gpus or f"{found['cpu']}, {torch.get_num_threads()} threads"
 
 
