@@ -45,7 +45,7 @@ def test_interrupted_resumed_and_taken_as_it_is(
     assert "not possible" in told.out and "cannot be below 116.0" in told.out and "PROVISIONAL" in told.out
     out = tmp_path / "leaderboard" / "tiny" / "scenes_limit-2"
     table = json.loads((out / "leaderboard.json").read_text())
-    assert [(row["method"], row["num_entering"]) for row in table["entries"]][0] == ("vanilla", [576, 576])
+    assert next((row["method"], row["num_entering"]) for row in table["entries"]) == ("vanilla", [576, 576])
     rows = {row["method"]: row for row in table["entries"]}
     assert set(rows) == {"vanilla", "visionzip", "random", "uniform"}
     record = json.loads((out / rows["visionzip"]["run"] / "run.json").read_text())

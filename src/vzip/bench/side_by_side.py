@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -47,10 +48,19 @@ class Chosen(Vanilla):
 
 @dataclass(frozen=True)
 class Cost:
-    """Medians in milliseconds by stage (see ``stages.STAGES``), and the bytes that the cache holds after the prompt."""
+    """What one method costs.
+
+    Attributes:
+        median_ms: by stage, see ``stages.STAGES``.
+        first_token_quartiles_ms: of the time to the first token, lower and upper.
+        kv_cache_bytes: allocated by the cache after the prompt.
+        load_average: of the machine over the minute before the end, programs that want a core.
+    """
 
     median_ms: Mapping[str, float]
+    first_token_quartiles_ms: tuple[float, float]
     kv_cache_bytes: int
+    load_average: float
 
 
 def workload_of(vlm: CompressedVlm) -> Workload:
@@ -116,7 +126,9 @@ def measure(
             )
     finally:
         vlm.adapter.tower_cache = cache
+    load = os.getloadavg()[0]
     for name, key in names.items():
+        whole = times[name]["time_to_first_token"]
         medians = {stage: times[name][stage].median_ms for stage in STAGES if stage in times[name]}
-        found[key] = Cost(medians, last[name].kv_cache_bytes)
+        found[key] = Cost(medians, (whole.q1_ms, whole.q3_ms), last[name].kv_cache_bytes, load)
     return found

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -263,7 +265,7 @@ def lay_out(
     order = sorted(blocks, key=lambda name: -int(name.removesuffix("tok")) if name.endswith("tok") else -(10**9))
     reasons: dict[tuple[str, str], list[str]] = {}
     for method, budget, reason in missing:
-        plain = reason.replace(f"budget={budget} ", "a budget ").splitlines()[0]
+        plain = re.sub(rf"budget={budget.removesuffix('tok')}(tok)?\b", "budget=...", reason).splitlines()[0]
         reasons.setdefault((method, plain), []).append(budget.removesuffix("tok"))
     remarks = [f"{method} at {', '.join(at)}: {reason}" for (method, reason), at in reasons.items()]
     record = ours.entry.run.record
@@ -334,6 +336,9 @@ def _explanations(lines: Sequence[Line], pairs: Sequence[Pair], machine: str) ->
             f"select, prefill, TTFT (pixels on the device to the first token): medians in ms, one prompt of one image,"
             f" methods in turns; KV: of that prompt, allocated; {machine}"
         )
+    load = max((line.entry.cost.get("load_average", 0) for line in lines if line.entry.cost), default=0)
+    if load > 1.5 * (os.cpu_count() or 1):
+        yield f"the machine was busy (load average {load:.0f}): times are longer than on an idle one, and less certain"
     for other in dict.fromkeys(line.entry.machine for line in lines if line.entry.cost):
         if other != machine:
             yield f"†: measured on {other}, not comparable with the others"
@@ -381,7 +386,7 @@ def write(
     names = [FILE_NAME, TABLE_NAME]
     if points and vanilla_ms is not None:
         try:
-            _plot(folder, points, vanilla_ms, layout.title)
+            _plot(folder, points, vanilla_ms, plot_title(lines[0].entry.run.record))
             names += PLOTS
         except MissingPackageError as error:
             logger.warning("no plot: %s", error)
@@ -399,6 +404,11 @@ def write(
     }
     write_json(folder / FILE_NAME, table)  # last: it says that all of it is there
     return names
+
+
+def plot_title(record: Mapping[str, Any]) -> str:
+    limited = " (provisional)" if record["provisional"] else ""
+    return f"{title_of(record).partition(', ')[0]}, {num_questions(record)} questions{limited}"
 
 
 def _plot(folder: Path, points: Sequence[Timed], vanilla_ms: float, title: str) -> None:
