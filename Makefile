@@ -12,7 +12,7 @@ comma := ,
 STAMP  = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check test-floor test-latest lock tiny clean
+.PHONY: help install demo gallery test test-all check test-floor test-latest lock tiny clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,11 @@ $(STAMP): pyproject.toml lock.txt
 
 demo: install  ## evaluate the built-in model on its benchmark and print the table (no network, no GPU)
 	$(VENV)/bin/python -m vzip demo
+
+# Run directories of an earlier call are taken over; remove runs/ to measure all anew. A tenth of the benchmark, said in the table.
+gallery: install  ## the leaderboard of docs/leaderboard.md: the built-in model, methods and floors at 64 and 32 tokens
+	$(VENV)/bin/python -m vzip leaderboard budgets=64,32 eval.limit=50
+	cp $(addprefix runs/leaderboard/tiny/scenes_limit-50/,leaderboard.md pareto.svg pareto.png) docs/
 
 test: install  ## the fast tests
 	$(VENV)/bin/python -m pytest

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+import vzip
 from vzip.cli.prefetch import composed
 from vzip.config.build import evaluation_plan, model_plan, resolved
 from vzip.config.memory_plan import memory_plan
@@ -82,3 +83,20 @@ def test_refusals(line: str, said: str) -> None:
         check_overrides(shlex.split(line), config_dir(), "eval")
     assert said in str(caught.value)
     assert "needs a budget" not in str(caught.value), "said once"
+
+
+def test_without_a_compressor_the_budget_is_the_pruners_average() -> None:
+    """And a compressor's otherwise, so that a pruner behind it keeps its own arguments."""
+    from vzip.config.build import chat_plan
+
+    words = ["pruner=fastv", "pruner.K=1"]
+    assert chat_plan([*words, "compressor=none", "budget=192tok"])[0]["pruner"] == vzip.FastV(1, budget=192)
+    assert chat_plan([*words, "budget=48tok"])[0]["pruner"] == vzip.FastV(1, 0.5)
+    assert chat_plan([*words, "compressor=none", "budget=full"])[0]["pruner"] == vzip.FastV(1, 0.5)
+    for wrong, message in (
+        ([*words, "budget=64tok"], "cannot be below 116.0"),
+        ([*words, "budget=192tok", "pruner.keep=30"], "pruner.keep=30: with compressor=none the budget"),
+        (["budget=64tok"], "or a pruner"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            chat_plan(["compressor=none", *wrong])

@@ -28,7 +28,7 @@ class State(PromptState):
         rows = torch.arange(len(owner)).float()[:, None] if hidden is None else torch.tensor(hidden).float()
         super().__init__(
             layer=layer,
-            decoder=SimpleNamespace(norm=lambda x: x),  # type: ignore[arg-type]
+            decoder=SimpleNamespace(norm=lambda x: x, layers=range(8)),  # type: ignore[arg-type]
             hidden=rows,
             visual_index=index,
             embeds=rows if embeds is None else torch.tensor(embeds).float(),

@@ -1,4 +1,4 @@
-"""Retention against visual tokens, one line a method."""
+"""Retention against visual tokens, or against measured time: one line a method."""
 
 from __future__ import annotations
 
@@ -49,3 +49,65 @@ def plot_retention(points: Sequence[Point], out: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out, dpi=150)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A method at a budget, in words (``64``), with its time and its retention in percent and that one's interval."""
+
+    method: str
+    budget: str
+    milliseconds: float
+    retention: float
+    low: float
+    high: float
+    is_floor: bool = False
+
+
+def pareto_front(points: Sequence[Timed]) -> list[Timed]:
+    """Those that no other point beats in both: sorted by time, each keeps more than all faster ones."""
+    front: list[Timed] = []
+    for point in sorted(points, key=lambda p: (p.milliseconds, -p.retention)):
+        if not front or point.retention > front[-1].retention:
+            front.append(point)
+    return front
+
+
+def plot_pareto(points: Sequence[Timed], vanilla_ms: float, outs: Sequence[Path], title: str) -> None:
+    """Draws retention against time to each of ``outs`` (PNG or SVG by suffix); floors in grey, the front as a line."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(100, color="0.6", linewidth=1, linestyle="--")
+    axes.plot([vanilla_ms], [100], marker="*", markersize=13, color="black", linestyle="", label="vanilla")
+    front = pareto_front(points)
+    axes.step([p.milliseconds for p in front], [p.retention for p in front], where="post", color="0.75", linewidth=5)
+    axes.plot([], [], color="0.75", linewidth=5, label="Pareto front")
+    marks = "osD^vP<>Xph"
+    for number, method in enumerate(dict.fromkeys(p.method for p in points)):
+        line = sorted((p for p in points if p.method == method), key=lambda p: p.milliseconds)
+        axes.errorbar(
+            [p.milliseconds for p in line],
+            [p.retention for p in line],
+            yerr=[[p.retention - p.low for p in line], [p.high - p.retention for p in line]],
+            marker=marks[number % len(marks)],
+            linestyle=":" if line[0].is_floor else "-",
+            color=f"{0.35 + 0.05 * (number % 5):.2f}" if line[0].is_floor else f"C{number % 10}",
+            linewidth=1,
+            elinewidth=0.6,
+            capsize=2,
+            label=method,
+        )
+    for point in points:
+        where = (point.milliseconds, point.retention)
+        axes.annotate(point.budget, where, xytext=(4, 3), textcoords="offset points", fontsize=7, color="0.3")
+    axes.set_xlabel("time to the first token, ms (median)")
+    axes.set_ylabel("retention, % of vanilla (95 % interval)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
+    with rc_context({"svg.hashsalt": "vzip"}):  # the same numbers are the same file
+        for out in outs:
+            figure.savefig(out, dpi=150, metadata={"Date": None} if out.suffix == ".svg" else None)

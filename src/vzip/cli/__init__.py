@@ -51,6 +51,7 @@ COMMANDS: Mapping[str, Command] = {
     "figure": Command("vzip.cli.figure", "a figure of the paper, with the numbers behind it"),
     "agreement": Command("vzip.cli.agreement", "runs against vanilla: same answers, hard and easy questions"),
     "overlap": Command("vzip.cli.overlap", "which patches methods keep in common on a folder of images"),
+    "leaderboard": Command("vzip.cli.leaderboard", "methods beside each other: retention, noise, time, memory", "eval"),
     "memory": Command("vzip.cli.memory", "what a training or an inference needs on each device, and for what"),
     "prefetch": Command("vzip.cli.prefetch", "what runs need from the hub, fetched for machines without a network"),
     "merge": Command("vzip.cli.merge", "a plain Hugging Face checkpoint with the tuned projector in it"),
@@ -125,4 +126,4 @@ def usage() -> str:
     """The list of commands."""
     helps = {**PROGRAMS, **{name: command.help for name, command in COMMANDS.items()}}
     first = "usage: python -m vzip COMMAND [...]   (COMMAND --help for more)"
-    return "\n".join([first, "", *(f"  {name:<9} {text}" for name, text in helps.items())])
+    return "\n".join([first, "", *(f"  {name:<11} {text}" for name, text in helps.items())])

@@ -32,6 +32,21 @@ def _half(which: str, num_tokens: object) -> int | None:
 OmegaConf.register_new_resolver("half", _half, replace=True)
 
 
+def _average_budget(*, _root_: DictConfig) -> int | None:
+    """In configs/pruner: the budget where no compressor takes it; None: the pruner's own arguments say."""
+    compressor = _root_.get("compressor")
+    if not isinstance(compressor, DictConfig) or "budget" in compressor:  # the first: no whole configuration
+        return None
+    budget = _root_.get("budget")
+    if not isinstance(budget, DictConfig):
+        return None
+    counts = budget.get("num_dominant"), budget.get("num_contextual")
+    return sum(counts) if all(type(count) is int for count in counts) else None
+
+
+OmegaConf.register_new_resolver("average_budget", _average_budget, replace=True)
+
+
 def config_dir() -> Path:
     """Returns ``configs`` of the checkout, or of the wheel.
 

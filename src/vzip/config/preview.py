@@ -80,6 +80,8 @@ def _method(plan: EvaluationPlan) -> str:
     label, budget = methods_label(config, config_dir()), config["budget"]
     if budget["num_dominant"] is None:
         return f"{label}, every visual token{'' if plan.pruner is None else ' enters the language model'}"
+    if plan.compressor.is_vanilla and plan.pruner is not None:
+        return f"{label}, every visual token enters the language model, {plan.pruner.budget} of an image on average"
     if plan.compressor.splits_budget:
         return f"{label}, {budget['num_dominant']} dominant + {budget['num_contextual']} contextual tokens a crop"
     number = budget["num_dominant"] + budget["num_contextual"]
@@ -143,6 +145,8 @@ def pruned(plan: EvaluationPlan) -> str:
     assert plan.pruner is not None
     shape = _shape(plan.model)
     geometry = None if shape is None else adapter_class_for_config(shape.config).check_config(shape.config)
+    if shape is not None:
+        adapter_class_for_config(shape.config).check_pruner(shape.config, plan.pruner)  # a budget that it cannot meet
     if shape is None or geometry is None or adapter_class_for_config(shape.config).has_tiles:
         return str(plan.pruner)
     entering = plan.compressor.num_tokens(geometry.shape())

@@ -35,7 +35,7 @@ def find_problems(config: Mapping[str, Any], deeply: bool = True) -> list[str]:
     """Every problem of a configuration, in the order of the keys; not ``deeply``: what torch is not needed to tell."""
     problems, is_whole = _key_problems(config)
     if deeply and is_whole and isinstance(config["compressor"], Mapping):
-        problems += _check_compressor(_with_usable_seed(config), config["budget"])
+        problems += _check_compressor(_with_usable_seed(config), config["budget"], config["pruner"])
         problems += _check_budget_fits(config["model"], config["compressor"], config["budget"])
         problems += _check_family(config["model"], config["compressor"])
         problems += _check_pruner(config["model"], config["pruner"])
@@ -76,7 +76,7 @@ def _with_usable_seed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**compressor, "seed": 0} if borrowed else compressor
 
 
-def _check_compressor(compressor: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:
+def _check_compressor(compressor: Mapping[str, Any], budget: Mapping[str, Any], pruner: Any) -> list[str]:
     name = compressor.get("name", compressor.get("_target_"))
     target = compressor.get("_target_")
     if not isinstance(target, str):
@@ -84,11 +84,13 @@ def _check_compressor(compressor: Mapping[str, Any], budget: Mapping[str, Any]) 
     problems = _check_arguments("compressor", target, compressor) or check_name("compressor", compressor)
     counts = (budget.get("num_dominant"), budget.get("num_contextual"))
     if "budget" not in compressor:
-        if any(count is not None for count in counts):
+        takes_it = isinstance(pruner, Mapping) and pruner.get("budget") is not None  # as its average over the layers
+        if any(count is not None for count in counts) and not takes_it:
             problems.append(
                 f"compressor={name} keeps every visual token, but budget={budget.get('name')} asks for"
                 f" {show(counts[0])} dominant + {show(counts[1])} contextual: set budget=full, or choose a compressor"
-                " (one that takes a budget, as configs/compressor/visionzip.yaml)."
+                " (one that takes a budget, as configs/compressor/visionzip.yaml) or a pruner (as pruner=fastv, whose"
+                " average over the layers it then is)."
             )
     elif any(count is None for count in counts) and "num_tokens" in budget:
         return problems  # reported already: the counts follow from it
@@ -190,6 +192,8 @@ def _check_pruner(model: Mapping[str, Any], pruner: Any) -> list[str]:
         ]
     if problems := _check_arguments("pruner", pruner["_target_"], pruner) or check_name("pruner", pruner):
         return problems
+    if problems := _check_set_by_budget(pruner):
+        return problems
     try:
         built = build_pruner(pruner)
     except ConfigError as error:
@@ -208,6 +212,21 @@ def _check_pruner(model: Mapping[str, Any], pruner: Any) -> list[str]:
     except (ValueError, OSError):
         pass  # the check of the budget, or load_vlm, says so
     return []
+
+
+def _check_set_by_budget(pruner: Mapping[str, Any]) -> list[str]:
+    """A budget that is a pruner's average decides some of its arguments: they cannot be given too."""
+    if pruner.get("budget") is None:
+        return []
+    module_name, _, class_name = pruner["_target_"].rpartition(".")
+    keys = getattr(importlib.import_module(module_name), class_name).set_by_budget
+    usual = option_values(config_dir(), "pruner", pruner["name"])
+    return [
+        f"pruner.{key}={show(pruner[key])}: with compressor=none the budget ({pruner['budget']} tokens) is the pruner's"
+        f" average over the layers and decides {key}. Leave it out, or set budget=full."
+        for key in keys
+        if key in pruner and pruner[key] != usual.get(key)
+    ]
 
 
 def _check_budget_fits(model: Mapping[str, Any], compressor: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -158,9 +158,23 @@ class Pruner(ABC):
 
     Attributes:
         pooled: whether the images of a prompt share one budget; ``schedule`` is then of all of them together.
+        budget: visual tokens of an image that layers attend to on average, in place of the arguments of
+            ``set_by_budget``, which then follow from it by the method's own rule; an image that has no more keeps all.
+            None: those arguments say.
+        set_by_budget: arguments that a budget decides; none where the method takes no budget.
     """
 
     pooled: bool = False
+    budget: int | None = None
+    set_by_budget: ClassVar[tuple[str, ...]] = ()
+
+    def __repr__(self) -> str:
+        """The arguments that count: a budget where there is one, else those that it would decide."""
+        if not is_dataclass(self):
+            return super().__repr__()
+        left_out = ("budget",) if self.budget is None else self.set_by_budget
+        shown = (f"{own.name}={getattr(self, own.name)!r}" for own in fields(self) if own.name not in left_out)
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     @abstractmethod
@@ -172,6 +186,9 @@ class Pruner(ABC):
         """Visual tokens of an image of ``num_visual`` that each layer attends to; None where data decide.
 
         Needs no tensors. A run whose measured numbers are others fails.
+
+        Raises:
+            ConfigError: a budget that the method cannot meet.
         """
 
     @abstractmethod

@@ -13,10 +13,10 @@ from vzip.ops.attention import at_least_float32
 from vzip.ops.select import top_indices
 
 from .base import Cut, PromptState, Pruner
-from .stages import by_layer
+from .stages import by_layer, check_budget, nearest_count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DART(Pruner):
     """Keeps at the input of layer K some pivots of an image and what is least like any pivot (arXiv 2502.11494).
 
@@ -35,6 +35,8 @@ class DART(Pruner):
             image that has no more than both keeps all.
         num_image_pivots: pivots among an image's visual tokens.
         num_text_pivots: pivots among the text after it; they claim, and text is kept anyway.
+        budget: visual tokens of an image that layers attend to on average: ``num_claimed`` is then the number that
+            comes nearest, in equal parts rounded down.
 
     Raises:
         ConfigError: a value that cannot be.
@@ -44,9 +46,11 @@ class DART(Pruner):
     num_claimed: int = 128
     num_image_pivots: int = 4
     num_text_pivots: int = 4
+    budget: int | None = None
+    set_by_budget = ("num_claimed",)
 
     def __post_init__(self) -> None:
-        rules = {name: whole_number(int(name == "K")) for name in vars(self)}
+        rules = {name: whole_number(int(name == "K")) for name in vars(self) if name != "budget"}
         problems = [
             f"pruner.{name}={vars(self)[name]!r}: must be {rule.text}."
             for name, rule in rules.items()
@@ -58,21 +62,28 @@ class DART(Pruner):
                 f" must be one: pruner.num_image_pivots={self.num_image_pivots} +"
                 f" pruner.num_text_pivots={self.num_text_pivots}."
             )
-        raise_all(problems)
+        raise_all(problems + check_budget(self.budget))
 
     @property
     def cuts(self) -> tuple[int, ...]:
         return (self.K,)
 
-    @property
-    def num_claims(self) -> int:
-        """Visual tokens of an image that all pivots claim together."""
-        num_pivots = self.num_image_pivots + self.num_text_pivots
-        return self.num_claimed // num_pivots * num_pivots
+    def num_claims(self, num_visual: int, num_layers: int) -> int:
+        """Visual tokens of an image of ``num_visual`` that all pivots claim together."""
+        num_pivots, num_claimed = self.num_image_pivots + self.num_text_pivots, self.num_claimed
+        if self.budget is not None:
+            least = self.num_image_pivots + num_pivots
+            num_claimed = nearest_count(self.budget, num_visual, self.K, num_layers, least) - self.num_image_pivots
+        return num_claimed // num_pivots * num_pivots
+
+    def num_kept(self, num_visual: int, num_layers: int) -> int:
+        """Visual tokens that go on of ``num_visual``."""
+        if self.budget is not None and num_visual <= self.budget:
+            return num_visual
+        return min(num_visual, self.num_image_pivots + self.num_claims(num_visual, num_layers))
 
     def schedule(self, num_visual: int, num_layers: int) -> list[int]:
-        kept = min(num_visual, self.num_image_pivots + self.num_claims)
-        return by_layer(self.cuts, [kept], num_visual, num_layers)
+        return by_layer(self.cuts, [self.num_kept(num_visual, num_layers)], num_visual, num_layers)
 
     def cut(self, state: PromptState) -> Cut:
         norms = at_least_float32(state.keys(self.K - 1)).abs().sum(dim=(0, 2))  # [L]
@@ -82,13 +93,14 @@ class DART(Pruner):
 
     def _keep(self, state: PromptState, norms: Tensor, normed: Tensor, image: Tensor) -> Tensor:
         """Which of an image's positions go on."""
-        if len(image) <= self.num_image_pivots + self.num_claims:
+        num_layers = len(state.decoder.layers)
+        if self.num_kept(len(image), num_layers) == len(image):
             return image
         text = state.text[state.text > image[-1]]
         own = image[top_indices(norms[None, image], self.num_image_pivots)[0]]
         others = text[top_indices(norms[None, text], min(self.num_text_pivots, len(text)))[0]]
         pivots = self.in_turn(torch.cat([own, others]), norms)
-        share, rest = divmod(self.num_claims, len(pivots))
+        share, rest = divmod(self.num_claims(len(image), num_layers), len(pivots))
         is_taken = torch.isin(image, own)
         for turn, pivot in enumerate(pivots.unbind()):
             likeness = (normed[image] @ normed[pivot]).masked_fill(is_taken, torch.inf)

@@ -11,10 +11,10 @@ from vzip.keys import raise_all
 from vzip.ops.select import top_indices
 
 from .base import Cut, PromptState, Pruner
-from .stages import as_tuple, by_layer, check_keep, check_layers, num_entered, num_kept
+from .stages import as_tuple, by_layer, check_budget, check_keep, check_layers, num_entered, num_kept, shrinking_counts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PyramidDrop(Pruner):
     """Drops in steps what the last token attends to least in the very layer whose input is cut (arXiv 2410.17247).
 
@@ -33,6 +33,8 @@ class PyramidDrop(Pruner):
         layers: those at whose input tokens are dropped.
         keep: for each of them the visual tokens of an image that go on: whole numbers, or fractions of those that
             entered layer 0. An image that has no more than these keeps all.
+        budget: visual tokens of an image that layers attend to on average: ``keep`` is then x, x*x, x*x*x ... with the
+            x of four decimals that comes nearest, and one token at least.
 
     Raises:
         ConfigError: a value that cannot be.
@@ -40,31 +42,41 @@ class PyramidDrop(Pruner):
 
     layers: Sequence[int] = (8, 16, 24)
     keep: Sequence[int | float] = (0.5, 0.25, 0.125)
+    budget: int | None = None
+    set_by_budget = ("keep",)
 
     def __post_init__(self) -> None:
         layers, keep = as_tuple(self.layers), as_tuple(self.keep)
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "keep", keep)
-        raise_all(check_layers(layers, 1) + check_keep(keep, layers))
+        own = [] if self.budget is not None else check_keep(keep, layers)
+        raise_all(check_layers(layers, 1) + own + check_budget(self.budget))
 
     @property
     def cuts(self) -> tuple[int, ...]:
         return tuple(self.layers)
 
+    def counts(self, num_visual: int, num_layers: int) -> list[int]:
+        """Visual tokens that go on after each cut of ``num_visual``."""
+        if self.budget is not None:
+            return shrinking_counts(self.budget, num_visual, self.cuts, num_layers)
+        return [num_kept(keep, num_visual) for keep in self.keep]
+
     def schedule(self, num_visual: int, num_layers: int) -> list[int]:
-        return by_layer(self.cuts, [num_kept(keep, num_visual) for keep in self.keep], num_visual, num_layers)
+        return by_layer(self.cuts, self.counts(num_visual, num_layers), num_visual, num_layers)
 
     def cut(self, state: PromptState) -> Cut:
         scores = state.attention_rows(state.layer, [-1]).mean(dim=0)  # [1, L]
-        keep = self.keep[self.cuts.index(state.layer)]
+        step, num_layers = self.cuts.index(state.layer), len(state.decoder.layers)
+        counts = [self.counts(num_entered(state, image), num_layers)[step] for image in state.images]
         kept = [
-            image[top_indices(scores[:, image], num_kept(keep, num_entered(state, image)))[0]] for image in state.images
+            image[top_indices(scores[:, image], count)[0]] for image, count in zip(state.images, counts, strict=True)
         ]
         index = torch.cat([state.text, *kept]).sort().values
         return Cut(index, positions="original" if len(index) == len(state.hidden) else "repacked")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VScanStage2(PyramidDrop):
     """VScan's second stage (arXiv 2505.22654, ``Tencent/SelfEvolvingAgent``): PyramidDrop's rule at layer 16 alone.
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from vzip.errors import ConfigError
 from vzip.keys import SEED, check_value, number, raise_all, whole_number
 from vzip.ops.attention import at_least_float32
 from vzip.ops.select import top_indices
 
 from .base import Cut, PromptState, Pruner
-from .stages import as_tuple, by_layer, check_keep, check_layers, num_entered, num_kept
+from .stages import as_tuple, by_layer, check_budget, check_keep, check_layers, num_entered, num_kept
 
 TEXT = -1
+PUBLISHED_FOR = 576  # visual tokens of an image
 
 
 class RatedByText(Pruner):
@@ -25,9 +28,15 @@ class RatedByText(Pruner):
     Raters are the text tokens after the image to which its visual tokens, as they enter layer 0, are more similar than
     on average: mean over visual tokens of the softmax over text of the dot products. Where none is above the average,
     as when there is one word alone, all are (published code divides by zero).
+
+    A budget is one of the published ones, each with the arguments published for it, of 576 visual tokens.
+
+    Attributes:
+        published: by budget, what the arguments of ``set_by_budget`` are.
     """
 
     layers: Sequence[int]
+    published: ClassVar[Mapping[int, Any]]
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -36,7 +45,38 @@ class RatedByText(Pruner):
     def check(self) -> list[str]:
         """Makes ``layers`` a tuple; what is wrong with them."""
         object.__setattr__(self, "layers", as_tuple(self.layers))
-        return check_layers(tuple(self.layers), 0)
+        problems = check_layers(tuple(self.layers), 0) + check_budget(self.budget)
+        if self.budget is None or problems:
+            return problems
+        keys = ", ".join(f"pruner.{key}" for key in self.set_by_budget)
+        if self.budget not in self.published:
+            known = ", ".join(f"{budget}tok" for budget in self.published)
+            problems.append(
+                f"budget={self.budget}tok with compressor=none: {type(self).__name__} has published settings for"
+                f" {known} alone. Set one of these, or budget=full and {keys}."
+            )
+        usual = tuple(type(self).layers)
+        if self.layers != usual:
+            problems.append(
+                f"pruner.layers={list(self.layers)}: budgets are published for {list(usual)}. Set budget=full and"
+                f" {keys}."
+            )
+        return problems
+
+    def of_budget(self, num_visual: int) -> Any:
+        """What is published for the budget; ConfigError for an image of another number of visual tokens."""
+        assert self.budget is not None
+        if num_visual != PUBLISHED_FOR:
+            keys = ", ".join(f"pruner.{key}" for key in self.set_by_budget)
+            raise ConfigError(
+                f"budget={self.budget}tok with compressor=none: {type(self).__name__}'s settings are published for"
+                f" images of {PUBLISHED_FOR} visual tokens, this model's have {num_visual}. Set budget=full and {keys}."
+            )
+        return self.published[self.budget]
+
+    def keeps_all(self, num_visual: int) -> bool:
+        """Whether an image has no more visual tokens than the budget."""
+        return self.budget is not None and num_visual <= self.budget
 
     def raters(self, state: PromptState, image: Tensor) -> Tensor:
         """Positions of the words that rate an image."""
@@ -90,7 +130,7 @@ class Recycling(RatedByText):
         return torch.rand(num_tokens, generator=torch.Generator().manual_seed(self.seed))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SparseVLM(Recycling):
     """SparseVLM v1.5 (arXiv 2410.04417): drops in steps what the text's raters attend to least, and merges its best.
 
@@ -108,6 +148,7 @@ class SparseVLM(Recycling):
         keep: for each of them the visual tokens of an image that go on as they are: whole numbers, or fractions of
             those that entered layer 0; merged ones come on top.
         seed: of the noise that sets equal densities apart.
+        budget: one of the four above: ``keep`` is then what is published for it.
 
     Raises:
         ConfigError: a value that cannot be.
@@ -116,24 +157,33 @@ class SparseVLM(Recycling):
     layers: Sequence[int] = (2, 6, 15)
     keep: Sequence[int | float] = (66, 30, 17)
     seed: int = 0
+    budget: int | None = None
+    set_by_budget = ("keep",)
+    published = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}  # noqa: RUF012
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", as_tuple(self.keep))
-        raise_all(self.check() + check_keep(tuple(self.keep), tuple(self.layers)))
+        own = [] if self.budget is not None else check_keep(tuple(self.keep), tuple(self.layers))
+        raise_all(self.check() + own)
 
     def schedule(self, num_visual: int, num_layers: int) -> list[int]:
+        if self.keeps_all(num_visual):
+            return [num_visual] * num_layers
         counts = [num_visual]
-        for keep in self.keep:
+        for keep in self.keep if self.budget is None else self.of_budget(num_visual):
             num_chosen = min(num_kept(keep, num_visual), counts[-1] - 1)
             counts.append(num_chosen + num_clusters(num_recycled(counts[-1] - num_chosen)))
         return by_layer(self.cuts, counts[1:], num_visual, num_layers)
 
     def num_kept_of(self, state: PromptState, image: Tensor, attention: Tensor) -> int:
-        keep = self.keep[self.cuts.index(state.layer)]
-        return min(num_kept(keep, num_entered(state, image)), len(image) - 1)
+        entered = num_entered(state, image)
+        if self.keeps_all(entered):
+            return len(image)
+        keep = (self.keep if self.budget is None else self.of_budget(entered))[self.cuts.index(state.layer)]
+        return min(num_kept(keep, entered), len(image) - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SparseVLMByRank(Recycling):
     """SparseVLM v1.0 (arXiv 2410.04417): as v1.5, but the attention's rank says how many go on.
 
@@ -150,6 +200,7 @@ class SparseVLMByRank(Recycling):
         scale: visual tokens that go on as they are for each rank.
         bias: and so many more.
         seed: of the noise that sets equal densities apart.
+        budget: one of the three above: ``scale`` and ``bias`` are then what is published for it.
 
     Raises:
         ConfigError: a value that cannot be.
@@ -159,6 +210,9 @@ class SparseVLMByRank(Recycling):
     scale: float = 0.8
     bias: float = 0.0
     seed: int = 0
+    budget: int | None = None
+    set_by_budget = ("scale", "bias")
+    published = {192: (13.5, 0.0), 128: (9.0, 6.0), 64: (0.8, 0.0)}  # noqa: RUF012
 
     def __post_init__(self) -> None:
         problems = self.check()
@@ -171,14 +225,19 @@ class SparseVLMByRank(Recycling):
         raise_all(problems)
 
     def schedule(self, num_visual: int, num_layers: int) -> None:
-        return None
+        if self.budget is not None and not self.keeps_all(num_visual):
+            self.of_budget(num_visual)  # that there is one
 
     def num_kept_of(self, state: PromptState, image: Tensor, attention: Tensor) -> int:
+        entered = num_entered(state, image)
+        if self.keeps_all(entered):
+            return len(image)
+        scale, bias = (self.scale, self.bias) if self.budget is None else self.of_budget(entered)
         rank = int(torch.linalg.matrix_rank(attention))
-        return len(image) if rank == len(image) else min(int(rank * self.scale + self.bias), len(image) - 1)
+        return len(image) if rank == len(image) else min(int(rank * scale + bias), len(image) - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SparseVLMPlus(RatedByText):
     """SparseVLM v2.0, SparseVLM+ (arXiv 2410.04417): as v1.5 without merging, and with the attention corrected.
 
@@ -196,6 +255,7 @@ class SparseVLMPlus(RatedByText):
         keep: for each of them the visual tokens of an image that go on: whole numbers, or fractions of those that
             entered layer 0.
         num_heads: heads that are averaged over, all where there are no more.
+        budget: one of the four above: ``keep`` is then what is published for it.
 
     Raises:
         ConfigError: a value that cannot be.
@@ -204,14 +264,25 @@ class SparseVLMPlus(RatedByText):
     layers: Sequence[int] = (2, 6, 15)
     keep: Sequence[int | float] = (66, 34, 20)
     num_heads: int = 14
+    budget: int | None = None
+    set_by_budget = ("keep",)
+    published = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)}  # noqa: RUF012
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", as_tuple(self.keep))
-        problems = self.check() + check_keep(tuple(self.keep), tuple(self.layers))
+        problems = self.check()
+        problems += [] if self.budget is not None else check_keep(tuple(self.keep), tuple(self.layers))
         raise_all(problems + check_value("pruner.num_heads", self.num_heads, whole_number(1)))
 
+    def counts(self, num_visual: int) -> list[int]:
+        """Visual tokens that go on after each cut of ``num_visual``."""
+        if self.keeps_all(num_visual):
+            return [num_visual] * len(self.cuts)
+        keeps = self.keep if self.budget is None else self.of_budget(num_visual)
+        return [num_kept(keep, num_visual) for keep in keeps]
+
     def schedule(self, num_visual: int, num_layers: int) -> list[int]:
-        return by_layer(self.cuts, [num_kept(keep, num_visual) for keep in self.keep], num_visual, num_layers)
+        return by_layer(self.cuts, self.counts(num_visual), num_visual, num_layers)
 
     def cut(self, state: PromptState) -> Cut:
         kept = [image[self._chosen(state, image)] for image in state.images]
@@ -224,8 +295,8 @@ class SparseVLMPlus(RatedByText):
         by_place = (cos[raters] @ cos[image].T + sin[raters] @ sin[image].T) / cos.shape[-1] ** 0.5
         attention = state.attention_rows(state.layer - 1, raters)[..., image] / by_place  # [H, raters, visual tokens]
         heads = top_indices(attention.sum(dim=(1, 2))[None], min(self.num_heads, len(attention)))[0]
-        keep = self.keep[self.cuts.index(state.layer)]
-        return top_indices(attention[heads].mean(dim=(0, 1))[None], num_kept(keep, num_entered(state, image)))[0]
+        count = self.counts(num_entered(state, image))[self.cuts.index(state.layer)]
+        return top_indices(attention[heads].mean(dim=(0, 1))[None], count)[0]
 
 
 def num_recycled(num_dropped: int) -> int:

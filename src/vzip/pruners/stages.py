@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -9,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vzip.keys import whole_number
+from vzip.errors import ConfigError
+from vzip.keys import check_value, optional, whole_number
 
 from .base import PromptState
 
@@ -46,6 +48,62 @@ def check_keep(keep: tuple[Any, ...], layers: tuple[Any, ...]) -> list[str]:
             " layer."
         )
     return problems
+
+
+def check_budget(budget: Any) -> list[str]:
+    """What is wrong with a pruner's budget, in at most one message."""
+    return check_value("pruner.budget", budget, optional(whole_number(1)))
+
+
+def nearest_count(budget: int, num_visual: int, num_full: int, num_layers: int, least: int = 1) -> int:
+    """Visual tokens of an image that go on after one cut, so that the average over layers is nearest to a budget.
+
+    FastV's formula: ``num_full`` layers attend to all, the others to what goes on.
+
+    Raises:
+        ConfigError: it would have to be fewer than ``least``.
+    """
+    if num_visual <= budget:
+        return num_visual
+    num_after = num_layers - num_full
+    count = (2 * (budget * num_layers - num_full * num_visual) + num_after) // (2 * num_after)  # rounded
+    if count < least:
+        smallest = (num_full * num_visual + num_after * least) / num_layers
+        raise out_of_reach(budget, smallest, num_full, num_visual, num_layers)
+    return count
+
+
+def shrinking_counts(budget: int, num_visual: int, cuts: Sequence[int], num_layers: int) -> list[int]:
+    """The same after several cuts: x, x * x, x * x * x ... of the image's tokens, rounded down, one at least.
+
+    x has four decimals, as published ones have.
+
+    Raises:
+        ConfigError: one token after each cut is more on average.
+    """
+    if num_visual <= budget:
+        return [num_visual] * len(cuts)
+    wanted = budget * num_layers
+
+    def counts(x: int) -> list[int]:
+        return [max(1, num_visual * x**power // 10_000**power) for power in range(1, len(cuts) + 1)]
+
+    def total(x: int) -> int:
+        return sum(by_layer(cuts, counts(x), num_visual, num_layers))
+
+    if wanted < total(1):
+        raise out_of_reach(budget, total(1) / num_layers, cuts[0], num_visual, num_layers)
+    above = bisect.bisect_left(range(10_001), wanted, key=total)
+    return counts(min((above - 1, above), key=lambda x: abs(total(x) - wanted)))
+
+
+def out_of_reach(budget: int, smallest: float, num_full: int, num_visual: int, num_layers: int) -> ConfigError:
+    """What is said of a budget below the smallest average that a method can have."""
+    return ConfigError(
+        f"budget={budget}tok with compressor=none is a pruner's average over the {num_layers} layers, and the first"
+        f" {num_full} see all {num_visual} visual tokens: it cannot be below {smallest:.1f}. Set a larger budget, or"
+        " let fewer layers see everything (pruner.K, pruner.layers)."
+    )
 
 
 def num_kept(keep: float, num_entered: int) -> int:

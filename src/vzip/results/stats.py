@@ -180,6 +180,31 @@ def mcnemar_p(num_lost: int, num_gained: int) -> float:
     return min(1.0, 2 * tail)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of several tests, corrected by Holm's step-down rule: each may be held against the level as it is.
+
+    The k-th smallest of m counts m - k + 1 times, and none less than one before it.
+    """
+    order = sorted(range(len(p_values)), key=lambda number: p_values[number])
+    corrected, highest = [1.0] * len(p_values), 0.0
+    for place, number in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[number]))
+        corrected[number] = highest
+    return corrected
+
+
+def difference_p(point: float, resampled: np.ndarray) -> float:
+    """Two-sided p-value of a paired difference being 0, from its bootstrap: normal, with the spread of the draws.
+
+    (Counting draws beyond 0 cannot give less than one in their number, which no correction for many tests survives.)
+    """
+    finite = resampled[np.isfinite(resampled)]
+    spread = float(np.std(finite, ddof=1)) if len(finite) > 1 else 0.0
+    if spread == 0:
+        return 1.0 if point == 0 else 0.0
+    return math.erfc(abs(point) / spread / math.sqrt(2))
+
+
 def _mean(rows: np.ndarray) -> float:
     return float(rows.mean(dtype=np.float64))
 

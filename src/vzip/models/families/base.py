@@ -236,6 +236,17 @@ class Adapter(ABC):
         text_config = config.get_text_config()
         LlamaDecoder.check_config(text_config)
         pruner.check_fits(text_config)
+        if pruner.budget is not None:
+            pruner.schedule(cls.num_visual_of_any(config, pruner), text_config.num_hidden_layers)
+
+    @classmethod
+    def num_visual_of_any(cls, config: Any, pruner: Pruner) -> int:
+        """Visual tokens of any image; ConfigError for a pruner whose budget is an average where sizes vary."""
+        raise ConfigError(
+            f"budget={pruner.budget}tok with compressor=none is a pruner's average over the layers, and images (or"
+            f" videos) of {cls.model_class.__name__} vary in their visual tokens. Set budget=full and the pruner's own"
+            " arguments, fractions where it takes any, as pruner.keep=0.2."
+        )
 
     @classmethod
     def load_model(cls, directory: Path, config: Any, **settings: Any) -> Any:

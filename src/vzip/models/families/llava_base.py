@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from vzip.compressors.base import Compressor
 from vzip.compressors.vision import Signal, VisionOutput
+from vzip.pruners.base import Pruner
 
 from ..towers.planned import run_planned
 from ..towers.structure import Tower, TowerGeometry, check_select_layer, find_tower, geometry_from_config
@@ -45,6 +46,13 @@ class LlavaBase(Adapter):
         geometry = geometry_from_config(config.vision_config)
         geometry.num_layers_to_run(cls.read_select_layer(config))
         return geometry
+
+    @classmethod
+    def num_visual_of_any(cls, config: Any, pruner: Pruner) -> int:
+        if cls.has_tiles or cls.has_video:
+            return super().num_visual_of_any(config, pruner)
+        geometry = cls.check_config(config)
+        return geometry.num_patches + int(geometry.has_cls) - cls.read_stock_offset(config)
 
     @staticmethod
     def read_select_layer(config: Any) -> int:

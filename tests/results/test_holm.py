@@ -1,0 +1,21 @@
+"""Correction for many tests, against values worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vzip.results.stats import difference_p, holm
+
+
+def test_holm_by_hand() -> None:
+    """Sorted 0.01, 0.02, 0.03, 0.04 count 4, 3, 2 and 1 times: 0.04, 0.06, 0.06 (not 0.06), 0.06 (not 0.04)."""
+    assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == [] and holm([0.2]) == [0.2]
+
+
+def test_a_difference_of_two_spreads_is_the_normal_ones() -> None:
+    draws = np.array([-1.0, 1.0] * 500) / np.sqrt(1000 / 999)  # of spread 1
+    assert difference_p(1.959964, draws) == pytest.approx(0.05, abs=1e-4)
+    assert difference_p(0.0, np.zeros(5)) == 1.0 and difference_p(0.1, np.full(5, 0.1)) == 0.0
+    assert difference_p(1.959964, np.array([*draws, np.nan])) == pytest.approx(0.05, abs=1e-4)
