@@ -555,8 +555,9 @@ class Adapter(ABC):
         if compressor.space == "tower" and vision.project is not None:
             with stage("projector"):
                 tokens = vision.project(tokens)
-        planes = compressed.planes
-        of_images = [None] * len(shapes) if planes is None else [each.flatten(0, 1) for each in planes.split(num_crops)]
+        of_images: list[Tensor | None] = [None] * len(shapes)
+        if compressed.planes is not None:
+            of_images = [each.flatten(0, 1) for each in compressed.planes.split(num_crops)]
         with stage("splice"):
             if self.keeps_places:
                 places = compressed.places.split(num_crops)

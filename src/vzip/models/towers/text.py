@@ -117,8 +117,9 @@ class TextEncoder:
             )
         model.eval().requires_grad_(False)
         # The rest of the image model is let go: what runs is the vision tower.
-        parts = (model.text_model, model.text_projection, model.vision_model.post_layernorm, model.visual_projection)
-        return cls(name, *(part.to(device) for part in parts), tokenizer)
+        norm, projection = model.vision_model.post_layernorm, model.visual_projection
+        parts = [part.to(device) for part in (model.text_model, model.text_projection, norm, projection)]
+        return cls(name, parts[0], parts[1], parts[2], parts[3], tokenizer)
 
     @torch.no_grad()
     def read(self, text: str) -> Tensor:
