@@ -15,9 +15,10 @@ from vzip.ops.merge import MERGE_RULES, MergeRule
 from vzip.ops.select import gather_rows
 
 from .base import Compressor, Selection, check_is_compressor
+from .plan import TowerPlan
 from .vision import SCORES, Signal, VisionOutput, VisionShape
 
-_OF_CLASS = ("scope", "space", "uses_valid", "splits_budget", "drops_rest")
+_HANDED_ON = ("scope", "space", "uses_valid", "splits_budget", "drops_rest", "tower_use", "text_encoder")
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,20 @@ class Wrapper(Compressor):
 
     def __post_init__(self) -> None:
         check_is_compressor(self.of, "of")
-        for name in _OF_CLASS:
+        for name in _HANDED_ON:
             object.__setattr__(self, name, getattr(self.of, name))
 
     def reads(self) -> frozenset[Signal]:
         return self.of.reads()
 
+    def text(self, question: str) -> str:
+        return self.of.text(question)
+
     def view(self, pixel_values: Tensor) -> Tensor:
         return self.of.view(pixel_values)
+
+    def plan(self, shape: VisionShape) -> TowerPlan | None:
+        return self.of.plan(shape)
 
     def num_tokens(self, shape: VisionShape) -> int:
         return self.of.num_tokens(shape)
@@ -72,6 +79,11 @@ class MergeDropped(Wrapper):
             raise ConfigError(
                 f"compressor.merge_rule={self.merge_rule!r}: must be one of {', '.join(MERGE_RULES)}"
                 f"{nearest(str(self.merge_rule), MERGE_RULES)}."
+            )
+        if self.tower_use != "whole":
+            raise ConfigError(
+                f"compressor.of={self.of}: what it drops never reaches the end of the vision tower, so there is nothing"
+                " left to merge. Use a method that drops afterwards, as fastervlm, divprune, scope or random."
             )
         if not self.of.drops_rest:
             raise ConfigError(

@@ -55,7 +55,7 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
     if config["model"]["positions"] is not None:
         raise ConfigError(
             f"model.positions={config['model']['positions']}: a training counts positions anew, as the published ones"
-            " do. Leave it null, and evaluate what was trained with model.positions=original."
+            " do. Leave it null, and evaluate what was trained with it."
         )
     check_assembled(config["model"])
     return config
