@@ -72,7 +72,7 @@ def test_the_model_is_unchanged_by_a_pruner(fails, monkeypatch):
     [(0, vzip.VisionZip), (2, vzip.VisionZip), (0, vzip.FlowCut), (1, vzip.FlowCut), (2, vzip.Resized)],
 )
 def test_the_model_is_unchanged_after_an_exception_in_the_tower(where, kind):
-    """Layer 2 is tapped (of 4, select layer -2), so its hooks are in place when it fails; FlowCut's are 0 and 1."""
+    """Layer 2 is the tapped one (of 4, select layer -2), so its hooks are there when it fails; FlowCut's: 0 and 1."""
     model = tiny.llava()
     vlm = vzip.CompressedVlm(model, kind(BUDGET))
     layer = model.model.vision_tower.encoder.layers[where]

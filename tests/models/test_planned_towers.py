@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests import methods, tiny, tiny_mini_gemini, tiny_qwen
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -291,6 +292,20 @@ def test_refused_by_name_before_anything_is_loaded():
     vlm.adapter.select_layer = 0
     with pytest.raises(UnsupportedModelError, match="no layer runs between which"):
         vlm.encode_images(tiny.pixels(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("without_contents", ["meta", "fake"])
+def test_flowcut_without_contents_ends_with_as_many(without_contents):
+    """What the bench and the estimate of memory run: shapes alone."""
+    model = CLIPVisionModel(tiny.vision_config("clip", 4)).eval()
+    plan = TowerPlan(pruner=FlowPruner(9))
+    if without_contents == "meta":
+        vision = run_planned(find_tower(model.to("meta")), tiny.pixels(2).to("meta"), -2, plan)
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            vision = run_planned(find_tower(model), torch.zeros(2, 3, 112, 112), -2, plan)
+    assert vision.hidden.shape == (2, 65, 32) and vision.signals[Signal("present")].shape == (2, 64)
 
 
 def test_both_are_options():

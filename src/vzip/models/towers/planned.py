@@ -9,6 +9,7 @@ from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from vzip.compressors.base import Compressor
@@ -77,7 +78,7 @@ def _pruned(tower: Tower, hidden: Tensor, num_layers: int, pruner: TowerPruner) 
     """The layers run on ever fewer patches: ``[N, 1 + K, D]``, and which are left, int64 ``[N, K]``.
 
     After a cut crops may differ in length: the shorter ones are padded, and the padding is masked. Without contents (on
-    the meta device) nothing is known to go before the last cut.
+    the meta device, in an estimate of memory) nothing is known to go before the last cut.
     """
     num_crops, num_patches = hidden.shape[0], hidden.shape[1] - 1
     left = torch.arange(num_patches, device=hidden.device).expand(num_crops, -1)
@@ -85,6 +86,7 @@ def _pruned(tower: Tower, hidden: Tensor, num_layers: int, pruner: TowerPruner) 
     shown: Tensor | None = None
     score: Tensor | None = None
     cuts = pruner.cuts(num_layers)
+    has_contents = hidden.device.type != "meta" and not isinstance(hidden, FakeTensor)
     for index in range(num_layers):
         mask = tower.mask(hidden, shown)
         if hidden.shape[1] - 1 <= pruner.num_tokens or index > cuts[-1]:
@@ -110,7 +112,7 @@ def _pruned(tower: Tower, hidden: Tensor, num_layers: int, pruner: TowerPruner) 
         )
         score, dropped = _judged(pruner, state)
         is_last, longest = index == cuts[-1], pruner.num_tokens
-        if index not in cuts or (hidden.device.type == "meta" and not is_last):
+        if index not in cuts or not (is_last or has_contents):
             continue
         counts = torch.full_like(counts, longest) if is_last else (counts - dropped).clamp(min=longest)
         lengths = [longest] if is_last else counts.tolist()  # the host waits: the next layer's shape depends on it
