@@ -67,7 +67,10 @@ def checkpoint_of(name: str) -> Checkpoint:
 
 @cache  # asked for by every check of a method
 def _config(name: str) -> Any:
-    directory = checkpoint_of(name).directory
+    try:
+        directory = checkpoint_of(name).directory
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {_INSTEAD}") from error
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except READ_ERRORS as error:
@@ -117,9 +120,9 @@ class TextEncoder:
             )
         model.eval().requires_grad_(False)
         # The rest of the image model is let go: what runs is the vision tower.
-        norm, projection = model.vision_model.post_layernorm, model.visual_projection
-        parts = [part.to(device) for part in (model.text_model, model.text_projection, norm, projection)]
-        return cls(name, parts[0], parts[1], parts[2], parts[3], tokenizer)
+        norm, projection = model.vision_model.post_layernorm.to(device), model.visual_projection.to(device)
+        text_model, text_projection = model.text_model.to(device), model.text_projection.to(device)
+        return cls(name, text_model, text_projection, norm, projection, tokenizer)
 
     @torch.no_grad()
     def read(self, text: str) -> Tensor:
