@@ -2,6 +2,7 @@
 
   python -m vzip agreement RUN OTHER                        share of answers that are vanilla's, with 95 % intervals
   python -m vzip agreement RUN OTHER --easy-from CONTROL    and the share right on hard and on easy questions
+  python -m vzip agreement RUN --vanilla OTHER              against a run that is named
 
 Hard are the questions that CONTROL answers wrongly, easy all others; CONTROL is usually a run on a down-scaled image
 (compressor=pooled): what it answers needs few tokens, and says little of a method. RUN is a run directory or its

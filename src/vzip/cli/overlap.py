@@ -2,6 +2,7 @@
 
 python -m vzip overlap photos
 python -m vzip overlap photos compressor=visionzip,divprune,random budget=64tok model=llava15_7b
+python -m vzip overlap photos compressor=visionzip budget=64tok,192tok
 
 For each two methods the patches kept by both, as a share of those kept by either (Jaccard): the mean over images with a
 95 % bootstrap interval over images, beside what two choices at random of as many patches would share. Patches that are
