@@ -91,7 +91,7 @@ def test_ranks_say_what_the_noise_leaves_open(tmp_path: Path) -> None:
 
 def test_the_folder_holds_all_and_what_is_not_possible_is_said(tmp_path: Path) -> None:
     text = write(tmp_path / "out", entries(tmp_path, {"random": BAD, "good": GOOD}), [("fastv", "64tok", "too small")])
-    assert "| fastv |  |  | not possible |" in text and "- fastv at 64: too small" in text
+    assert "| fastv | 64 |  |  | not possible |" in text and "- fastv at 64: too small" in text
     assert "64tok: 1 of 1 differences are outside the noise; above random beyond it: good" in text
     assert "![retention against time](pareto.svg)" in text
     for name in ("pareto.svg", "pareto.png", "runs/good-64tok/run.json", "runs/good-64tok/samples.jsonl"):

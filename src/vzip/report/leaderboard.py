@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 FILE_NAME, TABLE_NAME, PLOTS = "leaderboard.json", "leaderboard.md", ("pareto.svg", "pareto.png")
 KIND, SCHEMA_VERSION = "leaderboard", 1
 VANILLA = "vanilla"
-HEAD = ("method", "enter", "average", "retention, %", "rank", "select", "prefill", "TTFT", "KV MiB")
+HEAD = ("method", "budget", "enter", "average", "retention, %", "rank", "select", "prefill", "TTFT", "KV MiB")
 MIB = 1024**2
 # What makes two runs' models one, beside the weights; of the configuration, where it was kept.
 _OF_MODEL = ("class", "dtype", "preprocess")
@@ -260,7 +260,10 @@ def lay_out(
     for line in lines:
         blocks.setdefault(line.entry.budget, []).append(_cells(line, machine))
     for method, budget, _ in missing:
-        blank = (Piece(method), Piece(), Piece(), Piece("not possible"), *[Piece()] * (len(HEAD) - 4))
+        blank = (
+            *map(Piece, (method, budget.removesuffix("tok"), "", "", "not possible")),
+            *[Piece()] * (len(HEAD) - 5),
+        )
         blocks.setdefault(budget, []).append(blank)
     order = sorted(blocks, key=lambda name: -int(name.removesuffix("tok")) if name.endswith("tok") else -(10**9))
     reasons: dict[tuple[str, str], list[str]] = {}
@@ -295,6 +298,7 @@ def _cells(line: Line, machine: str) -> tuple[Piece, ...]:
     select = "" if "selection" not in ms or is_vanilla else f"{ms['selection']:.2f}{mark}"
     texts = [
         entry.name,
+        entry.budget.removesuffix("tok"),
         _range(tokens["measured_min"], tokens["measured_max"]),
         _range(*visual_tokens_of(entry.run.record)),
         f"{line.retention:.1f}{interval}",
@@ -303,7 +307,7 @@ def _cells(line: Line, machine: str) -> tuple[Piece, ...]:
         *(f"{ms[stage]:.1f}{mark}" if stage in ms else "" for stage in ("prefill", "time_to_first_token")),
         f"{cost['kv_cache_bytes'] / MIB:.2f}" if cost else "",
     ]
-    return tuple(Piece(text, bold=line.rank == 1 and number < 2) for number, text in enumerate(texts))
+    return tuple(Piece(text, bold=line.rank == 1 and number == 0) for number, text in enumerate(texts))
 
 
 def _range(fewest: float | None, most: float | None) -> str:
