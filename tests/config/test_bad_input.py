@@ -104,7 +104,7 @@ MESSAGES = {
     ],
     ("data=scenes_dialogues", "data.json=FILE"): ["data.json: data=scenes_dialogues has no such setting; options"],
     ("compressor=uniform", "compressor.merge_rule=mean"): [
-        "compressor.merge_rule: compressor=uniform has no such setting; options of compressor that have it: visionzip."
+        "compressor.merge_rule: compressor=uniform has no such setting; options of compressor that have it:"
     ],
     ("pruner=fastw",): ["pruner=fastw: no such option (did you mean 'fastv'?). Available options in 'pruner':"],
     ("pruner=fastv", "pruner.keep=2.5", "pruner.K=0"): [

@@ -128,6 +128,7 @@ def test_plain_arguments(hydra_folder: None) -> None:
         "adapter_path": None,
         "drop_padding": False,
         "row_newline": False,
+        "positions": None,
         "num_frames": None,
         "drop_cls": False,
     }

@@ -20,6 +20,7 @@ from vzip.errors import ConfigError, PromptError, UnsupportedModelError
 from vzip.models.towers.cache import TowerCache
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
+SERVED = [name for name in methods.METHODS if methods.build(name, BUDGET).tower_use == "whole"]
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 BATCHES = {
     "one": ([prompt(5, "6x10", 7, 8)], ["6x10"]),
@@ -80,35 +81,36 @@ def test_text_alone_equals_stock(model):
     assert torch.equal(vlm.forward(**ids).logits, model(**ids).logits)
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", SERVED)
 @torch.no_grad()
 def test_a_batch_equals_singles_and_counts_are_known_before(model, name):
     settings = {"local_layer": 2, "window": 3} if name == "vscan" else {}
-    vlm = vzip.CompressedVlm(model, methods.build(name, BUDGET, **settings))
+    vlm = vzip.CompressedVlm(model, methods.build(name, BUDGET, **settings), methods.Words())
     rows = [prompt(5, "6x10", 7, "4x8", 8), prompt(9, "4x4", 3), prompt(4, "6x10", 6)]
+    asked = list(methods.QUESTIONS)  # methods that read no text look at none
     grids = ["6x10", "4x8", "4x4", "6x10"]
     ids, inputs = batch(*rows), images(*grids)
     expected = vlm.expected_num_visual_tokens(**inputs)
-    together = vlm.prepare(**ids, **inputs)
-    logits = vlm.forward(**ids, **inputs).logits
+    together = vlm.prepare(**ids, **inputs, questions=asked)
+    logits = vlm.forward(**ids, **inputs, questions=asked).logits
     assert together.num_visual_tokens == expected
     assert expected == [min(9, num_units(grid)) if name != "none" else num_units(grid) for grid in grids]
     first = 0
     for number, own in enumerate((grids[:2], grids[2:3], grids[3:])):
-        alone = vlm.prepare(**batch(rows[number]), **images(*own))
+        alone = vlm.prepare(**batch(rows[number]), **images(*own), questions=asked[number : number + 1])
         length, num_visual = alone.attention_mask.shape[1], sum(alone.num_visual_tokens)
         torch.testing.assert_close(together.inputs_embeds[number, -length:], alone.inputs_embeds[0], rtol=0, atol=1e-4)
         planes = together.planes[first : first + num_visual]
         torch.testing.assert_close(planes, alone.planes, rtol=0, atol=1e-4)
         assert torch.equal(together.position_ids[:, number, -length:], alone.position_ids[:, 0])
         assert torch.equal(together.visual_index[number, -length:] >= 0, alone.visual_index[0] >= 0)
-        single = vlm.forward(**batch(rows[number]), **images(*own)).logits
+        single = vlm.forward(**batch(rows[number]), **images(*own), questions=asked[number : number + 1]).logits
         torch.testing.assert_close(logits[number, -length:], single[0], rtol=0, atol=1e-3)
         first += num_visual
     short = batch(
         *(prompt(*items, expanded=False) for items in ((5, "6x10", 7, "4x8", 8), (9, "4x4", 3), (4, "6x10", 6)))
     )
-    assert torch.equal(vlm.forward(**short, **inputs).logits, logits)
+    assert torch.equal(vlm.forward(**short, **inputs, questions=asked).logits, logits)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from vzip.ops.attention import at_least_float32
 from vzip.ops.merge import MERGE_RULES, MergeRule
 from vzip.ops.select import gather_rows
 
-from .base import Compressor, Selection, check_is_compressor
+from .base import Compressor, FractionBudget, Selection, TokenBudget, check_is_compressor
 from .plan import TowerPlan
 from .vision import SCORES, Signal, VisionOutput, VisionShape
 
@@ -38,6 +38,11 @@ class Wrapper(Compressor):
         check_is_compressor(self.of, "of")
         for name in _HANDED_ON:
             object.__setattr__(self, name, getattr(self.of, name))
+
+    @property
+    def budget(self) -> TokenBudget | FractionBudget | None:
+        """The other method's, where it has one."""
+        return getattr(self.of, "budget", None)
 
     def reads(self) -> frozenset[Signal]:
         return self.of.reads()
