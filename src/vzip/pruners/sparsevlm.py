@@ -163,7 +163,7 @@ class SparseVLM(Recycling):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", as_tuple(self.keep))
-        own = [] if self.budget is not None else check_keep(tuple(self.keep), tuple(self.layers))
+        own = [] if self.budget is not None else check_keep(tuple(self.keep), as_tuple(self.layers))
         raise_all(self.check() + own)
 
     def schedule(self, num_visual: int, num_layers: int) -> list[int]:
@@ -271,7 +271,7 @@ class SparseVLMPlus(RatedByText):
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", as_tuple(self.keep))
         problems = self.check()
-        problems += [] if self.budget is not None else check_keep(tuple(self.keep), tuple(self.layers))
+        problems += [] if self.budget is not None else check_keep(tuple(self.keep), as_tuple(self.layers))
         raise_all(problems + check_value("pruner.num_heads", self.num_heads, whole_number(1)))
 
     def counts(self, num_visual: int) -> list[int]:
