@@ -44,6 +44,14 @@ def test_where_eval_ask_memory_and_prefetch_take_it(caplog: pytest.LogCaptureFix
     assert config["budget"] == {"name": "56tok", "num_dominant": 47, "num_contextual": 9}
 
 
+def test_no_split_is_told_of_a_pruner_s_average(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "vzip")
+    check_overrides(["compressor=none", "budget=300tok", "pruner=fastv"], config_dir(), "eval")
+    assert caplog.messages == []
+    check_overrides(["compressor=visionzip", "budget=300tok"], config_dir(), "eval")
+    assert caplog.messages == ["budget=300tok: 253 dominant + 47 contextual tokens"]
+
+
 @pytest.mark.parametrize("words", [["budget=48tok"], ["budget=tokens", "budget.num_tokens=48"]])
 @pytest.mark.parametrize("primary", ["eval", "train"])
 def test_both_spellings_are_one_run(words: list[str], primary: str, tmp_path: Path) -> None:

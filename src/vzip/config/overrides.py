@@ -87,7 +87,11 @@ def is_sweep(arguments: Sequence[str]) -> bool:
 
 
 def _offer_counted_budgets(overrides: Sequence[Override], directory: Path) -> None:
-    """Makes ``budget=48tok``, of which there is no file, an option of Hydra's, and says how it is split."""
+    """Makes ``budget=48tok``, of which there is no file, an option of Hydra's, and says how it is split.
+
+    With ``compressor=none`` it is a pruner's average, and nothing is split.
+    """
+    of_pruner = any(o.key_or_group == "compressor" and _names_of(o) == ["none"] for o in overrides)
     for override in overrides:
         for name in _names_of(override) if override.key_or_group == "budget" else ():
             values = None if name in options(directory, "budget") else counted_budget(name)
@@ -95,7 +99,8 @@ def _offer_counted_budgets(overrides: Sequence[Override], directory: Path) -> No
                 # Kept for the process, and handed on to those that a sweep's launcher starts.
                 ConfigStore.instance().store(name, values, group="budget")
                 counts = values["num_dominant"], values["num_contextual"]
-                logger.info("budget=%s: %d dominant + %d contextual tokens", name, *counts)
+                if not of_pruner:
+                    logger.info("budget=%s: %d dominant + %d contextual tokens", name, *counts)
 
 
 def _names_of(override: Override) -> list[str]:
