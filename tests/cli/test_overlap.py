@@ -34,6 +34,17 @@ def test_what_two_methods_share(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert expected(64, 64, 576) == pytest.approx(0.0588, abs=1e-4)
 
 
+def test_methods_that_plan_the_towers_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(SCENE, tmp_path / "a.png")
+    assert cli.main(["overlap", str(tmp_path), "compressor=flowcut,resized,visionzip"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "64tok" in line]
+    assert [(line[0], line[2], line[3], line[5]) for line in lines] == [
+        ("flowcut", "64", "resized", "64"),
+        ("flowcut", "64", "visionzip", "53"),
+        ("resized", "64", "visionzip", "53"),
+    ]
+
+
 def test_methods_of_the_whole_image_name_the_same_patches() -> None:
     model, compressor = model_plan(["compressor=none", "budget=full"])
     vlm = vzip.load_vlm(**model, compressor=compressor)
@@ -60,6 +71,7 @@ def test_what_is_wrong_is_said_before_loading(
         "no such folder": [str(tmp_path / "absent")],
         "one method has nothing": [str(tmp_path), "compressor=visionzip"],
         "a pruner drops inside it": [str(tmp_path), "pruner=fastv"],
+        "MMTok is text-aware": [str(tmp_path), "compressor=visionzip,mmtok"],
         "budget=65tko": [str(tmp_path), "budget=65tko"],
     }
     for text, words in refused.items():

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from PIL import Image
 from torch import Tensor
 
 from vzip.compressors.base import CompressedTokens, Compressor, Selection
-from vzip.compressors.vision import Signal, VisionOutput, VisionShape
+from vzip.compressors.vision import VisionOutput, VisionShape
+from vzip.compressors.wrappers import Wrapper
 from vzip.models.vlm import CompressedVlm
 
 
-class Watched(Compressor):
-    """A compressor that remembers what it kept; everything else is that of the one inside."""
+@dataclass(frozen=True)
+class Watched(Wrapper):
+    """A method that remembers what it kept; everything else is that of the one inside."""
 
-    def __init__(self, inner: Compressor) -> None:
-        self.inner = inner
-        self.kept: list[tuple[VisionOutput, Tensor]] = []
-        names = ("scope", "space", "uses_valid", "merge_rule")  # is_vanilla would pass by what is kept
-        vars(self).update({name: getattr(inner, name) for name in names})
-
-    def reads(self) -> frozenset[Signal]:
-        return self.inner.reads()
-
-    def view(self, pixel_values: Tensor) -> Tensor:
-        return self.inner.view(pixel_values)
-
-    def num_tokens(self, shape: VisionShape) -> int:
-        return self.inner.num_tokens(shape)
+    kept: list[tuple[VisionOutput, Tensor]] = field(default_factory=list)
 
     def select(self, vision: VisionOutput) -> Selection:
-        return self.inner.select(vision)
+        return self.of.select(vision)
 
     def compress(self, vision: VisionOutput) -> CompressedTokens:
-        result = self.inner.compress(vision)
+        result = self.of.compress(vision)
         self.kept.append((vision, result.source_index))
         return result
 

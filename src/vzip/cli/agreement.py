@@ -5,7 +5,7 @@
   python -m vzip agreement RUN --vanilla OTHER              against a run that is named
 
 Hard are the questions that CONTROL answers wrongly, easy all others; CONTROL is usually a run on a down-scaled image
-(compressor=pooled): what it answers needs few tokens, and says little of a method. RUN is a run directory or its
+(compressor=resized): what it answers needs few tokens, and says little of a method. RUN is a run directory or its
 run.json (python -m vzip runs); the vanilla run is looked for in the runs tree.
 """
 

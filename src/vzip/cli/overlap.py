@@ -44,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Measures and prints; what can be wrong is checked before the model is loaded."""
+    from vzip.compressors.base import check_reads_no_text  # slow to import
+
     problems: list[str] = []
     paths: list[Path] = []
     grid: MethodGrid | None = None
@@ -59,6 +61,11 @@ def main(arguments: argparse.Namespace) -> int:
         problems.append(str(error))
     if grid is not None and len(grid.methods) < 2:
         problems.append("one method has nothing to be compared with: give two, as compressor=visionzip,divprune.")
+    for method in () if grid is None else grid.methods:
+        try:
+            check_reads_no_text(method.compressor, "overlap asks none")
+        except ConfigError as error:
+            problems.append(str(error))
     raise_all(problems)
     assert grid is not None
     print_layout(lay_out(grid, *measure(grid, paths)), Console())

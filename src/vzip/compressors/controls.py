@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import ClassVar, Literal
 
 import torch
@@ -106,6 +107,7 @@ class Pooled(Budgeted):
         )
 
 
+@cache
 def _grid_of(
     num_cells: int, grid: tuple[int, int], what_happens: str, most_unlike: int | None = None
 ) -> tuple[int, int]:
