@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vzip.data.collate import Batch
+from vzip.errors import UnsupportedModelError
 from vzip.models.splice import IGNORED_LABEL, PreparedInputs, plan_splice, splice
 from vzip.models.vlm import CompressedVlm
 from vzip.results.token_count import TokenCountError
