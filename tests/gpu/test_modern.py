@@ -1,4 +1,4 @@
-"""Qwen's families, and methods that act inside the tower, resize or ask: on a device they choose what the CPU chooses."""
+"""Qwen's families, and methods that act inside the tower, resize or ask: on a device as on the CPU."""
 
 from __future__ import annotations
 
