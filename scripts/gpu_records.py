@@ -20,6 +20,13 @@ from vzip.bench.run import environment
 GIB, MIB = 2**30, 2**20
 TAIL_LINES = 15
 TIMED_OUT = (124, 137)
+# Part -> the file that it shares with others: of all there are eight at most.
+TOGETHER = {
+    "llava_next_7b": "llava_next",
+    "llava_next_13b": "llava_next",
+    "qwen2_5_vl_7b": "qwen_vl",
+    "qwen3_vl_8b": "qwen_vl",
+}
 
 
 def main() -> int:
@@ -39,13 +46,15 @@ def main() -> int:
         told = record["environment"]["code"]
         if told["commit"] is None and os.environ.get("COMMIT"):  # a copy without its history
             told |= {"commit": os.environ["COMMIT"], "told_by": "COMMIT"}
-        (arguments.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    files = as_files(records)
+    for name, content in files.items():
+        (arguments.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     console = Console(width=120)
     console.print(table(records, parts))
     failed = {name: part for name, part in parts.items() if part["failure"]}
     for name, part in failed.items():
         console.print(f"FAILED {name}: {part['failure']}", highlight=False, markup=False)
-    console.print(f"{len(records)} records in {arguments.out}; {sum(p['seconds'] for p in parts.values())} s in all")
+    console.print(f"{len(files)} files in {arguments.out}; {sum(p['seconds'] for p in parts.values())} s in all")
     return 1 if failed else 0
 
 
@@ -68,6 +77,17 @@ def gather(work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             records |= {"tests": record} if record else {}
         parts[name] = {"exit_code": int(code), "seconds": int(seconds), "failure": failure}
     return parts, records
+
+
+def as_files(records: Mapping[str, Any]) -> dict[str, Any]:
+    """What each file holds: a record, or several by their parts' names where they share one."""
+    files: dict[str, Any] = {}
+    for name, record in records.items():
+        if name in TOGETHER:
+            files.setdefault(TOGETHER[name], {})[name] = record
+        else:
+            files[name] = record
+    return files
 
 
 def tests_record(path: Path, failure: str | None) -> tuple[str | None, dict[str, Any] | None]:

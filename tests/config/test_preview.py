@@ -79,6 +79,25 @@ def test_a_dry_run_refuses_what_the_run_would(run: Run, tmp_path: Path) -> None:
     assert code == 2 and "already holds a record" in said
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("model=qwen3_vl_8b pruner=fastv", "The language model is a qwen3_vl_text"),
+        ("model=qwen3_vl_2b compressor=flowcut", "compressor=FlowCut drops patches inside the vision tower"),
+        ("model=qwen2_5_vl_7b compressor=resized", "its images have any size; give smaller ones"),
+        ("model=qwen3_vl_8b model.num_frames=4", "takes videos only as its processor returns them"),
+        ("model=qwen2_5_vl_3b model.preprocess=llava", "must be one of hf"),
+        (
+            "model=llava15_7b model.positions=original model.attn_implementation=flash_attention_2",
+            "flash attention reads a gap",
+        ),
+    ],
+)
+def test_a_published_familys_refusals_need_no_checkpoint(words: str, message: str, run: Run) -> None:
+    code, said = run("dry_run=true", *words.split())
+    assert code == 2 and message in said and "the plan:" not in said
+
+
 def test_tasks_of_ones_own_are_looked_for(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "tasks"
     folder.mkdir()

@@ -7,17 +7,22 @@ import torch
 from accelerate import cpu_offload
 from PIL import Image
 from scripts import make_random_model
-from tests import methods, tiny_qwen3
+from tests import methods, tiny, tiny_qwen3
+from tests.bench.memory.conftest import both
 from tests.isolation.snapshot import changed, snapshot
 from tests.tiny_qwen import IMAGE, batch, images, num_units, prompt, stock
 from torch.nn import functional
 from transformers import AttentionInterface
 
 import vzip
+from vzip.analysis.fidelity import answer_logits, divergences
+from vzip.bench.memory.model_shape import ModelShape
+from vzip.bench.memory.workload import Workload
 from vzip.bench.shapes import SHAPES, build_meta
 from vzip.compressors import FractionBudget, Signal
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError
 from vzip.models.towers.cache import TowerCache
+from vzip.train.objective import AnswerLoss
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 SERVED = [name for name in methods.METHODS if methods.build(name, BUDGET).tower_use == "whole"]
@@ -380,3 +385,35 @@ def test_operations_of_the_tower_are_those_that_run(model):
     finally:
         config._attn_implementation = usual
     assert visual.num_operations(inputs["image_grid_thw"].tolist()) == counter.get_total_flops()
+
+
+@torch.no_grad()
+def test_fidelity_reads_the_planes(model):
+    """Vanilla against itself diverges by 0, and one pass over an answer is ``forward`` on prompt and answer."""
+    vlm = vzip.CompressedVlm(model, vzip.Identity())
+    inputs = {**batch(prompt(5, "6x10", 7, 8)), **images("6x10")}
+    told = vlm.generate(**inputs, max_new_tokens=5, output_logits=True, do_sample=False, return_dict_in_generate=True)
+    answer = told.sequences[0]
+    vanilla = answer_logits(vlm, inputs, answer)
+    torch.testing.assert_close(vanilla, torch.cat(told.logits), atol=1e-4, rtol=1e-4)
+    assert divergences(vanilla, answer_logits(vlm, inputs, answer)).max() == 0
+    whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], answer[None]], dim=1)}
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    torch.testing.assert_close(vanilla, vlm.forward(**whole).logits[0, -6:-1], atol=1e-4, rtol=1e-4)
+    vlm.compressor = vzip.VisionZip(BUDGET)
+    assert divergences(vanilla, answer_logits(vlm, inputs, answer)).min() > 0
+
+
+def test_a_training_is_refused_and_so_are_kept_places(model):
+    with pytest.raises(UnsupportedModelError, match="Qwen3VLForConditionalGeneration: training is not served"):
+        AnswerLoss(vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), positions="repacked"))
+    with pytest.raises(UnsupportedModelError, match="positions='original'"):
+        AnswerLoss(vzip.CompressedVlm(tiny.llava(), vzip.VisionZip(BUDGET), positions="original"))
+
+
+@pytest.mark.parametrize("compressor", [vzip.Identity(), vzip.VisionZip(BUDGET)], ids=["none", "visionzip"])
+def test_memory_is_estimated_as_it_is_measured(model, compressor):
+    estimated, measured = both(
+        ModelShape(model.config, compressor), Workload(1, 1, 1100, num_new_tokens=4), trains=False
+    )
+    assert estimated.total() == pytest.approx(measured, rel=0.05)

@@ -6,6 +6,7 @@ import logging
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +116,7 @@ def visual_tokens(plan: EvaluationPlan) -> str:
 
     adapter = adapter_class_for_config(shape.config)
     geometry = adapter.check_config(shape.config)
-    adapter.check_tower_use(compressor)
+    _check_family(plan, shape.config)
     if geometry is None:
         return f"{_varying(compressor)} of an image's, which vary with its size"
     kept = None if compressor.is_vanilla else compressor.num_tokens(geometry.shape())
@@ -136,6 +137,17 @@ def visual_tokens(plan: EvaluationPlan) -> str:
         return f"{all_rows} = {frames} frames x {rows} a video; {image} an image"
     video = f"{kept * frames:,} = {frames} frames x {kept}, of {all_rows}"
     return f"{video} a video; {image} an image"
+
+
+def _check_family(plan: EvaluationPlan, config: Any) -> None:
+    """Raises what loading the model would, as far as its configuration decides: a hub id's, too, if published."""
+    from vzip.models.families import FamilyOptions, adapter_class_for_config
+
+    family, model = adapter_class_for_config(config), plan.model
+    options = FamilyOptions(**{each.name: model[each.name] for each in fields(FamilyOptions)})
+    family.check_positions(options, model["attn_implementation"])
+    family.check_settings(config, plan.compressor, options, model["num_frames"])
+    family.check_preprocess(model["preprocess"])
 
 
 def pruned(plan: EvaluationPlan) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vzip.data.collate import Batch
+from vzip.errors import UnsupportedModelError
 from vzip.models.splice import IGNORED_LABEL, PreparedInputs, plan_splice, splice
 from vzip.models.vlm import CompressedVlm
 from vzip.results.token_count import TokenCountError
@@ -47,10 +48,19 @@ class AnswerLoss(nn.Module):
             where the batch has none. Several processes need that where more than the projector trains (ZeRO sums
             gradients in the order in which they come, which must be the same everywhere) or where they share the
             weights out.
+
+    Raises:
+        UnsupportedModelError: a model whose visual tokens keep their places, or enter at deeper layers too.
     """
 
     def __init__(self, vlm: CompressedVlm, always_whole: bool = False) -> None:
         super().__init__()
+        vlm.adapter.check_training()
+        if vlm.adapter.keeps_places:
+            raise UnsupportedModelError(
+                "positions='original': a training counts positions anew, so what it teaches would be for other"
+                " positions. Use positions='repacked' for training."
+            )
         self.vlm = vlm
         self.blank: dict[str, dict[str, Tensor]] = {}
         if always_whole:

@@ -90,6 +90,7 @@ def estimate_inference(shape: ModelShape, dtype: torch.dtype, load: Workload) ->
         live.forget_peak()
         prepared = vlm.prepare(**inputs, padding_side="left")
         mask, cache = prepared.attention_mask, _NamedCache(vlm, live)
+        # Planes are held and not added: their mask has no content here, and the layers' MLPs take more than the sum.
         vlm.model(
             inputs_embeds=prepared.inputs_embeds.clone(),  # as generate does
             attention_mask=mask,

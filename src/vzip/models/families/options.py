@@ -31,7 +31,7 @@ class FamilyOptions:
             place it takes (a contextual token its target's, CLS the image's first, of a crop's patch that the
             unmodified model cuts off the nearest one's), visual tokens stand in this order, and text goes on where it
             would without compression. ``repacked``: 0, 1, 2, ... over what is left. None: the family's own, as its
-            published code does: LLaVA's families ``repacked``, Qwen2.5-VL ``original``.
+            published code does: LLaVA's families ``repacked``, Qwen's ``original``.
     """
 
     drop_padding: bool = False
