@@ -2,55 +2,55 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from PIL import Image
 from torch import Tensor
 
 from vzip.compressors.base import CompressedTokens, Compressor, Selection
-from vzip.compressors.vision import Signal, VisionOutput, VisionShape
+from vzip.compressors.vision import VisionOutput, VisionShape
+from vzip.compressors.wrappers import Wrapper
 from vzip.models.vlm import CompressedVlm
 
 
-class Watched(Compressor):
-    """A compressor that remembers what it kept; everything else is that of the one inside."""
+@dataclass(frozen=True)
+class Watched(Wrapper):
+    """A compressor that remembers what it kept; everything else is that of the one inside.
 
-    def __init__(self, inner: Compressor) -> None:
-        self.inner = inner
-        self.kept: list[tuple[VisionOutput, Tensor]] = []
-        names = ("scope", "space", "uses_valid", "merge_rule")  # is_vanilla would pass by what is kept
-        vars(self).update({name: getattr(inner, name) for name in names})
+    Attributes:
+        kept: of each call what it was given, and the units kept.
+    """
 
-    def reads(self) -> frozenset[Signal]:
-        return self.inner.reads()
-
-    def view(self, pixel_values: Tensor) -> Tensor:
-        return self.inner.view(pixel_values)
-
-    def num_tokens(self, shape: VisionShape) -> int:
-        return self.inner.num_tokens(shape)
+    kept: list[tuple[VisionOutput, Tensor]] = field(default_factory=list)
 
     def select(self, vision: VisionOutput) -> Selection:
-        return self.inner.select(vision)
+        return self.of.select(vision)
 
     def compress(self, vision: VisionOutput) -> CompressedTokens:
-        result = self.inner.compress(vision)
+        result = self.of.compress(vision)
         self.kept.append((vision, result.source_index))
         return result
 
 
 @torch.inference_mode()
-def kept_patches(vlm: CompressedVlm, image: Image.Image, compressor: Compressor) -> tuple[set[int], int]:
+def kept_patches(
+    vlm: CompressedVlm, image: Image.Image, compressor: Compressor, question: str | None = None
+) -> tuple[set[int], int]:
     """The patches that a method keeps of an image, numbered crop by crop, and how many the image has.
 
-    Kept are those that are tokens of their own: not CLS, newlines, and contextual tokens.
+    Kept are those that are tokens of their own: not CLS, newlines, and contextual tokens. Only a text-aware method
+    looks at the question.
 
     Raises:
         ConfigError: the wrapper has no processor.
+        PromptError: a text-aware method without a question.
         ImageError: an image that cannot be used.
     """
     adapter, watched = vlm.adapter, Watched(compressor)
     inputs = {name: value.to(vlm.device) for name, value in vlm.preprocess_images([image]).items()}
     visual = adapter.read_inputs(**inputs)
+    visual = adapter.asked(visual, compressor, None if question is None else [question], vlm.processor)
     (shape,) = visual.images
     num_patches = shape.num_crops * shape.num_patches
     adapter.encode(visual, watched)
