@@ -76,7 +76,6 @@ def test_what_is_wrong_is_said_before_loading(
         "one method has nothing": [str(tmp_path), "compressor=visionzip"],
         "a pruner drops inside it": [str(tmp_path), "pruner=fastv"],
         "mmtok: text-aware, so give --question": [str(tmp_path), "compressor=mmtok,visionzip"],
-        "merge_dropped: text-aware": [str(tmp_path), "compressor=merge_dropped,random", "compressor.of=mmtok"],
         "budget=65tko": [str(tmp_path), "budget=65tko"],
     }
     for text, words in refused.items():
