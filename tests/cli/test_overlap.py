@@ -52,6 +52,21 @@ def test_methods_of_the_whole_image_name_the_same_patches() -> None:
         assert kept_patches(vlm, image.convert("RGB"), compressor) == (set(range(576)), 576)
 
 
+def test_text_aware_methods_are_asked_and_methods_inside_the_tower_run_in_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(SCENE, tmp_path / "a.png")
+    methods = "compressor=mmtok,flowcut,resized"
+    shown = []
+    for question in ("What is red?", "How many squares?"):
+        assert cli.main(["overlap", str(tmp_path), methods, "--question", question]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines() if "64tok" in line]
+        assert [line[2] for line in lines] == ["64"] * 3
+        shown.append([line[6] for line in lines])
+    assert shown[0][2] == shown[1][2], "those that read no text"
+    assert shown[0][:2] != shown[1][:2]
+
+
 def test_packed_units_are_patches_of_their_crops() -> None:
     import torch
 
@@ -71,7 +86,7 @@ def test_what_is_wrong_is_said_before_loading(
         "no such folder": [str(tmp_path / "absent")],
         "one method has nothing": [str(tmp_path), "compressor=visionzip"],
         "a pruner drops inside it": [str(tmp_path), "pruner=fastv"],
-        "MMTok is text-aware": [str(tmp_path), "compressor=visionzip,mmtok"],
+        "mmtok: text-aware, so give --question": [str(tmp_path), "compressor=mmtok,visionzip"],
         "budget=65tko": [str(tmp_path), "budget=65tko"],
     }
     for text, words in refused.items():

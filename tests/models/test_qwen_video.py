@@ -150,6 +150,39 @@ def test_what_is_dropped_might_as_well_be_masked(family):
     torch.testing.assert_close(vlm.forward(**ids, **inputs).logits, theirs, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["dominant_only", "cdpruner"])
+@torch.no_grad()
+def test_repacked_each_step_has_its_own_tokens_and_planes(family, name):
+    """The unmodified model with what is dropped masked, and positions counted over what is left."""
+    model, in_runs = family
+    vlm = vzip.CompressedVlm(model, methods.build(name, BUDGET), methods.Words(), positions="repacked")
+    kept_places = vzip.CompressedVlm(model, vlm.compressor, methods.Words())
+    rows, shown, clips = mixed(in_runs)
+    ids, inputs, asked = batch(*rows), {**shown, **clips}, list(methods.QUESTIONS[:2])
+    of_visuals = [asked[0], asked[1], asked[0], asked[1], asked[1]]
+    visual = kept_places.asked(kept_places.adapter.read_inputs(**inputs), of_visuals)
+    tokens = kept_places.adapter.encode(visual, vlm.compressor)
+    kept = ids["attention_mask"].clone()
+    for row, token, own in ((0, VIDEO, [2]), (0, tiny_qwen.IMAGE, [0]), (1, tiny_qwen.IMAGE, [1]), (1, VIDEO, [3, 4])):
+        written, first = (ids["input_ids"][row] == token).nonzero()[:, 0], 0
+        kept[row, written] = 0
+        for number in own:
+            kept[row, written[first + tokens[number].place_index]] = 1
+            first += visual.shapes[number].num_vanilla
+    counted = ((kept.cumsum(dim=1) - 1) * kept).expand(3, -1, -1)
+    arguments = {**stock(model, ids, **inputs), "attention_mask": kept, "position_ids": counted}
+    theirs = model(**arguments).logits
+    ours = vlm.forward(**ids, **inputs, questions=asked).logits
+    for row in range(2):
+        expected = theirs[row, kept[row].bool()]
+        torch.testing.assert_close(ours[row, -len(expected) :], expected, rtol=0, atol=1e-3)
+    answers = vlm.generate(**ids, **inputs, questions=asked, max_new_tokens=1, do_sample=False)
+    assert answers[:, 0].tolist() == theirs[:, -1].argmax(dim=-1).tolist()
+    vlm.compressor = vzip.Identity()
+    everything = vlm.prepare(**ids, **inputs)
+    assert everything.position_ids.shape[2] == ids["input_ids"].shape[1]
+
+
 @torch.no_grad()
 def test_scores_are_of_each_step_alone(family):
     model, in_runs = family

@@ -16,7 +16,11 @@ from vzip.models.vlm import CompressedVlm
 
 @dataclass(frozen=True)
 class Watched(Wrapper):
-    """A method that remembers what it kept; everything else is that of the one inside."""
+    """A compressor that remembers what it kept; everything else is that of the one inside.
+
+    Attributes:
+        kept: of each call what it was given, and the units kept.
+    """
 
     kept: list[tuple[VisionOutput, Tensor]] = field(default_factory=list)
 
@@ -30,18 +34,23 @@ class Watched(Wrapper):
 
 
 @torch.inference_mode()
-def kept_patches(vlm: CompressedVlm, image: Image.Image, compressor: Compressor) -> tuple[set[int], int]:
+def kept_patches(
+    vlm: CompressedVlm, image: Image.Image, compressor: Compressor, question: str | None = None
+) -> tuple[set[int], int]:
     """The patches that a method keeps of an image, numbered crop by crop, and how many the image has.
 
-    Kept are those that are tokens of their own: not CLS, newlines, and contextual tokens.
+    Kept are those that are tokens of their own: not CLS, newlines, and contextual tokens. Only a text-aware method
+    looks at the question.
 
     Raises:
         ConfigError: the wrapper has no processor.
+        PromptError: a text-aware method without a question.
         ImageError: an image that cannot be used.
     """
     adapter, watched = vlm.adapter, Watched(compressor)
     inputs = {name: value.to(vlm.device) for name, value in vlm.preprocess_images([image]).items()}
     visual = adapter.read_inputs(**inputs)
+    visual = adapter.asked(visual, compressor, None if question is None else [question], vlm.processor)
     (shape,) = visual.images
     num_patches = shape.num_crops * shape.num_patches
     adapter.encode(visual, watched)

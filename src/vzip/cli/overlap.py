@@ -3,6 +3,7 @@
 python -m vzip overlap photos
 python -m vzip overlap photos compressor=visionzip,divprune,random budget=64tok model=llava15_7b
 python -m vzip overlap photos compressor=visionzip budget=64tok,192tok
+python -m vzip overlap photos compressor=mmtok,visionzip --question "What is on the table?"
 
 For each two methods the patches kept by both, as a share of those kept by either (Jaccard): the mean over images with a
 95 % bootstrap interval over images, beside what two choices at random of as many patches would share. Patches that are
@@ -38,13 +39,13 @@ HEAD = ("method", "kept", "method", "kept", "in common, % of either [95 %]", "by
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", help="a folder; images in folders inside it count too")
+    parser.add_argument("--question", help="about every image, for text-aware methods; others look at none")
     words = f"as for eval.py -m: compressor=a,b budget=64tok,32tok model=NAME ... (default: {' '.join(DEFAULT)})"
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=words)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Measures and prints; what can be wrong is checked before the model is loaded."""
-    from vzip.compressors.base import check_reads_no_text  # slow to import
 
     problems: list[str] = []
     paths: list[Path] = []
@@ -61,18 +62,19 @@ def main(arguments: argparse.Namespace) -> int:
         problems.append(str(error))
     if grid is not None and len(grid.methods) < 2:
         problems.append("one method has nothing to be compared with: give two, as compressor=visionzip,divprune.")
-    for method in () if grid is None else grid.methods:
-        try:
-            check_reads_no_text(method.compressor, "overlap asks none")
-        except ConfigError as error:
-            problems.append(str(error))
+    if grid is not None and not (arguments.question or "").strip():
+        names = [method.method for method in grid.methods if method.compressor.reads_text]
+        if names:
+            problems.append(f"{', '.join(dict.fromkeys(names))}: text-aware, so give --question, asked of each image.")
     raise_all(problems)
     assert grid is not None
-    print_layout(lay_out(grid, *measure(grid, paths)), Console())
+    print_layout(lay_out(grid, *measure(grid, paths, arguments.question)), Console())
     return 0
 
 
-def measure(grid: MethodGrid, paths: Sequence[Path]) -> tuple[list[list[set[int]]], list[int], int]:
+def measure(
+    grid: MethodGrid, paths: Sequence[Path], question: str | None = None
+) -> tuple[list[list[set[int]]], list[int], int]:
     """For each image the patches that each method keeps; how many each image has; how many images were left out."""
     import vzip
     from vzip.analysis.kept_patches import kept_patches
@@ -89,7 +91,7 @@ def measure(grid: MethodGrid, paths: Sequence[Path]) -> tuple[list[list[set[int]
             vlm.adapter.tower_cache = TowerCache(CACHE_GIB)
             try:
                 image = load_image(path)
-                found = [kept_patches(vlm, image, method.compressor) for method in grid.methods]
+                found = [kept_patches(vlm, image, method.compressor, question) for method in grid.methods]
             except (ImageError, MissingPackageError) as error:
                 logger.warning("left out: %s", error)
                 num_damaged += 1

@@ -303,7 +303,7 @@ def splice(
         images: for each image ``[num_visual_tokens, d_text]``.
         labels: integers ``[B, T]`` or None.
         videos: for each video ``[num_visual_tokens, d_text]``.
-        placement: where places are kept.
+        placement: where places are kept, or videos stand in several runs.
         planes: for each image, then each video, ``[num_visual_tokens, F]``, of a family that has them.
 
     Returns:
@@ -348,7 +348,7 @@ def splice(
         return functional.pad(row, (0, 0, *sides) if is_rows else sides, value=value)
 
     mask = torch.stack([pad(torch.ones(length, dtype=torch.int64), 0) for length in lengths]).to(text.device)
-    if placement is None:
+    if placement is None or not placement.position_ids:
         positions = ((mask.cumsum(dim=1) - 1) * mask).clamp(min=0)
     else:
         kept = [placement.kept(row, pieces, text.device) for row, pieces in enumerate(plan.rows)]
@@ -415,7 +415,7 @@ def splice_tokens(
     images, videos = rows[: len(visual.images)], rows[len(visual.images) :]
     planes = [each.planes for each in tokens if each.planes is not None]
     prepared = splice(plan, input_ids, adapter.embed_tokens, images, labels, videos, placement, planes)
-    if placement is None and adapter.position_axes > 1:
+    if not before and adapter.position_axes > 1:
         return replace(prepared, position_ids=prepared.position_ids.expand(adapter.position_axes, -1, -1))
     return prepared
 

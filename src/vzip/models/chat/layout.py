@@ -155,7 +155,8 @@ class ChatLayout:
         vanilla = self._adapter.positions(
             [ids[p.start : p.stop] if p.visual is None else visuals[p.visual].shape for p in pieces]
         )
-        places = [visual.place_index for visual in visuals]
+        # One that still waits for a question: any places; the text behind it has its position whatever is kept.
+        places = [torch.arange(v.num_visual_tokens) if v.tokens is None else v.place_index for v in visuals]
         placement = placement_of([vanilla], [visual.shape for visual in visuals], places)
         assert placement is not None
         kept = placement.kept(0, pieces, torch.device("cpu"))

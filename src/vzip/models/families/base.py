@@ -101,6 +101,7 @@ class Adapter(ABC):
             the class what the published code does, of an object what ``options.positions`` says.
         position_axes: rows of position ids that the language model takes.
         has_planes: whether something of each visual token enters the language model at deeper layers.
+        writes_steps: whether a video is written in a run of placeholders for each temporal step.
         video_token_id: id of a video's placeholder in ``input_ids``, or None.
         tower_cache: outputs of the vision tower kept between runs; None: the tower always runs. What a question adds
             for a text-aware method is never kept.
@@ -119,6 +120,7 @@ class Adapter(ABC):
     preprocesses: ClassVar[tuple[str, ...]] = PREPROCESSES
     keeps_places: bool = False
     has_planes: ClassVar[bool] = False
+    writes_steps: ClassVar[bool] = False
     position_axes: ClassVar[int] = 1
     cannot_use: ClassVar[Mapping[str, str]] = {
         "pruned": "its vision tower is run as a whole and not layer by layer",
@@ -321,7 +323,7 @@ class Adapter(ABC):
 
     def video_runs(self, visual: VisualInputs) -> list[int]:
         """Of each video, in how many runs its placeholders are written; empty: each in one."""
-        return []
+        return [shape.num_crops for shape in visual.videos] if self.writes_steps else []
 
     @abstractmethod
     def image_outputs(
@@ -520,6 +522,8 @@ class Adapter(ABC):
         self, vision: VisionOutput, shapes: Sequence[VisionShape], compressor: Compressor, stage: Stage
     ) -> list[VisualTokens]:
         num_crops = [shape.num_crops for shape in shapes]
+        # A run of a video has the tokens of its step, also where positions are counted anew.
+        has_places = self.keeps_places or (self.writes_steps and shapes[0].kind == "video")
         if compressor.scope == "image":
             rows = vision.hidden[:, vision.first_stock_row :]
             if vision.project is not None:
@@ -535,7 +539,7 @@ class Adapter(ABC):
                 return [
                     VisualTokens(
                         whole.hidden[0],
-                        torch.arange(whole.num_rows) if self.keeps_places else None,
+                        torch.arange(whole.num_rows) if has_places else None,
                         None if whole.planes is None else whole.planes[0],
                     )
                     for whole in wholes
@@ -545,7 +549,7 @@ class Adapter(ABC):
             planes = [None if one.planes is None else one.planes[0] for one in made]
             return [
                 VisualTokens(one.tokens[0], one.places[0], deeper).in_order()
-                if self.keeps_places
+                if has_places
                 else VisualTokens(one.tokens[0], planes=deeper)
                 for one, deeper in zip(made, planes, strict=True)
             ]
@@ -559,7 +563,7 @@ class Adapter(ABC):
         if compressed.planes is not None:
             of_images = [each.flatten(0, 1) for each in compressed.planes.split(num_crops)]
         with stage("splice"):
-            if self.keeps_places:
+            if has_places:
                 places = compressed.places.split(num_crops)
                 parts = zip(shapes, tokens.split(num_crops), places, of_images, strict=True)
                 return [self._placed(*part) for part in parts]

@@ -18,7 +18,7 @@ class VisualTokens:
     Attributes:
         rows: ``[num_visual_tokens, d_text]``.
         place_index: int64 ``[num_visual_tokens]``, the one of the unmodified model's visual tokens whose place each
-            takes, ascending; None where the family counts positions anew.
+            takes, ascending; None where positions are counted anew and all tokens stand in one run.
         planes: ``[num_visual_tokens, F]``, what of each enters at deeper layers (``VisionOutput.planes``), or None.
     """
 
@@ -53,21 +53,22 @@ class Placement:
     """Where the unmodified model would have each token.
 
     Attributes:
-        position_ids: for each prompt its ids there, int64 ``[axes, length]`` on the CPU.
+        position_ids: for each prompt its ids there, int64 ``[axes, length]`` on the CPU; empty where they are counted
+            anew, and only the runs of videos are told apart.
         lengths: for each image (or video) its visual tokens there.
-        place_index: for each, int64 ``[num_visual_tokens]``, the places that are left, ascending.
+        place_index: for each, int64 ``[num_visual_tokens]``, the places that are left, ascending; None: in one run.
     """
 
     position_ids: Sequence[Tensor]
     lengths: Sequence[int]
-    place_index: Sequence[Tensor]
+    place_index: Sequence[Tensor | None]
 
     def own(self, piece: Piece) -> slice:
         """Which of its image's (or video's) tokens stand in a piece."""
         assert piece.visual is not None
-        if piece.units is None:
-            return slice(None)
         places = self.place_index[piece.visual]
+        if piece.units is None or places is None:
+            return slice(None)
         first, stop = torch.searchsorted(places, torch.tensor(piece.units, device=places.device)).tolist()
         return slice(first, stop)
 
@@ -81,7 +82,9 @@ class Placement:
             else:
                 first, stop = piece.units or (0, self.lengths[piece.visual])
                 length = stop - first
-                parts.append(self.place_index[piece.visual][self.own(piece)].to(device) + start - first)
+                places = self.place_index[piece.visual]
+                assert places is not None
+                parts.append(places[self.own(piece)].to(device) + start - first)
             start += length
         return self.position_ids[row].to(device)[:, torch.cat(parts)]
 
@@ -89,14 +92,13 @@ class Placement:
 def placement_of(
     position_ids: Sequence[Tensor], shapes: Sequence[VisionShape], places: Sequence[Tensor | None]
 ) -> Placement | None:
-    """What ``splice`` needs where places are kept; None without ``position_ids``, which are then counted anew.
+    """What ``splice`` needs where places are kept, or a video is in several runs; else None.
 
     Args:
-        position_ids: for each prompt, what the family's ``positions`` says.
+        position_ids: for each prompt, what the family's ``positions`` says; empty where they are counted anew.
         shapes: of all images, then all videos.
         places: of their visual tokens.
     """
-    if not position_ids:
+    if not position_ids and all(each is None for each in places):
         return None
-    kept = [each for each in places if each is not None]
-    return Placement(position_ids, [shape.num_vanilla for shape in shapes], kept)
+    return Placement(position_ids, [shape.num_vanilla for shape in shapes], places)

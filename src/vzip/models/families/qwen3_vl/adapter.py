@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 
-from ..base import VisualInputs
 from ..qwen2_5_vl.adapter import Qwen2_5VlAdapter
 
 
@@ -27,9 +26,7 @@ class Qwen3VlAdapter(Qwen2_5VlAdapter):
     published_name = "Qwen3-VL"
     model_class: ClassVar[type[PreTrainedModel]] = Qwen3VLForConditionalGeneration
     has_planes = True
-
-    def video_runs(self, visual: VisualInputs) -> list[int]:
-        return [shape.num_crops for shape in visual.videos]
+    writes_steps = True
 
     @contextmanager
     def language_context(self, visual_index: Tensor, planes: Tensor | None) -> Iterator[None]:
