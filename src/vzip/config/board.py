@@ -123,6 +123,10 @@ def _composed(rest: Sequence[str], methods: Sequence[Method], budgets: Sequence[
     for budget in budgets:
         check_overrides([f"budget={budget}"], config_dir(), "eval")  # makes any number of tokens an option of Hydra's
         cells += [_cell(rest, method, budget) for method in methods]
+    if twice := [
+        cell for n, cell in enumerate(cells) if (cell.method, cell.budget) in [(c.method, c.budget) for c in cells[:n]]
+    ]:
+        raise ConfigError(f"methods={twice[0].method}: named twice, with settings that are the same.")
     for cell in cells:
         if cell.method in ALWAYS and cell.plan is None:
             raise ConfigError(f"budgets={cell.budget.removesuffix('tok')}: {cell.reason}")
