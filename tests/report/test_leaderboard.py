@@ -142,7 +142,7 @@ def test_few_questions_leave_nothing_outside_the_noise(tmp_path: Path) -> None:
         ]
         lines, pairs = report.compare(own)
         assert not any(pair.outside_noise for pair in pairs)
-        assert [(line.best, line.worst) for line in lines[1:]] == [(1, 3)] * 3
+        assert [(line.rank, line.best, line.worst) for line in lines[1:]] == [(1, 1, 3), (1, 1, 3), (3, 1, 3)]
         assert next(pair for pair in pairs if {pair.a, pair.b} == {"good", "same"}).p_value == 1
 
 

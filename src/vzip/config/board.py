@@ -21,7 +21,7 @@ from vzip.methods import find_method, method_names
 from vzip.option_files import counted_budget, read_yaml
 
 BUDGETS = "192,128,64,32"
-METHODS = "visionzip,divprune,scope,vispruner,holov,fastv,sparsevlm,pyramiddrop,dart"
+METHODS = "visionzip,divprune,scope,vispruner,holov,mmtok,flowcut,fastv,sparsevlm,pyramiddrop,dart"
 # What any method must beat; those in ALWAYS are in every table.
 FLOORS = ("random", "uniform", "pooled", "resized", "zero_image")
 ALWAYS = ("random", "uniform")

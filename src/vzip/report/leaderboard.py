@@ -239,8 +239,9 @@ def compare(entries: Sequence[Entry]) -> tuple[list[Line], list[Pair]]:
         of_budget.sort(key=lambda line: -line.retention)
         own = _pairs(budget, of_budget)
         pairs += own
-        for rank, line in enumerate(of_budget, 1):
+        for line in of_budget:
             name = line.entry.name
+            rank = 1 + sum(other.retention > line.retention + 1e-9 for other in of_budget)  # equal ones share it
             better = sum(pair.outside_noise and pair.b == name for pair in own)
             worse = sum(pair.outside_noise and pair.a == name for pair in own)
             ranked.append(replace(line, rank=rank, best=1 + better, worst=len(of_budget) - worse))
