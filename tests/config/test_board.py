@@ -44,6 +44,7 @@ def test_floors_are_added_and_a_budget_out_of_reach_is_a_cell_without_a_run(tmp_
             ],
         ),
         (["methods=fastv:K=0"], ["pruner.K=0: must be a whole number"]),
+        (["methods=scope,scope:alpha=1.0", "budgets=64"], ["methods=scope: named twice, with settings"]),
         (["methods=fastv:L=0"], ["pruner.L"]),
         (["methods=fastv:K"], ["write NAME:KEY=VALUE"]),
         (["eval.tasks=[mmvet_direct]", "eval.include_path=null"], ["mmvet_direct need a judge model"]),

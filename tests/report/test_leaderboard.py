@@ -102,16 +102,48 @@ def test_the_folder_holds_all_and_what_is_not_possible_is_said(tmp_path: Path) -
 
 
 def test_a_colleagues_folder_is_merged_and_doubles_are_said(tmp_path: Path) -> None:
-    write(tmp_path / "theirs", entries(tmp_path / "a", {"random": BAD, "close": CLOSE}, "there"))
+    write(tmp_path / "theirs", entries(tmp_path / "a", {"random": BAD, "close": CLOSE}, "there", wall_time_s=2))
     ours = entries(tmp_path / "b", {"random": BAD, "good": GOOD})
     merged, said = report.merge(ours, [tmp_path / "theirs"])
     assert said == [f"random at 64tok is in {tmp_path / 'theirs'} too, with the same scores: our own is shown"]
     text = write(tmp_path / "both", merged)
     assert "close (theirs)" in text and "vanilla (theirs)" in text and "†: measured on there" in text
     again = report.read_folder(tmp_path / "both")  # what was merged goes on
-    assert {(e.method, Path(e.origin).name) for e in again if e.origin} == {("close", "theirs"), ("vanilla", "theirs")}
+    assert {(e.method, e.origin) for e in again if e.origin} == {("close", "theirs"), ("vanilla", "theirs")}
     points, vanilla_ms = report.timed(report.compare(merged)[0], ("random",))
     assert [p.method for p in points] == ["good", "random"] and vanilla_ms == 50
+
+
+def test_folders_of_one_name_do_not_mix_and_the_same_runs_are_taken_once(tmp_path: Path) -> None:
+    """Every leaderboard's folder has the same name where nobody gives another."""
+    for number, scores in ((1, CLOSE), (2, GOOD)):
+        wider = {"visual_tokens": {"measured_min": 576, "measured_max": 576}, "seed": 0, "wall_time_s": number}
+        found = entries(tmp_path / f"runs{number}", {f"m{number}": scores}, "there", **wider)
+        write(tmp_path / str(number) / "scenes", found)
+    ours = entries(tmp_path / "own", {"random": BAD})
+    merged, said = report.merge(ours, [tmp_path / "1" / "scenes", tmp_path / "2" / "scenes", tmp_path / "1" / "scenes"])
+    assert [e.name for e in merged[2:]] == ["vanilla (scenes)", "m1 (scenes)", "vanilla (scenes-2)", "m2 (scenes-2)"]
+    assert len({e.folder for e in merged}) == len(merged) and len(said) == 1, "m1 is told to be there already"
+    write(tmp_path / "both", merged)
+    (tmp_path / "both").rename(tmp_path / "moved")
+    again = report.read_folder(tmp_path / "moved")
+    assert sorted(e.run.record["wall_time_s"] for e in again if e.origin) == [1, 1, 2, 2]
+    taken, said = report.merge(ours, [tmp_path / "moved"])
+    assert {e.name for e in taken} == {e.name for e in merged}, "our own vanilla run comes back as ours"
+
+
+def test_few_questions_leave_nothing_outside_the_noise(tmp_path: Path) -> None:
+    """Of one question, or of two that all differ, no bootstrap draw differs from another."""
+    for number in (1, 2):
+        own = [Entry("vanilla", "full", run(tmp_path / f"v{number}", [1.0] * number, 576), None, "here")]
+        own += [
+            Entry(name, "64tok", run(tmp_path / f"{name}{number}", [score] * number, 64), None, "here")
+            for name, score in (("good", 1.0), ("same", 1.0), ("bad", 0.0))
+        ]
+        lines, pairs = report.compare(own)
+        assert not any(pair.outside_noise for pair in pairs)
+        assert [(line.rank, line.best, line.worst) for line in lines[1:]] == [(1, 1, 3), (1, 1, 3), (3, 1, 3)]
+        assert next(pair for pair in pairs if {pair.a, pair.b} == {"good", "same"}).p_value == 1
 
 
 @pytest.mark.parametrize(
@@ -138,6 +170,14 @@ def test_what_is_no_leaderboard_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ManifestError, match="lies outside"):
         report.read_folder(tmp_path)
+    for text, message in (
+        ("{", "cannot be used"),
+        ('{"kind": "leaderboard", "schema_version": 1, "entries": []}', "no vanilla run"),
+        ('{"kind": "leaderboard", "schema_version": 1, "entries": [{"run": "runs/gone"}]}', r"gone"),
+    ):
+        (tmp_path / "leaderboard.json").write_text(text)
+        with pytest.raises(ManifestError, match=message):
+            report.read_folder(tmp_path)
 
 
 def test_the_front_is_what_nothing_beats_in_both() -> None:

@@ -44,18 +44,19 @@ def main(arguments: argparse.Namespace) -> int:
 
     planned = board(arguments.settings)
     others = [expanded(folder) for folder in arguments.merge]
-    theirs = [entry for folder in others for entry in report.read_folder(folder)]  # before hours of work
+    for folder in others:
+        report.read_folder(folder)  # what cannot be read is better known before hours of work
     out = planned.runs_dir / "leaderboard" / planned.name if arguments.out is None else expanded(arguments.out)
     if any(folder.resolve() == out.resolve() for folder in others):
         raise ConfigError(f"--merge {out}: is the folder that this leaderboard writes; give another --out DIR.")
-    del theirs
     check_writable(out)
     if planned.added:
         print(f"floors added: {', '.join(planned.added)}", file=sys.stderr)
     with owning(out, "--out DIR"):
-        from vzip.sweep.leaderboard import entries_of, run_cells
+        from vzip.sweep.leaderboard import earlier_entries, entries_of, run_cells
 
-        finished, missing, failed = run_cells(planned)
+        earlier_entries(out)  # an unreadable one is better known before hours of work
+        finished, missing, failed = run_cells(planned, others)
         anew = any(cell.plan is not None and cell.plan.evaluation["overwrite"] for cell in planned.cells)
         entries, said = entries_of(finished, out, anew)
         merged, more = report.merge(entries, others)

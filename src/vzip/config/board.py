@@ -21,7 +21,7 @@ from vzip.methods import find_method, method_names
 from vzip.option_files import counted_budget, read_yaml
 
 BUDGETS = "192,128,64,32"
-METHODS = "visionzip,divprune,scope,vispruner,holov,fastv,sparsevlm,pyramiddrop,dart"
+METHODS = "visionzip,divprune,scope,vispruner,holov,mmtok,flowcut,fastv,sparsevlm,pyramiddrop,dart"
 # What any method must beat; those in ALWAYS are in every table.
 FLOORS = ("random", "uniform", "pooled", "resized", "zero_image")
 ALWAYS = ("random", "uniform")
@@ -123,6 +123,10 @@ def _composed(rest: Sequence[str], methods: Sequence[Method], budgets: Sequence[
     for budget in budgets:
         check_overrides([f"budget={budget}"], config_dir(), "eval")  # makes any number of tokens an option of Hydra's
         cells += [_cell(rest, method, budget) for method in methods]
+    if twice := [
+        cell for n, cell in enumerate(cells) if (cell.method, cell.budget) in [(c.method, c.budget) for c in cells[:n]]
+    ]:
+        raise ConfigError(f"methods={twice[0].method}: named twice, with settings that are the same.")
     for cell in cells:
         if cell.method in ALWAYS and cell.plan is None:
             raise ConfigError(f"budgets={cell.budget.removesuffix('tok')}: {cell.reason}")

@@ -24,7 +24,7 @@ from vzip.json_files import read_json
 from vzip.results.averages import average_retention
 from vzip.results.files import make_folder, replace_file, write_json, written_aside
 from vzip.results.layout import Layout, Piece, to_markdown
-from vzip.results.paired import SIGNIFICANCE, compare_task
+from vzip.results.paired import SIGNIFICANCE, compare_task, match
 from vzip.results.record import (
     RECORD_NAME,
     SAMPLES_NAME,
@@ -62,7 +62,8 @@ class Entry:
         run: its record.
         cost: ``median_ms`` by stage and ``kv_cache_bytes``; None where it was not measured.
         machine: that its cost was measured on.
-        origin: the folder it was taken over from; empty for one's own.
+        text_aware: whether what it keeps depends on the question.
+        origin: a name of the folder it was taken over from; empty for one's own.
     """
 
     method: str
@@ -70,17 +71,18 @@ class Entry:
     run: Run
     cost: Mapping[str, Any] | None
     machine: str
+    text_aware: bool = False
     origin: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.method} ({Path(self.origin).name})" if self.origin else self.method
+        return f"{self.method} ({self.origin})" if self.origin else self.method
 
     @property
     def folder(self) -> str:
         """Of its record, within the folder of results."""
         own = f"{self.method}-{self.budget}".replace("/", "-")
-        return f"runs/{own}" if not self.origin else f"runs/{Path(self.origin).name}/{own}"
+        return f"runs/{own}" if not self.origin else f"runs/{self.origin}/{own}"
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Line:
 
     Attributes:
         draws: bootstrap values of the retention (not in percent); None where answers were not kept.
+        answered: for each question what its own and vanilla's scores are, as a number; None likewise.
         rank: at its budget, 1 is the highest retention.
         best, worst: the ranks that the noise leaves open.
     """
@@ -98,6 +101,7 @@ class Line:
     low: float | None
     high: float | None
     draws: NDArray[np.float64] | None
+    answered: NDArray[np.int64] | None = None
     rank: int = 0
     best: int = 0
     worst: int = 0
@@ -138,7 +142,15 @@ def read_folder(folder: Path) -> list[Entry]:
             if not place.is_relative_to(folder.resolve()):
                 raise ValueError(f"{row['run']} lies outside")
             run = Run(place, read_record(place))
-            entries.append(Entry(row["method"], row["budget"], run, row["cost"], row["machine"], row["origin"]))
+            words = row["method"], row["budget"], row["machine"], row["origin"]
+            if not all(isinstance(word, str) for word in words):
+                raise ValueError(f"{words!r} are not all words")
+            aware, origin = bool(row.get("text_aware")), Path(row["origin"]).name  # it becomes a folder's name
+            entries.append(Entry(row["method"], row["budget"], run, row["cost"], row["machine"], aware, origin))
+        if len({(e.method, e.budget, e.origin) for e in entries}) < len(entries):
+            raise ValueError("a run stands in it twice")
+        if lost := {"", *(e.origin for e in entries)} - {e.origin for e in entries if e.method == VANILLA}:
+            raise ValueError(f"no vanilla run{' of ' + ', '.join(sorted(lost)) if any(lost) else ''}")
     except (ValueError, KeyError, TypeError) as error:
         raise ManifestError(f"{path}: cannot be used ({error!r:.200}).") from error
     return entries
@@ -153,18 +165,12 @@ def merge(entries: Sequence[Entry], folders: Sequence[Path]) -> tuple[list[Entry
     found, said = list(entries), []
     vanilla = next(entry for entry in entries if entry.method == VANILLA)
     for folder in folders:
-        theirs = read_folder(folder)
-        record = vanilla.run.record
-        apart = [f"{e.name} {e.budget}: {text}" for e in theirs for text in differences(record, e.run.record)]
-        if not any(entry.method == VANILLA for entry in theirs):
-            apart.append("it has no vanilla run")
-        if apart:
-            raise ManifestError(
-                f"{folder}: cannot be merged, its runs are of another model, protocol or data:\n"
-                + "\n".join(f"  {text}" for text in dict.fromkeys(apart))
-            )
+        theirs = mergeable(folder, vanilla.run.record)
+        names = _names(found, theirs, folder.resolve().name)
         for entry in theirs:
-            own = replace(entry, origin=entry.origin or str(folder))
+            own = replace(entry, origin=names[entry.origin])
+            if any((e.method, e.origin) == (VANILLA, own.origin) for e in found) and own.method == VANILLA:
+                continue  # the very run
             same = [e for e in found if (e.method, e.budget) == (own.method, own.budget)]
             if same and own.method != VANILLA:
                 equal = primary_scores(same[0].run.record) == primary_scores(own.run.record)
@@ -177,6 +183,29 @@ def merge(entries: Sequence[Entry], folders: Sequence[Path]) -> tuple[list[Entry
     for text in said:
         logger.warning("%s", text)
     return found, said
+
+
+def mergeable(folder: Path, record: Mapping[str, Any]) -> list[Entry]:
+    """The entries of a folder, all of the model and protocol of a record; raises as ``merge``."""
+    theirs = read_folder(folder)
+    if apart := [f"{e.name} {e.budget}: {text}" for e in theirs for text in differences(record, e.run.record)]:
+        raise ManifestError(
+            f"{folder}: cannot be merged, its runs are of another model, protocol or data:\n"
+            + "\n".join(f"  {text}" for text in dict.fromkeys(apart))
+        )
+    return theirs
+
+
+def _names(found: Sequence[Entry], theirs: Sequence[Entry], folder: str) -> dict[str, str]:
+    """A folder's origins by the names that they get here: the same for one vanilla run, no other twice."""
+    names: dict[str, str] = {}
+    for entry in (each for each in theirs if each.method == VANILLA):
+        known = [e.origin for e in found if e.method == VANILLA and e.run.record == entry.run.record]
+        wished = entry.origin or folder or "other"
+        taken = {e.origin for e in found} | set(names.values())
+        free = (name for n in itertools.count(1) if (name := wished if n == 1 else f"{wished}-{n}") not in taken)
+        names[entry.origin] = known[0] if known else next(free)
+    return names
 
 
 def differences(record: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -210,8 +239,9 @@ def compare(entries: Sequence[Entry]) -> tuple[list[Line], list[Pair]]:
         of_budget.sort(key=lambda line: -line.retention)
         own = _pairs(budget, of_budget)
         pairs += own
-        for rank, line in enumerate(of_budget, 1):
+        for line in of_budget:
             name = line.entry.name
+            rank = 1 + sum(other.retention > line.retention + 1e-9 for other in of_budget)  # equal ones share it
             better = sum(pair.outside_noise and pair.b == name for pair in own)
             worse = sum(pair.outside_noise and pair.a == name for pair in own)
             ranked.append(replace(line, rank=rank, best=1 + better, worst=len(of_budget) - worse))
@@ -219,11 +249,14 @@ def compare(entries: Sequence[Entry]) -> tuple[list[Line], list[Pair]]:
 
 
 def _line(entry: Entry, vanilla: Entry) -> Line:
-    found = []
+    found, answered = [], []
     for task in primary_scores(entry.run.record):
         metric = entry.run.record["tasks"][task]["primary_metric"]
         rows = answers_of(entry.run, task), answers_of(vanilla.run, task)
         found.append(compare_task(entry.run.record, vanilla.run.record, task, metric, *rows))
+        if rows[0] is not None and rows[1] is not None:
+            pairs = zip(*match(rows[0], rows[1], task), strict=True)
+            answered += [hash(repr((own["scores"], theirs["scores"]))) for own, theirs in pairs]
     tasks = [task for task in found if task is not None]  # None: vanilla scored 0, so there is no ratio to it
     if not tasks:
         raise ManifestError(f"{vanilla.run.path}: vanilla scored 0 everywhere, so there is no retention. Ask more.")
@@ -231,13 +264,16 @@ def _line(entry: Entry, vanilla: Entry) -> Line:
     low, high = (None if bound is None else 100 * bound for bound in (share.low, share.high))
     draws = [task.resampled for task in tasks if task.resampled is not None and task.is_paired]
     own = np.mean(draws, axis=0) if len(draws) == len(tasks) else None
-    return Line(entry, 100 * share.point, low, high, own)
+    return Line(entry, 100 * share.point, low, high, own, np.array(answered))
 
 
 def _pairs(budget: str, lines: Sequence[Line]) -> list[Pair]:
     """Of lines in the order of their ranks; the same questions are drawn for all, so their draws are paired."""
     couples = [(a, b) for a, b in itertools.combinations(lines, 2) if a.draws is not None and b.draws is not None]
-    p_values = [difference_p((a.retention - b.retention) / 100, a.draws - b.draws) for a, b in couples]  # type: ignore[operator]
+    p_values = [
+        difference_p((a.retention - b.retention) / 100, a.draws - b.draws, int((a.answered != b.answered).sum()))  # type: ignore[operator, union-attr]
+        for a, b in couples
+    ]
     return [
         Pair(budget, a.entry.name, b.entry.name, a.retention - b.retention, p, corrected)
         for (a, b), p, corrected in zip(couples, p_values, holm(p_values), strict=True)
@@ -297,7 +333,7 @@ def _cells(line: Line, machine: str) -> tuple[Piece, ...]:
     rank = f"{line.rank}" if line.best == line.worst else f"{line.rank} ({line.best}-{line.worst})"
     select = "" if "selection" not in ms or is_vanilla else f"{ms['selection']:.2f}{mark}"
     texts = [
-        entry.name,
+        f"{entry.name} ‡" if entry.text_aware else entry.name,
         entry.budget.removesuffix("tok"),
         _range(tokens["measured_min"], tokens["measured_max"]),
         _range(*visual_tokens_of(entry.run.record)),
@@ -340,6 +376,8 @@ def _explanations(lines: Sequence[Line], pairs: Sequence[Pair], machine: str) ->
             f"select, prefill, TTFT (pixels on the device to the first token): medians in ms, one prompt of one image,"
             f" methods in turns; KV: of that prompt, allocated; {machine}"
         )
+    if any(line.entry.text_aware for line in lines):
+        yield "‡: text-aware, what it keeps depends on the question; the time to read it is in TTFT, not in select"
     load = max((line.entry.cost.get("load_average", 0) for line in lines if line.entry.cost), default=0)
     if load > 1.5 * (os.cpu_count() or 1):
         yield f"the machine was busy (load average {load:.0f}): times are longer than on an idle one, and less certain"
@@ -427,6 +465,7 @@ def _entry(line: Line) -> dict[str, Any]:
         "method": entry.method,
         "budget": entry.budget,
         "origin": entry.origin,
+        "text_aware": entry.text_aware,
         "run": entry.folder,
         "num_entering": [record["visual_tokens"]["measured_min"], record["visual_tokens"]["measured_max"]],
         "average_over_layers": [least, most],

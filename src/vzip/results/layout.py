@@ -48,8 +48,9 @@ def print_layout(layout: Layout, console: Console) -> None:
             texts = [Text(piece.text, style="bold" if piece.bold else "") for piece in line]
             shown.add_row(*texts, end_section=number == len(block) - 1)
     needed = Measurement.get(console, console.options.update(width=WIDEST), shown).maximum
-    console.width = max(console.width, needed)
+    given, console.width = console.width, max(console.width, needed)
     console.print(shown)
+    console.width = given
     for remark in layout.remarks:
         console.print(remark, markup=False, highlight=False)
 

@@ -193,16 +193,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def difference_p(point: float, resampled: np.ndarray) -> float:
+def difference_p(point: float, resampled: np.ndarray, num_apart: int) -> float:
     """Two-sided p-value of a paired difference being 0, from its bootstrap: normal, with the spread of the draws.
 
     (Counting draws beyond 0 cannot give less than one in their number, which no correction for many tests survives.)
+
+    Args:
+        point: the difference.
+        resampled: its bootstrap values.
+        num_apart: questions on which the two differ. None of the fair coins that they are without a difference falls
+            all one way less often than 2 in 2^num_apart, so p is never below: few questions have no spread to tell of.
     """
     finite = resampled[np.isfinite(resampled)]
     spread = float(np.std(finite, ddof=1)) if len(finite) > 1 else 0.0
-    if spread == 0:
-        return 1.0 if point == 0 else 0.0
-    return math.erfc(abs(point) / spread / math.sqrt(2))
+    if point == 0 or num_apart < 2:
+        return 1.0
+    normal = math.erfc(abs(point) / spread / math.sqrt(2)) if spread else 0.0
+    return max(normal, 2.0 ** (1 - num_apart))
 
 
 def _mean(rows: np.ndarray) -> float:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vzip.config.board import VANILLA, Board, Cell
 from vzip.errors import ConfigError, ManifestError, UnsupportedModelError, VzipError
-from vzip.json_files import read_json
-from vzip.report.leaderboard import FILE_NAME, Entry
+from vzip.report.leaderboard import FILE_NAME, Entry, mergeable, read_folder
 from vzip.results.provenance import hardware
 from vzip.results.record import Run, read_record, record_path
 from vzip.sweep.execute import run_plan
@@ -19,14 +18,21 @@ from vzip.sweep.execute import run_plan
 logger = logging.getLogger(__name__)
 
 
-def run_cells(board: Board) -> tuple[list[tuple[Cell, Run]], list[tuple[str, str, str]], list[str]]:
+def run_cells(
+    board: Board, others: Sequence[Path] = ()
+) -> tuple[list[tuple[Cell, Run]], list[tuple[str, str, str]], list[str]]:
     """Evaluates every cell that has no record yet; an interrupted one goes on where it stopped.
+
+    Args:
+        board: the cells.
+        others: folders to be merged, which must be of vanilla's model and protocol; told before the other cells run.
 
     Returns:
         the finished cells, what is not possible (method, budget, reason), and the errors of those that failed.
 
     Raises:
         KeyboardInterrupt: saying what is kept.
+        ManifestError: a folder that cannot be merged.
         VzipError: vanilla's own, without which nothing can be said of the others.
     """
     finished: list[tuple[Cell, Run]] = []
@@ -42,6 +48,9 @@ def run_cells(board: Board) -> tuple[list[tuple[Cell, Run]], list[tuple[str, str
                 run_plan(plan)
             path = record_path(plan.evaluation["run_dir"])
             finished.append((cell, Run(path, read_record(path))))
+            if cell.method == VANILLA:
+                for folder in others:
+                    mergeable(folder, finished[0][1].record)
         except KeyboardInterrupt as error:
             last = f"; of the one under way {error.args[0]}" if error.args else ""
             raise KeyboardInterrupt(f"{len(finished)} of {len(todo)} runs are finished and kept{last}") from error
@@ -62,14 +71,25 @@ def entries_of(finished: list[tuple[Cell, Run]], out: Path, measure_anew: bool) 
     Returns:
         the entries, and why some could not be measured.
     """
-    earlier: Mapping[tuple[str, str], Mapping[str, Any]] = {} if measure_anew else _earlier(out)
     machine = machine_words()
+    earlier = [] if measure_anew else earlier_entries(out)
+    kept = {(e.method, e.budget): e for e in earlier if not e.origin and e.machine == machine}
     keys = [(cell.method, cell.budget) for cell, _ in finished]
+    costs: Mapping[tuple[str, str], Mapping[str, Any] | None] = {key: entry.cost for key, entry in kept.items()}
     said: list[str] = []
-    if not all(key in earlier and earlier[key]["machine"] == machine for key in keys):
-        earlier, said = _measured(finished, machine)
+    if not all(
+        key in kept and kept[key].run.record == run.record for key, (_, run) in zip(keys, finished, strict=True)
+    ):
+        costs, said = _measured(finished)
     return [
-        Entry(cell.method, cell.budget, run, earlier.get(key, {}).get("cost"), machine)
+        Entry(
+            cell.method,
+            cell.budget,
+            run,
+            costs.get(key),
+            machine,
+            cell.plan is not None and cell.plan.compressor.reads_text,
+        )
         for key, (cell, run) in zip(keys, finished, strict=True)
     ], said
 
@@ -83,17 +103,15 @@ def machine_words() -> str:
     return gpus or f"{found['cpu']}, {torch.get_num_threads()} threads"
 
 
-def _earlier(out: Path) -> dict[tuple[str, str], Mapping[str, Any]]:
+def earlier_entries(out: Path) -> list[Entry]:
+    """What an earlier leaderboard wrote there; ManifestError where it is not to be read."""
     try:
-        rows = read_json(out / FILE_NAME)["entries"] if (out / FILE_NAME).is_file() else []
-        return {(row["method"], row["budget"]): row for row in rows if not row["origin"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ManifestError(f"{out / FILE_NAME}: no leaderboard ({error!r:.100}). Give another --out DIR.") from error
+        return read_folder(out) if (out / FILE_NAME).exists() else []
+    except VzipError as error:
+        raise ManifestError(f"{error} Remove it, or give another --out DIR.") from error
 
 
-def _measured(
-    finished: list[tuple[Cell, Run]], machine: str
-) -> tuple[dict[tuple[str, str], dict[str, Any]], list[str]]:
+def _measured(finished: list[tuple[Cell, Run]]) -> tuple[dict[tuple[str, str], dict[str, Any] | None], list[str]]:
     from vzip.bench.side_by_side import Cost, measure
     from vzip.models.model_cache import KEEPER
 
@@ -108,7 +126,4 @@ def _measured(
         for (method, budget), why in costs.items()
         if isinstance(why, str)
     ]
-    return {
-        key: {"machine": machine, "cost": asdict(cost) if isinstance(cost, Cost) else None}
-        for key, cost in costs.items()
-    }, said
+    return {key: asdict(cost) if isinstance(cost, Cost) else None for key, cost in costs.items()}, said
