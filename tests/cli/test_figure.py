@@ -23,9 +23,13 @@ def test_figure_4_writes_drawing_numbers_and_caption(tmp_path: Path, capsys: pyt
     put(tmp_path, "vanilla", record("Identity", **TINY), [1.0])
     put(tmp_path, "ours", record("VisionZip", **TINY), [1.0])
     put(tmp_path, "another", record("RandomTokens"), [1.0])  # of another model
+    (tmp_path / "runs" / "cut").mkdir()
+    (tmp_path / "runs" / "cut" / "run.json").write_text('{"kind": "eval')
     words = ["figure", "4", "eval.tasks=[gqa]", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     assert cli.main(words) == 0
-    assert "primary score of tiny on gqa" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "primary score of tiny on gqa" in told.out
+    assert f"left out: {tmp_path / 'runs' / 'cut' / 'run.json'} is not JSON" in told.err
     first = (tmp_path / "out" / "figure_4.svg").read_bytes()
     with (tmp_path / "out" / "figure_4.csv").open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["vanilla", "VisionZip"]

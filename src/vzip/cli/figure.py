@@ -104,7 +104,11 @@ def figure_4(args: argparse.Namespace) -> Drawing:
     if args.runs is not None and not folder.is_dir():
         raise ConfigError(f"--runs {folder}: no such folder.")
     # As it was configured: what was loaded is, of the built-in model, a path of the machine.
-    named = [((run.record.get("config") or {}).get("model") or {}, run) for run in find_runs(folder)]
+    unreadable: list[str] = []
+    found = find_runs(folder, unreadable=unreadable)
+    for message in unreadable:
+        logger.warning("left out: %s", message)
+    named = [((run.record.get("config") or {}).get("model") or {}, run) for run in found]
     runs = [run for chosen, run in named if chosen.get("name_or_path") == model["name_or_path"]]
     points, num_left_out = points_of(runs, tasks)
     if not points:
