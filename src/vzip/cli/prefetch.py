@@ -308,7 +308,10 @@ def checkpoints(configs: Sequence[Mapping[str, Any]], hub: Hub) -> list[Checkpoi
         adapter = model["adapter_path"]
         if adapter is not None and not Path(adapter).expanduser().is_dir():
             wanted[adapter, None] = None
-        encoder = config["compressor"].get("text_encoder")
+        method = config["compressor"]
+        while isinstance(method.get("of"), Mapping):  # a method around another
+            method = method["of"]
+        encoder = method.get("text_encoder")
         if encoder is not None and not Path(encoder).expanduser().is_dir():
             wanted[encoder, PINNED.get(encoder)] = None
     found = []
