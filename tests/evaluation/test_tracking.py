@@ -147,7 +147,10 @@ def test_an_image_that_cannot_be_drawn_is_left_out(
         {"task": "t", "doc_id": i, "filter_index": 0, "question": f"q{i}", "target": "a", "answer": "b"} for i in (0, 1)
     ]
 
-    def draw(vlm: Any, image: Image.Image) -> Image.Image:
+    asked: list[str] = []
+
+    def draw(vlm: Any, image: Image.Image, question: str) -> Image.Image:
+        asked.append(question)  # what text-aware methods read
         if image.height == 40:
             raise ImageError("too dark")
         return image
@@ -157,6 +160,7 @@ def test_an_image_that_cannot_be_drawn_is_left_out(
         vlm, rows, {("t", 0, 0): picture(0), ("t", 1, 0): picture(1), ("t", 2, 0): picture(2)}
     )
     assert [sample.question for sample in found] == ["q1"] and "too dark" in caplog.text
+    assert asked == ["q0", "q1"]
 
 
 def test_vanilla_shows_what_the_tower_sees(vlm: Any) -> None:

@@ -179,15 +179,16 @@ def test_an_incomplete_text_model_is_refused(clip: Path, tmp_path: Path) -> None
         vlm.encode_images(**tiny.llava_inputs(1), questions=["What?"])
 
 
-def dialogue(compressor: vzip.Compressor) -> vzip.CompressedVlm:
+def dialogue(compressor: vzip.Compressor, positions: Any = None) -> vzip.CompressedVlm:
     processor = tiny.processor()
-    return vzip.CompressedVlm(tiny.llava(vocab_size=320), compressor, processor)
+    return vzip.CompressedVlm(tiny.llava(vocab_size=320), compressor, processor, positions=positions)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("positions", ["original", "repacked"])
 @pytest.mark.parametrize("pruner", [None, vzip.FastV(1, 5)], ids=["whole", "pruned"])
-def test_a_dialogue_is_what_asking_it_from_scratch_gives(pruner: vzip.Pruner | None) -> None:
-    vlm = dialogue(vzip.MMTok(BUDGET))
+def test_a_dialogue_is_what_asking_it_from_scratch_gives(pruner: vzip.Pruner | None, positions: str) -> None:
+    vlm = dialogue(vzip.MMTok(BUDGET), positions)
     vlm.pruner = pruner
     images = [_picture(1), _picture(2)]
     chat, messages = vlm.chat(), []

@@ -297,6 +297,7 @@ def checkpoints(configs: Sequence[Mapping[str, Any]], hub: Hub) -> list[Checkpoi
         Unreachable: see ``Hub.files``.
         CheckpointError: a name that is neither a directory nor a hub id.
     """
+    from vzip.config.validate import build_compressor
     from vzip.models.load import BUILT_IN_NAME, resolve_checkpoint
     from vzip.models.towers.text import PINNED
 
@@ -309,6 +310,8 @@ def checkpoints(configs: Sequence[Mapping[str, Any]], hub: Hub) -> list[Checkpoi
         if adapter is not None and not Path(adapter).expanduser().is_dir():
             wanted[adapter, None] = None
         encoder = config["compressor"].get("text_encoder")
+        if "of" in config["compressor"]:  # of a method around another, the other's
+            encoder = build_compressor(config["compressor"]).text_encoder
         if encoder is not None and not Path(encoder).expanduser().is_dir():
             wanted[encoder, PINNED.get(encoder)] = None
     found = []
