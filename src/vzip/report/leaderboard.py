@@ -188,10 +188,16 @@ def merge(entries: Sequence[Entry], folders: Sequence[Path]) -> tuple[list[Entry
 def mergeable(folder: Path, record: Mapping[str, Any]) -> list[Entry]:
     """The entries of a folder, all of the model and protocol of a record; raises as ``merge``."""
     theirs = read_folder(folder)
-    if apart := [f"{e.name} {e.budget}: {text}" for e in theirs for text in differences(record, e.run.record)]:
+    apart: dict[str, list[str]] = {}
+    for entry in theirs:
+        for text in differences(record, entry.run.record):
+            apart.setdefault(text, []).append(f"{entry.name} {entry.budget}")
+    if apart:
         raise ManifestError(
             f"{folder}: cannot be merged, its runs are of another model, protocol or data:\n"
-            + "\n".join(f"  {text}" for text in dict.fromkeys(apart))
+            + "\n".join(
+                f"  {'all' if len(names) == len(theirs) else ', '.join(names)}: {text}" for text, names in apart.items()
+            )
         )
     return theirs
 
