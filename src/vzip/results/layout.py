@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,7 +53,9 @@ def print_layout(layout: Layout, console: Console) -> None:
     console.print(shown)
     console.width = given
     for remark in layout.remarks:
-        console.print(remark, markup=False, highlight=False)
+        # A path or a command stays whole, so that it can be copied.
+        lines = textwrap.wrap(remark, given, break_long_words=False, break_on_hyphens=False)
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def to_markdown(layout: Layout) -> str:
