@@ -81,7 +81,7 @@ SHOWN = [
     ("data download --root .", 2, "needs the package httpx, which is not installed: pip install 'vzip[train]'."),
     ("data verify llava_v1_5_mix665k --root .", 2, "python -m vzip data download llava_v1_5_mix665k --root ."),
     ("eval --cfg job --resolve +exp=llava15_7b_64tok", 0, "num_dominant: 54"),
-    ("eval --help", 0, "compressor: contextual_only, "),
+    ("eval --help", 0, "compressor: cdpruner, "),
     ("eval", 2, "the package lmms-eval, which is not installed: pip install 'vzip[eval]' && pip install --no-deps"),
     ("eval budgt=64tok", 2, "did you mean 'budget'?"),
     ("eval -m hydra/launcher=joblib budget=64tok,32tok", 2, "hydra-joblib-launcher, which is not installed: pip inst"),
