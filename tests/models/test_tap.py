@@ -15,8 +15,6 @@ from vzip.models.towers.structure import check_select_layer, find_tower, geometr
 from vzip.models.towers.tap import run_tower
 
 BOTH = frozenset({Signal("attention"), Signal("keys")})
-# What others than a usual run of the tower make: projector, a run by a plan, a question.
-_OF_OTHERS = ("projected", "present", "text", "aligned")
 
 
 def tower_of(kind, num_layers=4, attention="sdpa"):
@@ -56,7 +54,10 @@ def test_every_score_of_any_layer_equals_eager_beside_the_select_layers_output(k
     eager.load_state_dict(sdpa.state_dict())
     pixels = tiny.pixels(2).double()
     vision = run_tower(
-        find_tower(sdpa), pixels, -2, [Signal(name, score_layer) for name in SIGNALS if name not in _OF_OTHERS]
+        find_tower(sdpa),
+        pixels,
+        -2,
+        [Signal(name, score_layer) for name in SIGNALS if name not in ("projected", "text")],
     )
     stock = eager(pixels, output_attentions=True, output_hidden_states=True)
     layer = {None: 2, -1: 3}.get(score_layer, (score_layer or 0) - 1)

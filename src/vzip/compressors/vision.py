@@ -64,9 +64,10 @@ class Signal:
 
 
 def of_tower(signals: Iterable[Signal]) -> frozenset[Signal]:
-    """What the vision tower must record for these signals: the rest is made of its output, or of the question."""
+    """What a usual run of the vision tower must record for these signals; the rest is made of its output, of the
+    question, or of a run by a ``TowerPlan``."""
     rows = {Signal("hidden", signal.layer) for signal in signals if signal.name == "aligned"}
-    recorded = {signal for signal in signals if signal.name not in ("projected", "text", "aligned")}
+    recorded = {signal for signal in signals if signal.name not in ("projected", "text", "aligned", "present")}
     return frozenset(rows | recorded) - {Signal("hidden")}
 
 

@@ -15,7 +15,7 @@ from vzip.ops.merge import MergeRule
 class NamedMergeDropped(MergeDropped):
     """``MergeDropped`` of a method by name, which configs/compressor/merge_dropped.yaml sets."""
 
-    def __new__(  # type: ignore[misc]  # the very class, so that one method has one repr
+    def __new__(  # type: ignore[misc]  # a target must be a class; what it makes is the very one, with one repr
         cls, budget: TokenBudget, of: object, merge_rule: MergeRule = "sum", seed: int = 0
     ) -> MergeDropped:
         return MergeDropped(wrapped_method(of, budget, seed), merge_rule)

@@ -348,14 +348,14 @@ class Adapter(ABC):
         """
         return torch.arange(sum(s.num_vanilla if isinstance(s, VisionShape) else len(s) for s in segments))[None]
 
-    def unit_places(self, shape: VisionShape) -> Tensor:
-        """Which of the unmodified model's visual tokens each unit is: int64 ``[num_crops, U]`` on the CPU.
+    def unit_places(self, shape: VisionShape, device: torch.device) -> Tensor:
+        """Which of the unmodified model's visual tokens each unit is: int64 ``[num_crops, U]`` on the device.
 
         A unit that it leaves out, as CLS, has the first place.
         """
         num_stock = shape.num_vanilla // shape.num_crops
-        own = torch.arange(shape.num_units - num_stock, -num_stock, -1).neg()
-        return (torch.arange(shape.num_crops)[:, None] * num_stock + own).where(own >= 0, 0)
+        own = torch.arange(shape.num_units - num_stock, -num_stock, -1, device=device).neg()
+        return (torch.arange(shape.num_crops, device=device)[:, None] * num_stock + own).where(own >= 0, 0)
 
     def newline_places(self, shape: VisionShape) -> Tensor:
         """The same of the newlines that ``pack`` adds: int64 ``[num_added]``."""
@@ -575,7 +575,7 @@ class Adapter(ABC):
 
     def _placed(self, shape: VisionShape, tokens: Tensor, units: Tensor, planes: Tensor | None = None) -> VisualTokens:
         """An image's tokens, ``[num_crops, K, d_text]``, and newlines by their places; ``units [num_crops, K]``."""
-        places = self.unit_places(shape).to(units.device).gather(1, units).flatten()
+        places = self.unit_places(shape, units.device).gather(1, units).flatten()
         rows, of_newlines = tokens.flatten(0, 1), self.newline_places(shape)
         if len(of_newlines):
             rows = torch.cat([rows, self.newline(rows).expand(len(of_newlines), -1)])

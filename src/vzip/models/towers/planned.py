@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from vzip.compressors.base import Compressor
 from vzip.compressors.plan import LayerState, TowerPlan, TowerPruner
-from vzip.compressors.vision import Signal, VisionOutput, of_tower
+from vzip.compressors.vision import Signal, VisionOutput
 from vzip.errors import UnsupportedModelError
 from vzip.ops.grid import middle_places
 from vzip.ops.select import gather_rows
@@ -29,7 +29,7 @@ def run_for(
     """Runs the tower as the method needs it; raises as ``run_tower`` and ``run_planned``."""
     plan = None if compressor.tower_use == "whole" else compressor.plan(tower.geometry.shape())
     if plan is None:
-        return run_tower(tower, pixel_values, select_layer, of_tower(compressor.reads()), stock_offset)
+        return run_tower(tower, pixel_values, select_layer, compressor.reads(), stock_offset)
     return run_planned(tower, pixel_values, select_layer, plan, stock_offset)
 
 

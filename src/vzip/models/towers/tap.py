@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vzip.compressors.vision import Signal, VisionOutput
+from vzip.compressors.vision import Signal, VisionOutput, of_tower
 from vzip.errors import UnsupportedModelError
 from vzip.ops.attention import at_least_float32, cls_attention, key_norms, mean_keys, received_attention
 
@@ -71,7 +71,7 @@ def run_tower(
         UnsupportedModelError: no such layer, or attention asked for at layer 0, before any attention.
     """
     num_layers = tower.geometry.num_layers_to_run(select_layer)
-    recorded = [signal for signal in signals if signal.name not in _ELSEWHERE and signal != Signal("hidden")]
+    recorded = of_tower(signals)
     layer_of = {s: tower.geometry.num_layers_to_run(select_layer if s.layer is None else s.layer) for s in recorded}
     for signal, layer in layer_of.items():
         if layer == 0 and signal.name != "hidden":
@@ -147,7 +147,6 @@ def _undivided_keys(_tower: Tower, _layer: int, keys: Tensor, _queries: Tensor |
     return at_least_float32(keys)
 
 
-_ELSEWHERE = ("projected", "present")  # the projector's, and of a run by a plan (`planned.py`)
 _OF_QUERIES = ("attention", "received_attention", "undivided_attention")
 # What a layer's projections give, by the signal's name.
 _READERS: Mapping[str, Callable[[Tower, int, Tensor, Tensor | None], Tensor]] = {

@@ -142,7 +142,7 @@ class LlavaNextAdapter(LlavaBase):
         stitched = stitched[rows.start : rows.stop, cols.start : cols.stop]
         return torch.cat([base, functional.pad(stitched, (0, 1), value=-1).flatten()])
 
-    def unit_places(self, shape: VisionShape) -> Tensor:
+    def unit_places(self, shape: VisionShape, device: torch.device) -> Tensor:
         """CLS of any crop has the image's first place; patches that are cut off that of the nearest that is not."""
         num_patches, (tile_rows, tile_cols) = self.geometry.num_patches, self.geometry.grid
         places = torch.arange(num_patches)[None]
@@ -151,7 +151,7 @@ class LlavaNextAdapter(LlavaBase):
             patch, tile = torch.arange(num_patches), torch.arange(grid_rows * grid_cols)[:, None]
             y, x = tile // grid_cols * tile_rows + patch // tile_cols, tile % grid_cols * tile_cols + patch % tile_cols
             places = torch.cat([places, self._stitched_places(shape, y, x)])
-        return functional.pad(places, (int(self.geometry.has_cls), 0))
+        return functional.pad(places, (int(self.geometry.has_cls), 0)).to(device)
 
     def newline_places(self, shape: VisionShape) -> Tensor:
         if shape.num_crops == 1:
