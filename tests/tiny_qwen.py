@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, Qwen2_5_VLForConditionalGeneration
 
 GOLDEN = Path(__file__).parent / "golden/qwen2_5_vl_tiny"
 IMAGE, VIDEO, START, END = 120, 121, 122, 123
@@ -87,3 +87,22 @@ def stock(model: Any, ids: dict[str, torch.Tensor], **inputs: torch.Tensor) -> d
     """The arguments of the unmodified model."""
     shown = ids["input_ids"]
     return {**ids, **inputs, "mm_token_type_ids": (shown == IMAGE).int() + 2 * (shown == VIDEO).int()}
+
+
+def recorded_maps(tower: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> list[torch.Tensor]:
+    """The attention maps of one run of a tower, in float64: of each block, one ``[1, heads, L, L]`` a segment."""
+    maps = []
+
+    def recording(module, query, key, value, attention_mask, scaling, **_kwargs):
+        weights = (query.double() @ key.double().transpose(-1, -2) * scaling).softmax(-1)
+        maps.append(weights)
+        return (weights @ value.double()).to(query.dtype).transpose(1, 2), None
+
+    AttentionInterface.register("recording_for_a_test", recording)
+    usual = tower.config._attn_implementation
+    tower.config._attn_implementation = "recording_for_a_test"
+    try:
+        tower(pixel_values, grid_thw=grid_thw)
+    finally:
+        tower.config._attn_implementation = usual
+    return maps

@@ -8,9 +8,8 @@ from accelerate import cpu_offload, dispatch_model
 from scripts import make_random_model
 from tests import methods, tiny_qwen
 from tests.isolation.snapshot import changed, snapshot
-from tests.tiny_qwen import GRIDS, batch, golden, images, num_units, prompt, stock
+from tests.tiny_qwen import GRIDS, batch, golden, images, num_units, prompt, recorded_maps, stock
 from torch.nn import functional
-from transformers import AttentionInterface
 
 import vzip
 from vzip.compressors import FractionBudget, Selection, Signal
@@ -191,24 +190,10 @@ def test_decoding_equals_one_pass_over_everything(model):
 @torch.no_grad()
 def test_scores_by_an_attention_function_that_records_its_maps(model):
     """A second way, in float64: the maps of the last full block, averaged over heads, queries and merge units."""
-    maps = []
-
-    def recording(module, query, key, value, attention_mask, scaling, **_kwargs):
-        weights = (query.double() @ key.double().transpose(-1, -2) * scaling).softmax(-1)
-        maps.append(weights)
-        return (weights @ value.double()).to(query.dtype).transpose(1, 2), None
-
-    AttentionInterface.register("recording_for_a_test", recording)
     inputs, grids = images("6x10", "8x8"), [(1, 6, 10), (1, 8, 8)]
     vlm = vzip.CompressedVlm(model, vzip.Identity())
     groups = vlm.adapter.image_outputs(vlm.adapter.read_inputs(**inputs), frozenset({Signal("attention")}))
-    visual = model.model.visual
-    usual = visual.config._attn_implementation
-    visual.config._attn_implementation = "recording_for_a_test"
-    try:
-        visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
-    finally:
-        visual.config._attn_implementation = usual
+    maps = recorded_maps(model.model.visual, inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
     back = window_order(grids, 2, 2).argsort()
     received = torch.cat([weights.mean(dim=(0, 1, 2)) for weights in maps[-2:]])  # block 3: one map an image
     units = received.view(-1, 4).mean(dim=1)[back].split([15, 16])

@@ -10,9 +10,8 @@ from scripts import make_random_model
 from tests import methods, tiny, tiny_qwen3
 from tests.bench.memory.conftest import both
 from tests.isolation.snapshot import changed, snapshot
-from tests.tiny_qwen import IMAGE, batch, images, num_units, prompt, stock
+from tests.tiny_qwen import IMAGE, batch, images, num_units, prompt, recorded_maps, stock
 from torch.nn import functional
-from transformers import AttentionInterface
 
 import vzip
 from vzip.analysis.fidelity import answer_logits, divergences
@@ -167,25 +166,11 @@ def test_decoding_equals_one_pass_over_everything(model):
 @torch.no_grad()
 def test_scores_by_an_attention_function_that_records_its_maps(model):
     """A second way, in float64: the maps of the last block, one an image, averaged over heads, queries and units."""
-    maps = []
-
-    def recording(module, query, key, value, attention_mask, scaling, **_kwargs):
-        weights = (query.double() @ key.double().transpose(-1, -2) * scaling).softmax(-1)
-        maps.append(weights)
-        return (weights @ value.double()).to(query.dtype).transpose(1, 2), None
-
-    AttentionInterface.register("recording_for_a_test", recording)
     inputs = images("6x10", "8x8")
     vlm = vzip.CompressedVlm(model, vzip.Identity())
     reads = frozenset({Signal("attention"), Signal("attention", layer=2), Signal("hidden", layer=0)})
     groups = vlm.adapter.image_outputs(vlm.adapter.read_inputs(**inputs), reads)
-    visual = model.model.visual
-    usual = visual.config._attn_implementation
-    visual.config._attn_implementation = "recording_for_a_test"
-    try:
-        visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
-    finally:
-        visual.config._attn_implementation = usual
+    maps = recorded_maps(model.model.visual, inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
     assert len(maps) == 10  # five blocks, an image each
     for signal, first in ((Signal("attention"), 8), (Signal("attention", layer=2), 2)):
         for (_, vision), weights in zip(groups, maps[first : first + 2], strict=True):

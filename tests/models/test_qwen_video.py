@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests import methods, tiny_qwen, tiny_qwen3
-from tests.tiny_qwen import VIDEO, batch, images, prompt, stock, video, videos
-from transformers import AttentionInterface
+from tests.tiny_qwen import VIDEO, batch, images, prompt, recorded_maps, stock, video, videos
 
 import vzip
 from vzip.compressors import FractionBudget, Signal
@@ -186,25 +185,11 @@ def test_repacked_each_step_has_its_own_tokens_and_planes(family, name):
 @torch.no_grad()
 def test_scores_are_of_each_step_alone(family):
     model, in_runs = family
-    maps = []
-
-    def recording(module, query, key, value, attention_mask, scaling, **_kwargs):
-        weights = (query.double() @ key.double().transpose(-1, -2) * scaling).softmax(-1)
-        maps.append(weights)
-        return (weights @ value.double()).to(query.dtype).transpose(1, 2), None
-
-    AttentionInterface.register("recording_for_a_test", recording)
     inputs, vlm = videos("3x8x8"), vzip.CompressedVlm(model, vzip.Identity())
     reads = frozenset({Signal("attention")})
     ((members, vision),) = vlm.adapter.video_outputs(vlm.adapter.read_inputs(**inputs), reads)
     assert members == [0] and vision.attention.shape == (3, 16)
-    visual = model.model.visual
-    usual = visual.config._attn_implementation
-    visual.config._attn_implementation = "recording_for_a_test"
-    try:
-        visual(inputs["pixel_values_videos"], grid_thw=inputs["video_grid_thw"])
-    finally:
-        visual.config._attn_implementation = usual
+    maps = recorded_maps(model.model.visual, inputs["pixel_values_videos"], grid_thw=inputs["video_grid_thw"])
     received = torch.stack([weights.mean(dim=(0, 1, 2)) for weights in maps[-3:]])  # the last block: a map a step
     units = received.view(3, 16, 4).mean(dim=2)
     if not in_runs:  # in windows of 2 x 2 units

@@ -13,7 +13,7 @@ import pytest
 from vzip.analysis.plots import Timed, pareto_front
 from vzip.errors import ManifestError
 from vzip.report import leaderboard as report
-from vzip.report.leaderboard import Entry
+from vzip.report.leaderboard_folder import Entry, merge, read_folder
 from vzip.results.record import Run, read_record
 
 DRAW = random.Random(5)
@@ -104,11 +104,11 @@ def test_the_folder_holds_all_and_what_is_not_possible_is_said(tmp_path: Path) -
 def test_a_colleagues_folder_is_merged_and_doubles_are_said(tmp_path: Path) -> None:
     write(tmp_path / "theirs", entries(tmp_path / "a", {"random": BAD, "close": CLOSE}, "there", wall_time_s=2))
     ours = entries(tmp_path / "b", {"random": BAD, "good": GOOD})
-    merged, said = report.merge(ours, [tmp_path / "theirs"])
+    merged, said = merge(ours, [tmp_path / "theirs"])
     assert said == [f"random at 64tok is in {tmp_path / 'theirs'} too, with the same scores: our own is shown"]
     text = write(tmp_path / "both", merged)
     assert "close (theirs)" in text and "vanilla (theirs)" in text and "†: measured on there" in text
-    again = report.read_folder(tmp_path / "both")  # what was merged goes on
+    again = read_folder(tmp_path / "both")  # what was merged goes on
     assert {(e.method, e.origin) for e in again if e.origin} == {("close", "theirs"), ("vanilla", "theirs")}
     points, vanilla_ms = report.timed(report.compare(merged)[0], ("random",))
     assert [p.method for p in points] == ["good", "random"] and vanilla_ms == 50
@@ -121,14 +121,14 @@ def test_folders_of_one_name_do_not_mix_and_the_same_runs_are_taken_once(tmp_pat
         found = entries(tmp_path / f"runs{number}", {f"m{number}": scores}, "there", **wider)
         write(tmp_path / str(number) / "scenes", found)
     ours = entries(tmp_path / "own", {"random": BAD})
-    merged, said = report.merge(ours, [tmp_path / "1" / "scenes", tmp_path / "2" / "scenes", tmp_path / "1" / "scenes"])
+    merged, said = merge(ours, [tmp_path / "1" / "scenes", tmp_path / "2" / "scenes", tmp_path / "1" / "scenes"])
     assert [e.name for e in merged[2:]] == ["vanilla (scenes)", "m1 (scenes)", "vanilla (scenes-2)", "m2 (scenes-2)"]
     assert len({e.folder for e in merged}) == len(merged) and len(said) == 1, "m1 is told to be there already"
     write(tmp_path / "both", merged)
     (tmp_path / "both").rename(tmp_path / "moved")
-    again = report.read_folder(tmp_path / "moved")
+    again = read_folder(tmp_path / "moved")
     assert sorted(e.run.record["wall_time_s"] for e in again if e.origin) == [1, 1, 2, 2]
-    taken, said = report.merge(ours, [tmp_path / "moved"])
+    taken, said = merge(ours, [tmp_path / "moved"])
     assert {e.name for e in taken} == {e.name for e in merged}, "our own vanilla run comes back as ours"
 
 
@@ -158,18 +158,18 @@ def test_few_questions_leave_nothing_outside_the_noise(tmp_path: Path) -> None:
 def test_another_model_protocol_or_data_is_refused_by_name(tmp_path: Path, change: dict, message: str) -> None:
     write(tmp_path / "theirs", entries(tmp_path / "a", {"random": BAD}, **change))
     with pytest.raises(ManifestError, match="cannot be merged") as error:
-        report.merge(entries(tmp_path / "b", {"random": BAD}), [tmp_path / "theirs"])
+        merge(entries(tmp_path / "b", {"random": BAD}), [tmp_path / "theirs"])
     assert message in str(error.value)
 
 
 def test_what_is_no_leaderboard_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"holds no leaderboard\.json"):
-        report.read_folder(tmp_path)
+        read_folder(tmp_path)
     (tmp_path / "leaderboard.json").write_text(
         json.dumps({"kind": "leaderboard", "schema_version": 1, "entries": [{"run": "../elsewhere"}]})
     )
     with pytest.raises(ManifestError, match="lies outside"):
-        report.read_folder(tmp_path)
+        read_folder(tmp_path)
     for text, message in (
         ("{", "cannot be used"),
         ('{"kind": "leaderboard", "schema_version": 1, "entries": []}', "no vanilla run"),
@@ -177,7 +177,7 @@ def test_what_is_no_leaderboard_is_refused(tmp_path: Path) -> None:
     ):
         (tmp_path / "leaderboard.json").write_text(text)
         with pytest.raises(ManifestError, match=message):
-            report.read_folder(tmp_path)
+            read_folder(tmp_path)
 
 
 def test_the_front_is_what_nothing_beats_in_both() -> None:

@@ -41,11 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Runs, compares, prints and writes; returns 1 if a run failed."""
     from vzip.report import leaderboard as report
+    from vzip.report.leaderboard_folder import merge, read_folder
 
     planned = board(arguments.settings)
     others = [expanded(folder) for folder in arguments.merge]
     for folder in others:
-        report.read_folder(folder)  # what cannot be read is better known before hours of work
+        read_folder(folder)  # what cannot be read is better known before hours of work
     out = planned.runs_dir / "leaderboard" / planned.name if arguments.out is None else expanded(arguments.out)
     if any(folder.resolve() == out.resolve() for folder in others):
         raise ConfigError(f"--merge {out}: is the folder that this leaderboard writes; give another --out DIR.")
@@ -59,7 +60,7 @@ def main(arguments: argparse.Namespace) -> int:
         finished, missing, failed = run_cells(planned, others)
         anew = any(cell.plan is not None and cell.plan.evaluation["overwrite"] for cell in planned.cells)
         entries, said = entries_of(finished, out, anew)
-        merged, more = report.merge(entries, others)
+        merged, more = merge(entries, others)
         lines, pairs = report.compare(merged)
         floors = [name for name in FLOORS if any(entry.method == name for entry in merged)]
         added = f" (added: {', '.join(planned.added)})" if planned.added else ""

@@ -1,6 +1,7 @@
 """Compression methods and controls; torch only. A new method is a new file here and a config in configs/compressor."""
 
-from .base import Budgeted, ChosenUnits, CompressedTokens, Compressor, FractionBudget, Selection, TokenBudget, TopScores
+from .base import Budgeted, ChosenUnits, CompressedTokens, Compressor, Selection, TopScores
+from .budget import FractionBudget, TokenBudget
 from .cdpruner import CDPruner
 from .controls import (
     ContextualOnly,

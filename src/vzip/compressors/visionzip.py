@@ -13,7 +13,8 @@ from vzip.errors import ConfigError, nearest
 from vzip.ops.merge import MERGE_RULES, MergeRule, assign_to_targets, target_positions
 from vzip.ops.select import dominant_rows, gather_rows, random_indices, remaining_rows
 
-from .base import Compressor, FractionBudget, Selection, TokenBudget, check_budget, check_count, check_seed
+from .base import Compressor, Selection, check_count, check_seed
+from .budget import FractionBudget, TokenBudget, check_budget
 from .vision import Signal, VisionOutput, VisionShape
 
 SCORES = ("attention", "received_attention", "key_norms")

@@ -14,7 +14,8 @@ from vzip.ops.attention import at_least_float32
 from vzip.ops.merge import MERGE_RULES, MergeRule
 from vzip.ops.select import gather_rows
 
-from .base import Compressor, FractionBudget, Selection, TokenBudget, check_is_compressor
+from .base import Compressor, Selection, check_is_compressor
+from .budget import FractionBudget, TokenBudget
 from .plan import TowerPlan
 from .vision import SCORES, Signal, VisionOutput, VisionShape
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from vzip.analysis.kept import draw_kept
 from vzip.analysis.plots import Point, plot_retention
-from vzip.compressors.base import TokenBudget
+from vzip.compressors.budget import TokenBudget
 from vzip.compressors.visionzip import VisionZip
 from vzip.demo import benchmark
 from vzip.demo.cost import Cost, measure

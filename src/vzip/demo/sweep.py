@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vzip.compressors.base import Compressor, TokenBudget
+from vzip.compressors.base import Compressor
+from vzip.compressors.budget import TokenBudget
 from vzip.compressors.controls import Identity, RandomTokens, UniformTokens
 from vzip.compressors.visionzip import VisionZip
 from vzip.demo.benchmark import load_rows

@@ -10,7 +10,7 @@ from typing import Any
 
 from vzip.config.board import VANILLA, Board, Cell
 from vzip.errors import ConfigError, ManifestError, UnsupportedModelError, VzipError
-from vzip.report.leaderboard import FILE_NAME, Entry, mergeable, read_folder
+from vzip.report.leaderboard_folder import FILE_NAME, Entry, mergeable, read_folder
 from vzip.results.provenance import hardware
 from vzip.results.record import Run, read_record, record_path
 from vzip.sweep.execute import run_plan

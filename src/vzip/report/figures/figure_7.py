@@ -143,7 +143,7 @@ def draw(asked: Sequence[Asked], model: str) -> Drawing:
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
     num = len({(one.image, one.first, one.second) for one in asked})
-    figure.suptitle(f"{model}: the second question about an image, {num} dialogues")
+    figure.suptitle(f"{model}: the second question about an image, {num} dialogue{'s' * (num != 1)}")
     return Drawing(figure, [vars(one) for one in asked], caption(asked, model))
 
 
@@ -157,7 +157,8 @@ def caption(asked: Sequence[Asked], model: str) -> str:
     of_truth = all(one.reference is not None for one in asked)
     num = len({(one.image, one.first, one.second) for one in asked})
     text = (
-        f"Figure 7 of arXiv 2412.04467, counted: {num} dialogues of two questions about one image each with {model}."
+        f"Figure 7 of arXiv 2412.04467, counted: {num} dialogue{'s' * (num != 1)} of two questions about one image each"
+        f" with {model}."
         " The second question is asked alone, and as the second turn, with the key-value cache of the first; a method"
         " inside the language model has chosen by the first question then. Greedy answers; compared but for case and a"
         " full stop. Bars: 95 %, bootstrap over dialogues. Tokens: those of an image in the language model, on average"

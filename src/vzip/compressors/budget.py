@@ -1,0 +1,94 @@
+"""How many visual tokens are kept: counts of a crop, or fractions of its patches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from vzip.errors import ConfigError
+
+from .vision import VisionShape
+
+
+@dataclass(frozen=True)
+class TokenBudget:
+    """Visual tokens kept per crop (or frame).
+
+    Attributes:
+        num_dominant: tokens kept as they are; CLS, where the tower has one, counts as the first of them.
+        num_contextual: tokens into which all the others are merged.
+
+    Raises:
+        ConfigError: a count is negative or not an integer, or both are zero.
+    """
+
+    num_dominant: int
+    num_contextual: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_dominant", "num_contextual"):
+            value = vars(self)[name]
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(
+                    f"budget.{name}={value!r}: must be a whole number of tokens per crop, 0 or more (not a ratio)."
+                )
+        if self.num_tokens == 0:
+            raise ConfigError(
+                "budget.num_dominant=0 with budget.num_contextual=0 keeps no visual token: at least 1 in all."
+                " For a run without compression use compressor=none budget=full."
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """All visual tokens per crop."""
+        return self.num_dominant + self.num_contextual
+
+    def of(self, shape: VisionShape) -> TokenBudget:
+        """For a crop of that shape: itself, or all patches where crops vary in size and this one has no more."""
+        return self if shape.fixed or self.num_tokens < shape.num_patches else TokenBudget(shape.num_patches, 0)
+
+
+@dataclass(frozen=True)
+class FractionBudget:
+    """Fractions kept of a crop's patches, rounded down, where crops differ in size (as upstream's file for Qwen2.5-VL).
+
+    Attributes:
+        dominant: of the patches, kept as they are.
+        contextual: into which all the others are merged; where it is above 0, at least one token.
+
+    Raises:
+        ConfigError: a fraction outside 0..1, or both are zero or more than one together.
+    """
+
+    dominant: float
+    contextual: float
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ConfigError(f"budget.{name}={value!r}: must be a fraction kept, 0 to 1.")
+        if not 0 < self.dominant + self.contextual <= 1:
+            raise ConfigError(
+                f"budget.dominant={self.dominant} + budget.contextual={self.contextual}: together they must be above 0"
+                " and at most 1, the fraction of the patches that is kept."
+            )
+
+    def of(self, shape: VisionShape) -> TokenBudget:
+        """The counts for a crop of that shape; one token at least."""
+        # Decimals as they are written: 0.35 * 180 is 62.99... in binary.
+        num_dominant, num_contextual = (
+            math.floor(Fraction(str(part)) * shape.num_patches) for part in (self.dominant, self.contextual)
+        )
+        if self.contextual:
+            num_contextual = max(num_contextual, 1)
+        return TokenBudget(num_dominant if num_dominant or num_contextual else 1, num_contextual)
+
+
+def check_budget(budget: object) -> None:
+    """Raises ConfigError unless ``budget`` is one."""
+    if not isinstance(budget, TokenBudget | FractionBudget):
+        raise ConfigError(
+            f"budget={budget!r}: must be vzip.TokenBudget(num_dominant=54, num_contextual=10), counts per crop, or"
+            " vzip.FractionBudget(0.65, 0.05), fractions kept."
+        )
