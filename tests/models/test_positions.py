@@ -247,7 +247,7 @@ def test_qwen_repacked_counts_on_every_axis() -> None:
 
 @pytest.mark.parametrize("pruner", [vzip.FastV(K=1, keep=4), vzip.PyramidDrop(layers=(1,), keep=(4,))], ids=str)
 @torch.no_grad()
-def test_a_pruner_on_top_decodes_as_one_pass(pruner: vzip.Pruner) -> None:
+def test_with_a_pruner_on_top_a_batch_equals_singles_and_keeping_all_equals_no_pruner(pruner: vzip.Pruner) -> None:
     model = tiny.llava()
     vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), pruner=pruner, positions="original")
     given = {"input_ids": torch.tensor([[5, IMAGE, 6, 7], [3, 8, IMAGE, 9]]), "pixel_values": tiny.pixels(2)}
