@@ -36,18 +36,26 @@ class InputBuilder:
         """Where the text embedding is, and so where inputs go."""
         return execution_device(self.adapter.embed_tokens)
 
-    def preprocess_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+    def preprocess_images(
+        self, images: Sequence[Image.Image], num_images: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
         """Images -> ``pixel_values``, by the rule in ``preprocess``, and what else the family needs with them.
 
         LLaVA-NeXT: also ``image_sizes``, and with ``"llava"`` ``tile_grids``, since where several grids serve an image
-        equally well LLaVA's choice and Hugging Face's differ.
+        equally well LLaVA's choice and Hugging Face's differ. LLaVA-OneVision: both.
+
+        Args:
+            images: of any mode and size.
+            num_images: for each how many images its prompt has, since LLaVA-OneVision cuts only one that is alone into
+                tiles; None: each is.
 
         Raises:
             ConfigError: the wrapper has no processor.
             ImageError: an image that cannot be used.
         """
         image_processor = self._need_processor("preprocess_images").image_processor
-        return self.adapter.prepare_images(images, image_processor, self.preprocess)
+        num_images = [1] * len(images) if num_images is None else num_images
+        return self.adapter.prepare_among(images, num_images, image_processor, self.preprocess)
 
     def preprocess_videos(self, videos: Sequence[VideoSource]) -> dict[str, Tensor]:
         """Videos -> ``pixel_values_videos`` ``[videos, num_frames, 3, h, w]``; see ``vzip.media.video``.
@@ -103,7 +111,7 @@ class InputBuilder:
             placeholders.append(("video", "<video>", self.adapter.video_token_id, videos))
         inputs = encode_prompts(tokenizer, texts, placeholders)
         if flat := [image for of_prompt in images for image in of_prompt]:
-            inputs |= self.preprocess_images(flat)
+            inputs |= self.preprocess_images(flat, [len(of_prompt) for of_prompt in images for _ in of_prompt])
         if flat_videos:
             inputs |= self.preprocess_videos(flat_videos)
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}

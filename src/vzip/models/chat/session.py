@@ -47,7 +47,9 @@ class Vlm(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def preprocess_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]: ...
+    def preprocess_images(
+        self, images: Sequence[Image.Image], num_images: Sequence[int] | None = None
+    ) -> dict[str, Tensor]: ...
 
     def preprocess_videos(self, videos: Sequence[VideoSource]) -> dict[str, Tensor]: ...
 
@@ -151,7 +153,7 @@ class ChatSession:
         question = whole_text(question)
         self._check(question, max_new_tokens, settings)
         refuse_unserved(settings, self._vlm.model.generation_config)
-        new = [*map(self._encode, images), *map(self._encode_video, videos)]
+        new = [self._encode(image, len(images)) for image in images] + [*map(self._encode_video, videos)]
         pending = [*self.pending, *new]
         messages = [*self.messages, message("user", question, pending)]
         visuals = [*self.visuals, *pending]
@@ -168,9 +170,10 @@ class ChatSession:
         self.visuals, self.pending = visuals, []
         return answer
 
-    def _encode(self, image: Image.Image) -> EncodedVisual:
-        inputs = {name: value.to(self._vlm.device) for name, value in self._vlm.preprocess_images([image]).items()}
-        return self._encode_inputs("image", inputs)
+    def _encode(self, image: Image.Image, num_images: int = 1) -> EncodedVisual:
+        """An image that comes with others, or alone."""
+        prepared = self._vlm.preprocess_images([image], [num_images])
+        return self._encode_inputs("image", {name: value.to(self._vlm.device) for name, value in prepared.items()})
 
     def _encode_video(self, video: VideoSource) -> EncodedVisual:
         inputs = {name: value.to(self._vlm.device) for name, value in self._vlm.preprocess_videos([video]).items()}

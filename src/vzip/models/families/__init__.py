@@ -11,6 +11,7 @@ from vzip.errors import UnsupportedModelError, nearest
 from .base import Adapter, VisualInputs
 from .llava.adapter import LlavaAdapter
 from .llava_next.adapter import LlavaNextAdapter
+from .llava_onevision.adapter import LlavaOnevisionAdapter
 from .mini_gemini.adapter import MiniGeminiAdapter
 from .options import FamilyOptions
 from .qwen2_5_vl.adapter import Qwen2_5VlAdapter
@@ -22,6 +23,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     MiniGeminiAdapter,
     LlavaAdapter,
     LlavaNextAdapter,
+    LlavaOnevisionAdapter,
     VideoLlavaAdapter,
     Qwen2_5VlAdapter,
     Qwen3VlAdapter,
@@ -37,6 +39,7 @@ __all__ = [
     "FamilyOptions",
     "LlavaAdapter",
     "LlavaNextAdapter",
+    "LlavaOnevisionAdapter",
     "MiniGeminiAdapter",
     "Qwen2_5VlAdapter",
     "Qwen3VlAdapter",

@@ -372,6 +372,18 @@ class Adapter(ABC):
         """
         return None
 
+    def pack_whole(self, shape: VisionShape, rows: Tensor, newline: Tensor, index: Tensor | None) -> Tensor:
+        """Rows of an image's crops in turn, ``[num_crops * R, ...]``, as the unmodified model packs them.
+
+        Args:
+            shape: of the image (or video).
+            rows: anything that the crops have by row.
+            newline: ``[...]``, what a newline is among them.
+            index: ``whole_index(shape)``.
+        """
+        # -1 is the last row, where the newline is.
+        return rows if index is None else torch.cat([rows, newline[None]])[index.to(rows.device)]
+
     def newline(self, like: Tensor) -> Tensor:
         """The newline token ``[d_text]``, in the type and on the device of ``like``; of families that have one."""
         raise NotImplementedError
@@ -426,6 +438,16 @@ class Adapter(ABC):
     ) -> dict[str, Tensor]:
         """Images -> ``pixel_values`` and whatever else the family needs; see ``vzip.media.images``."""
         return prepare_images(images, image_processor, preprocess)
+
+    def prepare_among(
+        self, images: Sequence[Image.Image], num_images: Sequence[int], image_processor: Any, preprocess: Preprocess
+    ) -> dict[str, Tensor]:
+        """The same for a family that shows an image otherwise where its prompt has several.
+
+        Args:
+            num_images: for each image how many its prompt has.
+        """
+        return self.prepare_images(images, image_processor, preprocess)
 
     def asked(
         self, visual: VisualInputs, compressor: Compressor, questions: Sequence[str] | None, processor: Any
@@ -590,12 +612,7 @@ class Adapter(ABC):
 
         def packed(values: Tensor, newline: Tensor | None) -> Tensor:
             flat = values[own].flatten(0, 1)
-            if index is None:
-                return flat[None]
-            if newline is None:
-                newline = flat.new_zeros(flat.shape[1:])
-            # -1 is the last row, where the newline is.
-            return torch.cat([flat, newline[None]])[index.to(flat.device)][None]
+            return self.pack_whole(shape, flat, flat.new_zeros(flat.shape[1:]) if newline is None else newline, index)[None]
 
         signals = [*vision.signals]
         signals += [Signal(name) for name in ("attention", "keys") if getattr(vision, name) is not None]
@@ -620,10 +637,10 @@ class Adapter(ABC):
         )
 
 
-def check_pixel_values(pixel_values: Tensor, num_dims: int, layout: str) -> None:
+def check_pixel_values(pixel_values: Tensor, num_dims: int, layout: str, name: str = "pixel_values") -> None:
     """Raises PromptError unless ``pixel_values`` has ``num_dims`` dimensions; ``layout`` says what they are."""
-    if pixel_values.ndim != num_dims:
+    if pixel_values.ndim != num_dims or 0 in pixel_values.shape[1:]:
         raise PromptError(
-            f"pixel_values has shape {tuple(pixel_values.shape)}: this model takes {layout}, as its Hugging Face"
+            f"{name} has shape {tuple(pixel_values.shape)}: this model takes {layout}, as its Hugging Face"
             " processor returns them."
         )

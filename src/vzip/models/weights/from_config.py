@@ -12,6 +12,7 @@ from transformers import (
     LlavaConfig,
     LlavaNextConfig,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +29,7 @@ from ..towers.structure import geometry_from_config
 CONFIGS: dict[str, Any] = {
     "llava": LlavaConfig,
     "llava_next": LlavaNextConfig,
+    "llava_onevision": LlavaOnevisionConfig,
     "video_llava": VideoLlavaConfig,
     "mini_gemini": MiniGeminiConfig,
 }
@@ -115,7 +117,7 @@ def image_side(config: Any) -> int:
 def new_image_processor(config: Any) -> Any:
     """The image processor for a configuration (a family's, or a vision tower's alone), with CLIP's constants."""
     # Here, because they warn about torchvision when they are imported; and AutoImageProcessor of 5.17 insists on it.
-    from transformers import LlavaNextImageProcessor, VideoLlavaImageProcessor
+    from transformers import LlavaNextImageProcessor, LlavaOnevisionImageProcessor, VideoLlavaImageProcessor
     from transformers.models.clip import CLIPImageProcessor
 
     if isinstance(config, QWEN_CONFIGS):
@@ -131,6 +133,10 @@ def new_image_processor(config: Any) -> Any:
     sides: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     if isinstance(config, LlavaNextConfig):
         return LlavaNextImageProcessor(**sides, image_grid_pinpoints=config.image_grid_pinpoints)
+    if isinstance(config, LlavaOnevisionConfig):  # constants of its checkpoints
+        half, square = [0.5] * 3, {"height": side, "width": side}
+        pinpoints = config.image_grid_pinpoints
+        return LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=pinpoints, image_mean=half, image_std=half)
     return VideoLlavaImageProcessor(**sides) if isinstance(config, VideoLlavaConfig) else CLIPImageProcessor(**sides)
 
 

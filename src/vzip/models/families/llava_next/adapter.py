@@ -93,16 +93,14 @@ class LlavaNextAdapter(LlavaBase):
         if "pixel_values" not in tensors:
             return []
         check_pixel_values(tensors["pixel_values"], 5, "[images, max_crops, 3, height, width]")
-        num_images, max_crops = tensors["pixel_values"].shape[:2]
-        geometry = self.geometry
+        num_images, geometry = len(tensors["pixel_values"]), self.geometry
         shapes: list[VisionShape] = []
-        for size, grid in self._layouts(num_images, tensors.get("image_sizes"), tensors.get("tile_grids")):
+        layouts = self._layouts(num_images, tensors.get("image_sizes"), tensors.get("tile_grids"))
+        for (size, grid), is_tiled in zip(layouts, self._are_tiled(tensors), strict=True):
             num_crops, num_vanilla = 1 + grid[0] * grid[1], self._num_vanilla(size, grid)
             num_newlines = len(self._newline_rows(size, grid))
-            if max_crops == 1:  # no processor writes it: an image given as its base crop alone
+            if not is_tiled:
                 num_crops, num_vanilla, num_newlines = 1, geometry.num_patches + 1, 1
-            # Hugging Face's processor writes as many as its own rule asks for, however the image was cut.
-            num_written = self._num_vanilla(size, hf_grid(*size, self.pinpoints, geometry.image_size))
             shapes.append(
                 TiledShape(
                     kind="image",
@@ -111,12 +109,21 @@ class LlavaNextAdapter(LlavaBase):
                     has_cls=geometry.has_cls,
                     num_vanilla=num_vanilla,
                     num_added=num_newlines,
-                    num_placeholders=num_written,
+                    num_placeholders=self._num_written(size, is_tiled),
                     size=size,
                     tiles=grid,
                 )
             )
         return shapes
+
+    def _are_tiled(self, tensors: Mapping[str, Tensor]) -> list[bool]:
+        """Of each image whether it has tiles; no processor of LLaVA-NeXT gives a base crop alone."""
+        num_images, max_crops = tensors["pixel_values"].shape[:2]
+        return [max_crops > 1] * num_images
+
+    def _num_written(self, size: Grid, is_tiled: bool) -> int:
+        """Placeholders that Hugging Face's processor writes: as its own rule asks for, however the image was cut."""
+        return self._num_vanilla(size, hf_grid(*size, self.pinpoints, self.geometry.image_size))
 
     def _num_vanilla(self, size: Grid, grid: Grid) -> int:
         rows, cols = unpadded(size, *self._stitched(grid))
@@ -205,7 +212,7 @@ class LlavaNextAdapter(LlavaBase):
             return []
         if image_sizes is None:
             raise PromptError(
-                f"image_sizes is missing for {num_images} images: LLaVA-NeXT needs the original (height, width) of"
+                f"image_sizes is missing for {num_images} images: {self.model_class.__name__} needs the original (height, width) of"
                 " each image, as its Hugging Face processor and preprocess_images return them."
             )
         sizes = _pairs(image_sizes, num_images, "image_sizes", "(height, width) in pixels")
@@ -226,10 +233,11 @@ class LlavaNextAdapter(LlavaBase):
             if may_be_black:
                 given = max(given, min(count, max_crops))
             if given != count:
+                crops = f"{count}: a base crop and {grid[0]} x {grid[1]} tiles" if count > 1 else "1, since it has no tiles"
                 raise PromptError(
                     f"Image {number} has {given} crops in pixel_values {tuple(pixel_values.shape)}, but its size"
-                    f" {size[0]} x {size[1]} (height x width) asks for {count}: a base crop and {grid[0]} x {grid[1]}"
-                    " tiles. Give the pixel_values, image_sizes and tile_grids of the same images."
+                    f" {size[0]} x {size[1]} (height x width) asks for {crops}. Give the pixel_values, image_sizes and"
+                    " tile_grids of the same images."
                 )
 
     def _stitched(self, grid: Grid) -> Grid:

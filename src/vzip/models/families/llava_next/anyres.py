@@ -99,7 +99,7 @@ def prepare_crops(
     sizes = [(image.height, image.width) for image in images]
     grids = [llava_grid(height, width, pinpoints, tile_side) for height, width in sizes]
     crops = [
-        _normalised(_cut(image, grid, tile_side, int(image_processor.resample)), image_processor)
+        normalised(_cut(image, grid, tile_side, int(image_processor.resample)), image_processor)
         for image, grid in zip(images, grids, strict=True)
     ]
     pixel_values = crops[0].new_zeros(len(crops), max(len(own) for own in crops), *crops[0].shape[1:])
@@ -124,7 +124,7 @@ def _cut(image: Image.Image, grid: Size, side: int, resample: int) -> list[Image
     return [image.resize((side, side), method), *tiles]
 
 
-def _normalised(crops: Sequence[Image.Image], image_processor: Any) -> Tensor:
+def normalised(crops: Sequence[Image.Image], image_processor: Any) -> Tensor:
     """``[crops, 3, h, w]`` float32, scaled and normalised by the image processor's own constants, where it does so."""
     values = np.stack([np.asarray(crop) for crop in crops]).astype(np.float32)
     if image_processor.do_rescale:
