@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, ConvNextConfig, LlamaConfig, LlavaProcessor, PreTrainedTokenizerBase
+from transformers import (
+    CLIPVisionConfig,
+    ConvNextConfig,
+    LlamaConfig,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
 from vzip import log
 from vzip.compressors.base import check_seed
@@ -28,7 +36,7 @@ from vzip.models.weights.from_config import FAMILIES
 WIDTH, NUM_LAYERS, NUM_HEADS = 32, 4, 4
 PATCH_SIZE = 14
 # Pixels of a crop or frame, as in the published checkpoints.
-SIDES = {"llava": 336, "llava_next": 336, "video_llava": 224, "mini_gemini": 336}
+SIDES = {"llava": 336, "llava_next": 336, "llava_onevision": 384, "video_llava": 224, "mini_gemini": 336}
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
@@ -36,6 +44,16 @@ CHAT_TEMPLATE = (
     "{% for item in message['content'] if item['type'] == 'text' %}{{ item['text'] + ' ' }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+# LLaVA-OneVision's is Qwen2's (ChatML).
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHATML_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% for item in message['content'] if item['type'] != 'text' %}<{{ item['type'] }}>\n{% endfor %}"
+    "{% for item in message['content'] if item['type'] == 'text' %}{{ item['text'] }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_KEPT_OF_LLAMA = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+_KEPT_OF_LLAMA += ("num_attention_heads", "num_key_value_heads", "bos_token_id", "eos_token_id", "pad_token_id")
 # By Hugging Face's names of their ids.
 QWEN_TOKENS = {
     "vision_start_token_id": "<|vision_start|>",
@@ -51,9 +69,9 @@ QWEN_CHAT_TEMPLATE = (
 )
 
 
-def vision_config(side: int) -> CLIPVisionConfig:
-    """A narrow CLIP tower for square images of ``side`` pixels."""
-    return CLIPVisionConfig(
+def vision_config(side: int, kind: Any = CLIPVisionConfig) -> Any:
+    """A narrow tower for square images of ``side`` pixels."""
+    return kind(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
         num_hidden_layers=NUM_LAYERS,
@@ -68,16 +86,24 @@ def family_config(family: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     of_family: dict[str, dict[str, Any]] = {
         "llava": {},
         "llava_next": {"image_grid_pinpoints": fresh.pinpoints(SIDES["llava_next"])},
+        "llava_onevision": {
+            "video_token_index": tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
+            "select_layer": -1,
+            "select_strategy": "full",
+        },
         "video_llava": {"video_token_index": tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)},
         "mini_gemini": {
             "high_res_config": ConvNextConfig(hidden_sizes=[4, 8, 16, 32], depths=[1, 1, 1, 1]),
             "high_res_image_size": 768,
         },
     }
+    text: Any = _text_config(tokenizer)
+    if family == "llava_onevision":
+        text = Qwen2Config(**{name: value for name, value in text.to_dict().items() if name in _KEPT_OF_LLAMA})
     return fresh.family_config(
         family,
-        vision_config(SIDES[family]),
-        _text_config(tokenizer),
+        vision_config(SIDES[family], SiglipVisionConfig if family == "llava_onevision" else CLIPVisionConfig),
+        text,
         int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),
         **of_family[family],
     )
@@ -86,9 +112,7 @@ def family_config(family: str, tokenizer: PreTrainedTokenizerBase) -> Any:
 def qwen2_5_vl_config(tokenizer: PreTrainedTokenizerBase) -> Any:
     """The same of Qwen2.5-VL, for a tokenizer with ``QWEN_TOKENS``."""
     text = _text_config(tokenizer).to_dict()
-    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
     heads = {"num_attention_heads": NUM_HEADS // 2, "num_key_value_heads": NUM_HEADS // 2}
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     vision = {
         "depth": NUM_LAYERS,
         "hidden_size": WIDTH,
@@ -100,15 +124,13 @@ def qwen2_5_vl_config(tokenizer: PreTrainedTokenizerBase) -> Any:
         "fullatt_block_indexes": [1, NUM_LAYERS - 1],
     }
     tokens = {name: int(tokenizer.convert_tokens_to_ids(token)) for name, token in QWEN_TOKENS.items()}
-    return fresh.qwen2_5_vl_config({**{name: text[name] for name in (*kept, *ids)}, **heads}, vision, tokens)
+    return fresh.qwen2_5_vl_config({**{name: text[name] for name in _KEPT_OF_LLAMA}, **heads}, vision, tokens)
 
 
 def qwen3_vl_config(tokenizer: PreTrainedTokenizerBase) -> Any:
     """The same of Qwen3-VL."""
     like = qwen2_5_vl_config(tokenizer).to_dict()
-    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
-    kept += ("num_attention_heads", "num_key_value_heads", "bos_token_id", "eos_token_id", "pad_token_id")
-    text = {**{name: like["text_config"][name] for name in kept}, "head_dim": WIDTH // 2}
+    text = {**{name: like["text_config"][name] for name in _KEPT_OF_LLAMA}, "head_dim": WIDTH // 2}
     vision = {
         "depth": NUM_LAYERS,
         "hidden_size": WIDTH,
@@ -139,7 +161,10 @@ def build(family: str, seed: int = 0) -> tuple[Any, Any]:
         of_family = qwen2_5_vl_config if family == fresh.QWEN2_5_VL else qwen3_vl_config
         config, template = of_family(tokenizer), QWEN_CHAT_TEMPLATE
     else:
-        config, template = family_config(family, tokenizer), CHAT_TEMPLATE
+        if family == "llava_onevision":
+            tokenizer.add_tokens(list(CHATML_TOKENS), special_tokens=True)
+        config = family_config(family, tokenizer)
+        template = CHATML_TEMPLATE if family == "llava_onevision" else CHAT_TEMPLATE
     torch.manual_seed(seed)
     model = fresh.new_model(config)
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)

@@ -15,10 +15,10 @@ from torch import Tensor
 from vzip.bench import flops
 from vzip.bench.shapes import BenchModel, build_meta
 from vzip.bench.stages import METHOD_CLASSES, Method, Vanilla, Vzip, preprocess
-from vzip.bench.visuals import AnySize, Images
+from vzip.bench.visuals import AnySize, Frames, Images
 from vzip.bench.workload import Workload, parts_of
 from vzip.compressors import Signal, VisionOutput
-from vzip.models.families import MiniGeminiAdapter, Qwen2_5VlAdapter
+from vzip.models.families import LlavaOnevisionAdapter, MiniGeminiAdapter, Qwen2_5VlAdapter
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,20 @@ def count_method(
         result["tower"] = StageFlops(flops.count(lambda: real.run_tower(pixels)), None)
     with torch.no_grad():
         vision = _with_text(meta, workload, model, method.run_tower(pixel_values))
+    rows = None
+    if isinstance(meta.adapter, LlavaOnevisionAdapter) and isinstance(meta.visuals, Frames):
+        rows = vision.hidden[:, vision.first_stock_row :]  # all are projected, then pooled
+        with torch.no_grad():
+            vision = meta.adapter.pooled(vision)
     if isinstance(meta.adapter, MiniGeminiAdapter):
         result |= _mining(meta.adapter, vision, pixel_values)
     if not isinstance(method, Vanilla):
         result["selection"] = StageFlops(flops.count(lambda: method.compressor(vision)), None)
     if meta.adapter is None:
         return result
-    if method.compressor.space == "projected":  # every row goes through the projector, before the selection
+    if rows is not None:
+        tokens = rows
+    elif method.compressor.space == "projected":  # every row goes through the projector, before the selection
         tokens = vision.hidden[:, vision.first_stock_row :]
     else:
         with torch.no_grad():

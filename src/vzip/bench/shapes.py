@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -20,9 +20,12 @@ from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaNextConfig,
+    LlavaOnevisionConfig,
     MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    SiglipVisionConfig,
     VideoLlavaConfig,
 )
 
@@ -46,6 +49,7 @@ QWEN_IDS = {
     "image_token_id": 151655,
     "video_token_id": 151656,
 }
+LLAVA_VIDEO_FRAMES = 64  # as its published rows (report/tables/protocols)
 NOISE_PERIOD = 1_048_573  # a prime just under 2**20: rows of a matrix, whose lengths are composite, then all differ
 
 
@@ -59,6 +63,7 @@ class BenchModel:
         checkpoint: directory or hub id that ``weights=pretrained`` loads.
         default_weights: ``random`` for bare shapes, ``pretrained`` for directories and the shipped model.
         notes: what a reader of its numbers must know, one sentence each.
+        medium: what a prompt shows, of a family that takes either.
     """
 
     name: str
@@ -66,6 +71,7 @@ class BenchModel:
     checkpoint: str
     default_weights: str = "random"
     notes: tuple[str, ...] = ()
+    medium: Literal["image", "video"] = "image"
 
     @property
     def tower_only(self) -> bool:
@@ -93,6 +99,8 @@ class BenchModel:
     @property
     def num_crops(self) -> int:
         """Default number of tower inputs in a prompt."""
+        if isinstance(self.config, LlavaOnevisionConfig):
+            return LLAVA_VIDEO_FRAMES if self.medium == "video" else 10  # all tiles that enter as they are
         if isinstance(self.config, LlavaNextConfig):
             side = self.vision_config.image_size
             return 1 + max(height // side * (width // side) for height, width in self.config.image_grid_pinpoints)
@@ -177,6 +185,44 @@ def _video_llava() -> BenchModel:
     return _published("video_llava_7b", config, note)
 
 
+def _onevision(size: str) -> PretrainedConfig:
+    width, mlp_width, num_layers, num_heads, num_groups, vocab_size = {
+        "0.5b": (896, 4864, 24, 14, 2, 152000),
+        "7b": (3584, 18944, 28, 28, 4, 152128),
+    }[size]
+    text = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=mlp_width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_groups,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=size == "0.5b",
+    )
+    tower = SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=26,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    return family_config("llava_onevision", tower, text, 151646, -1, "full", video_token_index=151647)
+
+
+def _llava_onevision(size: str) -> BenchModel:
+    note = "a square image of 1152 pixels: a base crop and nine tiles, 729 + 81 x 82 visual tokens in vanilla"
+    return _published(f"llava_onevision_{size.replace('.', '_')}", _onevision(size), note)
+
+
+def _llava_video() -> BenchModel:
+    note = "a frame is 196 visual tokens in vanilla, pooled from 729 patches, and a newline ends the video"
+    return replace(_published("llava_video_7b", _onevision("7b"), note), medium="video")
+
+
 def _mini_gemini(size: str) -> BenchModel:
     # The configuration's own high-resolution tower is the published one. The placeholder is no word of the model's.
     config = family_config("mini_gemini", clip_l(336), _vicuna(size, vocab_size=32000), 32000)
@@ -252,6 +298,9 @@ SHAPES: dict[str, Callable[[], BenchModel]] = {
     "llava_next_13b": lambda: _llava_next("13b"),
     "llava_next_mistral_7b": _llava_next_mistral,
     "video_llava_7b": _video_llava,
+    "llava_onevision_0_5b": lambda: _llava_onevision("0.5b"),
+    "llava_onevision_7b": lambda: _llava_onevision("7b"),
+    "llava_video_7b": _llava_video,
     "mini_gemini_7b": lambda: _mini_gemini("7b"),
     "mini_gemini_13b": lambda: _mini_gemini("13b"),
     "qwen2_5_vl_3b": lambda: _qwen2_5_vl("3b"),

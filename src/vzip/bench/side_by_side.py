@@ -15,7 +15,7 @@ from vzip.bench.visuals import Images, visuals_of
 from vzip.bench.workload import Workload, make_images, make_prompts
 from vzip.compressors import Compressor
 from vzip.errors import VzipError
-from vzip.models.families import LlavaNextAdapter, VideoLlavaAdapter
+from vzip.models.families import LlavaNextAdapter, LlavaOnevisionAdapter, VideoLlavaAdapter
 from vzip.models.families.llava_base import LlavaBase
 from vzip.models.vlm import CompressedVlm
 from vzip.progress import Progress
@@ -70,7 +70,9 @@ def workload_of(vlm: CompressedVlm) -> Workload:
     num_crops = NUM_FRAMES if isinstance(adapter, VideoLlavaAdapter) else 1
     if isinstance(adapter, LlavaNextAdapter):
         side = adapter.geometry.image_size
-        num_crops = 1 + max(height // side * (width // side) for height, width in adapter.pinpoints)
+        counts = [height // side * (width // side) for height, width in adapter.pinpoints]
+        most = adapter.max_tiles if isinstance(adapter, LlavaOnevisionAdapter) else max(counts)
+        num_crops = 1 + max((count for count in counts if count <= most), default=min(counts))
     visuals: Images = visuals_of(adapter, num_crops)
     return Workload(
         settings=settings,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vzip.compressors import VisionShape
 from vzip.errors import ConfigError
 from vzip.media.images import prepare_images
-from vzip.models.families import Adapter, LlavaNextAdapter, VideoLlavaAdapter
+from vzip.models.families import Adapter, LlavaNextAdapter, LlavaOnevisionAdapter, VideoLlavaAdapter
 from vzip.models.families.llava_base import LlavaBase
 from vzip.models.towers.structure import Tower, find_tower
 
@@ -92,7 +92,7 @@ class Images(Visuals):
 
 
 class Crops(Images):
-    """LLaVA-NeXT: one image, of a shape that is cut into so many crops and has no padding."""
+    """LLaVA-NeXT, LLaVA-OneVision: one image, of a shape that is cut into so many crops and has no padding."""
 
     def __init__(self, adapter: LlavaNextAdapter, num_crops: int) -> None:
         super().__init__(adapter, num_crops)
@@ -103,8 +103,8 @@ class Crops(Images):
         if num_crops not in by_count:
             allowed = ", ".join(map(str, sorted(by_count)))
             raise ConfigError(
-                f"num_crops={num_crops}: LLaVA-NeXT cuts its image into a base crop and tiles, by this checkpoint's"
-                f" resolutions {allowed} crops; choose one of these"
+                f"num_crops={num_crops}: {adapter.model_class.__name__} cuts its image into a base crop and tiles,"
+                f" by this checkpoint's resolutions {allowed} crops; choose one of these"
             )
         self.num_placeholders = self.num_files = 1
         self.image_size = by_count[num_crops]
@@ -119,9 +119,9 @@ class Crops(Images):
 
 
 class Frames(Images):
-    """Video-LLaVA: one video, through the tower for videos."""
+    """Video-LLaVA, LLaVA-Video: one video, through the tower for videos."""
 
-    def __init__(self, adapter: VideoLlavaAdapter, num_crops: int) -> None:
+    def __init__(self, adapter: VideoLlavaAdapter | LlavaOnevisionAdapter, num_crops: int) -> None:
         super().__init__(adapter, num_crops)
         self.num_placeholders = 1
         self.tower_module, self.tower = adapter.video_tower, adapter.frame_tower
@@ -140,7 +140,7 @@ class Frames(Images):
         return self.adapter.prepare_videos(videos, image_processor, self.num_crops)
 
     def tower_inputs(self, inputs: dict[str, Tensor]) -> Tensor:
-        assert isinstance(self.adapter, VideoLlavaAdapter)
+        assert isinstance(self.adapter, LlavaBase)
         return self.adapter.video_pixels(self.adapter.read_inputs(**inputs))
 
 
@@ -170,12 +170,14 @@ class AnySize(Images):
         return self.adapter.blank_images(1)
 
 
-def visuals_of(adapter: Adapter, num_crops: int) -> Images:
+def visuals_of(adapter: Adapter, num_crops: int, medium: Literal["image", "video"] = "image") -> Images:
     """What the prompts of a model show.
 
     Raises:
         ConfigError: a number of crops that the family does not make.
     """
+    if isinstance(adapter, LlavaOnevisionAdapter) and medium == "video":
+        return Frames(adapter, num_crops)
     if isinstance(adapter, LlavaNextAdapter):
         return Crops(adapter, num_crops)
     if isinstance(adapter, VideoLlavaAdapter):

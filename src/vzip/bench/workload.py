@@ -118,7 +118,7 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
     num_visual = 0
     if not model.tower_only:
         num_crops = settings.crops_per_prompt(model)
-        visuals = visuals_of(adapter_for_model(meta), num_crops)
+        visuals = visuals_of(adapter_for_model(meta), num_crops, model.medium)
         is_whole = not {"vanilla", settings.pruner}.isdisjoint(settings.methods)
         method = Identity() if is_whole else compressor
         num_visual = sum(method.num_visual_tokens(shape) for shape in visuals.shapes())
@@ -183,7 +183,7 @@ def parts_of(hf_model: PreTrainedModel, model: BenchModel, num_crops: int) -> tu
     if model.tower_only:
         return None, Visuals(hf_model, num_crops)
     adapter = adapter_for_model(hf_model)
-    return adapter, visuals_of(adapter, num_crops)
+    return adapter, visuals_of(adapter, num_crops, model.medium)
 
 
 def _load_tower(model: BenchModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

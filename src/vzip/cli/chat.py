@@ -65,7 +65,7 @@ def main(arguments: argparse.Namespace) -> int:
     vlm = vzip.load_vlm(**model, compressor=compressor)
     terminal = _Terminal(vlm.chat(system_prompt), arguments.max_new_tokens)
     for name, image in images:
-        terminal.tell(name, terminal.chat.add_image(image))
+        terminal.tell(name, terminal.chat.add_image(image, len(images)))
     for name, frames in videos:
         terminal.tell(name, terminal.chat.add_video(frames))
     terminal.run()

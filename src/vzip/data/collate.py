@@ -61,7 +61,8 @@ class ImageEncoder(Protocol):
     def num_frames(self) -> int:
         """Frames taken of a video."""
 
-    def preprocess_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]: ...
+    def preprocess_images(self, images: Sequence[Image.Image], num_images: Sequence[int]) -> dict[str, Tensor]:
+        """Of each image it is told how many its sample has."""
 
     def expected_num_tokens(self, inputs: dict[str, Tensor]) -> list[int]:
         """Visual tokens of each image of ``preprocess_images``' result, or of each video of ``preprocess_videos``'."""
@@ -159,6 +160,7 @@ class Collator:
         batch = Batch([], [], empty, empty, empty)
         sequences: list[Encoded] = []
         images: list[Image.Image] = []
+        num_images: list[int] = []
         videos: list[list[Image.Image]] = []
         for sample in samples:
             self._check_videos(sample)
@@ -177,9 +179,10 @@ class Collator:
                 batch.video_of += range(len(videos), len(videos) + len(decoded))
                 sequences.append(self._encode(sample, turns))
             images += opened
+            num_images += [len(opened)] * len(opened)
             videos += decoded
         if images:
-            batch.images = self.encoder.preprocess_images(images)
+            batch.images = self.encoder.preprocess_images(images, num_images)
             batch.num_visual_tokens = self.encoder.expected_num_tokens(batch.images)
         if videos:
             batch.videos = self.encoder.preprocess_videos(videos)

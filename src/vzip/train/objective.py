@@ -22,8 +22,8 @@ class ModelView:
     def __init__(self, vlm: CompressedVlm) -> None:
         self.vlm = vlm
 
-    def preprocess_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        return self.vlm.preprocess_images(images)
+    def preprocess_images(self, images: Sequence[Image.Image], num_images: Sequence[int]) -> dict[str, Tensor]:
+        return self.vlm.preprocess_images(images, num_images)
 
     def expected_num_tokens(self, inputs: dict[str, Tensor]) -> list[int]:
         return self.vlm.expected_num_visual_tokens(**inputs)

@@ -101,13 +101,18 @@ class ChatSession:
         return len(self._cached_ids)
 
     @torch.no_grad()
-    def add_image(self, image: Image.Image) -> EncodedVisual:
+    def add_image(self, image: Image.Image, num_images: int = 1) -> EncodedVisual:
         """Encodes an image for the next question (of a text-aware method once that is asked).
+
+        Args:
+            image: of any mode and size.
+            num_images: how many come with that question; LLaVA-OneVision cuts only one that is alone into tiles. What
+                earlier and later questions show does not count, so that no image is encoded again.
 
         Raises:
             ImageError: an image that cannot be used.
         """
-        self.pending.append(self._encode(image))
+        self.pending.append(self._encode(image, num_images))
         return self.pending[-1]
 
     @torch.no_grad()

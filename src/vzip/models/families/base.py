@@ -612,7 +612,9 @@ class Adapter(ABC):
 
         def packed(values: Tensor, newline: Tensor | None) -> Tensor:
             flat = values[own].flatten(0, 1)
-            return self.pack_whole(shape, flat, flat.new_zeros(flat.shape[1:]) if newline is None else newline, index)[None]
+            return self.pack_whole(shape, flat, flat.new_zeros(flat.shape[1:]) if newline is None else newline, index)[
+                None
+            ]
 
         signals = [*vision.signals]
         signals += [Signal(name) for name in ("attention", "keys") if getattr(vision, name) is not None]

@@ -136,7 +136,9 @@ def new_image_processor(config: Any) -> Any:
     if isinstance(config, LlavaOnevisionConfig):  # constants of its checkpoints
         half, square = [0.5] * 3, {"height": side, "width": side}
         pinpoints = config.image_grid_pinpoints
-        return LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=pinpoints, image_mean=half, image_std=half)
+        return LlavaOnevisionImageProcessor(
+            size=square, image_grid_pinpoints=pinpoints, image_mean=half, image_std=half
+        )
     return VideoLlavaImageProcessor(**sides) if isinstance(config, VideoLlavaConfig) else CLIPImageProcessor(**sides)
 
 

@@ -233,7 +233,9 @@ class LlavaNextAdapter(LlavaBase):
             if may_be_black:
                 given = max(given, min(count, max_crops))
             if given != count:
-                crops = f"{count}: a base crop and {grid[0]} x {grid[1]} tiles" if count > 1 else "1, since it has no tiles"
+                crops = (
+                    f"{count}: a base crop and {grid[0]} x {grid[1]} tiles" if count > 1 else "1, since it has no tiles"
+                )
                 raise PromptError(
                     f"Image {number} has {given} crops in pixel_values {tuple(pixel_values.shape)}, but its size"
                     f" {size[0]} x {size[1]} (height x width) asks for {crops}. Give the pixel_values, image_sizes and"

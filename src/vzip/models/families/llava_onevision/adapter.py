@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaOnevisionForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
@@ -49,7 +49,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
         super().__init__(model, options)
         self.video_token_id = int(model.config.video_token_id)
-        self.frame_tower = self.tower
+        self.frame_tower, self.frame_offset = self.tower, self.stock_offset
         self.max_tiles = _max_tiles(model.config)
 
     @classmethod
@@ -61,6 +61,11 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def load_processor(cls, directory: Path) -> Any:
         """Tokenizer, image processor and chat template: Hugging Face's own needs torchvision, for its video part."""
         return LlavaProcessor.from_pretrained(directory, trust_remote_code=False)
+
+    @property
+    def video_tower(self) -> nn.Module:
+        """The vision tower, which sees each frame alone."""
+        return self.vision_tower
 
     @property
     def pooled_grid(self) -> Grid:
@@ -202,9 +207,13 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         pixels = self.video_pixels(visual)
         with stage("tower"):
             vision = (run or self.run_tower)(self.tower, pixels, signals, self.stock_offset)
-        first = int(self.geometry.has_cls)
         with stage("projector"):
-            projected = self.projector(vision.hidden[:, self.stock_offset :])
+            return self.pooled(vision)
+
+    def pooled(self, vision: VisionOutput) -> VisionOutput:
+        """Frames as the tower gives them -> their units: projected rows, and the signals, pooled alike."""
+        first = int(self.geometry.has_cls)
+        projected = self.projector(vision.hidden[:, self.stock_offset :])
         pool = partial(_pool, grid=self.geometry.grid)
 
         def of_units(signal: Signal, value: Tensor) -> Tensor:
