@@ -18,6 +18,8 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
@@ -126,6 +128,16 @@ def video_llava(*kind: Any, video_token: int = VIDEO_TOKEN, **settings: Any) -> 
     return build("video_llava", *kind, video_token_index=video_token, **settings)
 
 
+def llava_onevision(
+    *kind: Any, video_token: int = VIDEO_TOKEN, **settings: Any
+) -> LlavaOnevisionForConditionalGeneration:
+    """A LLaVA-OneVision of the same parts, which shrinks the mosaic of an image of more than three tiles."""
+    of_family = {"image_grid_pinpoints": PINPOINTS, "vision_aspect_ratio": "anyres_max_3"}
+    own = {"tower": "siglip", "strategy": "full", "select_layer": -1, **of_family, **settings}
+    own |= dict(zip(("tower", "strategy", "select_layer"), kind, strict=False))
+    return build("llava_onevision", video_token_index=video_token, **own)
+
+
 def pixels(num_images: int, seed: int = 0) -> torch.Tensor:
     """[num_images, 3, 112, 112]."""
     return torch.randn(num_images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
@@ -209,6 +221,8 @@ class Family:
     def stock_lengths(self, model: Any, inputs: dict[str, torch.Tensor]) -> list[int]:
         """Visual tokens of each image in the unmodified model, by its own computation."""
         with torch.no_grad():
+            if self.medium == "video" and self.config_class is LlavaOnevisionConfig:
+                return [len(video) for video in model.model.get_video_features(**inputs).pooler_output]
             if self.medium == "video":
                 frames = model.model.get_video_features(**inputs).pooler_output
                 return [len(video.flatten(0, 1)) for video in frames.view(-1, NUM_FRAMES, *frames.shape[1:])]
@@ -259,6 +273,23 @@ FAMILIES = (
         kinds=(("clip", "default"), ("siglip", "full")),
         crops=(NUM_FRAMES,),
         config_class=VideoLlavaConfig,
+        medium="video",
+    ),
+    Family(
+        name="llava_onevision_tiny_pictures",
+        build=llava_onevision,
+        inputs=next_inputs,
+        kinds=(("siglip", "full"),),
+        crops=tuple(NEXT_CROPS),
+        config_class=LlavaOnevisionConfig,
+    ),
+    Family(
+        name="llava_onevision_tiny_videos",
+        build=llava_onevision,
+        inputs=video_inputs,
+        kinds=(("siglip", "full"),),
+        crops=(NUM_FRAMES,),
+        config_class=LlavaOnevisionConfig,
         medium="video",
     ),
 )

@@ -252,8 +252,8 @@ def prepare_images(images: Sequence[Image.Image], image_processor: Any, preproce
     return call_processor(image_processor, images)
 
 
-def call_processor(image_processor: Any, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-    """What a Hugging Face image processor makes of RGB images.
+def call_processor(image_processor: Any, images: Sequence[Image.Image | Sequence[Image.Image]]) -> dict[str, Tensor]:
+    """What a Hugging Face image processor makes of RGB images, or of prompts' lists of them.
 
     It is told which axis is the colours': some processors take a side of 1 or 3 pixels for it.
 

@@ -612,9 +612,8 @@ class Adapter(ABC):
 
         def packed(values: Tensor, newline: Tensor | None) -> Tensor:
             flat = values[own].flatten(0, 1)
-            return self.pack_whole(shape, flat, flat.new_zeros(flat.shape[1:]) if newline is None else newline, index)[
-                None
-            ]
+            end = flat.new_zeros(flat.shape[1:]) if newline is None else newline
+            return self.pack_whole(shape, flat, end, index)[None]
 
         signals = [*vision.signals]
         signals += [Signal(name) for name in ("attention", "keys") if getattr(vision, name) is not None]

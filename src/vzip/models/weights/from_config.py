@@ -134,11 +134,9 @@ def new_image_processor(config: Any) -> Any:
     if isinstance(config, LlavaNextConfig):
         return LlavaNextImageProcessor(**sides, image_grid_pinpoints=config.image_grid_pinpoints)
     if isinstance(config, LlavaOnevisionConfig):  # constants of its checkpoints
-        half, square = [0.5] * 3, {"height": side, "width": side}
-        pinpoints = config.image_grid_pinpoints
-        return LlavaOnevisionImageProcessor(
-            size=square, image_grid_pinpoints=pinpoints, image_mean=half, image_std=half
-        )
+        square, constants = {"height": side, "width": side}, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        resolutions = config.image_grid_pinpoints
+        return LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=resolutions, **constants)
     return VideoLlavaImageProcessor(**sides) if isinstance(config, VideoLlavaConfig) else CLIPImageProcessor(**sides)
 
 

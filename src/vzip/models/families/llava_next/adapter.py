@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -47,7 +47,7 @@ class LlavaNextAdapter(LlavaBase):
     """Several crops an image, and a newline token."""
 
     model_class = LlavaNextForConditionalGeneration
-    input_names = ("pixel_values", "image_sizes", "tile_grids")
+    input_names: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "tile_grids")
     has_tiles = True
 
     @classmethod
@@ -212,8 +212,8 @@ class LlavaNextAdapter(LlavaBase):
             return []
         if image_sizes is None:
             raise PromptError(
-                f"image_sizes is missing for {num_images} images: {self.model_class.__name__} needs the original (height, width) of"
-                " each image, as its Hugging Face processor and preprocess_images return them."
+                f"image_sizes is missing for {num_images} images: {self.model_class.__name__} needs the original"
+                " (height, width) of each image, as its Hugging Face processor and preprocess_images return them."
             )
         sizes = _pairs(image_sizes, num_images, "image_sizes", "(height, width) in pixels")
         if tile_grids is None:
@@ -233,12 +233,10 @@ class LlavaNextAdapter(LlavaBase):
             if may_be_black:
                 given = max(given, min(count, max_crops))
             if given != count:
-                crops = (
-                    f"{count}: a base crop and {grid[0]} x {grid[1]} tiles" if count > 1 else "1, since it has no tiles"
-                )
+                tiles = f"a base crop and {grid[0]} x {grid[1]} tiles" if count > 1 else "it has no tiles"
                 raise PromptError(
                     f"Image {number} has {given} crops in pixel_values {tuple(pixel_values.shape)}, but its size"
-                    f" {size[0]} x {size[1]} (height x width) asks for {crops}. Give the pixel_values, image_sizes and"
+                    f" {size[0]} x {size[1]} (height x width) asks for {count}: {tiles}. Give the pixel_values, image_sizes and"
                     " tile_grids of the same images."
                 )
 

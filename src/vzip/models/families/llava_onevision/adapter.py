@@ -2,9 +2,9 @@
 
 An image that is alone in its prompt is cut as LLaVA-NeXT's are; without compression more tiles than the checkpoint
 allows (9) are shrunk together, bilinearly. What is left of a crop after selection is no grid that could be shrunk, so
-compressed crop by crop they are not; a method whose budget is the image's chooses among what has been shrunk. Of several
-images each is one crop and a newline. A video's frames are pooled after the projector, two patches by two, and the units
-that a method chooses among are the pooled ones; one newline ends the video.
+compressed crop by crop they are not; a method whose budget is the image's chooses among what has been shrunk. Each of
+several images is one crop and a newline. A video's frames are pooled after the projector, two patches by two, and a
+method chooses among the pooled ones, its *units*; one newline ends the video.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ def _max_tiles(config: Any) -> int:
     found = re.fullmatch(r"anyres_max_([1-9]\d*)", str(config.vision_aspect_ratio))
     if found is None:
         raise UnsupportedModelError(
-            f"vision_aspect_ratio={config.vision_aspect_ratio!r}: must be anyres_max_N, N being the most tiles that enter"
-            " as they are (anyres_max_9). It is a setting of the checkpoint's config.json."
+            f"vision_aspect_ratio={config.vision_aspect_ratio!r}: must be anyres_max_N, N being the most tiles that"
+            " enter as they are (anyres_max_9). It is a setting of the checkpoint's config.json."
         )
     return int(found[1])
