@@ -19,7 +19,6 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
     LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
@@ -128,12 +127,10 @@ def video_llava(*kind: Any, video_token: int = VIDEO_TOKEN, **settings: Any) -> 
     return build("video_llava", *kind, video_token_index=video_token, **settings)
 
 
-def llava_onevision(
-    *kind: Any, video_token: int = VIDEO_TOKEN, **settings: Any
-) -> LlavaOnevisionForConditionalGeneration:
+def llava_onevision(*kind: Any, video_token: int = VIDEO_TOKEN, **settings: Any) -> Any:
     """A LLaVA-OneVision of the same parts, which shrinks the mosaic of an image of more than three tiles."""
     of_family = {"image_grid_pinpoints": PINPOINTS, "vision_aspect_ratio": "anyres_max_3"}
-    own = {"tower": "siglip", "strategy": "full", "select_layer": -1, **of_family, **settings}
+    own = {"tower": "siglip", "strategy": "full", "select_layer": -1, "seed": 2, **of_family, **settings}
     own |= dict(zip(("tower", "strategy", "select_layer"), kind, strict=False))
     return build("llava_onevision", video_token_index=video_token, **own)
 
@@ -186,6 +183,7 @@ class Family:
         config_class: Hugging Face's.
         medium: ``image`` or ``video``.
         published: whether ``tests/golden`` holds what the published code computes.
+        pools: whether a method chooses among patches pooled after the projector, and a newline ends the video.
     """
 
     name: str
@@ -196,6 +194,12 @@ class Family:
     config_class: Any
     medium: Literal["image", "video"] = "image"
     published: bool = False
+    pools: bool = False
+
+    @property
+    def num_added(self) -> int:
+        """Newlines beside the compressed tokens."""
+        return int(self.pools)
 
     @property
     def token(self) -> int:
@@ -291,6 +295,7 @@ FAMILIES = (
         crops=(NUM_FRAMES,),
         config_class=LlavaOnevisionConfig,
         medium="video",
+        pools=True,
     ),
 )
 

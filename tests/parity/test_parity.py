@@ -204,7 +204,7 @@ def test_a_mixed_batch_equals_one_by_one(side, form, family, tower):
     together = vlm.forward(ids, mask, **inputs)
     prepared = vlm.prepare(ids, mask, **inputs)
     generated = vlm.generate(ids, mask, max_new_tokens=6, do_sample=False, **inputs)
-    assert vlm.last_num_visual_tokens == [9 * count for count in family.num_crops(5)]
+    assert vlm.last_num_visual_tokens == [9 * count + family.num_added for count in family.num_crops(5)]
     for row, p in enumerate(prompts):
         own = some_of(inputs, firsts[row], firsts[row + 1])
         alone = vlm.forward(p, **own).logits[0]
@@ -228,7 +228,7 @@ def test_gradients_agree_with_finite_differences(family):
     inputs = family.inputs(1)
     pixel_values = inputs.pop(family.pixels_name).double().requires_grad_()
     weight = vlm.adapter.projector.linear_1.weight
-    length = 3 + 9 * family.crops[0]
+    length = 3 + 9 * family.crops[0] + family.num_added
     mixture = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def loss():
@@ -284,7 +284,7 @@ def test_a_saved_model_comes_back(family, tmp_path):
     ids, inputs = prompt(family, [5, "image", 7, "image"]), family.inputs(2)
     original = vzip.CompressedVlm(model, vlm.compressor)
     assert torch.equal(vlm.forward(ids, **inputs).logits, original.forward(ids, **inputs).logits)
-    assert vlm.last_num_visual_tokens == [9 * crops for crops in family.num_crops(2)]
+    assert vlm.last_num_visual_tokens == [9 * crops + family.num_added for crops in family.num_crops(2)]
 
 
 @each_family

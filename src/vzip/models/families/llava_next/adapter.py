@@ -236,8 +236,8 @@ class LlavaNextAdapter(LlavaBase):
                 tiles = f"a base crop and {grid[0]} x {grid[1]} tiles" if count > 1 else "it has no tiles"
                 raise PromptError(
                     f"Image {number} has {given} crops in pixel_values {tuple(pixel_values.shape)}, but its size"
-                    f" {size[0]} x {size[1]} (height x width) asks for {count}: {tiles}. Give the pixel_values, image_sizes and"
-                    " tile_grids of the same images."
+                    f" {size[0]} x {size[1]} (height x width) asks for {count}: {tiles}. Give the"
+                    " pixel_values, image_sizes and tile_grids of the same images."
                 )
 
     def _stitched(self, grid: Grid) -> Grid:

@@ -217,6 +217,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         pool = partial(_pool, grid=self.geometry.grid)
 
         def of_units(signal: Signal, value: Tensor) -> Tensor:
+            value = value.to(projected.device)  # the projector may be elsewhere than the tower
             return pool(value[..., None])[..., 0] if signal.name in OF_PATCHES else pool(value[:, first:])
 
         return replace(
