@@ -131,7 +131,8 @@ def test_against_the_model_itself_in_a_batch_and_step_by_step(family: Any, compr
                 here = [each for place, each in left[image] if place == at]
                 embeds += here
                 position_ids += [position] * len(here)
-        assert position_ids != list(range(len(position_ids)))
+        keeps_all = [len(each.rows) for each in own] == lengths[first : first + of_row]  # a video's few pooled units
+        assert keeps_all or position_ids != list(range(len(position_ids)))
         embedded = torch.stack(embeds)[None]
         for step in range(5):
             ids = torch.tensor([position_ids])

@@ -45,6 +45,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     model_class = LlavaOnevisionForConditionalGeneration
     input_names = ("pixel_values", "image_sizes", "tile_grids", "batch_num_images", "pixel_values_videos")
     has_video = True
+    cannot_use = {"pruned": "its vision tower (SigLIP) has no CLS token, whose attention says what to drop"}
 
     def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
         super().__init__(model, options)
@@ -142,7 +143,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         rows, cols = unpadded(size, *self._stitched(grid))
         num_patches = self.geometry.num_patches
         mosaic = index[num_patches:].view(len(rows), len(cols) + 1)[:, :-1]
-        y, x = (torch.arange(few) * many // few for few, many in zip(shrunk, mosaic.shape, strict=True))
+        y, x = (_scaled(torch.arange(few), many, few) for few, many in zip(shrunk, mosaic.shape, strict=True))
         return torch.cat([index[:num_patches], functional.pad(mosaic[y][:, x], (0, 1), value=-1).flatten()])
 
     def pack_whole(self, shape: VisionShape, rows: Tensor, newline: Tensor, index: Tensor | None) -> Tensor:
@@ -169,7 +170,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         rows, cols = unpadded(size, *self._stitched(grid))
 
         def shrink(number: Tensor, own: range, few: int) -> Tensor:
-            return (number - own.start).clamp(min=0, max=len(own) - 1) * few // len(own)
+            return _scaled((number - own.start).clamp(min=0, max=len(own) - 1), few, len(own))
 
         line = shrink(y, rows, shrunk[0]) * (shrunk[1] + 1)
         return self.geometry.num_patches + line + (shrunk[1] if x is None else shrink(x, cols, shrunk[1]))
@@ -242,6 +243,11 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
                 " to pool. It serves images of this model; for videos use another compressor."
             )
         return super().encode(visual, compressor, run, stage)
+
+
+def _scaled(number: Tensor, new: int, old: int) -> Tensor:
+    """Which of ``new`` equal parts of a line the middle of one of its ``old`` parts is in."""
+    return (2 * number + 1) * new // (2 * old)
 
 
 def _pool(rows: Tensor, grid: Grid) -> Tensor:
