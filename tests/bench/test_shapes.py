@@ -31,6 +31,10 @@ VICUNA_7B = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 64129 * 4096
 VICUNA_13B = 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 64129 * 5120
 # torchvision's convnext_large, 197 767 336 parameters, without its head and the norm before that.
 CONVNEXT_L = 197_767_336 - 1000 * 1537 - 2 * 1536
+# The same of SigLIP's 26 layers, 729 positions, without CLS and the norm before; of Qwen2, whose q, k and v have biases.
+SIGLIP = 26 * (4 * 1152**2 + 2 * 1152 * 4304 + 9 * 1152 + 4304) + (588 + 1 + 729 + 2) * 1152
+PROJECTOR_ONEVISION = 1152 * 3584 + 3584**2 + 2 * 3584
+QWEN2_7B = 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944 + 3584 + 2 * 512 + 2 * 3584) + (2 * 152128 + 1) * 3584
 MINING = (2 * 1024 + 1025 * 1024) + 2 * (2 * 2880 + 2881 * 1024)
 
 
@@ -42,6 +46,7 @@ MINING = (2 * 1024 + 1025 * 1024) + 2 * (2 * 2880 + 2881 * 1024)
         ("llava15_13b", TOWER + PROJECTOR_13B + VICUNA_13B, PROJECTOR_13B),
         ("llava_next_7b", TOWER + PROJECTOR_7B + VICUNA_7B + 4096, PROJECTOR_7B),  # the newline token
         ("video_llava_7b", 2 * TOWER_224 + PROJECTOR_7B + VICUNA_7B, PROJECTOR_7B),
+        ("llava_onevision_7b", SIGLIP + PROJECTOR_ONEVISION + QWEN2_7B + 3584, PROJECTOR_ONEVISION),
         (
             "mini_gemini_7b",
             TOWER + CONVNEXT_L + MINING + PROJECTOR_7B + VICUNA_7B - 2 * 64 * 4096,  # Vicuna's own 32000 words
@@ -61,6 +66,8 @@ def test_shapes_have_the_known_sizes(name: str, num_parameters: int, projector: 
         ("llava15_13b", 1, 576, "64tok", 64),
         ("llava_next_7b", 5, 2880 + 48, "32tok", 160),
         ("video_llava_7b", 8, 2056, "17tok", 136),
+        ("llava_onevision_0_5b", 10, 729 + 81 * 82, "64tok", 640),
+        ("llava_video_7b", 64, 64 * 196 + 1, "64tok", 64 * 64),
         ("mini_gemini_13b", 1, 576, "64tok", 64),
     ],
 )
@@ -68,7 +75,7 @@ def test_default_prompts_are_the_papers(name: str, num_crops: int, vanilla: int,
     model = shapes.resolve(name)
     assert model.num_crops == num_crops
     meta = shapes.build_meta(model, torch.bfloat16)
-    assert sum(s.num_vanilla for s in visuals_of(adapter_for_model(meta), num_crops).shapes()) == vanilla
+    assert sum(s.num_vanilla for s in visuals_of(adapter_for_model(meta), num_crops, model.medium).shapes()) == vanilla
     found, counts = BenchSettings().token_budget(model)
     assert (found, counts.num_tokens * num_crops) == (budget, compressed)
 

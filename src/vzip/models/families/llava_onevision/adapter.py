@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -45,7 +45,9 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     model_class = LlavaOnevisionForConditionalGeneration
     input_names = ("pixel_values", "image_sizes", "tile_grids", "batch_num_images", "pixel_values_videos")
     has_video = True
-    cannot_use = {"pruned": "its vision tower (SigLIP) has no CLS token, whose attention says what to drop"}
+    cannot_use: ClassVar[Mapping[str, str]] = {
+        "pruned": "its vision tower (SigLIP) has no CLS token, whose attention says what to drop"
+    }
 
     def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
         super().__init__(model, options)
