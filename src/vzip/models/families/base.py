@@ -313,6 +313,12 @@ class Adapter(ABC):
                 )
         return VisualInputs(self.image_shapes(given), self.video_shapes(given), given)
 
+    def counted(
+        self, processor_outputs: Mapping[str, Any], input_ids: Any, attention_mask: Tensor | None
+    ) -> Mapping[str, Any]:
+        """What the processor returned, with what only the prompts' placeholders tell of the images; for InternVL."""
+        return processor_outputs
+
     @abstractmethod
     def image_shapes(self, tensors: Mapping[str, Tensor]) -> list[VisionShape]:
         """The shape of each image; raises as ``read_inputs``."""
