@@ -1,4 +1,4 @@
-"""A tiny InternVL3 of random weights: tiles of 8 x 8 patches, so of 16 visual tokens, and prompts for it."""
+"""A tiny InternVL3 of random weights: tiles of 16 x 16 patches, so of 64 visual tokens, and prompts for it."""
 
 from __future__ import annotations
 
@@ -7,42 +7,37 @@ from typing import Any
 
 import torch
 from tests import tiny
-from transformers import InternVLConfig, Qwen2Config
+from transformers import InternVLConfig
 
 from vzip.models.weights import from_config as fresh
 
-SIDE, UNITS = 112, 16
+UNITS = 64
 IMAGE, START, END = tiny.IMAGE_TOKEN, 60, 61
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": SIDE,
-    "patch_size": 14,
-    "attention_bias": True,
-}
 
 
-def build(**vision: Any) -> Any:
+def build(
+    tower: str = "clip", strategy: str = "default", select_layer: int = -1, vocab_size: int = 64, **vision: Any
+) -> Any:
     """The model in eval mode, float32; settings of the vision tower as ``use_qk_norm=True``."""
-    text = Qwen2Config(**{name: value for name, value in tiny.text_config(64).to_dict().items() if name in _OF_TEXT})
-    settings = {"vision_config": {**VISION, **vision}, "text_config": text, "image_token_id": IMAGE}
+    assert (tower, strategy) == ("clip", "default")  # its tower has a CLS token
+    of_tower = {
+        **{"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4},
+        **{"image_size": tiny.IMAGE_SIZE, "patch_size": 7, "attention_bias": True},
+    }
+    text = tiny.text_config(vocab_size).to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    config = fresh.internvl_config({name: text[name] for name in names}, {**of_tower, **vision}, IMAGE)
+    config.vision_feature_layer = select_layer
     torch.manual_seed(7)
-    model = fresh.new_model(InternVLConfig(**settings, image_seq_length=UNITS, tie_word_embeddings=False))
-    with torch.no_grad():  # as published ones, which are trained: nothing is zero
+    model = fresh.new_model(config)
+    with torch.no_grad():  # Hugging Face begins with zeros
         for name, parameter in model.named_parameters():
-            if "cls_token" in name or "position_embeddings" in name:
+            if name.endswith(("cls_token", "position_embeddings")):
                 parameter.normal_(std=0.5)
             elif "lambda" in name:
                 parameter.fill_(0.7)
     return tiny.finish(model, "clip")
-
-
-_OF_TEXT = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
-)
 
 
 @cache
@@ -62,3 +57,23 @@ def prompt(*items: int | str, expanded: bool = True) -> list[int]:
     for item in items:
         ids += [START, *[IMAGE] * (int(item) * UNITS if expanded else 1), END] if isinstance(item, str) else [item]
     return ids
+
+
+def inputs(num_images: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Images of one tile, whose tensors can be cut image by image."""
+    return images(*[1] * num_images, seed=seed)
+
+
+class _Family(tiny.Family):
+    def stock(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"pixel_values": inputs["pixel_values"]}
+
+
+FAMILY = _Family(
+    name="internvl_tiny",
+    build=build,
+    inputs=inputs,
+    kinds=(("clip", "default"),),
+    crops=(1,),
+    config_class=InternVLConfig,
+)
