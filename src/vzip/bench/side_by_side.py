@@ -15,7 +15,8 @@ from vzip.bench.visuals import Images, visuals_of
 from vzip.bench.workload import Workload, make_images, make_prompts
 from vzip.compressors import Compressor
 from vzip.errors import VzipError
-from vzip.models.families import LlavaNextAdapter, VideoLlavaAdapter
+from vzip.models.families import InternVlAdapter, LlavaNextAdapter, VideoLlavaAdapter
+from vzip.models.families.internvl.processing import MAX_TILES
 from vzip.models.families.llava_base import LlavaBase
 from vzip.models.vlm import CompressedVlm
 from vzip.progress import Progress
@@ -71,6 +72,8 @@ def workload_of(vlm: CompressedVlm) -> Workload:
     if isinstance(adapter, LlavaNextAdapter):
         side = adapter.geometry.image_size
         num_crops = 1 + max(height // side * (width // side) for height, width in adapter.pinpoints)
+    if isinstance(adapter, InternVlAdapter):
+        num_crops = MAX_TILES + 1
     visuals: Images = visuals_of(adapter, num_crops)
     return Workload(
         settings=settings,

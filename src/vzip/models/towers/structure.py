@@ -111,7 +111,7 @@ class Tower:
         pre_norm: norm before the first layer, or None.
         layers: the transformer layers, in order.
         num_heads: attention heads of every layer.
-        family: what it is called inside.
+        family: what its parts are called.
     """
 
     geometry: TowerGeometry
@@ -119,7 +119,7 @@ class Tower:
     pre_norm: nn.Module | None
     layers: nn.ModuleList
     num_heads: int
-    family: _Family
+    family: _Family = _FAMILIES[0]
 
     def embed(self, pixel_values: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """``[N, 3, h, w]`` -> ``[N, L, D]``, the input of the first layer.
