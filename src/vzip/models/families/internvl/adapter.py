@@ -141,5 +141,8 @@ class InternVlAdapter(LlavaBase):
             )
         return counts
 
+    def overview_index(self, shape: VisionShape) -> int:
+        return shape.num_crops - 1  # the thumbnail
+
     def image_crops(self, visual: VisualInputs) -> Tensor:
         return visual.tensors["pixel_values"]
