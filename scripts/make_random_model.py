@@ -67,6 +67,14 @@ QWEN_CHAT_TEMPLATE = (
     "{% else %}<|vision_start|><|{{ item['type'] }}_pad|><|vision_end|>{% endif %}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+# In place of the tokenizer's own, as InternVL3's; its template leaves out what stands around an image.
+INTERNVL_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>", "<|im_start|>", "<|im_end|>"]
+INTERNVL_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] + '\n' }}"
+    "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}"
+    "{% else %}{{ '<IMG_CONTEXT>\n' if item['type'] == 'image' else '<video>\n' }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def vision_config(side: int, kind: Any = CLIPVisionConfig) -> Any:
@@ -143,6 +151,22 @@ def qwen3_vl_config(tokenizer: PreTrainedTokenizerBase) -> Any:
     return fresh.qwen3_vl_config(text, vision, {name: like[name] for name in QWEN_TOKENS})
 
 
+def internvl_config(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The same of InternVL3, for a tokenizer with ``INTERNVL_TOKENS``."""
+    text = _text_config(tokenizer).to_dict()
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+    kept += ("num_attention_heads", "num_key_value_heads", "bos_token_id", "eos_token_id", "pad_token_id")
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": NUM_HEADS,
+        "attention_bias": True,
+    }
+    image_token_id = int(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
+    return fresh.internvl_config({name: text[name] for name in kept}, vision, image_token_id)
+
+
 def build(family: str, seed: int = 0) -> tuple[Any, Any]:
     """A random model in eval mode, float32, and its processor.
 
@@ -160,6 +184,10 @@ def build(family: str, seed: int = 0) -> tuple[Any, Any]:
         tokenizer.add_tokens(list(QWEN_TOKENS.values()), special_tokens=True)
         of_family = qwen2_5_vl_config if family == fresh.QWEN2_5_VL else qwen3_vl_config
         config, template = of_family(tokenizer), QWEN_CHAT_TEMPLATE
+    elif family == fresh.INTERNVL:
+        tokenizer.add_tokens(INTERNVL_TOKENS, special_tokens=True)
+        tokenizer.eos_token = "<|im_end|>"
+        config, template = internvl_config(tokenizer), INTERNVL_CHAT_TEMPLATE
     else:
         if family == "llava_onevision":
             tokenizer.add_tokens(list(CHATML_TOKENS), special_tokens=True)

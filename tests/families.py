@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests import tiny, tiny_mini_gemini
+from tests import tiny, tiny_internvl, tiny_mini_gemini
 
-FAMILIES = (*tiny.FAMILIES, tiny_mini_gemini.FAMILY)
+FAMILIES = (*tiny.FAMILIES, tiny_mini_gemini.FAMILY, tiny_internvl.FAMILY)

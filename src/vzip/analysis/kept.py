@@ -17,7 +17,7 @@ from .overlay import draw_overlay
 def draw_kept(vlm: CompressedVlm, image: Image.Image, question: str | None = None) -> Image.Image:
     """The image as the vision tower sees it, kept patches and merge groups drawn (``draw_overlay``).
 
-    Of a family that cuts images into crops the first crop, which is the whole image. Without compression, and
+    Of a family that cuts images into crops the one that shows the whole image. Without compression, and
     of a method that keeps tokens of the whole image whatever their crop, what the tower sees is returned as it is.
 
     Args:
@@ -43,7 +43,7 @@ def draw_kept(vlm: CompressedVlm, image: Image.Image, question: str | None = Non
     reads = of_tower(vlm.compressor.reads())
     _, vision = adapter.image_outputs(visual, reads, adapter.run_for(vlm.compressor))[0]
     vision = adapter.beside(vision, vlm.compressor, visual.texts, [visual.images[0].num_crops])
-    return draw_overlay(seen, vlm.compressor(vision), 0, vision.grid, vision.has_cls)
+    return draw_overlay(seen, vlm.compressor(vision), adapter.overview_index(visual.images[0]), vision.grid, vision.has_cls)
 
 
 def _as_image(crop: Tensor, vlm: CompressedVlm) -> Image.Image:

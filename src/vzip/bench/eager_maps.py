@@ -21,6 +21,7 @@ from vzip.errors import UnsupportedModelError, VzipError
 from vzip.models.devices import full_float32
 from vzip.models.towers.structure import Tower, find_tower
 from vzip.models.towers.tap import run_tower
+from vzip.models.towers.units import as_units
 from vzip.ops.attention import mean_keys
 
 ABSOLUTE_TOLERANCE = 1e-6
@@ -86,7 +87,7 @@ class EagerMaps:
         maps = output.attentions[self.layer_index]  # [N, H, L, L]
         geometry = self.tower.geometry
         attention = maps[:, :, 0, 1:].float().sum(dim=1) if geometry.has_cls else maps.float().mean(dim=(1, 2))
-        return VisionOutput(
+        vision = VisionOutput(
             hidden=output.hidden_states[self.layer_index + 1],
             has_cls=geometry.has_cls,
             grid=geometry.grid,
@@ -94,6 +95,7 @@ class EagerMaps:
             keys=mean_keys(projections["keys"], self.tower.num_heads),
             stock_offset=self.stock_offset,
         )
+        return as_units(vision, geometry.unit_side)
 
 
 def select_layer_index(tower: Tower, select_layer: int) -> int:

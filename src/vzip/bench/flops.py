@@ -16,6 +16,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PretrainedConfig
 
+from vzip.models.towers.structure import geometry_from_config
+
 CONVENTION = (
     "1 multiply-add = 2 FLOPs; matrix products, convolution and attention only; attention in full (not causal-halved)"
 )
@@ -56,15 +58,16 @@ def tower_formula(config: PretrainedConfig, *, num_layers: int, num_crops: int, 
     """Returns the operations of a vision transformer's patch embedding and first ``num_layers`` layers.
 
     Args:
-        config: a CLIP or SigLIP vision configuration.
+        config: a CLIP, SigLIP or InternVL vision configuration.
         num_layers: layers that run; fewer than the tower has when it stops after the select layer.
         num_crops: inputs in the batch.
         has_cls: whether a CLS token is added to the patches.
     """
     dim, mlp_dim = config.hidden_size, config.intermediate_size
-    num_patches = (config.image_size // config.patch_size) ** 2
+    geometry = geometry_from_config(config)
+    num_patches = geometry.num_patches
     num_tokens = num_patches + int(has_cls)
-    embedding = 2 * num_patches * (config.num_channels * config.patch_size**2) * dim
+    embedding = 2 * num_patches * (config.num_channels * geometry.patch_size**2) * dim
     projections = 2 * num_tokens * (4 * dim * dim + 2 * dim * mlp_dim)
     attention = 2 * 2 * num_tokens * num_tokens * dim
     return num_crops * (embedding + num_layers * (projections + attention))
@@ -75,7 +78,7 @@ def scoring_formula(config: PretrainedConfig, *, num_crops: int, has_cls: bool) 
 
     With a CLS token that is one row of query-key products; without one, all rows.
     """
-    num_tokens = (config.image_size // config.patch_size) ** 2 + int(has_cls)
+    num_tokens = geometry_from_config(config).num_patches + int(has_cls)
     num_queries = 1 if has_cls else num_tokens
     return num_crops * 2 * num_queries * num_tokens * config.hidden_size
 
@@ -117,7 +120,13 @@ def mining_formula(*, num_patches: int, window: int, patch_dim: int, num_channel
 
 
 def projector_formula(*, num_tokens: int, vision_dim: int, text_dim: int) -> int:
-    """Returns the operations of LLaVA's projector: two linear layers with an activation between them."""
+    """Returns the operations of LLaVA's projector: two linear layers with an activation between them.
+
+    Args:
+        num_tokens: rows.
+        vision_dim: their width.
+        text_dim: of the language model.
+    """
     return 2 * num_tokens * (vision_dim * text_dim + text_dim * text_dim)
 
 

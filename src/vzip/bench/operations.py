@@ -216,7 +216,7 @@ def _language(
     projector = meta.adapter.projector
     of_projector = flops.projector_formula(
         num_tokens=tokens.shape[0] * tokens.shape[1],
-        vision_dim=model.vision_config.hidden_size,
+        vision_dim=tokens.shape[2],
         text_dim=text.hidden_size,
     )
     return {"projector": StageFlops(flops.count(lambda: projector(tokens)), of_projector), **after}

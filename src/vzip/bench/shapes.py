@@ -18,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    InternVLConfig,
     LlamaConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
@@ -33,10 +34,13 @@ from vzip.errors import CheckpointError, ConfigError, UnsupportedModelError, nea
 from vzip.installed import checkout
 from vzip.media.video import DEFAULT_NUM_FRAMES
 from vzip.models.families import adapter_class_for_config
+from vzip.models.families.internvl.processing import MAX_TILES
 from vzip.models.load import read_config
+from vzip.models.towers.structure import geometry_from_config
 from vzip.models.weights.from_config import (
     QWEN_CONFIGS,
     family_config,
+    internvl_config,
     pinpoints,
     qwen2_5_vl_config,
     qwen3_vl_config,
@@ -94,7 +98,7 @@ class BenchModel:
         vision = self.vision_config
         if not self.has_fixed_crops:
             return 1024 * vision.spatial_merge_size**2
-        return (vision.image_size // vision.patch_size) ** 2 + 1
+        return geometry_from_config(vision).num_patches + 1
 
     @property
     def num_crops(self) -> int:
@@ -104,6 +108,8 @@ class BenchModel:
         if isinstance(self.config, LlavaNextConfig):
             side = self.vision_config.image_size
             return 1 + max(height // side * (width // side) for height, width in self.config.image_grid_pinpoints)
+        if isinstance(self.config, InternVLConfig):
+            return MAX_TILES + 1
         return DEFAULT_NUM_FRAMES if isinstance(self.config, VideoLlavaConfig) else 1
 
     @property
@@ -289,6 +295,26 @@ def _qwen3_vl(size: str) -> BenchModel:
     return _published(f"qwen3_vl_{size}", qwen3_vl_config(text, vision, QWEN_IDS))
 
 
+def _internvl3(size: str) -> BenchModel:
+    width, mlp_width, num_layers, num_heads, num_groups = {
+        "1b": (896, 4864, 24, 14, 2),
+        "2b": (1536, 8960, 28, 12, 2),
+        "8b": (3584, 18944, 28, 28, 4),
+    }[size]
+    text = {
+        "vocab_size": 151674,
+        "hidden_size": width,
+        "intermediate_size": mlp_width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_groups,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+    }
+    vision = {"attention_bias": True}  # Hugging Face's defaults are its tower's 24 layers
+    return _published(f"internvl3_{size}", internvl_config(text, vision, 151667))
+
+
 SHAPES: dict[str, Callable[[], BenchModel]] = {
     "clip_l_336": _clip_alone,
     "llava15_7b": lambda: _llava("7b"),
@@ -308,6 +334,9 @@ SHAPES: dict[str, Callable[[], BenchModel]] = {
     "qwen3_vl_2b": lambda: _qwen3_vl("2b"),
     "qwen3_vl_4b": lambda: _qwen3_vl("4b"),
     "qwen3_vl_8b": lambda: _qwen3_vl("8b"),
+    "internvl3_1b": lambda: _internvl3("1b"),
+    "internvl3_2b": lambda: _internvl3("2b"),
+    "internvl3_8b": lambda: _internvl3("8b"),
 }
 TINY = "tiny"
 TOWER_TYPES = ("clip_vision_model", "siglip_vision_model")

@@ -15,7 +15,8 @@ from vzip.bench.visuals import Images, visuals_of
 from vzip.bench.workload import Workload, make_images, make_prompts
 from vzip.compressors import Compressor
 from vzip.errors import VzipError
-from vzip.models.families import LlavaNextAdapter, LlavaOnevisionAdapter, VideoLlavaAdapter
+from vzip.models.families import InternVlAdapter, LlavaNextAdapter, LlavaOnevisionAdapter, VideoLlavaAdapter
+from vzip.models.families.internvl.processing import MAX_TILES
 from vzip.models.families.llava_base import LlavaBase
 from vzip.models.vlm import CompressedVlm
 from vzip.progress import Progress
@@ -73,6 +74,8 @@ def workload_of(vlm: CompressedVlm) -> Workload:
         counts = [height // side * (width // side) for height, width in adapter.pinpoints]
         most = adapter.max_tiles if isinstance(adapter, LlavaOnevisionAdapter) else max(counts)
         num_crops = 1 + max((count for count in counts if count <= most), default=min(counts))
+    if isinstance(adapter, InternVlAdapter):
+        num_crops = MAX_TILES + 1
     visuals: Images = visuals_of(adapter, num_crops)
     return Workload(
         settings=settings,

@@ -22,6 +22,7 @@ from vzip.models.families.base import TowerRun, VisualInputs
 from vzip.models.families.places import VisualTokens
 from vzip.models.splice import PreparedInputs, plan_splice, positions_before, splice_tokens
 from vzip.models.towers.planned import run_for
+from vzip.models.towers.units import as_units
 from vzip.models.towers.structure import Tower
 from vzip.ops.attention import cls_attention, mean_keys, received_attention
 from vzip.pruners import Pruner
@@ -79,7 +80,8 @@ class Vanilla(Method):
         # Asking for output_hidden_states would leave hooks on the model; one temporary hook costs and leaves nothing.
         with recorded_outputs({"hidden": layer}) as outputs:
             visuals.tower_module(pixel_values)
-        return VisionOutput(outputs["hidden"], geometry.has_cls, geometry.grid, stock_offset=visuals.stock_offset)
+        vision = VisionOutput(outputs["hidden"], geometry.has_cls, geometry.grid, stock_offset=visuals.stock_offset)
+        return as_units(vision, geometry.unit_side)
 
     @property
     def compressor(self) -> Compressor:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from vzip.compressors import VisionShape
 from vzip.errors import ConfigError
 from vzip.media.images import prepare_images
-from vzip.models.families import Adapter, LlavaNextAdapter, LlavaOnevisionAdapter, VideoLlavaAdapter
+from vzip.models.families import Adapter, InternVlAdapter, LlavaNextAdapter, LlavaOnevisionAdapter, VideoLlavaAdapter
+from vzip.models.families.internvl.processing import MAX_TILES
 from vzip.models.families.llava_base import LlavaBase
 from vzip.models.towers.structure import Tower, find_tower
 
@@ -118,6 +119,30 @@ class Crops(Images):
         return {"pixel_values": pixels[None], "image_sizes": torch.tensor([[height, width]])}
 
 
+class Tiles(Images):
+    """InternVL: one wide image in a row of tiles, and its thumbnail."""
+
+    def __init__(self, adapter: InternVlAdapter, num_crops: int) -> None:
+        super().__init__(adapter, num_crops)
+        allowed = [1, *range(3, MAX_TILES + 2)]
+        if num_crops not in allowed:
+            raise ConfigError(
+                f"num_crops={num_crops}: InternVL makes one tile of an image, or 2 to {MAX_TILES} and a thumbnail; choose"
+                f" one of {', '.join(map(str, allowed))}"
+            )
+        self.num_placeholders = self.num_files = 1
+        self.image_size = (max(num_crops - 1, 1) * adapter.image_side, adapter.image_side)
+
+    def describe(self) -> str:
+        return f"one image in {self.num_crops} tiles, its thumbnail one of them" if self.num_crops > 1 else "one image"
+
+    def prepare(self, images: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:
+        return self.adapter.prepare_images(images, image_processor, self.adapter.check_preprocess(None))
+
+    def blank(self) -> dict[str, Tensor]:
+        return {**super().blank(), "num_patches": torch.tensor([self.num_crops])}
+
+
 class Frames(Images):
     """Video-LLaVA, LLaVA-Video: one video, through the tower for videos."""
 
@@ -180,6 +205,8 @@ def visuals_of(adapter: Adapter, num_crops: int, medium: Literal["image", "video
         return Frames(adapter, num_crops)
     if isinstance(adapter, LlavaNextAdapter):
         return Crops(adapter, num_crops)
+    if isinstance(adapter, InternVlAdapter):
+        return Tiles(adapter, num_crops)
     if isinstance(adapter, VideoLlavaAdapter):
         return Frames(adapter, num_crops)
     if isinstance(adapter, LlavaBase):

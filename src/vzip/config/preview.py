@@ -119,19 +119,20 @@ def visual_tokens(plan: EvaluationPlan) -> str:
     _check_family(plan, shape.config)
     if geometry is None:
         return f"{_varying(compressor)} of an image's, which vary with its size"
+    units = geometry.shape().num_patches
     kept = None if compressor.is_vanilla else compressor.num_tokens(geometry.shape())
     if adapter.has_tiles:
-        crops, patches = shape.num_crops, geometry.num_patches
-        full = crops * patches
+        crops, full = shape.num_crops, shape.num_crops * units
         if kept is None:
-            return f"up to {full:,} = {crops} crops x {patches} an image (newline tokens besides, padding cut off)"
+            besides = " (newline tokens besides, padding cut off)" if geometry.unit_side == 1 else ""
+            return f"up to {full:,} = {crops} crops x {units} an image{besides}"
         newlines = " and newline tokens" if plan.model["row_newline"] else ""
         return f"{kept * crops:,} = {crops} crops x {kept} an image{newlines}, of up to {full:,}"
-    image = _of(kept, geometry.num_patches)
+    image = _of(kept, units)
     if not adapter.has_video:
         return f"{image} an image"
     frames = plan.model["num_frames"] or shape.num_crops
-    rows = geometry.num_patches + int(geometry.has_cls)  # a frame keeps its CLS token, an image does not
+    rows = units + int(geometry.has_cls)  # a frame keeps its CLS token, an image does not
     all_rows = f"{frames * rows:,}"
     if kept is None:
         return f"{all_rows} = {frames} frames x {rows} a video; {image} an image"

@@ -241,7 +241,8 @@ class CompressedVlm(InputBuilder, nn.Module):
         Raises:
             PromptError, UnsupportedModelError: as ``prepare``.
         """
-        shapes = self.adapter.read_inputs(**_split(inputs)[0]).shapes
+        outputs = self.adapter.counted(_split(inputs)[0], inputs.get("input_ids"), inputs.get("attention_mask"))
+        shapes = self.adapter.read_inputs(**outputs).shapes
         return [self._compressor.num_visual_tokens(shape) for shape in shapes]
 
     def prepare(
@@ -276,7 +277,7 @@ class CompressedVlm(InputBuilder, nn.Module):
             NotFiniteError: pixels, weights or what is made of them hold NaN or infinity.
         """
         adapter = self.adapter
-        visual = adapter.read_inputs(**processor_outputs)
+        visual = adapter.read_inputs(**adapter.counted(processor_outputs, input_ids, attention_mask))
         lengths, video_lengths = visual.num_placeholders
         token_id, video_token_id = adapter.image_token_id, adapter.video_token_id
         vocab_size = getattr(adapter.embed_tokens, "num_embeddings", None)

@@ -16,3 +16,18 @@ def middle_places(grid: tuple[int, int], smaller: tuple[int, int], device: torch
     """For each cell of a smaller grid the place of ``grid`` in its middle, in raster order: int64 ``[rows * cols]``."""
     (_, rows), (_, cols) = (cells(side, count, device) for side, count in zip(grid, smaller, strict=True))
     return (rows[:, None] * grid[1] + cols).flatten()
+
+
+def in_squares(rows: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """Patches by the square that they lie in: ``[N, P, ...]`` -> ``[N, P / side**2, side**2, ...]``.
+
+    Squares follow one another line by line, and so do patches within each.
+
+    Args:
+        rows: of the patches, line by line.
+        grid: (rows, cols) of patches, multiples of ``side``.
+        side: of a square in patches.
+    """
+    lines, columns = (length // side for length in grid)
+    squares = rows.unflatten(1, (lines, side, columns, side)).transpose(2, 3)
+    return squares.flatten(3, 4).flatten(1, 2)

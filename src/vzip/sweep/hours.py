@@ -183,17 +183,18 @@ def _vision_operations(vlm: CompressedVlm, images: Mapping[str, Any], num_visual
         return adapter.tower.num_operations(images["image_grid_thw"].tolist())
     assert isinstance(adapter, LlavaBase)
     geometry = adapter.geometry
-    shape = next(tensor.shape for name, tensor in images.items() if name.startswith("pixel_values"))
+    num_crops = sum(shape.num_crops for shape in adapter.read_inputs(**images).shapes)
     num_layers = geometry.num_layers_to_run(adapter.select_layer)
     operations = flops.tower_formula(
         config.vision_config,
         num_layers=num_layers,
-        num_crops=shape[1] if len(shape) == 5 else 1,
+        num_crops=num_crops,
         has_cls=geometry.has_cls,
     )
     width = config.vision_config.hidden_size
     text_width = config.get_text_config().hidden_size
-    operations += flops.projector_formula(num_tokens=num_visual, vision_dim=width, text_dim=text_width)
+    of_unit = width * geometry.unit_side**2
+    operations += flops.projector_formula(num_tokens=num_visual, vision_dim=of_unit, text_dim=text_width)
     if isinstance(adapter, MiniGeminiAdapter):
         side, tower = config.high_res_image_size, config.high_res_config
         operations += flops.convnext_formula(tower, image_size=side, num_images=1)

@@ -9,6 +9,7 @@ from torch import nn
 from vzip.errors import UnsupportedModelError, nearest
 
 from .base import Adapter, VisualInputs
+from .internvl.adapter import InternVlAdapter
 from .llava.adapter import LlavaAdapter
 from .llava_next.adapter import LlavaNextAdapter
 from .llava_onevision.adapter import LlavaOnevisionAdapter
@@ -27,6 +28,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     VideoLlavaAdapter,
     Qwen2_5VlAdapter,
     Qwen3VlAdapter,
+    InternVlAdapter,
 )
 
 # What any family's processor may return beside the text.
@@ -37,6 +39,7 @@ __all__ = [
     "INPUT_NAMES",
     "Adapter",
     "FamilyOptions",
+    "InternVlAdapter",
     "LlavaAdapter",
     "LlavaNextAdapter",
     "LlavaOnevisionAdapter",

@@ -313,6 +313,12 @@ class Adapter(ABC):
                 )
         return VisualInputs(self.image_shapes(given), self.video_shapes(given), given)
 
+    def counted(
+        self, processor_outputs: Mapping[str, Any], input_ids: Any, attention_mask: Tensor | None
+    ) -> Mapping[str, Any]:
+        """What the processor returned, with what only the prompts' placeholders tell of the images; for InternVL."""
+        return processor_outputs
+
     @abstractmethod
     def image_shapes(self, tensors: Mapping[str, Tensor]) -> list[VisionShape]:
         """The shape of each image; raises as ``read_inputs``."""
@@ -409,9 +415,13 @@ class Adapter(ABC):
     def tokens_per_crop(self, compressor: Compressor) -> int | None:
         """Visual tokens of an image of one crop, what the family adds left out; None where crops differ in size."""
 
+    def overview_index(self, shape: VisionShape) -> int:
+        """Which crop of an image shows the whole of it."""
+        return 0
+
     @abstractmethod
     def shown(self, visual: VisualInputs) -> Tensor:
-        """The first crop of the first image as the vision tower sees it, normalised: ``[3, h, w]``."""
+        """The crop of the first image that shows the whole of it, as the tower sees it, normalised: ``[3, h, w]``."""
 
     @abstractmethod
     def blank_images(self, num_images: int) -> dict[str, Tensor]:

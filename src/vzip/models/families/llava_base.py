@@ -85,7 +85,7 @@ class LlavaBase(Adapter):
         return self.geometry.image_size
 
     def shown(self, visual: VisualInputs) -> Tensor:
-        return self.image_crops(visual)[0]
+        return self.image_crops(visual)[self.overview_index(visual.images[0])]
 
     def blank_images(self, num_images: int) -> dict[str, Tensor]:
         return {"pixel_values": torch.ones(num_images, 3, self.image_side, self.image_side)}

@@ -21,6 +21,7 @@ from vzip.ops.select import gather_rows
 
 from .structure import Tower
 from .tap import record_output, run_tower
+from .units import as_units
 
 
 def run_for(
@@ -41,7 +42,7 @@ def run_planned(
 
     Args:
         tower, pixel_values, select_layer, stock_offset: as for ``run_tower``.
-        plan: of the method, for this tower's grid.
+        plan: of the method, for this tower's grid of units.
 
     Returns:
         ``VisionOutput`` of all places of the grid: ``hidden [N, U, D]`` is zero where no patch is left; the signal
@@ -51,13 +52,16 @@ def run_planned(
         PromptError: pixels of a wrong shape.
         UnsupportedModelError: patches are to be dropped, and no layer runs.
     """
-    geometry = tower.geometry
-    num_layers, first = geometry.num_layers_to_run(select_layer), int(geometry.has_cls)
-    hidden = tower.embed(pixel_values, plan.grid)
+    geometry, shape = tower.geometry, tower.geometry.shape()
+    num_layers, first = geometry.num_layers_to_run(select_layer), int(shape.has_cls)
+    side, grid = geometry.unit_side, plan.grid or shape.grid
+    patches = (grid[0] * side, grid[1] * side)
+    hidden = tower.embed(pixel_values, patches)
     if plan.pruner is None:
-        for layer in tower.layers[:num_layers]:
-            hidden = layer(hidden, None)
-        left = middle_places(geometry.grid, plan.grid or geometry.grid, hidden.device).expand(len(hidden), -1)
+        for index in range(num_layers):
+            hidden = tower.run_layer(index, hidden)
+        hidden = as_units(VisionOutput(hidden, geometry.has_cls, patches), side).hidden
+        left = middle_places(shape.grid, grid, hidden.device).expand(len(hidden), -1)
     elif num_layers == 0:
         raise UnsupportedModelError(
             f"vision_feature_layer={select_layer} is the input of the first layer, so no layer runs between which"
@@ -66,11 +70,12 @@ def run_planned(
     else:
         hidden, left = _pruned(tower, hidden, num_layers, plan.pruner)
     rows = functional.pad(left + first, (first, 0))
-    shape = (len(hidden), geometry.num_patches + first, hidden.shape[-1])
-    whole = hidden.new_zeros(shape).scatter(1, rows[..., None].expand(-1, -1, shape[-1]), hidden)
-    present = torch.zeros(shape[0], geometry.num_patches, device=hidden.device).scatter(1, left, 1.0)
+    num_crops, _, width = hidden.shape
+    whole = hidden.new_zeros(num_crops, shape.num_units, width)
+    whole = whole.scatter(1, rows[..., None].expand(-1, -1, width), hidden)
+    present = torch.zeros(num_crops, shape.num_patches, device=hidden.device).scatter(1, left, 1.0)
     return VisionOutput(
-        whole, geometry.has_cls, geometry.grid, stock_offset=stock_offset, signals={Signal("present"): present}
+        whole, shape.has_cls, shape.grid, stock_offset=stock_offset, signals={Signal("present"): present}
     )
 
 
@@ -90,7 +95,7 @@ def _pruned(tower: Tower, hidden: Tensor, num_layers: int, pruner: TowerPruner) 
     for index in range(num_layers):
         mask = tower.mask(hidden, shown)
         if hidden.shape[1] - 1 <= pruner.num_tokens or index > cuts[-1]:
-            hidden = tower.layers[index](hidden, mask)
+            hidden = tower.run_layer(index, hidden, mask)
             continue
         queries, keys, scale = tower.attention_of(index)
         taps = {"queries": queries, "keys": keys, "values": tower.values_of(index)}
@@ -99,7 +104,7 @@ def _pruned(tower: Tower, hidden: Tensor, num_layers: int, pruner: TowerPruner) 
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled layer would skip the hooks
             for name, module in taps.items():
                 stack.enter_context(record_output(module, name, found))
-            hidden = tower.layers[index](hidden, mask)
+            hidden = tower.run_layer(index, hidden, mask)
         state = LayerState(
             index,
             num_layers,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPVisionModel, SiglipVisionModel
+from transformers import CLIPVisionModel, InternVLVisionModel, SiglipVisionModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from vzip.compressors.vision import VisionShape
@@ -19,17 +19,38 @@ from vzip.errors import PromptError, UnsupportedModelError, nearest
 
 @dataclass(frozen=True)
 class _Family:
-    """What differs between towers: the class, its ``config.model_type``, CLS, the norm before the first layer."""
+    """What differs between towers: the class, its ``config.model_type``, CLS, the norm before the first layer.
+
+    ``layers``, ``attention``, ``queries`` and ``keys`` are names of parts; ``unit_side`` is ``TowerGeometry``'s;
+    ``plain_calls``: layers take no mask, and the embeddings interpolate without being told.
+    """
 
     model_class: type[nn.Module]
     config_type: str
     has_cls: bool
-    pre_norm_name: str | None
+    pre_norm_name: str | None = None
+    layers: str = "layers"
+    attention: str = "self_attn"
+    queries: str = "q_proj"
+    keys: str = "k_proj"
+    unit_side: int = 1
+    plain_calls: bool = False
 
 
 _FAMILIES = (
     _Family(CLIPVisionModel, "clip_vision_model", has_cls=True, pre_norm_name="pre_layrnorm"),  # spelled so in HF
-    _Family(SiglipVisionModel, "siglip_vision_model", has_cls=False, pre_norm_name=None),
+    _Family(SiglipVisionModel, "siglip_vision_model", has_cls=False),
+    _Family(
+        InternVLVisionModel,
+        "internvl_vision",
+        has_cls=True,
+        layers="layer",
+        attention="attention",
+        queries="q_norm",  # the identity where the checkpoint has no such norm
+        keys="k_norm",
+        unit_side=2,
+        plain_calls=True,
+    ),
 )
 
 
@@ -43,6 +64,8 @@ class TowerGeometry:
         has_cls: whether row 0 of the output is CLS.
         num_layers: transformer layers.
         patch_size: side of a patch in pixels.
+        unit_side: side in patches of the square that becomes one visual token (2: the pixel shuffle of InternVL, behind
+            which there is no CLS any more).
     """
 
     image_size: int
@@ -50,6 +73,7 @@ class TowerGeometry:
     has_cls: bool
     num_layers: int
     patch_size: int
+    unit_side: int = 1
 
     @property
     def num_patches(self) -> int:
@@ -58,7 +82,9 @@ class TowerGeometry:
 
     def shape(self, drop_cls: bool = False) -> VisionShape:
         """Of an image of one crop, CLS being the family's to leave out."""
-        return VisionShape("image", 1, self.grid, self.has_cls and not drop_cls, num_vanilla=self.num_patches)
+        rows, cols = (side // self.unit_side for side in self.grid)
+        has_cls = self.has_cls and self.unit_side == 1 and not drop_cls
+        return VisionShape("image", 1, (rows, cols), has_cls, num_vanilla=rows * cols)
 
     def num_layers_to_run(self, select_layer: int) -> int:
         """Layers that must run so that ``hidden_states[select_layer]`` exists (index 0 is the input of layer 1).
@@ -85,6 +111,7 @@ class Tower:
         pre_norm: norm before the first layer, or None.
         layers: the transformer layers, in order.
         num_heads: attention heads of every layer.
+        family: what its parts are called.
     """
 
     geometry: TowerGeometry
@@ -92,6 +119,7 @@ class Tower:
     pre_norm: nn.Module | None
     layers: nn.ModuleList
     num_heads: int
+    family: _Family = _FAMILIES[0]
 
     def embed(self, pixel_values: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """``[N, 3, h, w]`` -> ``[N, L, D]``, the input of the first layer.
@@ -115,7 +143,8 @@ class Tower:
         if grid is None or grid == self.geometry.grid:
             hidden = self.embeddings(pixel_values)
         else:
-            hidden = self.embeddings(self.resize(pixel_values, grid), interpolate_pos_encoding=True)
+            settings = {} if self.family.plain_calls else {"interpolate_pos_encoding": True}
+            hidden = self.embeddings(self.resize(pixel_values, grid), **settings)
         return hidden if self.pre_norm is None else self.pre_norm(hidden)
 
     def resize(self, pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -124,22 +153,28 @@ class Tower:
         wide = pixel_values.float()
         return functional.interpolate(wide, (height, width), mode="bicubic", antialias=True).to(pixel_values.dtype)
 
+    def run_layer(self, layer_index: int, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """A layer (0-based) on ``[N, L, D]``; ``mask``: what ``mask`` returns."""
+        layer = self.layers[layer_index]
+        output: Tensor = layer(hidden) if self.family.plain_calls else layer(hidden, mask)
+        return output
+
     def mask(self, hidden: Tensor, shown: Tensor | None) -> Tensor | None:
         """What the layers take as mask where rows are padding; ``shown``: bool ``[N, L]``, None where none is."""
         if shown is None:
             return None
-        config: Any = self.layers[0].get_submodule("self_attn").config
+        config: Any = self.layers[0].get_submodule(self.family.attention).config
         mask: Tensor | None = create_bidirectional_mask(config, hidden, shown)
         return mask
 
     def values_of(self, layer_index: int) -> nn.Module:
         """The value projection of a layer (0-based)."""
-        return self.layers[layer_index].get_submodule("self_attn.v_proj")
+        return self.layers[layer_index].get_submodule(f"{self.family.attention}.v_proj")
 
     def attention_of(self, layer_index: int) -> tuple[nn.Module, nn.Module, float]:
-        """The query projection, key projection and product scale of a layer (0-based)."""
-        attention = self.layers[layer_index].get_submodule("self_attn")
-        queries, keys = attention.get_submodule("q_proj"), attention.get_submodule("k_proj")
+        """What makes a layer's (0-based) queries, what makes its keys, and the product scale."""
+        attention = self.layers[layer_index].get_submodule(self.family.attention)
+        queries, keys = attention.get_submodule(self.family.queries), attention.get_submodule(self.family.keys)
         return queries, keys, float(attention.scale)  # type: ignore[arg-type]
 
 
@@ -152,9 +187,16 @@ def geometry_from_config(vision_config: Any) -> TowerGeometry:
     for family in _FAMILIES:
         if vision_config.model_type == family.config_type:
             _check_sizes(vision_config)
-            size, num_layers = vision_config.image_size, vision_config.num_hidden_layers
-            side = size // vision_config.patch_size
-            return TowerGeometry(size, (side, side), family.has_cls, num_layers, vision_config.patch_size)
+            size, patch_size = _side(vision_config.image_size), _side(vision_config.patch_size)
+            side = size // patch_size
+            if side % family.unit_side:
+                raise UnsupportedModelError(
+                    f"vision_config.image_size={size}, patch_size={patch_size} in the checkpoint's config.json:"
+                    f" {side} patches on a side must be a multiple of {family.unit_side}, since"
+                    f" {family.unit_side} x {family.unit_side} become one visual token."
+                )
+            num_layers = vision_config.num_hidden_layers
+            return TowerGeometry(size, (side, side), family.has_cls, num_layers, patch_size, family.unit_side)
     names = [family.config_type for family in _FAMILIES]
     raise UnsupportedModelError(
         f"Vision tower of type '{vision_config.model_type}' is not supported"
@@ -167,7 +209,7 @@ def find_tower(module: nn.Module) -> Tower:
     """Takes a Hugging Face vision tower apart.
 
     Args:
-        module: a ``CLIPVisionModel`` or ``SiglipVisionModel``; layers either directly inside or under ``vision_model``.
+        module: of a class in ``_FAMILIES``; layers either directly inside or under ``vision_model``.
 
     Raises:
         UnsupportedModelError: another class.
@@ -177,7 +219,7 @@ def find_tower(module: nn.Module) -> Tower:
             config: Any = module.config
             children = dict(module.named_children())
             inner = dict(children["vision_model"].named_children()) if "vision_model" in children else children
-            layers = inner["encoder"].get_submodule("layers")
+            layers = inner["encoder"].get_submodule(family.layers)
             assert isinstance(layers, nn.ModuleList)
             return Tower(
                 geometry=geometry_from_config(config),
@@ -185,6 +227,7 @@ def find_tower(module: nn.Module) -> Tower:
                 pre_norm=None if family.pre_norm_name is None else inner[family.pre_norm_name],
                 layers=layers,
                 num_heads=config.num_attention_heads,
+                family=family,
             )
     names = ", ".join(family.model_class.__name__ for family in _FAMILIES)
     raise UnsupportedModelError(
@@ -207,10 +250,15 @@ def check_select_layer(select_layer: object) -> int:
     return select_layer
 
 
+def _side(size: Any) -> Any:
+    """The side of a square that a configuration gives as a number or as (height, width); anything else as it is."""
+    return size[0] if isinstance(size, list | tuple) and len(set(size)) == 1 else size
+
+
 def _check_sizes(vision_config: Any) -> None:
     """Raises UnsupportedModelError for a tower whose configuration has sizes that no tower can have."""
     names = ("image_size", "patch_size", "num_hidden_layers", "hidden_size", "num_attention_heads")
-    sizes: dict[str, Any] = {name: getattr(vision_config, name, None) for name in names}
+    sizes: dict[str, Any] = {name: _side(getattr(vision_config, name, None)) for name in names}
     wrong = [name for name, size in sizes.items() if not isinstance(size, int) or size < 1]
     if not wrong and sizes["patch_size"] > sizes["image_size"]:
         wrong = ["patch_size"]

@@ -19,6 +19,7 @@ from vzip.errors import UnsupportedModelError
 from vzip.ops.attention import at_least_float32, cls_attention, key_norms, mean_keys, received_attention
 
 from .structure import Tower
+from .units import as_units
 
 
 @contextmanager
@@ -64,7 +65,7 @@ def run_tower(
         stock_offset: handed on to ``VisionOutput``.
 
     Returns:
-        ``VisionOutput`` with ``hidden [N, L, D]`` and the signals.
+        ``VisionOutput`` with ``hidden [N, L, D]`` and the signals, by units where these are squares of patches.
 
     Raises:
         PromptError: pixels of a wrong shape.
@@ -93,7 +94,7 @@ def run_tower(
             if any(layer_of[s] == layer and s.name in _OF_QUERIES for s in recorded):
                 stack.enter_context(record_output(query_projection, f"queries{layer}", projections))
         for index in range(max([num_layers, *layer_of.values()])):
-            hidden = tower.layers[index](hidden, None)
+            hidden = tower.run_layer(index, hidden)
             if index + 1 in layer_of.values():
                 states[index + 1] = hidden
             if index + 1 == num_layers:
@@ -105,7 +106,7 @@ def run_tower(
         else:
             keys, queries = projections[f"keys{layer}"], projections.get(f"queries{layer}")
             values[signal] = _READERS[signal.name](tower, layer, keys, queries)
-    return VisionOutput(
+    vision = VisionOutput(
         selected,
         tower.geometry.has_cls,
         tower.geometry.grid,
@@ -114,6 +115,7 @@ def run_tower(
         stock_offset=stock_offset,
         signals=values,
     )
+    return as_units(vision, tower.geometry.unit_side)
 
 
 def _attention(tower: Tower, layer: int, keys: Tensor, queries: Tensor | None) -> Tensor:

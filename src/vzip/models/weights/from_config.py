@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import (
+    InternVLConfig,
     LlavaConfig,
     LlavaNextConfig,
     LlavaNextProcessor,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from ..families import adapter_class_for_config
+from ..families.internvl.processing import InternVlImageTextProcessor
 from ..families.mini_gemini import MiniGeminiConfig
 from ..families.qwen2_5_vl.processing import Qwen2_5VlImageTextProcessor
 from ..towers.structure import geometry_from_config
@@ -33,8 +35,8 @@ CONFIGS: dict[str, Any] = {
     "video_llava": VideoLlavaConfig,
     "mini_gemini": MiniGeminiConfig,
 }
-QWEN2_5_VL, QWEN3_VL = "qwen2_5_vl", "qwen3_vl"
-FAMILIES = (*CONFIGS, QWEN2_5_VL, QWEN3_VL)
+QWEN2_5_VL, QWEN3_VL, INTERNVL = "qwen2_5_vl", "qwen3_vl", "internvl"
+FAMILIES = (*CONFIGS, QWEN2_5_VL, QWEN3_VL, INTERNVL)
 QWEN_CONFIGS = (Qwen2_5_VLConfig, Qwen3VLConfig)
 
 
@@ -98,6 +100,18 @@ def qwen3_vl_config(text: Mapping[str, Any], vision: Mapping[str, Any], ids: Map
     return Qwen3VLConfig(**settings, **ids, tie_word_embeddings=text.get("tie_word_embeddings", False))
 
 
+def internvl_config(text: Mapping[str, Any], vision: Mapping[str, Any], image_token_id: int) -> Any:
+    """InternVL3's, with Qwen2.5's language model; arguments as for ``qwen2_5_vl_config``."""
+    config = InternVLConfig(
+        text_config={**text, "model_type": "qwen2"},
+        vision_config=dict(vision),
+        image_token_id=image_token_id,
+        tie_word_embeddings=text.get("tie_word_embeddings", False),
+    )
+    config.image_seq_length = geometry_from_config(config.vision_config).shape().num_units
+    return config
+
+
 def pinpoints(side: int) -> list[list[int]]:
     """LLaVA-NeXT's resolutions (height, width) as the published checkpoints have them, for crops of ``side`` pixels."""
     return [[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [3 * side, side], [side, 3 * side]]
@@ -111,7 +125,8 @@ def new_model(config: Any) -> PreTrainedModel:
 def image_side(config: Any) -> int:
     """Side in pixels of the square images (crops, frames) that the model of a configuration takes."""
     own = config.to_dict()
-    return own.get("high_res_image_size") or own.get("vision_config", own)["image_size"]
+    side = own.get("high_res_image_size") or own.get("vision_config", own)["image_size"]
+    return side if isinstance(side, int) else side[0]
 
 
 def new_image_processor(config: Any) -> Any:
@@ -130,6 +145,12 @@ def new_image_processor(config: Any) -> Any:
             settings["size"] = {"shortest_edge": 65536, "longest_edge": 16777216}
         return Qwen2VLImageProcessor(**settings)
     side = image_side(config)
+    if isinstance(config, InternVLConfig):
+        from transformers.models.got_ocr2 import GotOcr2ImageProcessor
+
+        return GotOcr2ImageProcessor(
+            size={"height": side, "width": side}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
+        )
     sides: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     if isinstance(config, LlavaNextConfig):
         return LlavaNextImageProcessor(**sides, image_grid_pinpoints=config.image_grid_pinpoints)
@@ -153,6 +174,8 @@ def new_processor(
     """
     if isinstance(config, QWEN_CONFIGS):
         return Qwen2_5VlImageTextProcessor(image_processor or new_image_processor(config), tokenizer, chat_template)
+    if isinstance(config, InternVLConfig):
+        return InternVlImageTextProcessor(image_processor or new_image_processor(config), tokenizer, chat_template)
     kind = LlavaNextProcessor if isinstance(config, LlavaNextConfig) else LlavaProcessor
     geometry = geometry_from_config(config.vision_config)
     return kind(
