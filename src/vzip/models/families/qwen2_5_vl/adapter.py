@@ -54,6 +54,7 @@ class Qwen2_5VlAdapter(Adapter):
     keeps_places = True
     position_axes = 3
     preprocesses = ("hf",)
+    templates = ("chat",)
 
     def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
         super().__init__(model, options)
@@ -86,6 +87,10 @@ class Qwen2_5VlAdapter(Adapter):
     @property
     def projector(self) -> nn.Module:
         return self.model.get_submodule("model.visual.merger")
+
+    @property
+    def least_projected(self) -> tuple[int, ...]:
+        return self.tower.merge_size**2, self.model.config.vision_config.hidden_size
 
     @property
     def language_model(self) -> nn.Module:

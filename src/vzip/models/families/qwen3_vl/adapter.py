@@ -19,6 +19,14 @@ from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 from ..qwen2_5_vl.adapter import Qwen2_5VlAdapter
 
 
+class Mergers(nn.ModuleList):
+    """The mergers of a vision tower, as one module."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """What they make of a merge unit's patches, ``[4, width]``, beside each other: ``[1, mergers * d_text]``."""
+        return torch.cat([merger(rows) for merger in self], dim=-1)
+
+
 class Qwen3VlAdapter(Qwen2_5VlAdapter):
     """Images, and videos as the processor returns them: a run of placeholders, with its time before it, a step."""
 
@@ -27,6 +35,12 @@ class Qwen3VlAdapter(Qwen2_5VlAdapter):
     model_class: ClassVar[type[PreTrainedModel]] = Qwen3VLForConditionalGeneration
     has_planes = True
     writes_steps = True
+
+    @property
+    def projector(self) -> nn.Module:
+        """The merger, and those that make planes."""
+        tower = self.vision_tower
+        return Mergers([tower.get_submodule("merger"), *tower.get_submodule("deepstack_merger_list").children()])
 
     @contextmanager
     def language_context(self, visual_index: Tensor, planes: Tensor | None) -> Iterator[None]:
