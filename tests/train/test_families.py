@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tests import tiny, tiny_mini_gemini
 from tests.media.clips import write
-from tests.train.kit import BUDGET
+from tests.train.kit import BUDGET, Samples
 
 import vzip
 from vzip.cli.merge import merge

@@ -24,6 +24,7 @@ from vzip.data.collate import Batch, Collator, TrainingSample
 from vzip.data.conversations import chat
 from vzip.data.llava_record import Turn
 from vzip.errors import ConfigError, UnsupportedModelError
+from vzip.models.families import Qwen3VlAdapter
 from vzip.models.freeze import train_projector_only
 from vzip.models.weights.tuned import read_tensors
 from vzip.train.loop import train
@@ -83,7 +84,7 @@ def test_uncompressed_loss_and_gradients_are_the_stock_models(model: Any) -> Non
 
 
 def test_each_conversation_is_learned_as_by_itself(model: Any) -> None:
-    """At a budget, the loss is the public forward's of each row, and an image that is asked about twice counts twice."""
+    """At a budget, the loss is the public forward's of each row; what is asked about one image is summed."""
     vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET))
     whole = batch_of(vlm)
     nats = AnswerLoss(vlm)(whole).detach()
@@ -176,8 +177,10 @@ def test_what_cannot_be_trained_is_said(checkpoint: Path, plan: Any) -> None:
         train(plan("videos", load_data=Videos, load_model=load, template=None))
 
 
-def test_memory_is_estimated_as_it_is_measured(plan: Any) -> None:
-    """Of the family whose planes are added inside the language model."""
+def test_memory_is_estimated_as_it_is_measured(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the family whose planes are added inside the language model; images smaller than usual, to be quick."""
+    blank = {"pixel_values": torch.ones(256, 3 * 2 * 16**2), "image_grid_thw": torch.tensor([[1, 16, 16]])}
+    monkeypatch.setattr(Qwen3VlAdapter, "blank_images", lambda _self, _num: blank)
     whole = plan(template=None, batch_size=1, samples_per_step=1, gradient_checkpointing=True)
     model, _ = make_random_model.build("qwen3_vl")
     shape, load = ModelShape(model.config, vzip.VisionZip(BUDGET)), Workload(1, 1, 200)
