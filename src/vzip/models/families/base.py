@@ -99,6 +99,7 @@ class Adapter(ABC):
         preprocesses: ways to prepare images that it has, see ``vzip.media.images``; the first is the usual one.
         templates: how a training may write its conversations, see ``vzip.data.conversations``; the first is its own.
         learns_videos: whether a training takes videos.
+        decoder_class: how pruners see the language model's layers.
         keeps_places: whether visual tokens keep the position ids that the unmodified model gives to their places; of
             the class what the published code does, of an object what ``options.positions`` says.
         position_axes: rows of position ids that the language model takes.
@@ -122,6 +123,7 @@ class Adapter(ABC):
     preprocesses: ClassVar[tuple[str, ...]] = PREPROCESSES
     templates: ClassVar[tuple[str, ...]] = ("vicuna_v1", "plain", "chat")
     learns_videos: ClassVar[bool] = False
+    decoder_class: ClassVar[type[LlamaDecoder]] = LlamaDecoder
     keeps_places: bool = False
     has_planes: ClassVar[bool] = False
     writes_steps: ClassVar[bool] = False
@@ -243,7 +245,7 @@ class Adapter(ABC):
     def check_pruner(cls, config: Any, pruner: Pruner) -> None:
         """Raises ConfigError or UnsupportedModelError for a pruner that the language model cannot have."""
         text_config = config.get_text_config()
-        LlamaDecoder.check_config(text_config)
+        cls.decoder_class.check_config(text_config)
         pruner.check_fits(text_config)
         if pruner.budget is not None:
             pruner.schedule(cls.num_visual_of_any(config, pruner), text_config.num_hidden_layers)
@@ -295,7 +297,7 @@ class Adapter(ABC):
     @property
     def decoder(self) -> Decoder:
         """The language model's layers, for pruners; see ``check_pruner`` for which are served."""
-        return LlamaDecoder(self.language_model)
+        return self.decoder_class(self.language_model)
 
     @property
     def embed_tokens(self) -> nn.Module:

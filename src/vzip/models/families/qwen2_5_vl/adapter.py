@@ -24,6 +24,7 @@ from vzip.errors import PromptError
 from vzip.media.images import Preprocess
 
 from ..base import Adapter, Group, Stage, TowerRun, VisualInputs, no_stage
+from ..decoder import MRopeDecoder
 from ..options import FamilyOptions, check_layer
 from .processing import IMAGE_TOKEN, load_processor, prepare_images
 from .tower import Grid, UnitTower, check_signal
@@ -55,6 +56,7 @@ class Qwen2_5VlAdapter(Adapter):
     position_axes = 3
     preprocesses = ("hf",)
     templates = ("chat",)
+    decoder_class = MRopeDecoder
 
     def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
         super().__init__(model, options)
