@@ -209,7 +209,7 @@ class PlainLoops:
     def __init__(
         self, vlm: vzip.CompressedVlm, pruner: Pruner, ids: torch.Tensor | None = None, planes: Any = ()
     ) -> None:
-        self.ids, self.planes = ids, planes
+        self.ids, self.planes, self.place_of = ids, planes, dict[Any, int]()
         model: Any = copy.deepcopy(vlm.model)
         model.set_attn_implementation("eager")
         self.pruner, self.text, self.head = pruner, model.model.language_model, model.lm_head
@@ -258,12 +258,11 @@ class PlainLoops:
                     found.append(((layer, image, number), image, mean))
         return [one[0] for one in found], [one[1] for one in found], torch.stack([one[2] for one in found])
 
-    @staticmethod
-    def _kept_places(names: list[Any]) -> list[int]:
-        """The column of each row's token, of a merged one that of the token before it."""
+    def _kept_places(self, names: list[Any]) -> list[int]:
+        """The column of each row's token, of a merged one that of the row before it when it was made."""
         places: list[int] = []
         for name in names:
-            places.append(name if isinstance(name, int) else places[-1])
+            places.append(name if isinstance(name, int) else self.place_of.setdefault(name, places[-1]))
         return places
 
     def _rotary(self, hidden: torch.Tensor, places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ from vzip.pruners.context import PruningError
 
 BUDGET = vzip.TokenBudget(num_dominant=8, num_contextual=4)
 ONE, TWO = prompt(5, "6x10", 7, 9, 11, 13, 17), prompt(8, "8x8", 3, "12x16", 6, 7, 18, 10)
-SETTINGS = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+SETTINGS = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True, "do_sample": False}
 LAYERS = 5
 
 
@@ -49,8 +49,12 @@ def fits(model: Any, pruner: Pruner) -> bool:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pruner", [*PRUNERS, vzip.SparseVLM([1, 3], [5, 3])], ids=str)
-@pytest.mark.parametrize("compressor", [vzip.Identity(), vzip.VisionZip(BUDGET)], ids=["all tokens", "12 tokens"])
+@pytest.mark.parametrize(
+    ("pruner", "compressor"),
+    [(vzip.FastV(1, 0.25), vzip.Identity())]
+    + [(pruner, vzip.VisionZip(BUDGET)) for pruner in (*PRUNERS, vzip.SparseVLM([1, 3], [5, 3]))],
+    ids=str,
+)
 def test_equal_to_plain_loops(model: Any, pruner: Pruner, compressor: Any) -> None:
     """Two images of different sizes: what goes on at every cut, and every logit."""
     if not fits(model, pruner):

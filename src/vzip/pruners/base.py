@@ -158,7 +158,7 @@ class Cut:
         new_rows: ``[J, d_text]``, tokens that were not there before (merged ones); needs ``repacked``.
         new_visual_index: int64 ``[J]``, the image that each of them stands for.
         positions: whether tokens keep the position ids they came with, or are numbered anew without gaps. Ids of
-            several axes are always kept, since they say where in an image a token is; a new row has those of the one before.
+            several axes are always kept, since they say where in an image a token is; a new row has the last token's.
     """
 
     index: Tensor
