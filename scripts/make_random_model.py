@@ -61,11 +61,12 @@ QWEN_TOKENS = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
 }
+# ChatML, as Qwen's own.
 QWEN_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] + ' ' }}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}"
     "{% else %}<|vision_start|><|{{ item['type'] }}_pad|><|vision_end|>{% endif %}{% endfor %}"
-    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # In place of the tokenizer's own, as InternVL3's; its template leaves out what stands around an image.
 INTERNVL_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>", "<|im_start|>", "<|im_end|>"]
@@ -181,7 +182,8 @@ def build(family: str, seed: int = 0) -> tuple[Any, Any]:
         raise ConfigError(f"family={family}: must be one of {', '.join(FAMILIES)}{nearest(family, FAMILIES)}.")
     tokenizer = _tokenizer()
     if family in (fresh.QWEN2_5_VL, fresh.QWEN3_VL):
-        tokenizer.add_tokens(list(QWEN_TOKENS.values()), special_tokens=True)
+        tokenizer.add_tokens(["<|im_start|>", *QWEN_TOKENS.values()], special_tokens=True)
+        tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
         of_family = qwen2_5_vl_config if family == fresh.QWEN2_5_VL else qwen3_vl_config
         config, template = of_family(tokenizer), QWEN_CHAT_TEMPLATE
     elif family == fresh.INTERNVL:

@@ -320,7 +320,7 @@ def test_the_papers_fine_tuning_is_stage_two_of_llava() -> None:
     # LLaVA scripts/v1_5/finetune.sh, with the projector alone training, as paper section 4 says.
     train = composed("+exp=llava15_7b_64tok")["train"]
     inherited = {"learning_rate": 2e-5, "samples_per_step": 128, "num_epochs": 1, "warmup_fraction": 0.03}
-    inherited |= {"weight_decay": 0.0, "max_length": 2048, "precision": "bfloat16", "template": "vicuna_v1"}
+    inherited |= {"weight_decay": 0.0, "max_length": 2048, "precision": "bfloat16", "template": None}
     assert {key: train[key] for key in inherited} == inherited
     assert composed("+exp=llava15_7b_64tok")["data"]["fraction"] == 0.1
 

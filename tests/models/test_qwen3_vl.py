@@ -7,7 +7,7 @@ import torch
 from accelerate import cpu_offload
 from PIL import Image
 from scripts import make_random_model
-from tests import methods, tiny, tiny_qwen3
+from tests import methods, tiny_qwen3
 from tests.bench.memory.conftest import both
 from tests.isolation.snapshot import changed, snapshot
 from tests.tiny_qwen import IMAGE, batch, images, num_units, prompt, recorded_maps, stock
@@ -21,7 +21,6 @@ from vzip.bench.shapes import SHAPES, build_meta
 from vzip.compressors import FractionBudget, Signal
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError
 from vzip.models.towers.cache import TowerCache
-from vzip.train.objective import AnswerLoss
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 SERVED = [name for name in methods.METHODS if methods.build(name, BUDGET).tower_use == "whole"]
@@ -387,13 +386,6 @@ def test_fidelity_reads_the_planes(model):
     torch.testing.assert_close(vanilla, vlm.forward(**whole).logits[0, -6:-1], atol=1e-4, rtol=1e-4)
     vlm.compressor = vzip.VisionZip(BUDGET)
     assert divergences(vanilla, answer_logits(vlm, inputs, answer)).min() > 0
-
-
-def test_a_training_is_refused_and_so_are_kept_places(model):
-    with pytest.raises(UnsupportedModelError, match="Qwen3VLForConditionalGeneration: training is not served"):
-        AnswerLoss(vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), positions="repacked"))
-    with pytest.raises(UnsupportedModelError, match="positions='original'"):
-        AnswerLoss(vzip.CompressedVlm(tiny.llava(), vzip.VisionZip(BUDGET), positions="original"))
 
 
 @pytest.mark.parametrize("compressor", [vzip.Identity(), vzip.VisionZip(BUDGET)], ids=["none", "visionzip"])

@@ -33,6 +33,7 @@ class View:
     embeds: torch.Tensor  # input of layer 0
     embeds_owner: list[int]
     num_prompt: int
+    turns: torch.Tensor | None = None  # [L, 2 d], cosines and sines where positions have several axes
 
     def rows(self, image: int) -> list[int]:
         return [row for row, owner in enumerate(self.owner) if owner == image]
@@ -138,9 +139,10 @@ def sparsevlm_plus(pruner: Any, view: View, images: list[int]) -> dict[int, Any]
         for word in rated_by:
             for row in mine:
                 apart = view.places[word] - view.places[row]
-                bias = (
-                    2 * sum(math.cos(apart * 10000 ** (-2 * i / width)) for i in range(width // 2)) / math.sqrt(width)
-                )
+                turn = 2 * sum(math.cos(apart * 10000 ** (-2 * i / width)) for i in range(width // 2))
+                if view.turns is not None:
+                    turn = float(view.turns[word] @ view.turns[row])
+                bias = turn / math.sqrt(width)
                 for head in heads:
                     corrected[head, word, row] = float(view.before[head, word, row]) / bias
         sums = {head: sum(corrected[head, word, row] for word in rated_by for row in mine) for head in heads}
@@ -199,9 +201,15 @@ class PlainLoops:
     Attributes:
         chosen: by layer and image the rows that go on, and the groups of rows that are merged; by name.
         num_tokens, after: tokens in all, and by layer the names of all rows behind its cut, of the last run.
+        ids: of the prompt where positions have several axes, ``[3, T]``: every row keeps those of its token, a merged
+            one those of the token before it.
+        planes: ``[layers, T, d]``, what is added to the rows that are left behind each of the first layers.
     """
 
-    def __init__(self, vlm: vzip.CompressedVlm, pruner: Pruner) -> None:
+    def __init__(
+        self, vlm: vzip.CompressedVlm, pruner: Pruner, ids: torch.Tensor | None = None, planes: Any = ()
+    ) -> None:
+        self.ids, self.planes, self.place_of = ids, planes, dict[Any, int]()
         model: Any = copy.deepcopy(vlm.model)
         model.set_attn_implementation("eager")
         self.pruner, self.text, self.head = pruner, model.model.language_model, model.lm_head
@@ -220,7 +228,8 @@ class PlainLoops:
             if number in self.pruner.cuts:
                 own = self._attention(layer, hidden, places)[0]
                 rest = (before, own, keys, self.text.norm(hidden), embeds, embeds_owner, num_prompt)
-                view = View(number, names, owner, names.index(num_prompt - 1), places, hidden, *rest)
+                turns = None if self.ids is None else torch.cat(self._rotary(hidden, places), dim=-1)[0]
+                view = View(number, names, owner, names.index(num_prompt - 1), places, hidden, *rest, turns)
                 images = [i for i in sorted({*owner} - {-1}) if (number, i) not in self.chosen]
                 for image, (kept, groups) in RULES[type(self.pruner)](self.pruner, view, images).items():
                     named = [[names[row] for row in group] for group in groups]
@@ -228,10 +237,13 @@ class PlainLoops:
                 names, owner, hidden = self._take(number, names, owner, hidden)
                 self.after[number] = names
                 repacked |= isinstance(self.pruner, REPACKED)
-                places = list(range(len(names))) if repacked else list(names)
+                places = list(range(len(names))) if repacked and self.ids is None else self._kept_places(names)
             before, keys = self._attention(layer, hidden, places)
-            embeddings = self.text.rotary_emb(hidden[None], torch.tensor([places]))
+            embeddings = self._rotary(hidden, places)
             hidden = layer(hidden[None], attention_mask=self._causal(len(hidden)), position_embeddings=embeddings)[0]
+            if number < len(self.planes):
+                added = [self.planes[number][name] if name < num_prompt else 0 * hidden[0] for name in names]
+                hidden = hidden + torch.stack(added)
         return torch.nn.functional.linear(self.text.norm(hidden), self.head.weight)[names.index(num_prompt - 1) :]
 
     def _take(self, layer: int, names: list[Any], owner: list[int], hidden: torch.Tensor) -> tuple[Any, ...]:
@@ -246,17 +258,35 @@ class PlainLoops:
                     found.append(((layer, image, number), image, mean))
         return [one[0] for one in found], [one[1] for one in found], torch.stack([one[2] for one in found])
 
+    def _kept_places(self, names: list[Any]) -> list[int]:
+        """The column of each row's token, of a merged one that of the row before it when it was made."""
+        places: list[int] = []
+        for name in names:
+            places.append(name if isinstance(name, int) else self.place_of.setdefault(name, places[-1]))
+        return places
+
+    def _rotary(self, hidden: torch.Tensor, places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.tensor([places])
+        if self.ids is not None:
+            # What is told after the prompt stands behind its last token, on every axis.
+            num_prompt = self.ids.shape[1]
+            told = self.ids[:, -1:] + torch.arange(1, 1 + max(0, max(places) + 1 - num_prompt))
+            ids = torch.cat([self.ids, told], dim=1)[:, None, places]
+        return self.text.rotary_emb(hidden[None], ids)
+
     @staticmethod
     def _causal(size: int) -> torch.Tensor:
         return torch.full((size, size), torch.finfo(torch.float32).min).triu(1)[None, None]
 
     def _attention(self, layer: Any, hidden: torch.Tensor, places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self.text.rotary_emb(hidden[None], torch.tensor([places]))
+        cos, sin = self._rotary(hidden, places)
         normed = layer.input_layernorm(hidden[None])
         weights = layer.self_attn(normed, position_embeddings=(cos, sin), attention_mask=self._causal(len(hidden)))[1][
             0
         ]
         keys = layer.self_attn.k_proj(normed)[0].unflatten(-1, (-1, cos.shape[-1]))  # [L, G, d]
+        if hasattr(layer.self_attn, "k_norm"):
+            keys = layer.self_attn.k_norm(keys)
         half = cos.shape[-1] // 2
         turned = torch.cat([-keys[..., half:], keys[..., :half]], dim=-1)
         return weights, (keys * cos[0][:, None] + turned * sin[0][:, None]).flatten(1)

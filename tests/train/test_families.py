@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tests import tiny, tiny_mini_gemini
 from tests.media.clips import write
-from tests.train.kit import BUDGET
+from tests.train.kit import BUDGET, Samples
 
 import vzip
 from vzip.cli.merge import merge
@@ -114,7 +114,9 @@ def test_videos_are_learned_from(videos: Path, plan: Any, tmp_path: Path) -> Non
 
 def test_videos_that_cannot_be_learned_from(videos: Path, plan: Any, tmp_path: Path) -> None:
     data = LlavaSet(videos, cache=tmp_path / "cache")
-    with pytest.raises(UnsupportedModelError, match=r"sample r\d: has a video, and the model has no video tower"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"sample r\d: has a video, and this model's training takes images only"
+    ):
         train(plan("images only", load_data=lambda: data, num_steps=1))
     clip = tmp_path / "clip.mp4"
     clip.write_bytes(clip.read_bytes()[:400])
@@ -151,3 +153,16 @@ def test_every_part_runs_on_every_batch_where_processes_share_the_weights(videos
         assert ran == ["image", "video"]
     ran.clear()
     assert whole(collate([])).shape == (0,) and ran == ["image", "video"]
+
+
+def test_kept_places_are_learned_with_their_positions() -> None:
+    processor = tiny.processor()
+    model = tiny.llava(vocab_size=len(processor.tokenizer))
+    vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), processor, positions="original")
+    collate = Collator(processor, ModelView(vlm), vicuna_v1, None, vlm.adapter.image_token_id, 200)
+    batch = collate([Samples()[number] for number in (1, 5)])  # an image, and text alone
+    prepared = AnswerLoss(vlm).prepare(batch)
+    alone = vlm.prepare(batch.input_ids[:1], batch.attention_mask[:1], **batch.images)
+    length = alone.position_ids.shape[1]
+    assert torch.equal(prepared.position_ids[0, :length], alone.position_ids[0])
+    assert int(prepared.position_ids[0].max()) > length  # gaps

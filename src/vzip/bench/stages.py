@@ -281,14 +281,18 @@ def _first_token(
             adapter, plan, ids, visual, tokens, positions_before(adapter, plan, ids, visual.shapes)
         )
     run = None
-    if method.pruner is not None:
-        run = stack.enter_context(pruning(method.pruner, w.adapter.decoder, prepared.visual_index))
-    with watch.stage("prefill"), adapter.language_context(prepared.visual_index, prepared.planes):
-        output = w.model(
-            inputs_embeds=prepared.inputs_embeds,
-            attention_mask=prepared.attention_mask,
-            position_ids=prepared.position_ids,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    with ExitStack() as prefill:
+        # A pruner is at work until the last token, and must find what enters at deeper layers.
+        kept = prefill if method.pruner is None else stack
+        kept.enter_context(adapter.language_context(prepared.visual_index, prepared.planes))
+        if method.pruner is not None:
+            run = stack.enter_context(pruning(method.pruner, w.adapter.decoder, prepared.visual_index))
+        with watch.stage("prefill"):
+            output = w.model(
+                inputs_embeds=prepared.inputs_embeds,
+                attention_mask=prepared.attention_mask,
+                position_ids=prepared.position_ids,
+                use_cache=True,
+                logits_to_keep=1,
+            )
     return prepared, output, run

@@ -170,8 +170,8 @@ def training_estimate(config: Mapping[str, Any]) -> Callable[[LaunchSettings, in
     from vzip.models.families import adapter_class_for_config
 
     shape = model_shape({**config["model"], "adapter_path": None}, config["compressor"])
-    adapter_class_for_config(shape.config).check_training()
     train = settings_of(config)[0]
+    adapter_class_for_config(shape.config).check_template(train.template)
 
     def needs(launch: LaunchSettings, num_processes: int) -> int:
         load = _training_load(config, launch.batch_size, train.max_length)

@@ -52,11 +52,6 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
             f"pruner={config['pruner']['name']}: nothing is dropped inside the language model while it trains; set"
             " pruner=none, and evaluate what was trained with the pruner."
         )
-    if config["model"]["positions"] is not None:
-        raise ConfigError(
-            f"model.positions={config['model']['positions']}: a training counts positions anew, as the published ones"
-            " do. Leave it null, and evaluate what was trained with it."
-        )
     check_assembled(config["model"])
     return config
 

@@ -139,7 +139,7 @@ class Collator:
         image_token_id: id of the placeholder.
         max_length: tokens a conversation may have, visual tokens counted.
         skip_unreadable: leave a sample with an unreadable image or video out instead of raising.
-        video_token_id: id of a video's placeholder; None for a model without videos.
+        video_token_id: id of a video's placeholder; None for a model that learns from images alone.
     """
 
     processor: Any
@@ -154,7 +154,7 @@ class Collator:
     def __call__(self, samples: Sequence[TrainingSample]) -> Batch:
         """Raises ImageError, VideoError or PromptError, naming the sample, for one that cannot be used.
 
-        UnsupportedModelError: it has a video, and the model no tower for it.
+        UnsupportedModelError: it has a video, and the model learns from images alone.
         """
         empty = torch.zeros(0, 0, dtype=torch.int64)
         batch = Batch([], [], empty, empty, empty)
@@ -194,8 +194,8 @@ class Collator:
     def _check_videos(self, sample: TrainingSample) -> None:
         if sample.videos and self.video_token_id is None:
             raise UnsupportedModelError(
-                f"sample {sample.id}: has a video, and the model has no video tower. Train Video-LLaVA with it"
-                " (model=video_llava_7b), or take the sample out."
+                f"sample {sample.id}: has a video, and this model's training takes images only. Train Video-LLaVA with"
+                " it (model=video_llava_7b), or take the sample out."
             )
 
     def _encode(self, sample: TrainingSample, turns: Sequence[Turn]) -> Encoded:

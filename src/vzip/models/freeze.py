@@ -37,8 +37,10 @@ def train_projector_only(hf_model: PreTrainedModel) -> list[str]:
 
 
 def initialise_anew(projector: nn.Module) -> None:
-    """Gives a projector torch's own initial weights, in place, drawn by torch's seed as it stands."""
+    """Gives a projector torch's own initial weights, in place, drawn by torch's seed as it stands; norms get ones."""
     for module in projector.modules():
         reset = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
+        elif "weight" in dict(module.named_parameters(recurse=False)):  # Hugging Face's RMS norm has no such method
+            nn.init.ones_(module.get_parameter("weight"))

@@ -163,7 +163,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         return self._pruner is not None or self.adapter.has_planes
 
     def _deeper(self, prepared: PreparedInputs) -> AbstractContextManager[None]:
-        """What enters the language model at deeper layers, of a family that has it."""
+        """What enters the language model at deeper layers, of a family that has it; a pruner must find it there."""
         return self.adapter.language_context(prepared.visual_index, prepared.planes)
 
     def encode_images(
@@ -335,7 +335,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         outputs, settings = _split(kwargs)
         settings = check_settings(settings, self.model.config, "forward")
         prepared = self.prepare(input_ids, attention_mask, labels, questions=questions, **outputs)
-        with self._pruning(prepared) as run, self._deeper(prepared):
+        with self._deeper(prepared), self._pruning(prepared) as run:
             output = self.model(
                 inputs_embeds=prepared.inputs_embeds,
                 attention_mask=prepared.attention_mask,
@@ -407,7 +407,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         if self.adapter.keeps_places and length:
             last = prepared.position_ids[..., -1] + 1  # padded on the left, so each prompt's own
             check_length(last.reshape(-1, last.shape[-1]).amax(dim=0).tolist(), self.model.config, num_new, True)
-        with self._pruning(prepared) as run, self._deeper(prepared):
+        with self._deeper(prepared), self._pruning(prepared) as run:
             # The ids are for what looks at them (repetition_penalty ...); the embeddings are what is read.
             output = self.model.generate(
                 self._ids(prepared),

@@ -8,7 +8,7 @@ cache are the business of ``vzip.pruners.context``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
@@ -54,6 +54,19 @@ class Decoder(ABC):
     @abstractmethod
     def scale(self, layer: int) -> float:
         """The factor on the products of queries and keys."""
+
+    def split_added(self, arguments: Mapping[str, Any], cut: int) -> tuple[dict[str, Any], dict[int, Tensor]]:
+        """Takes from a text model's arguments what it would add to its tokens between layers, from a cut on.
+
+        Args:
+            arguments: of its forward.
+            cut: the first layer whose input is shortened.
+
+        Returns:
+            The arguments without that; and for each later layer what belongs to its input before anything is dropped,
+            ``[B, L, d_text]``.
+        """
+        return dict(arguments), {}
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,7 @@ class PromptState:
         return self._input_of(layer).keys[:, -self.hidden.shape[0] :].to(self.hidden.device)
 
     def position_embeddings(self, layer: int) -> PositionEmbeddings:
-        """cos and sin of the prompt's tokens, ``[L, d]``, of one-dimensional ids; layers as in ``attention_rows``."""
+        """cos and sin of the prompt's tokens, ``[L, d]``; layers as in ``attention_rows``."""
         cos, sin = (part[0].to(self.hidden.device) for part in self._input_of(layer).position_embeddings)
         return cos, sin
 
@@ -144,7 +157,8 @@ class Cut:
             prompt's last token must stay the last.
         new_rows: ``[J, d_text]``, tokens that were not there before (merged ones); needs ``repacked``.
         new_visual_index: int64 ``[J]``, the image that each of them stands for.
-        positions: whether tokens keep the position ids they came with, or are numbered anew without gaps.
+        positions: whether tokens keep the position ids they came with, or are numbered anew without gaps. Ids of
+            several axes are always kept, since they say where in an image a token is; a new row has the last token's.
     """
 
     index: Tensor
@@ -158,6 +172,7 @@ class Pruner(ABC):
 
     Attributes:
         pooled: whether the images of a prompt share one budget; ``schedule`` is then of all of them together.
+        makes_rows: whether a cut has new rows.
         budget: visual tokens of an image that layers attend to on average, in place of the arguments of
             ``set_by_budget``, which then follow from it by the method's own rule; an image that has no more keeps all.
             None: those arguments say.
@@ -165,6 +180,7 @@ class Pruner(ABC):
     """
 
     pooled: bool = False
+    makes_rows: ClassVar[bool] = False
     budget: int | None = None
     set_by_budget: ClassVar[tuple[str, ...]] = ()
 

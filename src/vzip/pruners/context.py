@@ -175,8 +175,11 @@ class PrunedRun:
             positions = torch.arange(num_past, num_past + index.shape[1], device=embeds.device)[None]
         positions = positions.expand(*positions.shape[:-2], *index.shape)
         past = self.held.stages or {0: Stage.whole(index[:, :0])}
-        self._step = _Forward(self, past, Stage.whole(index, num_past), embeds, positions, is_prompt)
-        return args, {**kwargs, "position_ids": positions}
+        step = _Forward(self, past, Stage.whole(index, num_past), embeds, positions, is_prompt)
+        self._step, kwargs = step, {**kwargs, "position_ids": positions}
+        if step.cuts:
+            kwargs, step.added = self.decoder.split_added(kwargs, step.cuts[0])
+        return args, kwargs
 
     def _enter_layer(self, layer: int) -> Any:
         def hook(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -233,6 +236,7 @@ class _Forward:
 
     Attributes:
         own: the stages of the tokens computed now, by their first layer; ``PrunedRun.held`` has those before.
+        added: by layer what belongs to its input, of all tokens; see ``Decoder.split_added``.
     """
 
     def __init__(
@@ -249,6 +253,7 @@ class _Forward:
         self.embeds, self._ids, self.positions = embeds, positions, positions
         self.cache: Any = None
         self.cuts = run.cuts if is_prompt and bool((whole.visual_index >= 0).any()) else ()
+        self.added: Mapping[int, Tensor] = {}
         self.bounds = {*self.cuts, *(first for first in past if first > 0)}
         # Of the stage that is being run: first layer (0: the model's own arguments hold), mask, position embeddings.
         self._first = 0
@@ -267,16 +272,25 @@ class _Forward:
     def enter(self, layer: int, args: Any, kwargs: dict[str, Any]) -> Any:
         """What a layer gets instead of its arguments; None: these very ones."""
         hidden, self.cache = args[0], kwargs.get("past_key_values")
+        if layer in self.added:
+            hidden = hidden + self._rows_of(self.added[layer]).to(hidden)
         if layer in self.bounds:
             hidden = self._cross(layer, hidden, kwargs["position_embeddings"])
         embeddings = self._embeddings or kwargs["position_embeddings"]
         if layer + 1 in self.cuts:
             self._inputs = {layer: (hidden, embeddings)}
         if self._first == 0:
-            return None
+            return ((hidden, *args[1:]), kwargs) if layer in self.added else None
         # A row of position ids with gaps would be read as several packed sequences by flash attention.
         changed = {"attention_mask": self._mask, "position_ids": None, "position_embeddings": embeddings}
         return (hidden, *args[1:]), {**kwargs, **changed}
+
+    def _rows_of(self, whole: Tensor) -> Tensor:
+        """Of ``[B, L, d_text]`` of all tokens those that are left, in their places; padding has zeros."""
+        own = self.own[self._first]
+        place = (own.column - self.own[0].column[:, :1]).masked_fill(~own.mask, 0).to(whole.device)
+        rows = whole[torch.arange(len(whole), device=whole.device)[:, None], place]
+        return rows.masked_fill(~own.mask.to(whole.device)[..., None], 0)
 
     def _cross(self, layer: int, hidden: Tensor, stock: PositionEmbeddings) -> Tensor:
         """Into the stage that begins at this layer; returns the layer's input."""
@@ -380,16 +394,17 @@ class _Forward:
             index = own.visual_index[row, source]
             column = own.column[row, source].masked_fill(is_new, -1).cummax(dim=0).values.clamp(min=0)
             shift = own.shift[row, source]
-            place = self.positions[..., row, source.to(self.positions.device)]
+            behind = torch.where(is_new, source.masked_fill(is_new, -1).cummax(dim=0).values.clamp(min=0), source)
+            place = self.positions[..., row, behind.to(self.positions.device)]
             if cut.new_rows is not None and cut.new_visual_index is not None:
                 chosen = -1 - cut.index[is_new]
                 tokens = tokens.masked_scatter(
                     is_new.to(tokens.device)[:, None], cut.new_rows[chosen.to(tokens.device)].to(tokens)
                 )
                 index = index.masked_scatter(is_new, cut.new_visual_index.cpu()[chosen])
-            if cut.positions == "repacked":
-                if self.positions.ndim > 2:
-                    raise PruningError(f"{self.run.pruner}: positions of several dimensions cannot be repacked")
+            if cut.new_rows is not None and self.added:
+                raise PruningError(f"{self.run.pruner}: has new rows, to which nothing of later layers belongs")
+            if cut.positions == "repacked" and self.positions.ndim == 2:
                 place = self.positions[row, real[0]] + torch.arange(len(cut.index), device=place.device)
                 shift = self._ids[row].cpu()[column - self.own[0].column[row, 0]] - place.cpu()
             for parts, part in zip(taken, (tokens, index, column, shift, place), strict=True):

@@ -95,6 +95,7 @@ class Recycling(RatedByText):
     tokens; position ids are then numbered anew.
     """
 
+    makes_rows = True
     seed: int
 
     def check(self) -> list[str]:

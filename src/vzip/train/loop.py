@@ -181,12 +181,12 @@ def _train(plan: TrainPlan, prepared: PreparedTraining) -> Path:
     collator = Collator(
         vlm.processor,
         ModelView(vlm),
-        find_template(settings.template),
+        find_template(vlm.adapter.check_template(settings.template)),
         plan.system_prompt,
         vlm.adapter.image_token_id,
         settings.max_length,
         plan.skip_unreadable,
-        vlm.adapter.video_token_id,
+        vlm.adapter.video_token_id if vlm.adapter.learns_videos else None,
     )
     stepper = Stepper.of(accelerator, vlm, settings, launch, plan.seed)
     model, optimizer = stepper.model, stepper.optimizer

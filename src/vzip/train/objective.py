@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from PIL import Image
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vzip.data.collate import Batch
-from vzip.errors import UnsupportedModelError
-from vzip.models.splice import IGNORED_LABEL, PreparedInputs, plan_splice, splice
+from vzip.models.families import VisualInputs
+from vzip.models.families.finite import check_embeddings
+from vzip.models.families.places import VisualTokens
+from vzip.models.splice import IGNORED_LABEL, PreparedInputs, plan_splice, positions_before, splice_tokens
 from vzip.models.vlm import CompressedVlm
 from vzip.results.token_count import TokenCountError
 
@@ -48,28 +50,19 @@ class AnswerLoss(nn.Module):
             where the batch has none. Several processes need that where more than the projector trains (ZeRO sums
             gradients in the order in which they come, which must be the same everywhere) or where they share the
             weights out.
-
-    Raises:
-        UnsupportedModelError: a model whose visual tokens keep their places, or enter at deeper layers too.
     """
 
     def __init__(self, vlm: CompressedVlm, always_whole: bool = False) -> None:
         super().__init__()
-        vlm.adapter.check_training()
-        if vlm.adapter.keeps_places:
-            raise UnsupportedModelError(
-                "positions='original': a training counts positions anew, so what it teaches would be for other"
-                " positions. Use positions='repacked' for training."
-            )
         self.vlm = vlm
         self.blank: dict[str, dict[str, Tensor]] = {}
         if always_whole:
             image = Image.new("RGB", (32, 32))
             self.blank["image"] = vlm.preprocess_images([image])
-            if vlm.adapter.has_video:
+            if vlm.adapter.learns_videos:
                 self.blank["video"] = vlm.preprocess_videos([[image]])
         # Kept from now: ZeRO-3 takes the parameters apart, and then they have no shape to be read.
-        self.tower_width = next(p for p in vlm.adapter.projector.parameters() if p.ndim == 2).shape[1]
+        self.least_projected = vlm.adapter.least_projected
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns ``[samples]``, in nats; float32, or float64 for a float64 model."""
@@ -77,20 +70,19 @@ class AnswerLoss(nn.Module):
             return self._without_samples(len(batch.ids))
         images, videos, blank = self._encode(batch)
         prepared = self._splice(batch, images, videos)
-        embeds = prepared.inputs_embeds
-        if blank:
-            embeds = embeds + 0.0 * torch.cat(blank).mean()
+        embeds = prepared.inputs_embeds + _nothing(blank) if blank else prepared.inputs_embeds
         assert prepared.labels is not None
         targets = prepared.labels[:, 1:]
         # The language model's head is run only where some sequence has a target: most positions have none.
         positions = (targets != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
-        logits = self.vlm.model(
-            inputs_embeds=embeds,
-            attention_mask=prepared.attention_mask,
-            position_ids=prepared.position_ids,
-            use_cache=False,
-            logits_to_keep=positions,
-        ).logits
+        with self.vlm.adapter.language_context(prepared.visual_index, prepared.planes):
+            logits = self.vlm.model(
+                inputs_embeds=embeds,
+                attention_mask=prepared.attention_mask,
+                position_ids=prepared.position_ids,
+                use_cache=False,
+                logits_to_keep=positions,
+            ).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nats = functional.cross_entropy(
             logits.transpose(1, 2), targets[:, positions], ignore_index=IGNORED_LABEL, reduction="none"
@@ -109,43 +101,60 @@ class AnswerLoss(nn.Module):
         images, videos, _ = self._encode(batch)
         return self._splice(batch, images, videos)
 
-    def _encode(self, batch: Batch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def _encode(self, batch: Batch) -> tuple[list[VisualTokens], list[VisualTokens], list[VisualTokens]]:
         """The visual tokens of images, of videos, and of what is blank instead.
 
         Images first, then videos, before the text embedding: ZeRO-3 gathers weights in the order of their use.
         """
-        images: list[Tensor] = []
-        videos: list[Tensor] = []
-        blank: list[Tensor] = []
+        images: list[VisualTokens] = []
+        videos: list[VisualTokens] = []
+        blank: list[VisualTokens] = []
         if batch.image_of:
-            images = self.vlm.encode_images(**batch.images)
+            images = self._tokens(batch.images)
             self._check_counts("image", images, batch.num_visual_tokens)
         elif "image" in self.blank:
-            blank += self.vlm.encode_images(**self.blank["image"])
+            blank += self._tokens(self.blank["image"])
         if batch.video_of:
-            videos = self.vlm.encode_videos(**batch.videos)
+            videos = self._tokens(batch.videos)
             self._check_counts("video", videos, batch.num_video_tokens)
         elif "video" in self.blank:
-            blank += self.vlm.encode_videos(**self.blank["video"])
+            blank += self._tokens(self.blank["video"])
         return images, videos, blank
 
-    def _check_counts(self, thing: str, made: list[Tensor], wanted: list[int]) -> None:
-        if [len(tokens) for tokens in made] != wanted:
+    def _tokens(self, inputs: Mapping[str, Tensor]) -> list[VisualTokens]:
+        tokens = self.vlm.adapter.encode(self.vlm.adapter.read_inputs(**inputs), self.vlm.compressor)
+        check_embeddings(self.vlm.model, [each.rows for each in tokens], inputs)
+        return tokens
+
+    def _check_counts(self, thing: str, made: list[VisualTokens], wanted: list[int]) -> None:
+        if [len(each.rows) for each in made] != wanted:
             raise TokenCountError(
                 f"{self.vlm.compressor} should make {wanted} visual tokens of these {thing}s, but made"
-                f" {[len(tokens) for tokens in made]}: the training would not be at its budget."
+                f" {[len(each.rows) for each in made]}: the training would not be at its budget."
             )
 
-    def _splice(self, batch: Batch, images: list[Tensor], videos: list[Tensor]) -> PreparedInputs:
+    def _splice(self, batch: Batch, images: list[VisualTokens], videos: list[VisualTokens]) -> PreparedInputs:
         adapter = self.vlm.adapter
-        token_id, video_token_id = adapter.image_token_id, adapter.video_token_id
-        shown = [images[number] for number in batch.image_of]
-        shown_videos = [videos[number] for number in batch.video_of]
-        one_each, one_each_video = [1] * len(shown), [1] * len(shown_videos)
-        ids, mask = batch.input_ids, batch.attention_mask
-        vocab_size = getattr(adapter.embed_tokens, "num_embeddings", None)
-        plan = plan_splice(ids, mask, token_id, one_each, "right", video_token_id, one_each_video, vocab_size)
-        return splice(plan, ids, adapter.embed_tokens, shown, batch.labels, shown_videos)
+        seen = [adapter.read_inputs(**inputs) for inputs in (batch.images, batch.videos)]
+        shown = VisualInputs(
+            [seen[0].images[number] for number in batch.image_of],
+            [seen[1].videos[number] for number in batch.video_of],
+            {},
+        )
+        tokens = [*(images[number] for number in batch.image_of), *(videos[number] for number in batch.video_of)]
+        ids = batch.input_ids
+        plan = plan_splice(
+            ids,
+            batch.attention_mask,
+            adapter.image_token_id,
+            [1] * len(shown.images),  # placeholders
+            "right",
+            adapter.video_token_id,
+            [1] * len(shown.videos),
+            getattr(adapter.embed_tokens, "num_embeddings", None),
+        )
+        before = positions_before(adapter, plan, ids, shown.shapes)
+        return splice_tokens(adapter, plan, ids, shown, tokens, before, batch.labels)
 
     def _without_samples(self, num_samples: int) -> Tensor:
         """Zeros that depend on the projector: a step without images must still give it (zero) gradients.
@@ -154,10 +163,21 @@ class AnswerLoss(nn.Module):
         """
         if self.blank:
             none = torch.zeros(0, 0, dtype=torch.int64)
-            blank = torch.cat(self._encode(Batch([], [], none, none, none))[2])
-            logits = self.vlm.model(inputs_embeds=blank[None], use_cache=False).logits
-            return torch.zeros(num_samples, device=logits.device) + 0.0 * logits.float().mean()
+            blank = self._encode(Batch([], [], none, none, none))[2]
+            rows = torch.cat([each.rows for each in blank])[None]
+            axes = self.vlm.adapter.position_axes
+            positions = torch.arange(rows.shape[1], device=rows.device).expand(axes, 1, -1)
+            logits = self.vlm.model(
+                inputs_embeds=rows, position_ids=positions if axes > 1 else positions[0], use_cache=False
+            ).logits
+            return torch.zeros(num_samples, device=logits.device) + 0.0 * logits.float().mean() + _nothing(blank)
         projector = self.vlm.adapter.projector
         first = next(projector.parameters())
-        tokens = torch.zeros(1, 1, self.tower_width, dtype=first.dtype, device=first.device)
-        return torch.zeros(num_samples, device=first.device) + 0.0 * projector(tokens).sum().float()
+        rows = torch.zeros(self.least_projected, dtype=first.dtype, device=first.device)
+        return torch.zeros(num_samples, device=first.device) + 0.0 * projector(rows).sum().float()
+
+
+def _nothing(tokens: Sequence[VisualTokens]) -> Tensor:
+    """Zero, which depends on all that was made of images and videos."""
+    parts = [part for each in tokens for part in (each.rows, each.planes) if part is not None]
+    return 0.0 * sum(part.mean() for part in parts)

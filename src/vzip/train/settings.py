@@ -38,7 +38,10 @@ class TrainSettings:
 
     parts: tuple[Part, ...] = key("what trains; the paper: the projector alone", at_least=1)
     reset_projector: bool = key("start from a newly initialised projector (training from scratch, first stage)")
-    template: Template = key("how conversations are written; plain: image and caption; chat: the checkpoint's own")
+    template: Template | None = key(
+        "how conversations are written; plain: image and caption; chat: the checkpoint's own; null: as the family is"
+        " trained (LLaVA vicuna_v1, Qwen chat)"
+    )
     max_length: int = key("tokens of a conversation, visual ones too; longer ones are cut, in no image", at_least=16)
     learning_rate: float = key("peak rate, reached after the warm-up")
     tower_learning_rate: float | None = key("peak rate of the vision tower; null: train.learning_rate")
@@ -82,7 +85,7 @@ class TrainSettings:
         return cls(**{**given, "parts": tuple(given["parts"]), "trackers": tuple(given["trackers"]), "lora": lora})
 
     def __post_init__(self) -> None:
-        assert self.template in get_args(Template) and self.precision in get_args(Precision)
+        assert self.template in (None, *get_args(Template)) and self.precision in get_args(Precision)
         if "vision_tower" not in self.parts and self.tower_learning_rate is not None:
             raise ConfigError(
                 f"train.tower_learning_rate={self.tower_learning_rate}: train.parts={list(self.parts)} leaves the"

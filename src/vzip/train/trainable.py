@@ -44,10 +44,11 @@ def choose_trainable(vlm: CompressedVlm, settings: TrainSettings, in_float32: bo
             copies instead, and wants one precision.
 
     Raises:
-        UnsupportedModelError: a projector that cannot train, or a family that cannot.
-        ConfigError: a part whose weights are quantised, or LoRA for layers that the language model does not have.
+        UnsupportedModelError: a projector that cannot train.
+        ConfigError: a template that the family has not, a part whose weights are quantised, or LoRA for layers that the
+            language model does not have.
     """
-    vlm.adapter.check_training()
+    vlm.adapter.check_template(settings.template)
     check_reads_no_text(vlm.compressor, "a training encodes each image once for all its conversations")
     arguments = lora_arguments(vlm, settings)
     # First, because PEFT freezes all that is not its own.
@@ -94,8 +95,8 @@ def lora_arguments(vlm: CompressedVlm, settings: TrainSettings) -> dict[str, Any
 def report(vlm: CompressedVlm) -> str:
     """One line: what trains, what is frozen, in numbers of parameters."""
     adapter = vlm.adapter
-    parts = {"projector": adapter.projector, "vision tower": adapter.vision_tower}
-    counts = {name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in parts.items()}
+    parts = {"projector": [*adapter.projector.parameters()], "vision tower": tower_parameters(vlm)}
+    counts = {name: sum(p.numel() for p in own if p.requires_grad) for name, own in parts.items()}
     trained = num_trainable(vlm)
     lora = [p for name, p in vlm.model.named_parameters() if is_lora(name) and p.requires_grad]
     counts["LoRA in the language model"] = sum(p.numel() for p in lora)
@@ -105,6 +106,12 @@ def report(vlm: CompressedVlm) -> str:
     return f"training {trained:,} of {total:,} parameters ({shown}); the rest is frozen"
 
 
+def tower_parameters(vlm: CompressedVlm) -> list[nn.Parameter]:
+    """The vision tower's, without the projector's, which some families have within it."""
+    projector = {id(parameter) for parameter in vlm.adapter.projector.parameters()}
+    return [parameter for parameter in vlm.adapter.vision_tower.parameters() if id(parameter) not in projector]
+
+
 def num_trainable(vlm: CompressedVlm) -> int:
     """Parameters that train."""
     return sum(parameter.numel() for parameter in vlm.model.parameters() if parameter.requires_grad)
@@ -112,7 +119,7 @@ def num_trainable(vlm: CompressedVlm) -> int:
 
 def parameter_groups(vlm: CompressedVlm, settings: TrainSettings) -> list[dict[str, Any]]:
     """The optimizer's groups: ``params``, and their ``peak`` learning rate."""
-    tower = {id(parameter) for parameter in vlm.adapter.vision_tower.parameters()}
+    tower = {id(parameter) for parameter in tower_parameters(vlm)}
     named = [(name, parameter) for name, parameter in vlm.model.named_parameters() if parameter.requires_grad]
     of_tower = [parameter for _, parameter in named if id(parameter) in tower]
     of_lora = [parameter for name, parameter in named if is_lora(name)]

@@ -90,15 +90,15 @@ def estimate_inference(shape: ModelShape, dtype: torch.dtype, load: Workload) ->
         live.forget_peak()
         prepared = vlm.prepare(**inputs, padding_side="left")
         mask, cache = prepared.attention_mask, _NamedCache(vlm, live)
-        # Planes are held and not added: their mask has no content here, and the layers' MLPs take more than the sum.
-        vlm.model(
-            inputs_embeds=prepared.inputs_embeds.clone(),  # as generate does
-            attention_mask=mask,
-            position_ids=prepared.position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with vlm.adapter.language_context(prepared.visual_index, prepared.planes):
+            vlm.model(
+                inputs_embeds=prepared.inputs_embeds.clone(),  # as generate does
+                attention_mask=mask,
+                position_ids=prepared.position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         if load.num_new_tokens > 1:
             shapes = [layer.keys.shape for layer in cache.layers]
             cache = _NamedCache(vlm, live)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ ACTIVATIONS, CACHE = "activations", "key-value cache"
 PURPOSES = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, CACHE)  # in a table's order
 
 _ASK_FOR_NUMBER = torch.ops.aten._local_scalar_dense.default
+_INDEX = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}
 _ASK_FOR_DEVICE = torch.ops.prim.device.default  # half of all calls
 
 
@@ -49,6 +50,9 @@ class LiveBytes(TorchDispatchMode):
         without_content = any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors)
         if func is _ASK_FOR_NUMBER and without_content:
             return True if args[0].dtype is torch.bool else 1.0
+        if without_content and func.overloadpacket in _INDEX:
+            with unset_fake_temporarily():
+                args = (args[0], [part for index in args[1] for part in _numbers(index)], *args[2:])
         if without_content or not (tensors or _makes_integers(func, kwargs)):
             result = func(*args, **kwargs)
         else:
@@ -78,6 +82,12 @@ class LiveBytes(TorchDispatchMode):
 
     def _end(self, address: int, num_bytes: int) -> None:
         self._live[self._purposes.pop(address)] -= num_bytes
+
+
+def _numbers(index: Tensor | None) -> Sequence[Tensor | None]:
+    """A mask with content as the rows that it names, since how many these are decides the result's shape."""
+    is_mask = index is not None and index.dtype is torch.bool and not isinstance(index, FakeTensor)
+    return index.nonzero().unbind(1) if is_mask and index is not None else (index,)
 
 
 def _makes_integers(func: Any, kwargs: dict[str, Any]) -> bool:

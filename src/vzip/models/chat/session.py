@@ -246,7 +246,7 @@ class ChatSession:
             deeper = self._vlm.adapter.language_context(
                 self._layout.visual_index(ids), self._layout.planes(ids, visuals)
             )
-            with self._pruning(ids, settings) as run, deeper:
+            with deeper, self._pruning(ids, settings) as run:  # a pruner must find what enters deeper
                 output: Tensor = self._vlm.model.generate(
                     shown_ids.to(embeddings.device),
                     inputs_embeds=embeddings,  # all of it: Hugging Face leaves out what the cache holds

@@ -97,6 +97,9 @@ class Adapter(ABC):
         why_no_video: why not, for messages.
         reads_video: whether it takes them as its processor returns them, though not as files (``has_video``: as both).
         preprocesses: ways to prepare images that it has, see ``vzip.media.images``; the first is the usual one.
+        templates: how a training may write its conversations, see ``vzip.data.conversations``; the first is its own.
+        learns_videos: whether a training takes videos.
+        decoder_class: how pruners see the language model's layers.
         keeps_places: whether visual tokens keep the position ids that the unmodified model gives to their places; of
             the class what the published code does, of an object what ``options.positions`` says.
         position_axes: rows of position ids that the language model takes.
@@ -118,6 +121,9 @@ class Adapter(ABC):
     why_no_video: ClassVar[str] = "has no video tower and takes images only"
     reads_video: ClassVar[bool] = False
     preprocesses: ClassVar[tuple[str, ...]] = PREPROCESSES
+    templates: ClassVar[tuple[str, ...]] = ("vicuna_v1", "plain", "chat")
+    learns_videos: ClassVar[bool] = False
+    decoder_class: ClassVar[type[LlamaDecoder]] = LlamaDecoder
     keeps_places: bool = False
     has_planes: ClassVar[bool] = False
     writes_steps: ClassVar[bool] = False
@@ -225,18 +231,21 @@ class Adapter(ABC):
         return cast(Preprocess, chosen)
 
     @classmethod
-    def check_training(cls) -> None:
-        """Raises UnsupportedModelError for a family that cannot be trained here."""
-        if cls.keeps_places:  # the training's own prompts count positions anew
-            raise UnsupportedModelError(
-                f"{cls.model_class.__name__}: training is not served yet, evaluation is. The LLaVA families train."
+    def check_template(cls, template: str | None) -> str:
+        """The template of a training that is meant; None: the family's own. ConfigError for one that it cannot read."""
+        chosen = cls.templates[0] if template is None else template
+        if chosen not in cls.templates:
+            raise ConfigError(
+                f"train.template={template}: conversations of {cls.model_class.__name__} are written by the"
+                f" checkpoint's own chat template. Set train.template={cls.templates[0]}, or null, which means it."
             )
+        return chosen
 
     @classmethod
     def check_pruner(cls, config: Any, pruner: Pruner) -> None:
         """Raises ConfigError or UnsupportedModelError for a pruner that the language model cannot have."""
         text_config = config.get_text_config()
-        LlamaDecoder.check_config(text_config)
+        cls.decoder_class.check_config(text_config)
         pruner.check_fits(text_config)
         if pruner.budget is not None:
             pruner.schedule(cls.num_visual_of_any(config, pruner), text_config.num_hidden_layers)
@@ -276,6 +285,11 @@ class Adapter(ABC):
         """The projector: the only trained module in the paper's fine-tuning."""
 
     @property
+    def least_projected(self) -> tuple[int, ...]:
+        """The shape of the smallest input that the projector takes."""
+        return 1, 1, next(p for p in self.projector.parameters() if p.ndim == 2).shape[1]
+
+    @property
     @abstractmethod
     def language_model(self) -> nn.Module:
         """The language model, without its head."""
@@ -283,7 +297,7 @@ class Adapter(ABC):
     @property
     def decoder(self) -> Decoder:
         """The language model's layers, for pruners; see ``check_pruner`` for which are served."""
-        return LlamaDecoder(self.language_model)
+        return self.decoder_class(self.language_model)
 
     @property
     def embed_tokens(self) -> nn.Module:

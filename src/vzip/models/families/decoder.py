@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -19,18 +20,20 @@ SERVED = ("llama", "mistral", "qwen2")
 class LlamaDecoder(Decoder):
     """Llama, Vicuna, Mistral, Qwen2."""
 
+    served: ClassVar[tuple[str, ...]] = SERVED
+
     def __init__(self, text_model: nn.Module) -> None:
         self.text_model = text_model
         self.config: Any = text_model.config
         self.layers = list(text_model.get_submodule("layers").children())
 
-    @staticmethod
-    def check_config(config: Any) -> None:
+    @classmethod
+    def check_config(cls, config: Any) -> None:
         """Raises UnsupportedModelError for a language model of another kind."""
-        if config.model_type not in SERVED:
+        if config.model_type not in cls.served:
             raise UnsupportedModelError(
-                f"The language model is a {config.model_type}; tokens can be dropped inside {', '.join(SERVED)}. Use"
-                " pruner=none."
+                f"The language model is a {config.model_type}; tokens can be dropped inside {', '.join(cls.served)}."
+                " Use pruner=none."
             )
 
     def rotary(self, hidden: Tensor, position_ids: Tensor) -> PositionEmbeddings:
@@ -58,7 +61,46 @@ class LlamaDecoder(Decoder):
         with fetched(norm, projection):
             projected = projection(norm(hidden.to(device)))
         attention: Any = module.get_submodule("self_attn")
-        heads = projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        heads = self._normed(layer, name, projected.unflatten(-1, (-1, attention.head_dim))).transpose(1, 2)
         cos, sin = (part.to(device) for part in position_embeddings)
         rotated: Tensor = apply_rotary_pos_emb(heads, heads, cos, sin)[0]
         return rotated
+
+    def _normed(self, layer: int, name: str, heads: Tensor) -> Tensor:
+        """Queries or keys ``[B, L, H, d]`` before the rotary embedding."""
+        return heads
+
+
+class MRopeDecoder(LlamaDecoder):
+    """Qwen2.5-VL's and Qwen3-VL's: positions in three axes, which are one rotary embedding; norms of queries and keys.
+
+    Qwen3-VL adds a plane to the visual tokens behind each of its first layers (see ``models/families/qwen3_vl``).
+    """
+
+    served = ("qwen2_5_vl_text", "qwen3_vl_text")
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor) -> PositionEmbeddings:
+        axes = position_ids if position_ids.ndim == 3 else position_ids[None]
+        return super().rotary(hidden, axes[-3:])  # a fourth one before them is the text's, for masks
+
+    def split_added(self, arguments: Mapping[str, Any], cut: int) -> tuple[dict[str, Any], dict[int, Tensor]]:
+        planes, rest = arguments.get("deepstack_visual_embeds"), dict(arguments)
+        if planes is None or len(planes) <= cut:
+            return rest, {}
+        rest["deepstack_visual_embeds"] = list(planes[:cut])
+        is_visual, embeds = arguments["visual_pos_masks"], arguments["inputs_embeds"]
+        added = {}
+        for layer, plane in enumerate(planes[cut:], start=cut + 1):
+            rows = embeds.new_zeros(embeds.shape)
+            rows[is_visual.to(rows.device)] = plane.to(rows)
+            added[layer] = rows
+        return rest, added
+
+    def _normed(self, layer: int, name: str, heads: Tensor) -> Tensor:
+        attention = self.layers[layer].get_submodule("self_attn")
+        own = {child: module for child, module in attention.named_children()}.get(f"{name[0]}_norm")
+        if own is None:
+            return heads
+        with fetched(own):
+            normed: Tensor = own(heads)
+        return normed

@@ -54,8 +54,9 @@ def base_probe(adapter: Adapter) -> list[float]:
     weight = adapter.embed_tokens.weight
     assert isinstance(weight, Tensor)
     taken = [weight[row, :8] for row in (1, weight.shape[0] // 2, weight.shape[0] - 1)]
+    tuned = {id(parameter) for parameter in adapter.projector.parameters()}  # some towers hold it
     for module in (adapter.vision_tower, adapter.language_model):
-        norms = [parameter for parameter in module.parameters() if parameter.ndim == 1]
+        norms = [parameter for parameter in module.parameters() if parameter.ndim == 1 and id(parameter) not in tuned]
         taken += [norms[index][:4] for index in np.linspace(0, len(norms) - 1, 8).astype(int)]
     return [float(f"{value:.6g}") for values in taken for value in values.detach().float().cpu().tolist()]
 

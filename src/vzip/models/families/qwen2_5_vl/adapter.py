@@ -24,6 +24,7 @@ from vzip.errors import PromptError
 from vzip.media.images import Preprocess
 
 from ..base import Adapter, Group, Stage, TowerRun, VisualInputs, no_stage
+from ..decoder import MRopeDecoder
 from ..options import FamilyOptions, check_layer
 from .processing import IMAGE_TOKEN, load_processor, prepare_images
 from .tower import Grid, UnitTower, check_signal
@@ -54,6 +55,8 @@ class Qwen2_5VlAdapter(Adapter):
     keeps_places = True
     position_axes = 3
     preprocesses = ("hf",)
+    templates = ("chat",)
+    decoder_class = MRopeDecoder
 
     def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
         super().__init__(model, options)
@@ -86,6 +89,10 @@ class Qwen2_5VlAdapter(Adapter):
     @property
     def projector(self) -> nn.Module:
         return self.model.get_submodule("model.visual.merger")
+
+    @property
+    def least_projected(self) -> tuple[int, ...]:
+        return self.tower.merge_size**2, self.model.config.vision_config.hidden_size
 
     @property
     def language_model(self) -> nn.Module:

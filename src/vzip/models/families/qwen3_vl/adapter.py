@@ -16,7 +16,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 
+from vzip.errors import ConfigError
+from vzip.pruners.base import Pruner
+
 from ..qwen2_5_vl.adapter import Qwen2_5VlAdapter
+
+
+class Mergers(nn.ModuleList):
+    """The mergers of a vision tower, as one module."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """What they make of a merge unit's patches, ``[4, width]``, beside each other: ``[1, mergers * d_text]``."""
+        return torch.cat([merger(rows) for merger in self], dim=-1)
 
 
 class Qwen3VlAdapter(Qwen2_5VlAdapter):
@@ -27,6 +38,24 @@ class Qwen3VlAdapter(Qwen2_5VlAdapter):
     model_class: ClassVar[type[PreTrainedModel]] = Qwen3VLForConditionalGeneration
     has_planes = True
     writes_steps = True
+
+    @classmethod
+    def check_pruner(cls, config: Any, pruner: Pruner) -> None:
+        super().check_pruner(config, pruner)
+        num_planes = len(config.vision_config.deepstack_visual_indexes)
+        if pruner.makes_rows and pruner.cuts[0] < num_planes:
+            raise ConfigError(
+                f"pruner={pruner}: makes new tokens at the input of layer {pruner.cuts[0]}, but {cls.published_name}"
+                f" adds to each visual token what the vision tower saw, behind the layers 0 to {num_planes - 1}, and of"
+                f" a new one it saw nothing. Cut at layer {num_planes} or later (pruner.layers=[{num_planes - 1},...]),"
+                " or use a pruner that only drops."
+            )
+
+    @property
+    def projector(self) -> nn.Module:
+        """The merger, and those that make planes."""
+        tower = self.vision_tower
+        return Mergers([tower.get_submodule("merger"), *tower.get_submodule("deepstack_merger_list").children()])
 
     @contextmanager
     def language_context(self, visual_index: Tensor, planes: Tensor | None) -> Iterator[None]:

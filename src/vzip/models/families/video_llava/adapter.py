@@ -34,6 +34,7 @@ class VideoLlavaAdapter(LlavaAdapter):
     model_class = VideoLlavaForConditionalGeneration
     input_names = ("pixel_values", "pixel_values_images", "pixel_values_videos")
     has_video = True
+    learns_videos = True
     # All rows of the tower: Hugging Face's class cuts CLS off images only, whatever its select strategy.
     frame_offset: ClassVar[int] = 0
 
