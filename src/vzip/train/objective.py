@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from vzip.data.collate import Batch
 from vzip.errors import UnsupportedModelError
+from vzip.media.video import DEFAULT_NUM_FRAMES
 from vzip.models.splice import IGNORED_LABEL, PreparedInputs, plan_splice, splice
 from vzip.models.vlm import CompressedVlm
 from vzip.results.token_count import TokenCountError
@@ -30,7 +31,7 @@ class ModelView:
 
     @property
     def num_frames(self) -> int:
-        return self.vlm.num_frames
+        return self.vlm.num_frames or DEFAULT_NUM_FRAMES
 
     def preprocess_videos(self, videos: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
         return self.vlm.preprocess_videos(videos)
