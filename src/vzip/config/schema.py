@@ -99,6 +99,9 @@ class BudgetSettings:
 
     num_dominant: int | None = key("dominant tokens: kept by their scores, CLS among them", rule=_tokens(1))
     num_contextual: int | None = key("contextual tokens: what the others are merged into", rule=_tokens(0))
+    scope: Literal["crop", "video"] = key(
+        "of a video: crop: a budget for each frame (Qwen: temporal step); video: one for all of them together"
+    )
 
 
 @dataclass(frozen=True)

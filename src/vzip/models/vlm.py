@@ -137,6 +137,7 @@ class CompressedVlm(InputBuilder, nn.Module):
     def compressor(self, compressor: Compressor) -> None:
         check_is_compressor(compressor)
         self.adapter.check_tower_use(compressor)
+        self.adapter.check_scope(compressor)
         self.adapter.check_compressor(compressor)
         check_text_encoder(compressor, self.model.config)
         self._compressor = compressor

@@ -62,7 +62,7 @@ class EncodedVisual:
 
     @property
     def places(self) -> Tensor | None:
-        """``place_index``; of one that still waits for a question any places: text behind it has its own all the same."""
+        """``place_index``; of one that still waits for a question any: the text behind it has its own."""
         return torch.arange(self.num_visual_tokens) if self.tokens is None else self.place_index
 
 
@@ -180,7 +180,7 @@ class ChatLayout:
         return torch.cat(found) if found else None
 
     def positions(self, ids: Sequence[int], visuals: Sequence[EncodedVisual]) -> Tensor | None:
-        """Position ids ``[1, T]`` or ``[axes, 1, T]`` of ``lay_out``'s last ids; None where generate counts as they are."""
+        """Position ids ``[1, T]`` or ``[axes, 1, T]`` of ``lay_out``'s last ids; None: generate counts them."""
         axes = self._adapter.position_axes
         if not self._adapter.keeps_places:
             return None if axes == 1 else torch.arange(len(ids)).expand(axes, 1, -1)

@@ -215,9 +215,29 @@ class Adapter(ABC):
         geometry = cls.check_config(config)
         cls.check_options(options, num_frames)
         cls.check_tower_use(compressor)
+        cls.check_scope(compressor)
         if geometry is not None:
             check_fit(compressor, geometry, options)
         check_text_encoder(compressor, config)
+
+    @classmethod
+    def check_scope(cls, compressor: Compressor) -> None:
+        """Raises ConfigError where frames of a video cannot share a budget."""
+        if not compressor.joins_frames:
+            return
+        name = type(compressor).__name__
+        why = None
+        if not cls.has_video:
+            why = f"{cls.model_class.__name__} {cls.why_no_video}"
+        elif compressor.tower_use != "whole":
+            why = f"compressor={name} acts while the vision tower runs, which sees each frame by itself"
+        elif compressor.uses_grid:
+            why = f"compressor={name} goes by the rows and columns of one frame's patches"
+        if why is not None:
+            raise ConfigError(
+                f"budget.scope=video, one budget for all frames of a video: {why}. Set budget.scope=crop, or use"
+                " another compressor, as visionzip, or a model that takes videos, as Qwen2.5-VL."
+            )
 
     @classmethod
     def check_tower_use(cls, compressor: Compressor) -> None:
@@ -561,9 +581,10 @@ class Adapter(ABC):
         num_crops = [shape.num_crops for shape in shapes]
         # A run of a video has the tokens of its step, also where positions are counted anew.
         has_places = self.keeps_places or (self.writes_steps and shapes[0].kind == "video")
-        if compressor.scope == "image":
+        joins = compressor.joins(shapes[0])
+        if compressor.scope == "image" or joins:
             rows = vision.hidden[:, vision.first_stock_row :]
-            if vision.project is not None:
+            if vision.project is not None and compressor.scope == "image":
                 with stage("projector"):
                     rows = vision.project(rows)
             ends = list(itertools.accumulate(num_crops))
@@ -571,7 +592,11 @@ class Adapter(ABC):
             with stage("splice"):
                 for shape, end in zip(shapes, ends, strict=True):
                     own = slice(end - shape.num_crops, end)
-                    wholes.append(self._whole(vision, rows, own, shape, self.whole_index(shape)))
+                    whole = self._whole(vision, rows, own, shape, self.whole_index(shape))
+                    if joins:
+                        project = None if compressor.scope == "image" else vision.project
+                        whole = replace(whole, whole=shape.joined, project=project)
+                    wholes.append(whole)
             if compressor.is_vanilla:  # nothing is selected: what is packed is what the unmodified model gets
                 return [
                     VisualTokens(
@@ -583,6 +608,9 @@ class Adapter(ABC):
                 ]
             with stage("selection"):
                 made = [compressor(whole) for whole in wholes]
+            if vision.project is not None and compressor.space == "tower":
+                with stage("projector"):
+                    made = [replace(one, tokens=vision.project(one.tokens)) for one in made]
             planes = [None if one.planes is None else one.planes[0] for one in made]
             return [
                 VisualTokens(one.tokens[0], one.places[0], deeper).in_order()
