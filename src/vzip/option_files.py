@@ -50,7 +50,9 @@ def split_of(num_tokens: int) -> dict[str, int]:
 def counted_budget(name: str) -> dict[str, Any] | None:
     """What ``budget=48tok`` sets, whatever files there are; None for a name that is no number of tokens."""
     found = _COUNT.fullmatch(name)
-    return {"name": name, **split_of(int(found[1]))} if found is not None and int(found[1]) > 1 else None
+    return (
+        {"name": name, **split_of(int(found[1])), "scope": "crop"} if found is not None and int(found[1]) > 1 else None
+    )
 
 
 def is_option(directory: Path, group: str, name: str) -> bool:

@@ -5,6 +5,7 @@ python -m vzip ask photo.jpg "What word is written on the sign?" budget=32tok --
 python -m vzip ask photo.jpg "What is this?" --model llava15_7b model.device_map=auto
 python -m vzip ask photo.jpg "What does the sign say?" compressor=none budget=full pruner=fastv pruner.keep=100
 python -m vzip ask clip.mp4 "What happens?" --model video_llava_7b budget=17tok model.num_frames=80
+python -m vzip ask clip.mp4 "What happens?" --model qwen2_5_vl_7b budget=64tok model.fps=1
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vzip.paths import expanded, is_file, is_folder, shown
 if TYPE_CHECKING:
     from PIL import Image
 
+    from vzip.media.video import VideoSource
     from vzip.models.vlm import CompressedVlm
 
 _OVERLAY_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
@@ -49,24 +51,27 @@ def main(arguments: argparse.Namespace) -> int:
     _check_overlay(arguments.overlay)
     from vzip.config.build import model_plan
     from vzip.media.images import load_image
-    from vzip.media.video import DEFAULT_NUM_FRAMES, is_image, load_video
+    from vzip.media.video import check_video, is_image
 
     model, compressor = model_plan([f"model={arguments.model}", *arguments.settings])
     images: list[Image.Image] = []
-    frames: list[Image.Image] = []
+    videos: list[VideoSource] = []
     if is_image(file):
         images = [load_image(file)]
     elif arguments.overlay is not None:
         raise ConfigError(f"--overlay {arguments.overlay}: draws over an image, and {file} is none. Leave it out.")
     else:
-        # Said outright, so that a model without a video tower is refused before its weights are read.
-        model["num_frames"] = model["num_frames"] or DEFAULT_NUM_FRAMES
-        frames = load_video(file, model["num_frames"])
+        check_video(file)
+        videos = [file]
 
     import vzip
 
+    if videos:
+        from vzip.models.load import check_takes_videos
+
+        check_takes_videos(model["name_or_path"], model["revision"])
     vlm = vzip.load_vlm(**model, compressor=compressor)
-    inputs = build_inputs(vlm, arguments.question, images, frames)
+    inputs = build_inputs(vlm, arguments.question, images, videos)
     questions = [whole_text(arguments.question)]
     new = vlm.generate(**inputs, questions=questions, max_new_tokens=arguments.max_new_tokens, do_sample=False)
     processor: Any = vlm.processor
@@ -114,11 +119,11 @@ def _draw(vlm: CompressedVlm, image: Image.Image, question: str, title: str, ans
 
 
 def build_inputs(
-    vlm: CompressedVlm, question: str, images: list[Image.Image], frames: list[Image.Image]
+    vlm: CompressedVlm, question: str, images: list[Image.Image], videos: list[VideoSource]
 ) -> dict[str, Any]:
-    """The model's inputs for a question about an image, or about a video's frames if there is no image."""
+    """The model's inputs for a question about an image or a video."""
     processor: Any = vlm.processor
     content = [{"type": "image" if images else "video"}, {"type": "text", "text": whole_text(question)}]
     turns = [{"role": "user", "content": content}]
     prompt = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return vlm.build_inputs([prompt], [images], [[] if images else [frames]])
+    return vlm.build_inputs([prompt], [images], [videos])

@@ -7,7 +7,7 @@ printf 'What color is the star?\\nWhat does the sign say?\\n' | python -m vzip c
 
 A line is a question, or one of
   /image FILE   adds an image to the next question
-  /video FILE   adds a video to the next question (Video-LLaVA)
+  /video FILE   adds a video to the next question (Video-LLaVA, Qwen2.5-VL, Qwen3-VL)
   /reset        begins anew, without turns, images and videos
 Ctrl-C stops an answer (the turn is forgotten), or ends with exit code 130 where none is being given; ctrl-D ends.
 """
@@ -25,7 +25,7 @@ from rich.console import Console
 from vzip.config.build import chat_plan
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.media.images import load_image
-from vzip.media.video import DEFAULT_NUM_FRAMES, load_video
+from vzip.media.video import check_video
 
 if TYPE_CHECKING:
     from vzip.models.chat.layout import EncodedVisual
@@ -55,19 +55,21 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: must be 1 or more.")
     images = [(str(path), load_image(path)) for path in arguments.image]
-    if arguments.video:
-        # Said outright, so that a model without a video tower is refused before its weights are read.
-        model["num_frames"] = model["num_frames"] or DEFAULT_NUM_FRAMES
-    videos = [(str(path), load_video(path, model["num_frames"])) for path in arguments.video]
+    for path in arguments.video:
+        check_video(path)
 
     import vzip
 
+    if arguments.video:
+        from vzip.models.load import check_takes_videos
+
+        check_takes_videos(model["name_or_path"], model["revision"])
     vlm = vzip.load_vlm(**model, compressor=compressor)
     terminal = _Terminal(vlm.chat(system_prompt), arguments.max_new_tokens)
     for name, image in images:
         terminal.tell(name, terminal.chat.add_image(image, len(images)))
-    for name, frames in videos:
-        terminal.tell(name, terminal.chat.add_video(frames))
+    for path in arguments.video:
+        terminal.tell(str(path), terminal.chat.add_video(path))
     terminal.run()
     return FAILED if terminal.num_failed and not terminal.interactive else 0
 

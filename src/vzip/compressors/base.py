@@ -106,6 +106,7 @@ class Compressor(ABC):
         splits_budget: whether dominant and contextual tokens are told apart; otherwise only their sum counts.
         drops_rest: whether what is not kept is dropped, and so left to ``MergeDropped``.
         tower_use: how the vision tower runs for it; ``plan`` says the rest.
+        uses_grid: whether it goes by rows and columns of patches, which frames that share a budget do not have.
         text_encoder: of a text-aware method: the CLIP checkpoint by whose text model it reads the question; None: by
             the language model's input embeddings.
     """
@@ -117,6 +118,7 @@ class Compressor(ABC):
     splits_budget: ClassVar[bool] = False
     drops_rest: ClassVar[bool] = False
     tower_use: ClassVar[TowerUse] = "whole"
+    uses_grid: ClassVar[bool] = False
     merge_rule: MergeRule = "sum"
     text_encoder: str | None = None
 
@@ -178,8 +180,19 @@ class Compressor(ABC):
         first = selection.num_kept if selection.num_contextual else 0
         return combine_rows(rows, selection.place_index, selection.merge_index, self.merge_rule, first)
 
+    @property
+    def joins_frames(self) -> bool:
+        """Whether all frames (temporal steps) of a video share one budget: ``scope="video"`` of the budget."""
+        return getattr(getattr(self, "budget", None), "scope", "crop") == "video"
+
+    def joins(self, shape: VisionShape) -> bool:
+        """Whether ``select`` sees all crops of that image or video as one, see ``VisionShape.joined``."""
+        return self.joins_frames and shape.kind == "video"
+
     def num_visual_tokens(self, shape: VisionShape) -> int:
         """Visual tokens that enter the language model for the whole of an image or video."""
+        if self.joins(shape):
+            return self.num_tokens(shape.joined)
         num_tokens = self.num_tokens(shape)
         return num_tokens if self.scope == "image" else num_tokens * shape.num_crops + shape.num_added
 

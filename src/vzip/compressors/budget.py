@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
+from typing import Literal, get_args
 
-from vzip.errors import ConfigError
+from vzip.errors import ConfigError, nearest
 
 from .vision import VisionShape
 
+BudgetScope = Literal["crop", "video"]
+BUDGET_SCOPES: tuple[str, ...] = get_args(BudgetScope)
+
 
 @dataclass(frozen=True)
-class TokenBudget:
+class _Scoped:
+    """A budget of each crop, or one of all frames (temporal steps) of a video together; images have each crop's."""
+
+    def __repr__(self) -> str:
+        """``scope`` where it is not the usual one."""
+        shown = [f for f in fields(self) if f.name != "scope" or getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
+
+def _check_scope(scope: object) -> None:
+    if scope not in BUDGET_SCOPES:
+        raise ConfigError(
+            f"budget.scope={scope!r}: must be one of {', '.join(BUDGET_SCOPES)}{nearest(str(scope), BUDGET_SCOPES)}:"
+            " a budget for each crop, frame or temporal step, or one for all of a video."
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class TokenBudget(_Scoped):
     """Visual tokens kept per crop (or frame).
 
     Attributes:
         num_dominant: tokens kept as they are; CLS, where the tower has one, counts as the first of them.
         num_contextual: tokens into which all the others are merged.
+        scope: ``crop``, or ``video``: of a video these are the tokens of all its frames (temporal steps) together,
+            whichever of them they come from. An image has its crops' budgets all the same.
 
     Raises:
         ConfigError: a count is negative or not an integer, or both are zero.
@@ -25,8 +49,10 @@ class TokenBudget:
 
     num_dominant: int
     num_contextual: int
+    scope: BudgetScope = "crop"
 
     def __post_init__(self) -> None:
+        _check_scope(self.scope)
         for name in ("num_dominant", "num_contextual"):
             value = vars(self)[name]
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -49,13 +75,14 @@ class TokenBudget:
         return self if shape.fixed or self.num_tokens < shape.num_patches else TokenBudget(shape.num_patches, 0)
 
 
-@dataclass(frozen=True)
-class FractionBudget:
+@dataclass(frozen=True, repr=False)
+class FractionBudget(_Scoped):
     """Fractions kept of a crop's patches, rounded down, where crops differ in size (as upstream's file for Qwen2.5-VL).
 
     Attributes:
         dominant: of the patches, kept as they are.
         contextual: into which all the others are merged; where it is above 0, at least one token.
+        scope: as of ``TokenBudget``; with ``video`` fractions of all that a video has.
 
     Raises:
         ConfigError: a fraction outside 0..1, or both are zero or more than one together.
@@ -63,9 +90,12 @@ class FractionBudget:
 
     dominant: float
     contextual: float
+    scope: BudgetScope = "crop"
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        _check_scope(self.scope)
+        for name in ("dominant", "contextual"):
+            value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ConfigError(f"budget.{name}={value!r}: must be a fraction kept, 0 to 1.")
         if not 0 < self.dominant + self.contextual <= 1:

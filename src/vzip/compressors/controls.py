@@ -88,6 +88,7 @@ class Pooled(Budgeted):
     """
 
     merge_rule: ClassVar[MergeRule] = "mean"  # type: ignore[misc]  # fixed here, an option elsewhere
+    uses_grid: ClassVar[bool] = True
 
     def num_tokens(self, shape: VisionShape) -> int:
         num_tokens = super().num_tokens(shape)

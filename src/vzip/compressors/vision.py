@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -94,6 +94,11 @@ class VisionShape:
     num_added: int = 0
     num_placeholders: int | None = None
     fixed: bool = True
+
+    @property
+    def joined(self) -> VisionShape:
+        """The same with all its crops as one: its units are the unmodified model's visual tokens in their order."""
+        return replace(self, num_crops=1, grid=(1, self.num_vanilla), has_cls=False, num_added=0)
 
     @property
     def num_patches(self) -> int:

@@ -37,6 +37,7 @@ class VScan(Budgeted):
 
     space: ClassVar[Literal["tower", "projected"]] = "projected"
     uses_valid: ClassVar[bool] = True
+    uses_grid: ClassVar[bool] = True
     merge_rule: ClassVar[MergeRule] = "mean"  # type: ignore[misc]  # fixed here, an option elsewhere
 
     local_layer: int = 6

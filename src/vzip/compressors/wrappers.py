@@ -19,7 +19,7 @@ from .budget import FractionBudget, TokenBudget
 from .plan import TowerPlan
 from .vision import SCORES, Signal, VisionOutput, VisionShape
 
-_HANDED_ON = ("scope", "space", "uses_valid", "splits_budget", "drops_rest", "tower_use", "text_encoder")
+_HANDED_ON = ("scope", "space", "uses_valid", "splits_budget", "drops_rest", "tower_use", "uses_grid", "text_encoder")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from vzip.config.options import RECIPE_GROUP, config_dir, option_values, options
 from vzip.config.overrides import check_overrides
 from vzip.config.run_directory import budget_label, recipe_changes, run_directory, training_directory
 from vzip.config.same_run import same_run
-from vzip.config.schema import AUTO
+from vzip.config.schema import AUTO, OF_VIDEOS
 from vzip.config.validate import (
     BUILT_IN,
     COUNTS,
@@ -289,7 +289,7 @@ def check_assembled(model: Mapping[str, Any]) -> None:
 
 def load_arguments(model: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of ``vzip.load_vlm``, the compressor left out, from the ``model`` group."""
-    of_family = ("drop_padding", "row_newline", "num_frames", "drop_cls", "positions")
+    of_family = ("drop_padding", "row_newline", "num_frames", "drop_cls", "positions", *OF_VIDEOS)
     on_top = ("projector", "adapter_path")
     keys = ("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess")
     name_or_path = model["name_or_path"]

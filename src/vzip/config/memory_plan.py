@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +146,7 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
         source = resolve_checkpoint(model["name_or_path"])
         checkpoint = Checkpoint(source, model["revision"], key="model.name_or_path")
         config = read_config(checkpoint.directory)
-    options = FamilyOptions(**{key: model[key] for key in ("drop_padding", "row_newline", "drop_cls", "positions")})
+    options = FamilyOptions(**{each.name: model[each.name] for each in fields(FamilyOptions)})
     built = build_compressor(compressor)
     check_reads_no_text(built, "memory is estimated without one")
     adapter_class_for_config(config).check_settings(config, built, options, model["num_frames"])

@@ -72,6 +72,8 @@ def build_compressor(args: Mapping[str, Any]) -> Compressor:
     for key in sorted(elsewhere & args.keys()):
         problems.append(f"model_args: {key}={args[key]!r} has no meaning for compressor={name}; take it out.")
     missing = [key for key in COUNTS if key not in counts]
+    if not entry.has_budget and "scope" in args:
+        problems.append(f"model_args: scope={args['scope']!r}: compressor={name} has no budget; take it out.")
     if not entry.has_budget and counts:
         problems.append(f"model_args: compressor={name} keeps every token, so {', '.join(counts)} cannot be given.")
     elif entry.has_budget and missing:
@@ -80,6 +82,8 @@ def build_compressor(args: Mapping[str, Any]) -> Compressor:
             " 64 visual tokens a crop."
         )
     raise_all(problems)
+    if "scope" in args:
+        counts["scope"] = args["scope"]
     return entry.build(vzip.TokenBudget(**counts) if entry.has_budget else None, **_given(entry, args))
 
 
@@ -142,7 +146,7 @@ def load_from_arg_string(arg_string: str, from_command_line: Mapping[str, Any]) 
     outside = {key: value for key, value in from_command_line.items() if value is not None}
     of_loader = [key for key in inspect.signature(load_vlm).parameters if key not in ("name_or_path", *OPEN_GROUPS)]
     of_methods = [key for group in OPEN_GROUPS for file in method_files(group).values() for key in file.settings]
-    allowed = ("pretrained", *OPEN_GROUPS, *COUNTS, *of_methods, *of_loader, *_OF_ADAPTER)
+    allowed = ("pretrained", *OPEN_GROUPS, *COUNTS, "scope", *of_methods, *of_loader, *_OF_ADAPTER)
     problems = [
         f"model_args: {key}={value!r} is not known{nearest(key, allowed)}; allowed are {', '.join(allowed)}."
         for key, value in args.items()

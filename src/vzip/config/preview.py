@@ -83,10 +83,11 @@ def _method(plan: EvaluationPlan) -> str:
         return f"{label}, every visual token{'' if plan.pruner is None else ' enters the language model'}"
     if plan.compressor.is_vanilla and plan.pruner is not None:
         return f"{label}, every visual token enters the language model, {plan.pruner.budget} of an image on average"
+    of_what = "a video (an image: a crop)" if plan.compressor.joins_frames else "a crop"
     if plan.compressor.splits_budget:
-        return f"{label}, {budget['num_dominant']} dominant + {budget['num_contextual']} contextual tokens a crop"
+        return f"{label}, {budget['num_dominant']} dominant + {budget['num_contextual']} contextual tokens {of_what}"
     number = budget["num_dominant"] + budget["num_contextual"]
-    return f"{label}, {number} tokens a crop{', over the whole image' if plan.compressor.scope == 'image' else ''}"
+    return f"{label}, {number} tokens {of_what}{', over the whole image' if plan.compressor.scope == 'image' else ''}"
 
 
 def _count(task: str, limit: int | None) -> str:
@@ -119,6 +120,8 @@ def visual_tokens(plan: EvaluationPlan) -> str:
     _check_family(plan, shape.config)
     if geometry is None:
         return f"{_varying(compressor)} of an image's, which vary with its size"
+    if compressor.joins_frames:
+        return f"{_varying(compressor)} of a video's"
     units = geometry.shape().num_patches
     kept = None if compressor.is_vanilla else compressor.num_tokens(geometry.shape())
     if adapter.has_tiles:

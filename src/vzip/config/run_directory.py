@@ -124,9 +124,9 @@ def _method_label(value: Any) -> str:
 def budget_label(budget: Mapping[str, Any], directory: Path) -> str:
     name = f"{budget['num_tokens']}tok" if "num_tokens" in budget else budget["name"]
     usual = option_values(directory, "budget", name)
-    if all(budget[key] == usual.get(key) for key in RESULT_KEYS["budget"]):
-        return str(name)
-    return f"{budget['num_dominant']}+{budget['num_contextual']}"
+    counts = [budget[key] == usual.get(key) for key in ("num_dominant", "num_contextual")]
+    label = str(name) if all(counts) else f"{budget['num_dominant']}+{budget['num_contextual']}"
+    return label + ("" if budget["scope"] == usual.get("scope") else f"_scope-{budget['scope']}")
 
 
 def recipe_changes(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vzip.keys import SEED, Key, Rule, key, keys_of, once_each, one_of, optional, text, texts, whole_number
+from vzip.keys import SEED, Key, Rule, key, keys_of, number, once_each, one_of, optional, text, texts, whole_number
 from vzip.train.settings import LaunchSettings, TrainSettings
 
 AUTO = "auto"  # of launcher
 OPEN_GROUPS = ("compressor", "pruner")
+OF_VIDEOS = ("fps", "min_frame_pixels", "max_frame_pixels")  # of model, where videos are sampled by their seconds
 # Where to run, how many at once, what is told: of model, budget and eval all other settings change results.
 NOT_RESULTS = frozenset({"name", "assembled_from", "device_map", "num_tower_tokens", "limit", "batch_size"})
 NOT_RESULTS |= {"num_workers", "tower_cache_gib", "on_problem", "trackers"}
@@ -57,7 +58,18 @@ class ModelSettings:
     )
     drop_padding: bool = key("LLaVA-NeXT: patches of mere padding are never selected; as published they are")
     row_newline: bool = key("LLaVA-NeXT: the newline token after each row, on top of the budget; published: none")
-    num_frames: int | None = key("Video-LLaVA: frames of a video, spread from first to last; null: 8", at_least=1)
+    num_frames: int | None = key(
+        "frames of a video, spread over it; null: of Video-LLaVA 8, of Qwen's models by model.fps", at_least=1
+    )
+    fps: float | None = key(
+        "Qwen2.5-VL, Qwen3-VL: frames taken of each second of a video; null: the checkpoint's own, else 2",
+        rule=optional(Rule("a number above 0", lambda v: number(0).allows(v) and v > 0)),
+    )
+    min_frame_pixels: int | None = key(
+        "Qwen2.5-VL, Qwen3-VL: to which the frames of a video are resized at least; null: the checkpoint's own",
+        at_least=1,
+    )
+    max_frame_pixels: int | None = key("the same at most", at_least=1)
     drop_cls: bool = key("Mini-Gemini: compress mined patches alone; else CLS, which is not mined, is the first kept")
     positions: Literal["original", "repacked"] | None = key(
         "of visual tokens: original: the position ids that their places have without compression; repacked: 0, 1, 2,"
@@ -87,6 +99,9 @@ class BudgetSettings:
 
     num_dominant: int | None = key("dominant tokens: kept by their scores, CLS among them", rule=_tokens(1))
     num_contextual: int | None = key("contextual tokens: what the others are merged into", rule=_tokens(0))
+    scope: Literal["crop", "video"] = key(
+        "of a video: crop: a budget for each frame (Qwen: temporal step); video: one for all of them together"
+    )
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,8 @@ def _check_budget_fits(model: Mapping[str, Any], compressor: Mapping[str, Any], 
     counts = [budget.get(key) for key in COUNTS]
     if "budget" not in compressor or not all(isinstance(count, int) for count in counts):
         return []
+    if budget.get("scope") == "video":
+        return []  # of all frames: how many these have, the videos will say
     available, total = model.get("num_tower_tokens"), sum(count for count in counts if isinstance(count, int))
     if isinstance(available, int):
         if total <= available:
@@ -266,15 +268,21 @@ def _check_family(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> li
     """Holds options that only some families have against the compressor, and against a checkpoint's own directory."""
     switches = {key: model.get(key) for key in ("drop_padding", "row_newline", "drop_cls")}
     num_frames, positions = model.get("num_frames"), model.get("positions")
+    of_videos = {key: model.get(key) for key in schema.OF_VIDEOS}
     wrong_value = not all(isinstance(value, bool) for value in switches.values())
-    wrong_value = wrong_value or not schema.GROUPS["model"]["positions"].rule.allows(positions)
-    if wrong_value or not (any(switches.values()) or num_frames is not None or positions is not None):
+    given = {"num_frames": num_frames, "positions": positions, **of_videos}
+    wrong_value = wrong_value or not all(schema.GROUPS["model"][key].rule.allows(v) for key, v in given.items())
+    if wrong_value or not (any(switches.values()) or any(value is not None for value in given.values())):
         return []
     from vzip.models.families import FamilyOptions, adapter_class_for_config
     from vzip.models.families.options import check_drop_padding
 
     problems = []
-    options = FamilyOptions(**{key: bool(value) for key, value in switches.items()}, positions=positions)
+    try:
+        booleans = {key: bool(value) for key, value in switches.items()}
+        options = FamilyOptions(**booleans, positions=positions, **of_videos)
+    except ConfigError as error:
+        return [str(error)]
     try:
         check_drop_padding(build_compressor(compressor), options.drop_padding)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Reading video files: images spread evenly over all frames, as Video-LLaVA's own scripts take them.
+"""Reading video files: frames chosen by a family's own rule, Video-LLaVA's spread evenly over all of them.
 
 Frames are decoded with PyAV and go through the checkpoint's image processor, so neither torchvision nor a video
 processor is needed. They are counted by decoding, not read from the file's header, which may be wrong or silent.
@@ -7,8 +7,9 @@ processor is needed. They are counted by decoding, not read from the file's head
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,25 @@ DEFAULT_NUM_FRAMES = 8  # Video-LLaVA's own, in training and evaluation
 _ANY_TITLE: dict[str, Any] = {"metadata_errors": "replace"}
 
 VideoSource = str | Path | Sequence[Image.Image]
+# From how many frames there are, and how many a second (None: unknown), the numbers of those to take, ascending.
+Sampling = Callable[[int, float | None], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class SampledVideo:
+    """Frames taken of a video.
+
+    Attributes:
+        frames: upright RGB images of one size.
+        frame_index: the number of each among the video's own frames.
+        num_available: how many frames the video has.
+        fps: how many of these it shows a second on average; None: not known.
+    """
+
+    frames: list[Image.Image]
+    frame_index: list[int]
+    num_available: int
+    fps: float | None
 
 
 def check_num_frames(num_frames: object) -> int:
@@ -67,23 +87,47 @@ def load_video(source: VideoSource, num_frames: int = DEFAULT_NUM_FRAMES) -> lis
         MissingPackageError: PyAV is not installed.
     """
     check_num_frames(num_frames)
+    sampled = read_video(source, lambda num_available, _: sample_indices(num_available, num_frames))
+    if isinstance(source, str | Path):
+        for frame in sampled.frames:
+            _refuse_oblong(expanded(source), frame)
+    return sampled.frames
+
+
+def read_video(source: VideoSource, sampling: Sampling) -> SampledVideo:
+    """Reads frames of a video; see ``load_video``, whose errors it raises.
+
+    Args:
+        source: a video file of any format FFmpeg reads, or a video's frames as images.
+        sampling: which frames to take; a number may come several times.
+    """
     if not isinstance(source, str | Path):
         if not isinstance(source, Sequence):
             raise VideoError(f"A video was given as {type(source).__name__}: it is a path or a list of PIL images.")
         if len(source) == 0:
             raise VideoError("The video given is an empty list of images: at least one frame is needed.")
-        return [load_image(source[index]) for index in sample_indices(len(source), num_frames)]
+        chosen = list(sampling(len(source), None))
+        return SampledVideo([load_image(source[index]) for index in chosen], chosen, len(source), None)
     av, path = _import_av(), _existing_file(source)
     with _named_errors(av, path):
-        num_listed = _count_packets(av, path)
-        frames, num_decoded = _decode(av, path, sample_indices(num_listed, num_frames))
+        num_listed, fps = _count_packets(av, path)
+        chosen = list(sampling(num_listed, fps))
+        frames, num_decoded = _decode(av, path, chosen)
         if num_decoded == 0:
             raise VideoError(f"{path}: none of its {num_listed} frames can be decoded.")
         if num_decoded != num_listed:  # frames that are never shown, or several in a packet
-            frames, _ = _decode(av, path, sample_indices(num_decoded, num_frames))
-    for frame in frames:
-        _refuse_oblong(path, frame)
-    return frames
+            chosen = list(sampling(num_decoded, fps))
+            frames, _ = _decode(av, path, chosen)
+    return SampledVideo(frames, chosen, num_decoded, fps)
+
+
+def check_video(path: Path) -> None:
+    """Raises as ``load_video`` for a file that is no video, or whose first frame cannot be read; the rest is not."""
+    av, path = _import_av(), _existing_file(path)
+    with _named_errors(av, path):
+        num_listed, _ = _count_packets(av, path)
+        if _decode(av, path, [0], first_only=True)[1] == 0:
+            raise VideoError(f"{path}: none of its {num_listed} frames can be decoded.")
 
 
 def prepare_videos(videos: Sequence[VideoSource], image_processor: Any, num_frames: int) -> Tensor:
@@ -170,8 +214,8 @@ def _image_stream(container: Any, path: Path) -> Any:
     return streams[0]
 
 
-def _count_packets(av: ModuleType, path: Path) -> int:
-    """Coded frames in the file, without decoding any.
+def _count_packets(av: ModuleType, path: Path) -> tuple[int, float | None]:
+    """Coded frames in the file, without decoding any, and how many it shows a second.
 
     Raises:
         VideoError: there are none, or fewer than the file's header lists: FFmpeg would pass over that without a word.
@@ -180,6 +224,7 @@ def _count_packets(av: ModuleType, path: Path) -> int:
     with av.open(str(path), options={"ignore_editlist": "1"}, **_ANY_TITLE) as container:
         stream = _image_stream(container, path)
         num_packets, end = 0, 0.0
+        fps = float(stream.average_rate) if stream.average_rate else None
         for packet in container.demux():
             num_packets += packet.stream.index == stream.index and packet.size > 0
             if packet.pts is not None and packet.time_base:
@@ -194,11 +239,13 @@ def _count_packets(av: ModuleType, path: Path) -> int:
             raise VideoError(f"{path}: cut off: its header says {listed:.1f} seconds, it ends after {end:.1f}.")
     if num_packets == 0:
         raise VideoError(f"{path}: its video stream holds no frames.")
-    return num_packets
+    return num_packets, fps
 
 
-def _decode(av: ModuleType, path: Path, wanted: Sequence[int]) -> tuple[list[Image.Image], int]:
-    """The frames of the ``wanted`` numbers that exist, and how many there are in all."""
+def _decode(
+    av: ModuleType, path: Path, wanted: Sequence[int], first_only: bool = False
+) -> tuple[list[Image.Image], int]:
+    """The frames of the ``wanted`` numbers that exist, and how many there are in all (or 1 of them)."""
     kept: dict[int, Image.Image] = {}
     chosen, number = set(wanted), 0
     with av.open(str(path), **_ANY_TITLE) as container:
@@ -213,6 +260,8 @@ def _decode(av: ModuleType, path: Path, wanted: Sequence[int]) -> tuple[list[Ima
             if number in chosen:
                 kept[number] = _upright(frame)
             number += 1
+            if first_only:
+                break
     return [kept[index] for index in wanted if index in kept], number
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class InputBuilder:
     adapter: Adapter
     processor: ProcessorMixin | None
     preprocess: Preprocess
-    num_frames: int
+    num_frames: int | None
 
     @property
     def device(self) -> torch.device:
@@ -58,10 +59,14 @@ class InputBuilder:
         return self.adapter.prepare_among(images, num_images, image_processor, self.preprocess)
 
     def preprocess_videos(self, videos: Sequence[VideoSource]) -> dict[str, Tensor]:
-        """Videos -> ``pixel_values_videos`` ``[videos, num_frames, 3, h, w]``; see ``vzip.media.video``.
+        """Videos -> ``pixel_values_videos``, and what else the family needs with them; see ``vzip.media.video``.
+
+        Video-LLaVA: ``[videos, num_frames, 3, h, w]``, frames evenly spread. Qwen2.5-VL and Qwen3-VL: frames by the
+        rule of their processor, ``video_grid_thw``, and ``second_per_grid_ts`` (Qwen3-VL: ``step_times``, the seconds
+        of each temporal step, which ``build_inputs`` writes into prompts).
 
         Args:
-            videos: files, or frames as images; of each ``num_frames`` are taken, evenly spread.
+            videos: files, or frames as images.
 
         Raises:
             ConfigError: the wrapper has no processor.
@@ -69,8 +74,7 @@ class InputBuilder:
             VideoError: a video that cannot be used.
             MissingPackageError: PyAV is not installed.
         """
-        image_processor = self._need_processor("preprocess_videos").image_processor
-        return self.adapter.prepare_videos(videos, image_processor, self.num_frames)
+        return self.adapter.prepare_videos(videos, self._need_processor("preprocess_videos"), self.num_frames)
 
     def build_inputs(
         self,
@@ -82,7 +86,8 @@ class InputBuilder:
 
         Args:
             texts: prompts, with one ``<image>`` (Qwen: ``<|vision_start|><|image_pad|><|vision_end|>``) for each
-                of their images, one ``<video>`` for each of their videos.
+                of their images, one ``<video>`` (``<|vision_start|><|video_pad|><|vision_end|>``) for each of their
+                videos. For Qwen3-VL the time of each temporal step is written in, as its processor does.
             images: for each prompt its images, in the order of the placeholders; None: no images.
             videos: for each prompt its videos, likewise; see ``preprocess_videos``.
 
@@ -108,12 +113,17 @@ class InputBuilder:
         placeholders: list[Placeholders] = [("image", self.adapter.written_image, self.adapter.image_token_id, images)]
         flat_videos = [video for own in videos for video in own]
         if self.adapter.video_token_id is not None:
-            placeholders.append(("video", "<video>", self.adapter.video_token_id, videos))
+            placeholders.append(("video", self.adapter.written_video, self.adapter.video_token_id, videos))
         inputs = encode_prompts(tokenizer, texts, placeholders)
         if flat := [image for of_prompt in images for image in of_prompt]:
             inputs |= self.preprocess_images(flat, [len(of_prompt) for of_prompt in images for _ in of_prompt])
         if flat_videos:
-            inputs |= self.preprocess_videos(flat_videos)
+            of_videos = self.preprocess_videos(flat_videos)
+            if (written := self.adapter.video_texts(of_videos)) is not None:
+                token, number = tokenizer.convert_ids_to_tokens(self.adapter.video_token_id), iter(written)
+                texts = [re.sub(re.escape(token), lambda _: next(number), text) for text in texts]
+                inputs |= encode_prompts(tokenizer, texts)
+            inputs |= of_videos
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def _need_processor(self, what: str) -> Any:
@@ -125,13 +135,15 @@ class InputBuilder:
         return self.processor
 
 
-def encode_prompts(tokenizer: Any, texts: Sequence[str], placeholders: Sequence[Placeholders]) -> dict[str, Tensor]:
+def encode_prompts(
+    tokenizer: Any, texts: Sequence[str], placeholders: Sequence[Placeholders] = ()
+) -> dict[str, Tensor]:
     """Prompts -> ``input_ids`` and ``attention_mask``, int64 ``[B, T]``, padded on the left.
 
     Args:
         tokenizer: the checkpoint's.
         texts: prompts.
-        placeholders: of each kind.
+        placeholders: of each kind, to be held against the prompts.
 
     Raises:
         PromptError: a prompt with another number of placeholders than images or videos.

@@ -63,6 +63,9 @@ def load_vlm(
     projector: str | Path | None = None,
     pruner: Pruner | None = None,
     positions: Positions | None = None,
+    fps: float | None = None,
+    min_frame_pixels: int | None = None,
+    max_frame_pixels: int | None = None,
 ) -> CompressedVlm:
     """Loads a checkpoint and wraps it.
 
@@ -81,6 +84,7 @@ def load_vlm(
         drop_cls: as for ``CompressedVlm``: an option of Mini-Gemini.
         positions: as for ``CompressedVlm``: position ids of visual tokens, ``original`` or ``repacked``; None: the
             family's own.
+        fps, min_frame_pixels, max_frame_pixels: as for ``CompressedVlm``: how Qwen2.5-VL and Qwen3-VL take videos.
         projector: directory of tuned weights that training wrote (``vzip.models.weights.tuned``); another budget than
             theirs is warned of, another base model an error.
         adapter_path: a PEFT checkpoint (LoRA), directory or hub id, put on the model (``vzip.models.weights.lora``).
@@ -111,7 +115,8 @@ def load_vlm(
     directory = checkpoint.directory
     config = read_config(directory)
     adapter_class = reach(source, lambda: adapter_class_for_config(config))
-    options = FamilyOptions(drop_padding, row_newline, drop_cls, positions)
+    of_videos = (fps, min_frame_pixels, max_frame_pixels)
+    options = FamilyOptions(drop_padding, row_newline, drop_cls, positions, *of_videos)
     adapter_class.check_positions(options, attn_implementation)
     reach(source, lambda: adapter_class.check_settings(config, compressor, options, num_frames))
     adapter_class.check_preprocess(preprocess)
@@ -141,12 +146,29 @@ def load_vlm(
         _refuse_damaged(f"model.adapter_path={adapter_path}", model)
     model.eval()
     vlm = CompressedVlm(
-        model, compressor, processor, preprocess, drop_padding, row_newline, num_frames, drop_cls, pruner, positions
+        model,
+        compressor,
+        processor,
+        preprocess,
+        drop_padding,
+        row_newline,
+        num_frames,
+        drop_cls,
+        pruner,
+        positions,
+        *of_videos,
     )
     vlm.name_or_path, vlm.revision = str(source), checkpoint.commit
     if projector is not None:
         apply_tuned(vlm.adapter, compressor, projector)
     return vlm
+
+
+def check_takes_videos(name_or_path: str | Path, revision: str | None = None) -> None:
+    """Raises UnsupportedModelError, or as ``load_vlm``, for a model without videos; no weight is read."""
+    source = resolve_checkpoint(name_or_path)
+    config = read_config(Checkpoint(source, revision, key="model.name_or_path").directory)
+    reach(source, lambda: adapter_class_for_config(config)).check_takes_videos()
 
 
 def read_config(directory: Path) -> Any:

@@ -18,7 +18,7 @@ from vzip.compressors.vision import VisionShape
 from vzip.errors import PromptError
 
 from .families import Adapter, VisualInputs
-from .families.places import Piece, Placement, VisualTokens, placement_of
+from .families.places import Piece, Placement, VisualTokens, placement_of, shown_part
 from .tokens import check_vocabulary
 
 PaddingSide = Literal["left", "right"]
@@ -85,7 +85,7 @@ class SplicePlan:
     def segments(self, input_ids: Tensor, shapes: Sequence[VisionShape]) -> Iterator[list[list[int] | VisionShape]]:
         """Each prompt as ids of text and the shapes of its images and videos, padding left out."""
         for ids, pieces in zip(input_ids.tolist(), self.rows, strict=True):
-            yield [ids[p.start : p.stop] if p.visual is None else _shown(shapes[p.visual], p) for p in pieces]
+            yield [ids[p.start : p.stop] if p.visual is None else shown_part(shapes[p.visual], p) for p in pieces]
 
     def num_tokens(self, num_visual_tokens: Sequence[int]) -> list[int]:
         """Of each prompt, given those of each image, then of each video."""
@@ -119,13 +119,6 @@ class SplicePlan:
                     f"labels of prompt {number} hold {', '.join(map(str, outside[:8]))}: must be words of the model, 0"
                     f" to {vocab_size - 1}, or {IGNORED_LABEL} where nothing is to be learned."
                 )
-
-
-def _shown(shape: VisionShape, piece: Piece) -> VisionShape:
-    """What of an image (or video) a piece shows: of a video in several runs, one crop."""
-    if piece.units is None:
-        return shape
-    return replace(shape, num_crops=1, num_vanilla=piece.units[1] - piece.units[0])
 
 
 @torch.compiler.disable(reason="vzip: prompts are laid out on the CPU, so fullgraph=True cannot be; leave it out")

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from vzip.compressors.base import Compressor, check_is_compressor
 from vzip.errors import ConfigError, PromptError
 from vzip.media.images import Preprocess
-from vzip.media.video import DEFAULT_NUM_FRAMES, check_num_frames
+from vzip.media.video import check_num_frames
 from vzip.pruners.base import Pruner
 from vzip.pruners.context import PrunedRun, pruning, refuse_generation, refuse_training
 
@@ -63,7 +63,7 @@ class CompressedVlm(InputBuilder, nn.Module):
         preprocess: ``"llava"`` (pad to a square, as the paper's scripts) or ``"hf"`` (the checkpoint's own processor);
             None: the first of these that the family has.
         adapter: what we know of the model's family.
-        num_frames: frames taken of a video file.
+        num_frames: frames taken of a video; None: by the time it lasts, see ``fps`` of ``FamilyOptions``.
         revision: the commit of the hub's repository that the model was loaded from, or None.
         last_num_visual_tokens: visual tokens of each image, then of each video, that entered the language model in the
             last ``prepare``, ``forward`` or ``generate``; measured on the tensors, not read from the budget.
@@ -85,15 +85,19 @@ class CompressedVlm(InputBuilder, nn.Module):
         drop_cls: bool = False,
         pruner: Pruner | None = None,
         positions: Positions | None = None,
+        fps: float | None = None,
+        min_frame_pixels: int | None = None,
+        max_frame_pixels: int | None = None,
     ) -> None:
         """Wraps a loaded model.
 
         Args:
             hf_model, compressor, processor, preprocess, pruner: see the class.
             drop_padding, row_newline: see ``vzip.models.families.options.FamilyOptions`` (LLaVA-NeXT only).
-            num_frames: see the class (Video-LLaVA only); None: 8, as it was trained.
+            num_frames: see the class; None: of Video-LLaVA 8, as it was trained, of Qwen's models by ``fps``.
             drop_cls: see ``FamilyOptions`` (Mini-Gemini only).
             positions: see ``FamilyOptions``: ``original``, ``repacked``, or None for the family's own.
+            fps, min_frame_pixels, max_frame_pixels: see ``FamilyOptions`` (Qwen2.5-VL and Qwen3-VL only).
 
         Raises:
             UnsupportedModelError: no adapter for the model's class, vision tower or settings.
@@ -101,10 +105,14 @@ class CompressedVlm(InputBuilder, nn.Module):
                 that the family or the compressor cannot honour.
         """
         super().__init__()
-        self.adapter = adapter_for_model(hf_model, FamilyOptions(drop_padding, row_newline, drop_cls, positions))
+        of_videos = (fps, min_frame_pixels, max_frame_pixels)
+        options = FamilyOptions(drop_padding, row_newline, drop_cls, positions, *of_videos)
+        self.adapter = adapter_for_model(hf_model, options)
         self.preprocess = self.adapter.check_preprocess(preprocess)
+        if num_frames is not None:
+            check_num_frames(num_frames)
         self.adapter.check_options(self.adapter.options, num_frames)
-        self.num_frames = DEFAULT_NUM_FRAMES if num_frames is None else check_num_frames(num_frames)
+        self.num_frames = self.adapter.default_num_frames if num_frames is None else num_frames
         self.model = hf_model
         self.training = hf_model.training
         self.processor = processor
@@ -129,6 +137,7 @@ class CompressedVlm(InputBuilder, nn.Module):
     def compressor(self, compressor: Compressor) -> None:
         check_is_compressor(compressor)
         self.adapter.check_tower_use(compressor)
+        self.adapter.check_scope(compressor)
         self.adapter.check_compressor(compressor)
         check_text_encoder(compressor, self.model.config)
         self._compressor = compressor

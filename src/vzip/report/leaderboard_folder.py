@@ -22,7 +22,7 @@ VANILLA = "vanilla"
 _OF_MODEL = ("class", "dtype", "preprocess")
 _OF_CONFIG = (
     *("projector_sha256", "adapter_sha256", "quantization"),
-    *("num_frames", "drop_padding", "row_newline", "drop_cls"),
+    *("num_frames", "drop_padding", "row_newline", "drop_cls", "fps", "min_frame_pixels", "max_frame_pixels"),
 )
 _OF_PROTOCOL = ("limit", "seed", "gen_kwargs", "system_prompt")
 

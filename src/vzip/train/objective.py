@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vzip.data.collate import Batch
+from vzip.media.video import DEFAULT_NUM_FRAMES
 from vzip.models.families import VisualInputs
 from vzip.models.families.finite import check_embeddings
 from vzip.models.families.places import VisualTokens
@@ -32,7 +33,7 @@ class ModelView:
 
     @property
     def num_frames(self) -> int:
-        return self.vlm.num_frames
+        return self.vlm.num_frames or DEFAULT_NUM_FRAMES
 
     def preprocess_videos(self, videos: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
         return self.vlm.preprocess_videos(videos)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from vzip.compressors.vision import VisionShape
 from vzip.errors import ConfigError, PromptError
 
 from ..families import Adapter
-from ..families.places import Piece, placement_of
+from ..families.places import Piece, Placement, placement_of, shown_part
 from ..generation import prompt_ids
 from ..tokens import check_vocabulary, tokenize
 
@@ -39,6 +39,7 @@ class EncodedVisual:
         place_index: int64 ``[num_visual_tokens]``, the places its tokens take, of a family that keeps places.
         planes: ``[num_visual_tokens, F]``, what of each enters at deeper layers, or None.
         encode: encodes it for another question; None: it is the same for all.
+        written: what the dialogue has in place of its placeholder, of a video in several runs; None: that.
     """
 
     medium: Medium
@@ -49,6 +50,20 @@ class EncodedVisual:
     place_index: Tensor | None = None
     planes: Tensor | None = None
     encode: Callable[[str], EncodedVisual] | None = None
+    written: str | None = None
+
+    @property
+    def units_of_runs(self) -> list[tuple[int, int] | None]:
+        """``Piece.units`` of each run of placeholders that stands for it."""
+        if self.written is None:
+            return [None]
+        length = self.shape.num_vanilla // self.shape.num_crops
+        return [(first, first + length) for first in range(0, self.shape.num_vanilla, length)]
+
+    @property
+    def places(self) -> Tensor | None:
+        """``place_index``; of one that still waits for a question any: the text behind it has its own."""
+        return torch.arange(self.num_visual_tokens) if self.tokens is None else self.place_index
 
 
 class ChatLayout:
@@ -99,6 +114,7 @@ class ChatLayout:
                 that the text embedding does not have.
         """
         text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = self._with_times(text, visuals)
         ids, _ = tokenize(self._processor.tokenizer, text)
         if self._vocab_size is not None:
             placeholders = [token for token, _ in self.placeholders.values()]
@@ -106,21 +122,42 @@ class ChatLayout:
         shown = {}
         for medium, (token, written) in self.placeholders.items():
             own = [number for number, visual in enumerate(visuals) if visual.medium == medium]
-            if ids.count(token) != len(own):
+            runs = [(number, units) for number in own for units in visuals[number].units_of_runs]
+            if ids.count(token) != len(runs):
                 raise PromptError(
-                    f"The chat template wrote {ids.count(token)} {written} placeholders for {len(own)}"
-                    f" {medium}s: it must write one for each content item of type {medium}."
+                    f"The chat template wrote {ids.count(token)} {written} placeholders for {len(runs)}"
+                    f" {medium}s (or their temporal steps): it must write one for each content item of type {medium}."
                 )
-            shown[token] = iter(own)
+            shown[token] = iter(runs)
         self._media = [visual.medium for visual in visuals]
+        places = [visual.places for visual in visuals]
+        placement = Placement([], [visual.shape.num_vanilla for visual in visuals], places)
         laid_out: list[int] = []
-        for token in ids:
-            if token in shown:
-                number = next(shown[token])
-                laid_out += [_FIRST_SHOWN - number] * visuals[number].num_visual_tokens
-            else:
-                laid_out.append(token)
+        self._pieces = list[Piece]()
+        for is_text, run in itertools.groupby(ids, lambda token: token not in shown):
+            if is_text:
+                self._pieces.append(Piece(len(laid_out), len(laid_out) + len(own := list(run))))
+                laid_out += own
+                continue
+            for token in run:
+                number, units = next(shown[token])
+                start, piece = len(laid_out), Piece(0, 0, number, units)
+                here = placement.own(piece).indices(visuals[number].num_visual_tokens)
+                laid_out += [_FIRST_SHOWN - number] * len(range(*here))
+                self._pieces.append(replace(piece, start=start, stop=len(laid_out)))
         return laid_out
+
+    def _with_times(self, text: str, visuals: Sequence[EncodedVisual]) -> str:
+        """The template's text with what a video is written as, where that is more than its placeholder."""
+        written = [visual.written for visual in visuals if visual.medium == "video"]
+        if not any(written):
+            return text
+        _, placeholder = self.placeholders["video"]
+        parts = text.split(placeholder)
+        if len(parts) != len(written) + 1:
+            return text  # refused by whoever counts
+        between = [placeholder if each is None else each for each in written]
+        return "".join(itertools.chain(*zip(parts, [*between, ""], strict=True)))
 
     def embed(
         self, ids: Sequence[int], visuals: Sequence[EncodedVisual], embed_tokens: Callable[[Tensor], Tensor]
@@ -143,21 +180,15 @@ class ChatLayout:
         return torch.cat(found) if found else None
 
     def positions(self, ids: Sequence[int], visuals: Sequence[EncodedVisual]) -> Tensor | None:
-        """Position ids ``[1, T]`` or ``[axes, 1, T]`` of ``lay_out``'s ids; None where generate counts as they are."""
+        """Position ids ``[1, T]`` or ``[axes, 1, T]`` of ``lay_out``'s last ids; None: generate counts them."""
         axes = self._adapter.position_axes
         if not self._adapter.keeps_places:
             return None if axes == 1 else torch.arange(len(ids)).expand(axes, 1, -1)
-        pieces, start = list[Piece](), 0
-        for number, run in itertools.groupby(_FIRST_SHOWN - i if i <= _FIRST_SHOWN else None for i in ids):
-            stop = start + len(list(run))
-            pieces.append(Piece(start, stop, number))
-            start = stop
+        pieces = self._pieces
         vanilla = self._adapter.positions(
-            [ids[p.start : p.stop] if p.visual is None else visuals[p.visual].shape for p in pieces]
+            [ids[p.start : p.stop] if p.visual is None else shown_part(visuals[p.visual].shape, p) for p in pieces]
         )
-        # One that still waits for a question: any places; the text behind it has its position whatever is kept.
-        places = [torch.arange(v.num_visual_tokens) if v.tokens is None else v.place_index for v in visuals]
-        placement = placement_of([vanilla], [visual.shape for visual in visuals], places)
+        placement = placement_of([vanilla], [v.shape for v in visuals], [visual.places for visual in visuals])
         assert placement is not None
         kept = placement.kept(0, pieces, torch.device("cpu"))
         return kept if axes == 1 else kept[:, None]

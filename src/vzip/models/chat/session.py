@@ -167,6 +167,7 @@ class ChatSession:
         reached = len(ids) if positions is None else max(len(ids), int(positions.max()) + 1)
         self._check_length(reached, max_new_tokens)
         visuals = [visual if visual.encode is None else visual.encode(question) for visual in visuals]
+        ids = self._layout.lay_out(messages, visuals)  # now it is known how many tokens each run of a video has
         if changed := [ids.index(number) for number in self._layout.numbers_shown(visuals)]:
             self._cached_ids = self._cached_ids[: min(changed)]
         new_ids = self._generate(ids, visuals, on_text, {"max_new_tokens": max_new_tokens, **settings})
@@ -189,13 +190,16 @@ class ChatSession:
         visual = adapter.read_inputs(**inputs)
         of_images, of_videos = visual.num_placeholders
         num_vanilla, (shape,) = [*of_images, *of_videos][0], visual.shapes
+        texts = adapter.video_texts(inputs) if kind == "video" else None
+        written = None if texts is None else texts[0]
 
         def encode(question: str | None, again: Callable[[str], EncodedVisual] | None = None) -> EncodedVisual:
             asked = visual if question is None else adapter.asked(visual, compressor, [question], self._vlm.processor)
             (encoded,) = adapter.encode(asked, compressor)
             check_embeddings(self._vlm.model, [encoded.rows], inputs)
             places, planes = encoded.place_index, encoded.planes
-            return EncodedVisual(kind, len(encoded.rows), encoded.rows, num_vanilla, shape, places, planes, again)
+            num_tokens = len(encoded.rows)
+            return EncodedVisual(kind, num_tokens, encoded.rows, num_vanilla, shape, places, planes, again, written)
 
         if not compressor.reads_text:
             return encode(None)
@@ -204,7 +208,7 @@ class ChatSession:
             return encode(question, for_question)
 
         num_tokens = compressor.num_visual_tokens(shape)
-        return EncodedVisual(kind, num_tokens, None, num_vanilla, shape, encode=for_question)
+        return EncodedVisual(kind, num_tokens, None, num_vanilla, shape, encode=for_question, written=written)
 
     def _check(self, question: str, max_new_tokens: int, settings: dict[str, Any]) -> None:
         self._layout.check_question(question)

@@ -77,6 +77,7 @@ class VisualInputs:
         return [written(shape) for shape in self.images], [written(shape) for shape in self.videos]
 
 
+_TAKE_VIDEOS = "Video-LLaVA (model=video_llava_7b), Qwen2.5-VL and Qwen3-VL take videos."
 # Numbers of images (or videos) whose crops have one grid, and the vision tower's output for these crops in turn.
 Group = tuple[Sequence[int], VisionOutput]
 
@@ -90,12 +91,13 @@ class Adapter(ABC):
         image_token_id: id of the placeholder in ``input_ids``.
         options: of the family.
         input_names: what the family's processor returns beside the text.
-        written_image: how a prompt says where an image goes.
+        written_image, written_video: how a prompt says where an image, or a video, goes.
         has_tiles: whether the family cuts an image into several crops.
         has_mining: whether patches are mined, and CLS, which is not, may be left out.
         has_video: whether it takes videos.
         why_no_video: why not, for messages.
-        reads_video: whether it takes them as its processor returns them, though not as files (``has_video``: as both).
+        samples_by_time: whether it takes frames by the seconds of a video, and in any size.
+        default_num_frames: frames taken of a video where no number is set; None: by the time it lasts.
         preprocesses: ways to prepare images that it has, see ``vzip.media.images``; the first is the usual one.
         templates: how a training may write its conversations, see ``vzip.data.conversations``; the first is its own.
         learns_videos: whether a training takes videos.
@@ -115,11 +117,13 @@ class Adapter(ABC):
     model_class: ClassVar[type[PreTrainedModel]]
     input_names: ClassVar[tuple[str, ...]] = ("pixel_values",)
     written_image: ClassVar[str] = "<image>"
+    written_video: ClassVar[str] = "<video>"
     has_tiles: ClassVar[bool] = False
     has_mining: ClassVar[bool] = False
     has_video: ClassVar[bool] = False
     why_no_video: ClassVar[str] = "has no video tower and takes images only"
-    reads_video: ClassVar[bool] = False
+    samples_by_time: ClassVar[bool] = False
+    default_num_frames: ClassVar[int | None] = None
     preprocesses: ClassVar[tuple[str, ...]] = PREPROCESSES
     templates: ClassVar[tuple[str, ...]] = ("vicuna_v1", "plain", "chat")
     learns_videos: ClassVar[bool] = False
@@ -178,8 +182,21 @@ class Adapter(ABC):
         if num_frames is not None and not cls.has_video:
             raise ConfigError(
                 f"model.num_frames={num_frames}: {cls.model_class.__name__} {cls.why_no_video}, so it must be"
-                " null. Video-LLaVA takes videos (model=video_llava_7b)."
+                f" null. {_TAKE_VIDEOS}"
             )
+        if options.of_videos and not cls.samples_by_time:
+            given = ", ".join(f"model.{name}={value}" for name, value in options.of_videos.items())
+            why = "takes a number of frames (model.num_frames), all of one size" if cls.has_video else cls.why_no_video
+            raise ConfigError(
+                f"{given}: {cls.model_class.__name__} {why}, so these must be null; they are options of Qwen2.5-VL and"
+                " Qwen3-VL."
+            )
+
+    @classmethod
+    def check_takes_videos(cls) -> None:
+        """Raises UnsupportedModelError for a family without videos."""
+        if not cls.has_video:
+            raise UnsupportedModelError(f"{cls.model_class.__name__} {cls.why_no_video}. {_TAKE_VIDEOS}")
 
     @classmethod
     def check_positions(cls, options: FamilyOptions, attn_implementation: str | None) -> None:
@@ -204,9 +221,29 @@ class Adapter(ABC):
         geometry = cls.check_config(config)
         cls.check_options(options, num_frames)
         cls.check_tower_use(compressor)
+        cls.check_scope(compressor)
         if geometry is not None:
             check_fit(compressor, geometry, options)
         check_text_encoder(compressor, config)
+
+    @classmethod
+    def check_scope(cls, compressor: Compressor) -> None:
+        """Raises ConfigError where frames of a video cannot share a budget."""
+        if not compressor.joins_frames:
+            return
+        name = type(compressor).__name__
+        why = None
+        if not cls.has_video:
+            why = f"{cls.model_class.__name__} {cls.why_no_video}"
+        elif compressor.tower_use != "whole":
+            why = f"compressor={name} acts while the vision tower runs, which sees each frame by itself"
+        elif compressor.uses_grid:
+            why = f"compressor={name} goes by the rows and columns of one frame's patches"
+        if why is not None:
+            raise ConfigError(
+                f"budget.scope=video, one budget for all frames of a video: {why}. Set budget.scope=crop, or use"
+                " another compressor, as visionzip, or a model that takes videos, as Qwen2.5-VL."
+            )
 
     @classmethod
     def check_tower_use(cls, compressor: Compressor) -> None:
@@ -312,8 +349,8 @@ class Adapter(ABC):
             UnsupportedModelError: videos, and the family has no video tower.
         """
         given = {name: value for name, value in processor_outputs.items() if value is not None}
-        if "pixel_values_videos" in given and not (self.has_video or self.reads_video):
-            raise self._no_video()
+        if "pixel_values_videos" in given:
+            self.check_takes_videos()
         for name, value in given.items():
             if name in self.input_names and not isinstance(value, Tensor):
                 raise PromptError(
@@ -448,14 +485,34 @@ class Adapter(ABC):
         """The same of videos."""
         raise self._no_video()
 
-    def prepare_videos(self, videos: Sequence[VideoSource], image_processor: Any, num_frames: int) -> dict[str, Tensor]:
-        """Videos -> ``pixel_values_videos``; see ``vzip.media.video``. Raises as ``read_inputs``."""
+    def prepare_videos(
+        self, videos: Sequence[VideoSource], processor: Any, num_frames: int | None
+    ) -> dict[str, Tensor]:
+        """Videos -> ``pixel_values_videos`` and whatever else the family needs; see ``vzip.media.video``.
+
+        Args:
+            videos: files, or frames as images.
+            processor: the checkpoint's.
+            num_frames: taken of each; None: as many as the family takes.
+
+        Raises:
+            as ``read_inputs``, and as ``load_video``.
+        """
         raise self._no_video()
 
+    def video_texts(self, tensors: Mapping[str, Tensor]) -> list[str] | None:
+        """What prompts have in place of each video's placeholder, with a placeholder for each of its runs.
+
+        Args:
+            tensors: from ``prepare_videos``.
+
+        Returns:
+            None: the placeholder itself.
+        """
+        return None
+
     def _no_video(self) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"{type(self.model).__name__} {self.why_no_video}. Video-LLaVA takes videos (model=video_llava_7b)."
-        )
+        return UnsupportedModelError(f"{type(self.model).__name__} {self.why_no_video}. {_TAKE_VIDEOS}")
 
     def prepare_images(
         self, images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess
@@ -570,9 +627,10 @@ class Adapter(ABC):
         num_crops = [shape.num_crops for shape in shapes]
         # A run of a video has the tokens of its step, also where positions are counted anew.
         has_places = self.keeps_places or (self.writes_steps and shapes[0].kind == "video")
-        if compressor.scope == "image":
+        joins = compressor.joins(shapes[0])
+        if compressor.scope == "image" or joins:
             rows = vision.hidden[:, vision.first_stock_row :]
-            if vision.project is not None:
+            if vision.project is not None and compressor.scope == "image":
                 with stage("projector"):
                     rows = vision.project(rows)
             ends = list(itertools.accumulate(num_crops))
@@ -580,7 +638,11 @@ class Adapter(ABC):
             with stage("splice"):
                 for shape, end in zip(shapes, ends, strict=True):
                     own = slice(end - shape.num_crops, end)
-                    wholes.append(self._whole(vision, rows, own, shape, self.whole_index(shape)))
+                    whole = self._whole(vision, rows, own, shape, self.whole_index(shape))
+                    if joins:
+                        project = None if compressor.scope == "image" else vision.project
+                        whole = replace(whole, whole=shape.joined, project=project)
+                    wholes.append(whole)
             if compressor.is_vanilla:  # nothing is selected: what is packed is what the unmodified model gets
                 return [
                     VisualTokens(
@@ -592,6 +654,9 @@ class Adapter(ABC):
                 ]
             with stage("selection"):
                 made = [compressor(whole) for whole in wholes]
+            if vision.project is not None and compressor.space == "tower":
+                with stage("projector"):
+                    made = [replace(one, tokens=vision.project(one.tokens)) for one in made]
             planes = [None if one.planes is None else one.planes[0] for one in made]
             return [
                 VisualTokens(one.tokens[0], one.places[0], deeper).in_order()

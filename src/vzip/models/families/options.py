@@ -8,6 +8,7 @@ from typing import Literal
 from vzip.compressors.base import Compressor
 from vzip.compressors.vision import Signal
 from vzip.errors import ConfigError, nearest
+from vzip.keys import number, whole_number
 
 from ..towers.structure import TowerGeometry
 
@@ -32,12 +33,19 @@ class FamilyOptions:
             unmodified model cuts off the nearest one's), visual tokens stand in this order, and text goes on where it
             would without compression. ``repacked``: 0, 1, 2, ... over what is left. None: the family's own, as its
             published code does: LLaVA's families ``repacked``, Qwen's ``original``.
+        fps: (Qwen) frames taken of each second of a video; of one given as images, how many a second they are. None:
+            the checkpoint's own, else 2.
+        min_frame_pixels, max_frame_pixels: (Qwen) pixels to which the frames of a video are resized at least and at
+            most; None: the checkpoint's own.
     """
 
     drop_padding: bool = False
     row_newline: bool = False
     drop_cls: bool = False
     positions: Positions | None = None
+    fps: float | None = None
+    min_frame_pixels: int | None = None
+    max_frame_pixels: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("drop_padding", "row_newline", "drop_cls"):
@@ -48,11 +56,29 @@ class FamilyOptions:
                 f"model.positions={self.positions!r}: must be one of {', '.join(POSITIONS)}, or null for the family's"
                 f" own{nearest(str(self.positions), POSITIONS)}."
             )
+        if self.fps is not None and not (number(0).allows(self.fps) and self.fps):
+            raise ConfigError(f"model.fps={self.fps!r}: must be a number of frames a second, above 0.")
+        least, most = self.min_frame_pixels, self.max_frame_pixels
+        for name, value in (("min_frame_pixels", least), ("max_frame_pixels", most)):
+            if value is not None and not whole_number(1).allows(value):
+                raise ConfigError(f"model.{name}={value!r}: must be a whole number of pixels, 1 or more.")
+        if least is not None and most is not None and least > most:
+            raise ConfigError(
+                f"model.min_frame_pixels={least} with model.max_frame_pixels={most}: the first must not be above the"
+                " second."
+            )
+
+    @property
+    def of_videos(self) -> dict[str, float | None]:
+        """Those that say how videos of files are read, where they are set."""
+        names = ("fps", "min_frame_pixels", "max_frame_pixels")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def check_fit(compressor: Compressor, geometry: TowerGeometry, options: FamilyOptions) -> None:
     """Raises ConfigError if the compressor does not fit the vision tower or the family's options."""
-    compressor.num_tokens(geometry.shape(options.drop_cls))
+    if not compressor.joins_frames:  # of a video a budget may be above what a frame has
+        compressor.num_tokens(geometry.shape(options.drop_cls))
     check_tower_use(compressor, geometry)
     for signal in compressor.reads():
         keys = [name for name, value in vars(compressor).items() if value == signal.layer and name.endswith("layer")]

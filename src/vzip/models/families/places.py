@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,13 @@ class Piece:
     stop: int
     visual: int | None = None
     units: tuple[int, int] | None = None
+
+
+def shown_part(shape: VisionShape, piece: Piece) -> VisionShape:
+    """What of an image (or video) a piece shows: of a video in several runs, one crop."""
+    if piece.units is None:
+        return shape
+    return replace(shape, num_crops=1, num_vanilla=piece.units[1] - piece.units[0])
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from vzip.compressors.base import Compressor
 from vzip.compressors.vision import OF_PATCHES, Signal, VisionOutput, VisionShape
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError
 from vzip.media.images import Preprocess, load_image
-from vzip.media.video import VideoSource, load_video
+from vzip.media.video import DEFAULT_NUM_FRAMES, VideoSource, load_video
 
 from ...towers.structure import TowerGeometry
 from ..base import Stage, TowerRun, VisualInputs, check_pixel_values, no_stage
@@ -45,6 +45,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     model_class = LlavaOnevisionForConditionalGeneration
     input_names = ("pixel_values", "image_sizes", "tile_grids", "batch_num_images", "pixel_values_videos")
     has_video = True
+    default_num_frames = DEFAULT_NUM_FRAMES
     cannot_use: ClassVar[Mapping[str, str]] = {
         "pruned": "its vision tower (SigLIP) has no CLS token, whose attention says what to drop"
     }
@@ -87,8 +88,12 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         opened, is_alone = [load_image(image) for image in images], [number == 1 for number in num_images]
         return prepare_images(opened, is_alone, image_processor, preprocess, self.pinpoints, self.image_side)
 
-    def prepare_videos(self, videos: Sequence[VideoSource], image_processor: Any, num_frames: int) -> dict[str, Tensor]:
-        frames = [prepare_frames(load_video(video, num_frames), image_processor, self.image_side) for video in videos]
+    def prepare_videos(
+        self, videos: Sequence[VideoSource], processor: Any, num_frames: int | None
+    ) -> dict[str, Tensor]:
+        num_frames = self.default_num_frames if num_frames is None else num_frames
+        side = self.image_side
+        frames = [prepare_frames(load_video(video, num_frames), processor.image_processor, side) for video in videos]
         return {"pixel_values_videos": torch.stack(frames)}
 
     def blank_videos(self, num_videos: int, num_frames: int) -> dict[str, Tensor]:

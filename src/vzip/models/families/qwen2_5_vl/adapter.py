@@ -20,18 +20,20 @@ from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 
 from vzip.compressors.base import Compressor
 from vzip.compressors.vision import Signal, VisionOutput, VisionShape
-from vzip.errors import PromptError
+from vzip.errors import ConfigError, PromptError
 from vzip.media.images import Preprocess
+from vzip.media.video import VideoSource
 
 from ..base import Adapter, Group, Stage, TowerRun, VisualInputs, no_stage
 from ..decoder import MRopeDecoder
 from ..options import FamilyOptions, check_layer
-from .processing import IMAGE_TOKEN, load_processor, prepare_images
+from .processing import IMAGE_TOKEN, VIDEO_TOKEN, load_processor, prepare_images
 from .tower import Grid, UnitTower, check_signal
+from .videos import VideoRules, settings_of
 
 
 class Qwen2_5VlAdapter(Adapter):
-    """Images, and videos as the processor returns them; a budget is each temporal step's.
+    """Images and videos; a budget is each temporal step's, which shows two frames.
 
     Attributes:
         published_name: of the models, for messages.
@@ -48,10 +50,10 @@ class Qwen2_5VlAdapter(Adapter):
         "second_per_grid_ts",
     )
     written_image = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
-    why_no_video = (
-        "takes videos only as its processor returns them (prepare, forward, generate), for files are not served yet"
-    )
-    reads_video = True
+    written_video = f"<|vision_start|>{VIDEO_TOKEN}<|vision_end|>"
+    has_video = True
+    samples_by_time = True
+    video_rules: ClassVar[type[VideoRules]] = VideoRules
     keeps_places = True
     position_axes = 3
     preprocesses = ("hf",)
@@ -66,6 +68,19 @@ class Qwen2_5VlAdapter(Adapter):
     @classmethod
     def check_config(cls, config: Any) -> None:
         UnitTower.of(nn.Identity(), config.vision_config)
+
+    @classmethod
+    def check_options(cls, options: FamilyOptions, num_frames: int | None = None) -> None:
+        super().check_options(options, num_frames)
+        if num_frames is not None and options.fps is not None:
+            raise ConfigError(
+                f"model.num_frames={num_frames} with model.fps={options.fps}: set one of them, a number of frames a"
+                " video or a number a second; null leaves the other to it."
+            )
+        if num_frames is not None and num_frames < 2:
+            raise ConfigError(
+                f"model.num_frames={num_frames}: a temporal step of {cls.published_name} shows 2 frames, so 2 or more."
+            )
 
     @classmethod
     def check_settings(
@@ -140,6 +155,24 @@ class Qwen2_5VlAdapter(Adapter):
             "pixel_values": torch.ones(num_images * side**2, self._values_of_a_patch()),
             "image_grid_thw": torch.tensor([[1, side, side]] * num_images),
         }
+
+    def blank_videos(self, num_videos: int, num_frames: int) -> dict[str, Tensor]:
+        """Frames of about 250 visual tokens a temporal step."""
+        steps, side = -(-num_frames // self._frames_per_step), 16 * self.tower.merge_size
+        return {
+            "pixel_values_videos": torch.ones(num_videos * steps * side**2, self._values_of_a_patch()),
+            "video_grid_thw": torch.tensor([[steps, side, side]] * num_videos),
+        }
+
+    @property
+    def _frames_per_step(self) -> int:
+        return int(self.model.config.vision_config.temporal_patch_size)
+
+    def prepare_videos(
+        self, videos: Sequence[VideoSource], processor: Any, num_frames: int | None
+    ) -> dict[str, Tensor]:
+        config = self.model.config.vision_config
+        return self.video_rules.of(settings_of(processor), config, self.options, num_frames).prepare(videos)
 
     def image_shapes(self, tensors: Mapping[str, Tensor]) -> list[VisionShape]:
         return [self._shape("image", grid) for grid in self._grids(tensors, "pixel_values", "image_grid_thw")]
@@ -229,8 +262,8 @@ class Qwen2_5VlAdapter(Adapter):
     def positions(self, segments: Sequence[Sequence[int] | VisionShape]) -> Tensor:
         if any(isinstance(one, VisionShape) and isinstance(other, VisionShape) for one, other in pairwise(segments)):
             raise PromptError(
-                f"Two images touch in a prompt: {self.published_name} reads one run of placeholders as one image. Put"
-                " <|vision_end|><|vision_start|> between them, as the chat template does."
+                f"Two images (or videos) touch in a prompt: {self.published_name} reads one run of placeholders as one."
+                " Put <|vision_end|><|vision_start|> between them, as the chat template does."
             )
         ids, types = list[int](), list[int]()
         shapes = [segment for segment in segments if isinstance(segment, VisionShape)]

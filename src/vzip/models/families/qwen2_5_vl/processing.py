@@ -1,9 +1,9 @@
-"""The processor of a Qwen2.5-VL (or Qwen3-VL) checkpoint without its part for videos, which needs torchvision."""
+"""The processor of a Qwen2.5-VL (or Qwen3-VL) checkpoint; of its part for videos, which needs torchvision, settings."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,23 @@ from transformers import AutoTokenizer, ProcessorMixin
 from vzip.errors import ImageError
 from vzip.media.images import load_image
 
-# Transformers refuses more oblong images: at 28 pixels high, 200:1 is 5600 wide.
-MAX_ASPECT_RATIO = 200
-IMAGE_TOKEN = "<|image_pad|>"
+from .videos import MAX_ASPECT_RATIO, read_settings
+
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 
 
 class Qwen2_5VlImageTextProcessor(ProcessorMixin):
-    """Tokenizer, image processor and chat template."""
+    """Tokenizer, image processor and chat template; ``video_settings`` are what the files say of videos."""
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        video_settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.image_token = IMAGE_TOKEN
+        self.video_settings = dict(video_settings or {})
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
@@ -37,7 +44,8 @@ def load_processor(directory: Path) -> Qwen2_5VlImageTextProcessor:
         template = file.read_text(encoding="utf-8")
     elif (file := directory / "chat_template.json").is_file():
         template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
-    return Qwen2_5VlImageTextProcessor(Qwen2VLImageProcessor.from_pretrained(directory), tokenizer, template)
+    image_processor = Qwen2VLImageProcessor.from_pretrained(directory)
+    return Qwen2_5VlImageTextProcessor(image_processor, tokenizer, template, read_settings(directory))
 
 
 def prepare_images(images: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:

@@ -7,8 +7,9 @@ token they are merged as its row is.
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from vzip.errors import ConfigError
 from vzip.pruners.base import Pruner
 
 from ..qwen2_5_vl.adapter import Qwen2_5VlAdapter
+from ..qwen2_5_vl.videos import Qwen3VideoRules
 
 
 class Mergers(nn.ModuleList):
@@ -31,13 +33,21 @@ class Mergers(nn.ModuleList):
 
 
 class Qwen3VlAdapter(Qwen2_5VlAdapter):
-    """Images, and videos as the processor returns them: a run of placeholders, with its time before it, a step."""
+    """Images, and videos of a run of placeholders, with its time before it, for each temporal step."""
 
-    input_names = tuple(name for name in Qwen2_5VlAdapter.input_names if name != "second_per_grid_ts")
+    # ``step_times``, which ``prepare_videos`` adds to what the processor returns, are for who writes the prompt.
+    input_names = (*(name for name in Qwen2_5VlAdapter.input_names if name != "second_per_grid_ts"), "step_times")
     published_name = "Qwen3-VL"
     model_class: ClassVar[type[PreTrainedModel]] = Qwen3VLForConditionalGeneration
     has_planes = True
     writes_steps = True
+    video_rules = Qwen3VideoRules
+
+    def video_texts(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        times = tensors["step_times"].tolist()
+        ends = list(itertools.accumulate(steps for steps, _, _ in tensors["video_grid_thw"].tolist()))
+        written = [f"<{seconds:.1f} seconds>{self.written_video}" for seconds in times]
+        return ["".join(written[start:end]) for start, end in itertools.pairwise([0, *ends])]
 
     @classmethod
     def check_pruner(cls, config: Any, pruner: Pruner) -> None:

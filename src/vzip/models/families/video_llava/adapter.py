@@ -19,7 +19,7 @@ from transformers import LlavaProcessor, VideoLlavaForConditionalGeneration
 from vzip.compressors.vision import Signal, VisionOutput, VisionShape
 from vzip.errors import PromptError
 from vzip.media.images import Preprocess
-from vzip.media.video import VideoSource, prepare_videos
+from vzip.media.video import DEFAULT_NUM_FRAMES, VideoSource, prepare_videos
 
 from ...towers.structure import Tower, find_tower
 from ..base import Stage, TowerRun, VisualInputs, no_stage
@@ -35,6 +35,7 @@ class VideoLlavaAdapter(LlavaAdapter):
     input_names = ("pixel_values", "pixel_values_images", "pixel_values_videos")
     has_video = True
     learns_videos = True
+    default_num_frames = DEFAULT_NUM_FRAMES
     # All rows of the tower: Hugging Face's class cuts CLS off images only, whatever its select strategy.
     frame_offset: ClassVar[int] = 0
 
@@ -72,8 +73,11 @@ class VideoLlavaAdapter(LlavaAdapter):
         side = self.image_side
         return {"pixel_values_videos": torch.ones(num_videos, num_frames, 3, side, side)}
 
-    def prepare_videos(self, videos: Sequence[VideoSource], image_processor: Any, num_frames: int) -> dict[str, Tensor]:
-        return {"pixel_values_videos": prepare_videos(videos, image_processor, num_frames)}
+    def prepare_videos(
+        self, videos: Sequence[VideoSource], processor: Any, num_frames: int | None
+    ) -> dict[str, Tensor]:
+        num_frames = self.default_num_frames if num_frames is None else num_frames
+        return {"pixel_values_videos": prepare_videos(videos, processor.image_processor, num_frames)}
 
     def read_inputs(self, **processor_outputs: Tensor | None) -> VisualInputs:
         """Raises PromptError also where images are given under both of their names."""
