@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from vzip.compressors import VisionShape
 from vzip.errors import ConfigError
 from vzip.media.images import prepare_images
-from vzip.media.video import prepare_videos
 from vzip.models.families import Adapter, InternVlAdapter, LlavaNextAdapter, LlavaOnevisionAdapter, VideoLlavaAdapter
 from vzip.models.families.internvl.processing import MAX_TILES
 from vzip.models.families.llava_base import LlavaBase
@@ -163,7 +163,8 @@ class Frames(Images):
 
     def prepare(self, images: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:
         videos = [images[start : start + self.num_crops] for start in range(0, len(images), self.num_crops)]
-        return {"pixel_values_videos": prepare_videos(videos, image_processor, self.num_crops)}
+        processor = SimpleNamespace(image_processor=image_processor)  # all that these families need of one
+        return self.adapter.prepare_videos(videos, processor, self.num_crops)
 
     def tower_inputs(self, inputs: dict[str, Tensor]) -> Tensor:
         assert isinstance(self.adapter, LlavaBase)
