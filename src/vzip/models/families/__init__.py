@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from .llava.adapter import LlavaAdapter
 from .llava_next.adapter import LlavaNextAdapter
 from .mini_gemini.adapter import MiniGeminiAdapter
 from .options import FamilyOptions
+from .original.checkpoint import OriginalCheckpoint
 from .qwen2_5_vl.adapter import Qwen2_5VlAdapter
 from .qwen3_vl.adapter import Qwen3VlAdapter
 from .video_llava.adapter import VideoLlavaAdapter
@@ -44,6 +46,7 @@ __all__ = [
     "VisualInputs",
     "adapter_class_for_config",
     "adapter_for_model",
+    "original_checkpoint",
 ]
 
 
@@ -53,6 +56,16 @@ def _unsupported(name: str) -> UnsupportedModelError:
         f"Model class {name} has no adapter{nearest(name, names)}; supported are {', '.join(names)}. A new family is a"
         " folder in vzip/models/families."
     )
+
+
+def original_checkpoint(directory: Path) -> OriginalCheckpoint | None:
+    """The checkpoint if it is in its authors' layout, None where it is in Hugging Face's.
+
+    Raises:
+        ValueError: its config.json cannot be read.
+    """
+    found = (adapter.original(directory) for adapter in ADAPTERS)
+    return next((original for original in found if original is not None), None)
 
 
 def adapter_for_model(model: nn.Module, options: FamilyOptions | None = None) -> Adapter:

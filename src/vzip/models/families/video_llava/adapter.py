@@ -24,6 +24,7 @@ from vzip.media.video import VideoSource, prepare_videos
 from ...towers.structure import Tower, find_tower
 from ..base import Stage, TowerRun, VisualInputs, no_stage
 from ..llava.adapter import LlavaAdapter
+from ..original.checkpoint import OriginalCheckpoint
 
 _LAYOUT = "[videos, frames, 3, height, width]"
 
@@ -52,7 +53,11 @@ class VideoLlavaAdapter(LlavaAdapter):
         return self.model.get_submodule("model.video_tower")
 
     @classmethod
-    def load_processor(cls, directory: Path) -> Any:
+    def original(cls, directory: Path) -> OriginalCheckpoint | None:
+        return None  # its authors' has a video tower that this class lacks
+
+    @classmethod
+    def hf_processor(cls, directory: Path) -> Any:
         """Tokenizer, image processor and chat template.
 
         Hugging Face's ``VideoLlavaProcessor`` cannot be made without torchvision, for its video processor. Frames go
