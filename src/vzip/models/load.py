@@ -286,7 +286,9 @@ def check_complete(source: Path | str, report: dict[str, Any], not_wanted: str =
 def _load_processor(adapter_class: type[Adapter], directory: Path) -> ProcessorMixin | None:
     """The checkpoint's processor; None for a directory that holds none of its files."""
     files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
-    if not any((directory / name).is_file() for name in files) and adapter_class.original(directory) is None:
+    original = adapter_class.original(directory)
+    folder = directory if original is None else original.tokenizer_folder()
+    if not any((folder / name).is_file() for name in (*files, "tokenizer.model")):
         _LOG.warning("%s holds no processor; the model takes tensors only.", directory)
         return None
     return reach(directory, lambda: adapter_class.load_processor(directory))

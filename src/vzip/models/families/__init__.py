@@ -17,13 +17,14 @@ from .options import FamilyOptions
 from .original.checkpoint import OriginalCheckpoint
 from .qwen2_5_vl.adapter import Qwen2_5VlAdapter
 from .qwen3_vl.adapter import Qwen3VlAdapter
-from .video_llava.adapter import VideoLlavaAdapter
+from .video_llava.adapter import PublishedVideoLlavaAdapter, VideoLlavaAdapter
 
-# Subclasses before their base: a Mini-Gemini model is a LLaVA model to isinstance.
+# Subclasses before their base: a Mini-Gemini model is a LLaVA model to isinstance, a published Video-LLaVA a stock one.
 ADAPTERS: tuple[type[Adapter], ...] = (
     MiniGeminiAdapter,
     LlavaAdapter,
     LlavaNextAdapter,
+    PublishedVideoLlavaAdapter,
     VideoLlavaAdapter,
     Qwen2_5VlAdapter,
     Qwen3VlAdapter,
@@ -40,6 +41,7 @@ __all__ = [
     "LlavaAdapter",
     "LlavaNextAdapter",
     "MiniGeminiAdapter",
+    "PublishedVideoLlavaAdapter",
     "Qwen2_5VlAdapter",
     "Qwen3VlAdapter",
     "VideoLlavaAdapter",

@@ -29,6 +29,7 @@ HUB_REVISIONS = {
     "openai/clip-vit-large-patch14-336": "ce19dc912ca5cd21c8a653c79e251e808ccabcd1",
     "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup": "39918dfbdf69ccd2172e6510a430e92337ee23e1",
 }
+_TOWER_OWNERS = ("openai/", "laion/", "LanguageBind/")
 _NOT_OF_TEXT = {"model_type", "architectures", "dtype", "transformers_version", "_name_or_path"}
 
 
@@ -68,6 +69,10 @@ class OriginalCheckpoint(ABC):
     @abstractmethod
     def processor(self) -> Any:
         """Images and prompts as the authors' scripts make them; raises CheckpointError."""
+
+    def tokenizer_folder(self) -> Path:
+        """The directory with its tokenizer's files, where there are any."""
+        return self.source
 
     def load(self, model_class: Any, config: Any, **settings: Any) -> Any:
         """What ``from_pretrained`` of the class returns.
@@ -123,49 +128,51 @@ class OriginalCheckpoint(ABC):
             raise UnsupportedModelError(f"{self.source}: {'; '.join(told)} ({served}).")
 
     def folder_of(self, key: str, weights: bool = False) -> Path:
-        """The directory of the model that ``config.json`` names under ``key``; a hub's has weights if they are wanted.
+        """The directory of the tower that ``config.json`` names under ``key``; a hub's has weights if they are wanted.
 
         Raises:
             CheckpointError: it is nowhere.
         """
-        return find_folder(
-            self.source, str(self.fields[key]), f"the model {key}={self.fields[key]} of its config.json", weights
-        )
+        name = str(self.fields[key])
+        what = f"the vision tower {key}={name} of its config.json"
+        return find_folder(self.source, name, what, tower_hub_id(name), weights)
 
 
-def hub_id_of(name: str) -> str | None:
-    """The repository of a model that a ``config.json`` names, by its folder's name or as a hub id; None: unknown."""
-    return HUB_IDS.get(Path(name).name) or (name if is_hub_id(name) else None)
+def tower_hub_id(name: str) -> str | None:
+    """The repository of a vision tower that a ``config.json`` names; None: not known."""
+    published = is_hub_id(name) and name.startswith(_TOWER_OWNERS)
+    return HUB_IDS.get(Path(name).name) or (name if published else None)
 
 
-def local_folder(source: Path, name: str) -> Path | None:
+def local_folder(source: Path, name: str, hub_id: str | None = None) -> Path | None:
     """The directory that a checkpoint names, if it is on this machine.
 
     It is looked for as it is named: from the working directory, from the checkpoint and from every folder above it;
     then by its own name, or by its repository's, in the checkpoint and next to it.
     """
     base, own = source.resolve(), Path(name).name
-    hub_name = (hub_id_of(name) or own).rpartition("/")[2]
     places = [Path(name), *(folder / name for folder in (base, *base.parents))]
-    places += [folder / each for folder in (base, base.parent) for each in (own, hub_name)]
+    names = (own, (hub_id or own).rpartition("/")[2])
+    places += [folder / each for folder in (base, base.parent) for each in names]
     return next((place for place in places if place.is_dir() and place.resolve() != base), None)
 
 
-def find_folder(source: Path, name: str, what: str, weights: bool = False) -> Path:
+def find_folder(source: Path, name: str, what: str, hub_id: str | None, weights: bool = False) -> Path:
     """The directory of another model that a checkpoint needs, on this machine or fetched from the hub.
 
     Args:
         source: the checkpoint.
         name: as it names the other.
         what: the same, for messages.
+        hub_id: the other's repository; None: not known.
         weights: whether weights are needed from the hub.
 
     Raises:
         CheckpointError: it is nowhere.
     """
-    if (folder := local_folder(source, name)) is not None:
+    if (folder := local_folder(source, name, hub_id)) is not None:
         return folder
-    nowhere, hub_id = f"{source}: {what} is in none of the folders around it", hub_id_of(name)
+    nowhere = f"{source}: {what} is in none of the folders around it"
     beside = f"Put it beside the checkpoint, in a folder called {Path(name).name}."
     if hub_id is None:
         raise CheckpointError(f"{nowhere}. {beside}")

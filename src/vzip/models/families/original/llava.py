@@ -21,6 +21,7 @@ from transformers.models.clip import CLIPImageProcessor  # AutoImageProcessor of
 from vzip.errors import CheckpointError, UnsupportedModelError
 from vzip.json_files import read_json
 
+from ...hub import is_hub_id
 from .checkpoint import OriginalCheckpoint, find_folder
 from .names import TOWER, rename_clip, rename_llava
 from .tensors import CHECKPOINT_FILES, renamed_tensors, weight_files
@@ -117,7 +118,8 @@ class OriginalLlava(OriginalCheckpoint):
             return self.source
         if not name:
             raise CheckpointError(f"{self.source}: {key} must name the language model, which is not in it.")
-        return find_folder(self.source, str(name), f"the language model {name} ({key})", weights)
+        hub_id = str(name) if is_hub_id(str(name)) else None
+        return find_folder(self.source, str(name), f"the language model {name} ({key})", hub_id, weights)
 
     def config(self) -> LlavaConfig | LlavaNextConfig:
         self._check_fields()
@@ -158,14 +160,17 @@ class OriginalLlava(OriginalCheckpoint):
                 tensors[name] = with_rows(tensors[name], config.text_config.vocab_size)
         return tensors
 
+    def tokenizer_folder(self) -> Path:
+        return self.source if (self.source / "tokenizer.model").is_file() else self.base()
+
     def processor(self) -> Any:
         """LLaVA's image processor and conversation, the language model's tokenizer with a placeholder."""
         from transformers import LlavaNextImageProcessor, LlavaNextProcessor, LlavaProcessor  # they warn of torchvision
 
-        folder, own = self.folder_of("mm_vision_tower"), (self.source / "tokenizer.model").is_file()
+        folder = self.folder_of("mm_vision_tower")
         clip, vision = CLIPImageProcessor.from_pretrained(folder), CLIPVisionConfig.from_pretrained(folder)
         tokenizer = llama_tokenizer(
-            self.source if own else self.base(), self.fields["vocab_size"], [IMAGE_TOKEN], PAD_TOKEN
+            self.tokenizer_folder(), self.fields["vocab_size"], [IMAGE_TOKEN], PAD_TOKEN
         )
         settings = {
             "patch_size": vision.patch_size,

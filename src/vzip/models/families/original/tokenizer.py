@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections.abc
 from pathlib import Path
 
+from tokenizers.normalizers import Prepend, Replace, Sequence
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from vzip.errors import CheckpointError
 
 
-def vicuna_template(system_prompt: str = "", media: Sequence[str] = ("image",)) -> str:
+def vicuna_template(system_prompt: str = "", media: collections.abc.Sequence[str] = ("image",)) -> str:
     """The conversation ``v1`` of Vicuna, with which LLaVA and its kin were trained, as a chat template.
 
     Args:
@@ -38,7 +39,7 @@ def vicuna_template(system_prompt: str = "", media: Sequence[str] = ("image",)) 
 
 
 def llama_tokenizer(
-    directory: Path, vocab_size: int, placeholders: Sequence[str], pad_token: str | None = None
+    directory: Path, vocab_size: int, placeholders: collections.abc.Sequence[str], pad_token: str | None = None
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of a language model, as LLaVA's code tokenizes around its placeholders.
 
@@ -61,9 +62,12 @@ def llama_tokenizer(
             f"{directory}: the tokenizer has {len(llama)} words, but config.json says vocab_size={vocab_size}; they"
             " must be equal. One of them is of another checkpoint."
         )
+    backend = llama.backend_tokenizer
+    backend.normalizer = Sequence([Prepend("\u2581"), Replace(" ", "\u2581")])  # a blank more where it begins with one
+    backend.pre_tokenizer = None
     llama.add_tokens([*placeholders, *([pad_token] if pad_token else [])], special_tokens=True)
     return PreTrainedTokenizerFast(
-        tokenizer_object=llama.backend_tokenizer,
+        tokenizer_object=backend,
         bos_token=llama.bos_token,
         eos_token=llama.eos_token,
         unk_token=llama.unk_token,
