@@ -171,10 +171,10 @@ def _llava_next_mistral() -> BenchModel:
     return _published("llava_next_mistral_7b", config)
 
 
-def _video_llava() -> BenchModel:
-    config = family_config("video_llava", clip_l(224), _vicuna("7b"), 32000, video_token_index=32001)
+def _video_llava(name: str, family: str) -> BenchModel:
+    config = family_config(family, clip_l(224), _vicuna("7b"), 32000, video_token_index=32001)
     note = "a frame is 257 visual tokens in vanilla, CLS among them: 2056 in 8 frames, where the paper counts 2048"
-    return _published("video_llava_7b", config, note)
+    return _published(name, config, note)
 
 
 def _mini_gemini(size: str) -> BenchModel:
@@ -251,7 +251,8 @@ SHAPES: dict[str, Callable[[], BenchModel]] = {
     "llava_next_7b": lambda: _llava_next("7b"),
     "llava_next_13b": lambda: _llava_next("13b"),
     "llava_next_mistral_7b": _llava_next_mistral,
-    "video_llava_7b": _video_llava,
+    "video_llava_7b": lambda: _video_llava("video_llava_7b", "video_llava_published"),
+    "video_llava_7b_hf": lambda: _video_llava("video_llava_7b_hf", "video_llava"),
     "mini_gemini_7b": lambda: _mini_gemini("7b"),
     "mini_gemini_13b": lambda: _mini_gemini("13b"),
     "qwen2_5_vl_3b": lambda: _qwen2_5_vl("3b"),

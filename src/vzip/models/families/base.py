@@ -211,7 +211,7 @@ class Adapter(ABC):
             raise ConfigError(
                 f"compressor={type(compressor).__name__} {acts[compressor.tower_use]}, which"
                 f" {cls.model_class.__name__} does not allow: {why}. Use another compressor, or a model of LLaVA-1.5,"
-                " LLaVA-NeXT or Video-LLaVA."
+                " LLaVA-NeXT or Video-LLaVA in Hugging Face's class."
             )
 
     @classmethod

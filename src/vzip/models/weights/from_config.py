@@ -23,12 +23,14 @@ from transformers import (
 from ..families import adapter_class_for_config
 from ..families.mini_gemini import MiniGeminiConfig
 from ..families.qwen2_5_vl.processing import Qwen2_5VlImageTextProcessor
+from ..families.video_llava.config import PublishedVideoLlavaConfig
 from ..towers.structure import geometry_from_config
 
 CONFIGS: dict[str, Any] = {
     "llava": LlavaConfig,
     "llava_next": LlavaNextConfig,
     "video_llava": VideoLlavaConfig,
+    "video_llava_published": PublishedVideoLlavaConfig,
     "mini_gemini": MiniGeminiConfig,
 }
 QWEN2_5_VL, QWEN3_VL = "qwen2_5_vl", "qwen3_vl"

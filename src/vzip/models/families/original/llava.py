@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, MistralConfig
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, MistralConfig, PreTrainedModel
 from transformers.models.clip import CLIPImageProcessor  # AutoImageProcessor of 5.17 insists on torchvision
 
 from vzip.errors import CheckpointError, UnsupportedModelError
@@ -43,6 +43,7 @@ _REQUIRED = {
     "mm_use_im_patch_token": (False, True),
     "s2": (False, False),
 }
+_CLASSES = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 # Settings of PEFT that change what B x A stands for.
 _LORA_OFF = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
@@ -252,6 +253,46 @@ def find_llava(directory: Path) -> OriginalLlava | None:
     if not is_llava or fields.get("mm_vision_tower") is None or any(fields.get(key) for key in others):
         return None
     return OriginalLlava(directory, fields)
+
+
+def projector_alone(
+    model: PreTrainedModel, projector: nn.Module, source: Path
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """What LLaVA's training writes of a projector: its tensors by LLaVA's names, and ``config.json``.
+
+    Args:
+        model: a LLaVA or LLaVA-NeXT.
+        projector: of it.
+        source: where the model was loaded from.
+
+    Returns:
+        the tensors, and the configuration, which names the language model's directory; None where ``source`` is not in
+        LLaVA's own layout.
+
+    Raises:
+        UnsupportedModelError: LLaVA's code has no such model.
+        CheckpointError: ``source`` is LoRA layers and has no language model of its own.
+    """
+    if type(model).__name__ not in _CLASSES:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: LLaVA's own code has no class for it; {PROJECTOR_NAME} can be written of"
+            f" {' and '.join(_CLASSES)}."
+        )
+    names = {"linear_1": "0", "linear_2": "2"}
+    tensors = {}
+    for name, tensor in projector.state_dict().items():
+        part, _, kind = name.partition(".")
+        tensors[f"model.mm_projector.{names[part]}.{kind}"] = tensor.detach().cpu().contiguous()
+    original = find_llava(source) if (source / "config.json").is_file() else None
+    if original is None:
+        return tensors, None
+    if original.is_lora:
+        raise CheckpointError(
+            f"{source}: its language model is LoRA layers on another, which {PROJECTOR_NAME} cannot go with. Leave"
+            " --mm-projector out, which writes the whole model."
+        )
+    base = str(original.base().resolve())
+    return tensors, {**original.fields, "_name_or_path": base, "tune_mm_mlp_adapter": True}
 
 
 def with_rows(weight: Tensor, num_rows: int) -> Tensor:
