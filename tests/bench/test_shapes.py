@@ -31,6 +31,7 @@ VICUNA_7B = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 64129 * 4096
 VICUNA_13B = 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 64129 * 5120
 # torchvision's convnext_large, 197 767 336 parameters, without its head and the norm before that.
 CONVNEXT_L = 197_767_336 - 1000 * 1537 - 2 * 1536
+TEMPORAL = 24 * (4 * 1025 * 1024 + 2 * 1024 + 8 * 1024)  # LanguageBind's 264 tensors
 MINING = (2 * 1024 + 1025 * 1024) + 2 * (2 * 2880 + 2881 * 1024)
 
 
@@ -41,7 +42,8 @@ MINING = (2 * 1024 + 1025 * 1024) + 2 * (2 * 2880 + 2881 * 1024)
         ("llava15_7b", TOWER + PROJECTOR_7B + VICUNA_7B, PROJECTOR_7B),
         ("llava15_13b", TOWER + PROJECTOR_13B + VICUNA_13B, PROJECTOR_13B),
         ("llava_next_7b", TOWER + PROJECTOR_7B + VICUNA_7B + 4096, PROJECTOR_7B),  # the newline token
-        ("video_llava_7b", 2 * TOWER_224 + PROJECTOR_7B + VICUNA_7B, PROJECTOR_7B),
+        ("video_llava_7b_hf", 2 * TOWER_224 + PROJECTOR_7B + VICUNA_7B, PROJECTOR_7B),
+        ("video_llava_7b", 2 * TOWER_224 + TEMPORAL + PROJECTOR_7B + VICUNA_7B, PROJECTOR_7B),
         (
             "mini_gemini_7b",
             TOWER + CONVNEXT_L + MINING + PROJECTOR_7B + VICUNA_7B - 2 * 64 * 4096,  # Vicuna's own 32000 words
