@@ -36,7 +36,14 @@ from vzip.models.weights.from_config import FAMILIES
 WIDTH, NUM_LAYERS, NUM_HEADS = 32, 4, 4
 PATCH_SIZE = 14
 # Pixels of a crop or frame, as in the published checkpoints.
-SIDES = {"llava": 336, "llava_next": 336, "llava_onevision": 384, "video_llava": 224, "mini_gemini": 336}
+SIDES = {
+    "llava": 336,
+    "llava_next": 336,
+    "llava_onevision": 384,
+    "video_llava": 224,
+    "video_llava_published": 224,
+    "mini_gemini": 336,
+}
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
@@ -92,6 +99,7 @@ def vision_config(side: int, kind: Any = CLIPVisionConfig) -> Any:
 
 def family_config(family: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The configuration of a family's small model, for a tokenizer with its placeholders."""
+    of_video = {"video_token_index": tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)}
     of_family: dict[str, dict[str, Any]] = {
         "llava": {},
         "llava_next": {"image_grid_pinpoints": fresh.pinpoints(SIDES["llava_next"])},
@@ -100,7 +108,8 @@ def family_config(family: str, tokenizer: PreTrainedTokenizerBase) -> Any:
             "select_layer": -1,
             "select_strategy": "full",
         },
-        "video_llava": {"video_token_index": tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)},
+        "video_llava": of_video,
+        "video_llava_published": of_video,
         "mini_gemini": {
             "high_res_config": ConvNextConfig(hidden_sizes=[4, 8, 16, 32], depths=[1, 1, 1, 1]),
             "high_res_image_size": 768,

@@ -35,6 +35,7 @@ CONVNEXT_L = 197_767_336 - 1000 * 1537 - 2 * 1536
 SIGLIP = 26 * (4 * 1152**2 + 2 * 1152 * 4304 + 9 * 1152 + 4304) + (588 + 1 + 729 + 2) * 1152
 PROJECTOR_ONEVISION = 1152 * 3584 + 3584**2 + 2 * 3584
 QWEN2_7B = 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944 + 3584 + 2 * 512 + 2 * 3584) + (2 * 152128 + 1) * 3584
+TEMPORAL = 24 * (4 * 1025 * 1024 + 2 * 1024 + 8 * 1024)  # LanguageBind's 264 tensors
 MINING = (2 * 1024 + 1025 * 1024) + 2 * (2 * 2880 + 2881 * 1024)
 
 
@@ -45,7 +46,8 @@ MINING = (2 * 1024 + 1025 * 1024) + 2 * (2 * 2880 + 2881 * 1024)
         ("llava15_7b", TOWER + PROJECTOR_7B + VICUNA_7B, PROJECTOR_7B),
         ("llava15_13b", TOWER + PROJECTOR_13B + VICUNA_13B, PROJECTOR_13B),
         ("llava_next_7b", TOWER + PROJECTOR_7B + VICUNA_7B + 4096, PROJECTOR_7B),  # the newline token
-        ("video_llava_7b", 2 * TOWER_224 + PROJECTOR_7B + VICUNA_7B, PROJECTOR_7B),
+        ("video_llava_7b_hf", 2 * TOWER_224 + PROJECTOR_7B + VICUNA_7B, PROJECTOR_7B),
+        ("video_llava_7b", 2 * TOWER_224 + TEMPORAL + PROJECTOR_7B + VICUNA_7B, PROJECTOR_7B),
         ("llava_onevision_7b", SIGLIP + PROJECTOR_ONEVISION + QWEN2_7B + 3584, PROJECTOR_ONEVISION),
         (
             "mini_gemini_7b",

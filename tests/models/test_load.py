@@ -21,7 +21,7 @@ import vzip
 from vzip.errors import CheckpointError, ConfigError, MissingPackageError, UnsupportedModelError, VzipError
 from vzip.models import load
 from vzip.models.environment import refuse_broken_packages
-from vzip.models.families.mini_gemini.tensors import CHECKPOINT_FILES, weight_files
+from vzip.models.families.original.tensors import CHECKPOINT_FILES, weight_files
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)

@@ -29,8 +29,10 @@ import vzip
 from vzip.errors import CheckpointError, ConfigError, UnsupportedModelError
 from vzip.models import hub
 from vzip.models.families.mini_gemini import MiniGeminiForConditionalGeneration
-from vzip.models.families.mini_gemini.names import UnexpectedName, rename_checkpoint, rename_clip, rename_openclip
-from vzip.models.families.mini_gemini.published import HUB_IDS, HUB_REVISIONS, find_published
+from vzip.models.families.mini_gemini.names import rename_checkpoint, rename_openclip
+from vzip.models.families.mini_gemini.published import find_published
+from vzip.models.families.original.checkpoint import HUB_IDS, HUB_REVISIONS
+from vzip.models.families.original.names import UnexpectedName, rename_clip
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 

@@ -185,10 +185,10 @@ def _llava_next_mistral() -> BenchModel:
     return _published("llava_next_mistral_7b", config)
 
 
-def _video_llava() -> BenchModel:
-    config = family_config("video_llava", clip_l(224), _vicuna("7b"), 32000, video_token_index=32001)
+def _video_llava(name: str, family: str) -> BenchModel:
+    config = family_config(family, clip_l(224), _vicuna("7b"), 32000, video_token_index=32001)
     note = "a frame is 257 visual tokens in vanilla, CLS among them: 2056 in 8 frames, where the paper counts 2048"
-    return _published("video_llava_7b", config, note)
+    return _published(name, config, note)
 
 
 def _onevision(size: str) -> PretrainedConfig:
@@ -323,7 +323,8 @@ SHAPES: dict[str, Callable[[], BenchModel]] = {
     "llava_next_7b": lambda: _llava_next("7b"),
     "llava_next_13b": lambda: _llava_next("13b"),
     "llava_next_mistral_7b": _llava_next_mistral,
-    "video_llava_7b": _video_llava,
+    "video_llava_7b": lambda: _video_llava("video_llava_7b", "video_llava_published"),
+    "video_llava_7b_hf": lambda: _video_llava("video_llava_7b_hf", "video_llava"),
     "llava_onevision_0_5b": lambda: _llava_onevision("0.5b"),
     "llava_onevision_7b": lambda: _llava_onevision("7b"),
     "llava_video_7b": _llava_video,

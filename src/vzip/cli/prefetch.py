@@ -332,8 +332,8 @@ def _needed(files: Mapping[str, int | None] | None) -> dict[str, int | None] | N
 
 
 def _towers(name: str, revision: str | None, files: Mapping[str, Any] | None, hub: Hub) -> Iterator[Checkpoint]:
-    """Mini-Gemini's vision towers, which its ``config.json`` names by folders of the machine it was trained on."""
-    from vzip.models.families.mini_gemini.published import HUB_IDS, HUB_REVISIONS
+    """What a checkpoint in its authors' layout needs beside it: vision towers, which its ``config.json`` names."""
+    from vzip.models.families.original.checkpoint import HUB_REVISIONS, tower_hub_id
 
     if not files or "config.json" not in files:
         return
@@ -344,10 +344,10 @@ def _towers(name: str, revision: str | None, files: Mapping[str, Any] | None, hu
         fields = dict(read_json(path))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{name}: its config.json cannot be read ({error}).") from error
-    for key in ("mm_vision_tower", "mm_vision_tower_aux"):
-        hub_id = HUB_IDS.get(Path(str(fields.get(key))).name)
+    for key in ("mm_vision_tower", "mm_vision_tower_aux", "mm_image_tower", "mm_video_tower"):
+        hub_id = tower_hub_id(str(fields.get(key)))
         if hub_id is not None:
-            commit = HUB_REVISIONS[hub_id]
+            commit = HUB_REVISIONS.get(hub_id)
             yield Checkpoint(hub_id, commit, _needed(hub.files("model", hub_id, commit)))
 
 

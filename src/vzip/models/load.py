@@ -20,9 +20,8 @@ from vzip.paths import expanded, is_file, is_folder, shown
 from vzip.pruners.base import Pruner
 
 from .environment import refuse_broken_packages
-from .families import Adapter, FamilyOptions, adapter_class_for_config
+from .families import Adapter, FamilyOptions, adapter_class_for_config, original_checkpoint
 from .families.finite import damaged_weights
-from .families.mini_gemini.published import find_published
 from .families.options import Positions
 from .hub import READ_ERRORS, Checkpoint, is_hub_id, shards_of
 from .vlm import CompressedVlm
@@ -126,7 +125,8 @@ def load_vlm(
         check_peft_checkpoint(adapter_path)
     if projector is not None:
         read_header(projector)
-    _check_weight_files(checkpoint.fetch_weights())
+    if checkpoint.fetch_weights() and original_checkpoint(directory) is None:
+        _check_weight_files(directory)
 
     settings: dict[str, Any] = {
         "dtype": DTYPES[dtype],
@@ -172,7 +172,7 @@ def check_takes_videos(name_or_path: str | Path, revision: str | None = None) ->
 
 
 def read_config(directory: Path) -> Any:
-    """The configuration of a checkpoint, in Hugging Face's layout or in Mini-Gemini's own.
+    """The configuration of a checkpoint, in Hugging Face's layout or in its authors'.
 
     Raises:
         CheckpointError: it cannot be read, or wants code of its own to be run, which is never done.
@@ -184,8 +184,8 @@ def _read_config(directory: Path) -> Any:
     path = directory / "config.json"
     if not isinstance(read_json(path), dict):
         raise ValueError(f"{path.name} must hold an object")
-    published = find_published(directory)
-    return AutoConfig.from_pretrained(directory, trust_remote_code=False) if published is None else published.config()
+    original = original_checkpoint(directory)
+    return AutoConfig.from_pretrained(directory, trust_remote_code=False) if original is None else original.config()
 
 
 def resolve_checkpoint(name_or_path: str | Path) -> Path | str:
@@ -308,7 +308,9 @@ def check_complete(source: Path | str, report: dict[str, Any], not_wanted: str =
 def _load_processor(adapter_class: type[Adapter], directory: Path) -> ProcessorMixin | None:
     """The checkpoint's processor; None for a directory that holds none of its files."""
     files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
-    if not any((directory / name).is_file() for name in files):
+    original = adapter_class.original(directory)
+    folder = directory if original is None else original.tokenizer_folder()
+    if not any((folder / name).is_file() for name in (*files, "tokenizer.model")):
         _LOG.warning("%s holds no processor; the model takes tensors only.", directory)
         return None
     return reach(directory, lambda: adapter_class.load_processor(directory))

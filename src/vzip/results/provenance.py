@@ -135,7 +135,9 @@ def weights_sha256(name_or_path: str) -> str | None:
     Above 256 MiB it is None too: reading many GiB for a record takes minutes.
     """
     folder = Path(name_or_path)
-    files = sorted(folder.glob("*.safetensors")) if name_or_path and folder.is_dir() else []
+    if not name_or_path or not folder.is_dir():
+        return None
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files or sum(file.stat().st_size for file in files) > 256 * 2**20:
         return None
     return hashlib.sha256("".join(_sha256(file) for file in files).encode()).hexdigest()

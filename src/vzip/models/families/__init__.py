@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,16 +16,18 @@ from .llava_next.adapter import LlavaNextAdapter
 from .llava_onevision.adapter import LlavaOnevisionAdapter
 from .mini_gemini.adapter import MiniGeminiAdapter
 from .options import FamilyOptions
+from .original.checkpoint import OriginalCheckpoint
 from .qwen2_5_vl.adapter import Qwen2_5VlAdapter
 from .qwen3_vl.adapter import Qwen3VlAdapter
-from .video_llava.adapter import VideoLlavaAdapter
+from .video_llava.adapter import PublishedVideoLlavaAdapter, VideoLlavaAdapter
 
-# Subclasses before their base: a Mini-Gemini model is a LLaVA model to isinstance.
+# Subclasses before their base: a Mini-Gemini model is a LLaVA model to isinstance, a published Video-LLaVA a stock one.
 ADAPTERS: tuple[type[Adapter], ...] = (
     MiniGeminiAdapter,
     LlavaAdapter,
     LlavaNextAdapter,
     LlavaOnevisionAdapter,
+    PublishedVideoLlavaAdapter,
     VideoLlavaAdapter,
     Qwen2_5VlAdapter,
     Qwen3VlAdapter,
@@ -44,12 +47,14 @@ __all__ = [
     "LlavaNextAdapter",
     "LlavaOnevisionAdapter",
     "MiniGeminiAdapter",
+    "PublishedVideoLlavaAdapter",
     "Qwen2_5VlAdapter",
     "Qwen3VlAdapter",
     "VideoLlavaAdapter",
     "VisualInputs",
     "adapter_class_for_config",
     "adapter_for_model",
+    "original_checkpoint",
 ]
 
 
@@ -59,6 +64,16 @@ def _unsupported(name: str) -> UnsupportedModelError:
         f"Model class {name} has no adapter{nearest(name, names)}; supported are {', '.join(names)}. A new family is a"
         " folder in vzip/models/families."
     )
+
+
+def original_checkpoint(directory: Path) -> OriginalCheckpoint | None:
+    """The checkpoint if it is in its authors' layout, None where it is in Hugging Face's.
+
+    Raises:
+        ValueError: its config.json cannot be read.
+    """
+    found = (adapter.original(directory) for adapter in ADAPTERS)
+    return next((original for original in found if original is not None), None)
 
 
 def adapter_for_model(model: nn.Module, options: FamilyOptions | None = None) -> Adapter:

@@ -32,6 +32,7 @@ from ..towers.structure import Tower, TowerGeometry
 from ..towers.text import TextEncoder, check_text_encoder
 from .decoder import LlamaDecoder
 from .options import FamilyOptions, check_fit
+from .original.checkpoint import OriginalCheckpoint
 from .places import VisualTokens
 from .questions import beside, check_questions, missing_questions, need_tokenizer, read_text
 
@@ -253,7 +254,7 @@ class Adapter(ABC):
             raise ConfigError(
                 f"compressor={type(compressor).__name__} {acts[compressor.tower_use]}, which"
                 f" {cls.model_class.__name__} does not allow: {why}. Use another compressor, or a model of LLaVA-1.5,"
-                " LLaVA-NeXT or Video-LLaVA."
+                " LLaVA-NeXT or Video-LLaVA in Hugging Face's class."
             )
 
     @classmethod
@@ -297,13 +298,29 @@ class Adapter(ABC):
         )
 
     @classmethod
+    def original(cls, directory: Path) -> OriginalCheckpoint | None:
+        """A checkpoint of this family that is in its authors' layout; None for any other."""
+        return None
+
+    @classmethod
     def load_model(cls, directory: Path, config: Any, **settings: Any) -> Any:
-        """What ``from_pretrained`` of the Hugging Face class returns for these settings; raises what it raises."""
+        """What ``from_pretrained`` of the Hugging Face class returns for these settings; raises what it raises.
+
+        Of an authors' layout: CheckpointError for tensors that differ from what ``config`` describes.
+        """
+        if (original := cls.original(directory)) is not None:
+            return original.load(cls.model_class, config, **settings)
         return cls.model_class.from_pretrained(directory, config=config, trust_remote_code=False, **settings)
 
     @classmethod
     def load_processor(cls, directory: Path) -> Any:
-        """The checkpoint's Hugging Face processor; raises what Hugging Face raises."""
+        """The checkpoint's processor; raises what Hugging Face raises."""
+        original = cls.original(directory)
+        return cls.hf_processor(directory) if original is None else original.processor()
+
+    @classmethod
+    def hf_processor(cls, directory: Path) -> Any:
+        """The processor of a checkpoint in Hugging Face's layout."""
         return AutoProcessor.from_pretrained(directory, trust_remote_code=False)
 
     @staticmethod

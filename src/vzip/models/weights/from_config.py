@@ -26,6 +26,7 @@ from ..families import adapter_class_for_config
 from ..families.internvl.processing import InternVlImageTextProcessor
 from ..families.mini_gemini import MiniGeminiConfig
 from ..families.qwen2_5_vl.processing import Qwen2_5VlImageTextProcessor
+from ..families.video_llava.config import PublishedVideoLlavaConfig
 from ..towers.structure import geometry_from_config
 
 CONFIGS: dict[str, Any] = {
@@ -33,6 +34,7 @@ CONFIGS: dict[str, Any] = {
     "llava_next": LlavaNextConfig,
     "llava_onevision": LlavaOnevisionConfig,
     "video_llava": VideoLlavaConfig,
+    "video_llava_published": PublishedVideoLlavaConfig,
     "mini_gemini": MiniGeminiConfig,
 }
 QWEN2_5_VL, QWEN3_VL, INTERNVL = "qwen2_5_vl", "qwen3_vl", "internvl"

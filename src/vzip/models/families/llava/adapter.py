@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
@@ -11,12 +12,19 @@ from vzip.compressors.vision import VisionShape
 
 from ..base import VisualInputs, check_pixel_values
 from ..llava_base import LlavaBase
+from ..original.checkpoint import OriginalCheckpoint
+from ..original.llava import find_llava
 
 
 class LlavaAdapter(LlavaBase):
     """One crop an image."""
 
     model_class = LlavaForConditionalGeneration
+
+    @classmethod
+    def original(cls, directory: Path) -> OriginalCheckpoint | None:
+        found = find_llava(directory)
+        return None if found is None or found.has_tiles else found
 
     def image_shapes(self, tensors: Mapping[str, Tensor]) -> list[VisionShape]:
         pixel_values = tensors.get("pixel_values")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,8 @@ from ...devices import fetch_parameter
 from ...towers.structure import TowerGeometry
 from ..base import VisualInputs, check_pixel_values
 from ..llava_base import LlavaBase
+from ..original.checkpoint import OriginalCheckpoint
+from ..original.llava import find_llava
 
 Grid = tuple[int, int]
 
@@ -49,6 +52,11 @@ class LlavaNextAdapter(LlavaBase):
     model_class = LlavaNextForConditionalGeneration
     input_names: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "tile_grids")
     has_tiles = True
+
+    @classmethod
+    def original(cls, directory: Path) -> OriginalCheckpoint | None:
+        found = find_llava(directory)
+        return found if found is not None and found.has_tiles else None
 
     @classmethod
     def check_config(cls, config: Any) -> TowerGeometry:

@@ -45,7 +45,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     model_class = LlavaOnevisionForConditionalGeneration
     input_names = ("pixel_values", "image_sizes", "tile_grids", "batch_num_images", "pixel_values_videos")
     has_video = True
-    default_num_frames = DEFAULT_NUM_FRAMES
+    default_num_frames: ClassVar[int] = DEFAULT_NUM_FRAMES
     cannot_use: ClassVar[Mapping[str, str]] = {
         "pruned": "its vision tower (SigLIP) has no CLS token, whose attention says what to drop"
     }

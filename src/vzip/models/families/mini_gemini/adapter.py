@@ -21,6 +21,7 @@ from vzip.errors import PromptError, UnsupportedModelError
 from ...towers.structure import TowerGeometry
 from ..base import Stage, TowerRun, VisualInputs, no_stage
 from ..llava.adapter import LlavaAdapter
+from ..original.checkpoint import OriginalCheckpoint
 from . import MiniGeminiForConditionalGeneration
 from .published import find_published
 
@@ -51,17 +52,8 @@ class MiniGeminiAdapter(LlavaAdapter):
         return geometry
 
     @classmethod
-    def load_model(cls, directory: Path, config: Any, **settings: Any) -> Any:
-        """From Hugging Face's layout, or from the published one; raises CheckpointError for tensors that differ."""
-        published = find_published(directory)
-        if published is None:
-            return super().load_model(directory, config, **settings)
-        return published.load(config, **settings)
-
-    @classmethod
-    def load_processor(cls, directory: Path) -> Any:
-        published = find_published(directory)
-        return super().load_processor(directory) if published is None else published.processor()
+    def original(cls, directory: Path) -> OriginalCheckpoint | None:
+        return find_published(directory)
 
     def check_pixels(self, pixel_values: Tensor) -> None:
         super().check_pixels(pixel_values)

@@ -17,13 +17,19 @@ from torch import Tensor, nn
 from transformers import LlavaProcessor, VideoLlavaForConditionalGeneration
 
 from vzip.compressors.vision import Signal, VisionOutput, VisionShape
-from vzip.errors import PromptError
-from vzip.media.images import Preprocess
-from vzip.media.video import DEFAULT_NUM_FRAMES, VideoSource, prepare_videos
+from vzip.errors import ConfigError, PromptError
+from vzip.media.images import Preprocess, load_image
+from vzip.media.video import DEFAULT_NUM_FRAMES, VideoSource, load_video, prepare_videos
 
 from ...towers.structure import Tower, find_tower
 from ..base import Stage, TowerRun, VisualInputs, no_stage
 from ..llava.adapter import LlavaAdapter
+from ..options import FamilyOptions
+from ..original.checkpoint import OriginalCheckpoint
+from .modeling import PublishedVideoLlavaForConditionalGeneration
+from .pixels import frame_pixels, image_pixels
+from .published import find_published
+from .tower import CLIP_FRAMES
 
 _LAYOUT = "[videos, frames, 3, height, width]"
 
@@ -35,7 +41,7 @@ class VideoLlavaAdapter(LlavaAdapter):
     input_names = ("pixel_values", "pixel_values_images", "pixel_values_videos")
     has_video = True
     learns_videos = True
-    default_num_frames = DEFAULT_NUM_FRAMES
+    default_num_frames: ClassVar[int] = DEFAULT_NUM_FRAMES
     # All rows of the tower: Hugging Face's class cuts CLS off images only, whatever its select strategy.
     frame_offset: ClassVar[int] = 0
 
@@ -54,7 +60,11 @@ class VideoLlavaAdapter(LlavaAdapter):
         return self.model.get_submodule("model.video_tower")
 
     @classmethod
-    def load_processor(cls, directory: Path) -> Any:
+    def original(cls, directory: Path) -> OriginalCheckpoint | None:
+        return None  # its authors' has a video tower that this class lacks
+
+    @classmethod
+    def hf_processor(cls, directory: Path) -> Any:
         """Tokenizer, image processor and chat template.
 
         Hugging Face's ``VideoLlavaProcessor`` cannot be made without torchvision, for its video processor. Frames go
@@ -114,3 +124,48 @@ class VideoLlavaAdapter(LlavaAdapter):
 
     def video_pixels(self, visual: VisualInputs) -> Tensor:
         return visual.tensors["pixel_values_videos"].flatten(0, 1)
+
+
+class PublishedVideoLlavaAdapter(VideoLlavaAdapter):
+    """Its authors' model, whose video tower joins the frames of a clip; images and frames as their scripts make them."""
+
+    model_class = PublishedVideoLlavaForConditionalGeneration
+    cannot_use: ClassVar[Mapping[str, str]] = {"pruned": "each patch attends to its own place in the other frames"}
+
+    @classmethod
+    def original(cls, directory: Path) -> OriginalCheckpoint | None:
+        return find_published(directory)
+
+    @classmethod
+    def check_options(cls, options: FamilyOptions, num_frames: int | None = None) -> None:
+        super().check_options(options, num_frames)
+        if num_frames is not None and num_frames % CLIP_FRAMES:
+            raise ConfigError(
+                f"model.num_frames={num_frames}: the video tower of Video-LLaVA as published sees clips of"
+                f" {CLIP_FRAMES} frames, so it must be a multiple of {CLIP_FRAMES}. Hugging Face's class takes any"
+                " (model=video_llava_7b_hf)."
+            )
+
+    def prepare_images(
+        self, images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess
+    ) -> dict[str, Tensor]:
+        if preprocess == "hf":
+            return super().prepare_images(images, image_processor, preprocess)
+        return {"pixel_values": image_pixels([load_image(image) for image in images], image_processor)}
+
+    def prepare_videos(
+        self, videos: Sequence[VideoSource], processor: Any, num_frames: int | None
+    ) -> dict[str, Tensor]:
+        num_frames = self.default_num_frames if num_frames is None else num_frames
+        made = [frame_pixels(load_video(video, num_frames), processor.image_processor) for video in videos]
+        return {"pixel_values_videos": torch.stack(made)}
+
+    def video_shapes(self, tensors: Mapping[str, Tensor]) -> list[VisionShape]:
+        shapes = super().video_shapes(tensors)
+        if shapes and shapes[0].num_crops % CLIP_FRAMES:
+            raise PromptError(
+                f"pixel_values_videos has {shapes[0].num_crops} frames a video: the video tower sees clips of"
+                f" {CLIP_FRAMES}, so it must be a multiple of {CLIP_FRAMES}. preprocess_videos takes as many of a file"
+                " as num_frames says."
+            )
+        return shapes

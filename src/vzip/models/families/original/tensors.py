@@ -21,11 +21,6 @@ CHECKPOINT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-OPENCLIP_FILES = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-)
 
 
 def weight_files(directory: Path, names: Sequence[str]) -> list[Path]:
@@ -49,8 +44,13 @@ def weight_files(directory: Path, names: Sequence[str]) -> list[Path]:
     return [directory / name for name in shards]
 
 
-def renamed_tensors(files: Sequence[Path], rename: Callable[[str], str | None]) -> dict[str, Tensor]:
+def renamed_tensors(files: Sequence[Path], rename: Callable[[str], str | None], family: str) -> dict[str, Tensor]:
     """All tensors of the files under their new names, without those that ``rename`` gives no name.
+
+    Args:
+        files: from ``weight_files``.
+        rename: raises UnexpectedName for a tensor that has no place.
+        family: for messages.
 
     Raises:
         CheckpointError: tensors that ``rename`` does not know, all of them named.
@@ -68,7 +68,7 @@ def renamed_tensors(files: Sequence[Path], rename: Callable[[str], str | None]) 
                 tensors[new_name] = tensor
     if unexpected:
         raise CheckpointError(
-            f"{files[0].parent}: {len(unexpected)} tensors belong to no part of Mini-Gemini"
+            f"{files[0].parent}: {len(unexpected)} tensors belong to no part of {family}"
             f" ({', '.join(unexpected[:4])}{', ...' if len(unexpected) > 4 else ''}). The checkpoint is of another"
             " architecture."
         )
