@@ -202,6 +202,7 @@ def check_without_loading(plan: EvaluationPlan) -> None:
     """
     from vzip.demo.benchmark import TASK_NAMES
     from vzip.evaluation.benchmarks import video_qa
+    from vzip.evaluation.benchmarks.catalog import check_packages
     from vzip.evaluation.benchmarks.question_groups import check_limit
     from vzip.evaluation.lmms_eval.harness import check_lmms_eval
     from vzip.evaluation.run import check_run_dir
@@ -211,6 +212,7 @@ def check_without_loading(plan: EvaluationPlan) -> None:
     evaluation = plan.evaluation
     check_run_dir(evaluation["run_dir"], overwrite=evaluation["overwrite"] or plan.finished is not None)
     check_lmms_eval()
+    check_packages(evaluation["tasks"])
     if evaluation["trackers"]:
         check_wandb("eval.trackers")
     folder = evaluation["include_path"]

@@ -64,13 +64,13 @@ _HALLUCINATION = {
         cluster="filename",
         verdicts=answer_hits,
     ),
-    "coco_cap_chair": Protocol(
-        "coco_cap_recall",
+    "coco_chair_captions": Protocol(
+        "chair_objects_there",
         "percent",
         None,
-        "CHAIR: coco_cap_chair_i and coco_cap_chair_s are shares of objects and captions that are hallucinated, so less"
-        " is better; recall, the share of the objects that are named, stands in for the score where more must be better."
-        " Captions of up to 2048 tokens: limit them alike (eval.gen_kwargs.max_new_tokens) where methods are compared",
+        "CHAIR_i, the share of the objects named that are hallucinated, from 100, so that more is better;"
+        " coco_cap_chair_i and coco_cap_chair_s (captions with such an object) beside it are CHAIR's own, where less is."
+        " Longer captions hallucinate more: up to 2048 tokens here, as in lmms-eval",
         split="test",
         prompt="Please describe this image in detail.",
         packages=("nltk",),
