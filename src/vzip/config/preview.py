@@ -14,8 +14,9 @@ from vzip.config.build import EvaluationPlan
 from vzip.config.options import config_dir
 from vzip.config.run_directory import methods_label
 from vzip.config.validate import BUILT_IN, VIDEO
-from vzip.errors import VzipError
+from vzip.errors import UnsupportedModelError, VzipError
 from vzip.evaluation.benchmarks.judged import JUDGED_TASKS
+from vzip.evaluation.benchmarks.protocols import protocol_of
 from vzip.evaluation.benchmarks.question_counts import known_counts, num_questions
 from vzip.results.record import RECORD_NAME
 
@@ -148,6 +149,13 @@ def _check_family(plan: EvaluationPlan, config: Any) -> None:
     family.check_positions(options, model["attn_implementation"])
     family.check_settings(config, plan.compressor, options, model["num_frames"])
     family.check_preprocess(model["preprocess"])
+    about_videos = [task for task in plan.evaluation["tasks"] if (found := protocol_of(task)) and found.video]
+    if about_videos and not family.has_video:
+        raise UnsupportedModelError(
+            f"model={plan.evaluation['resolved_config']['model']['name']} takes no videos as files, and"
+            f" {', '.join(about_videos[:3])}{' and others' if len(about_videos) > 3 else ''} of eval.tasks ask about"
+            " videos. Choose model=video_llava_7b, or benchmarks of images (python -m vzip list eval)."
+        )
 
 
 def pruned(plan: EvaluationPlan) -> str:

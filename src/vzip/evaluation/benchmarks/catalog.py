@@ -170,6 +170,16 @@ def task_config(manager: TaskManager, name: str) -> dict[str, Any]:
     return load_yaml_config(entry["yaml_path"], mode="full")
 
 
+def shown_file(path: str | Path) -> str:
+    """A task's file as a record names it: what it belongs to, and its place there."""
+    from lmms_eval import tasks
+
+    for whose, folder in (("vzip", OWN_TASKS), ("lmms-eval", Path(tasks.__file__).parent)):
+        if Path(path).is_relative_to(folder):
+            return f"{whose}: {Path(path).relative_to(folder).as_posix()}"
+    return Path(path).name
+
+
 def _check_generative(manager: TaskManager, tasks: Sequence[str]) -> None:
     for name in tasks:
         output_type = task_config(manager, name).get("output_type", "generate_until")
