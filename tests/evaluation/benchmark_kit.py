@@ -37,8 +37,7 @@ class Outcome:
 
 def task_file(task: str) -> Path:
     """vzip's file of a task, or lmms-eval's."""
-    ours = OWN_TASKS / "image" / f"{task}.yaml"
-    return ours if ours.is_file() else next(INSTALLED.glob(f"*/{task}.yaml"))
+    return [*OWN_TASKS.glob(f"*/{task}.yaml"), *INSTALLED.glob(f"*/{task}.yaml")][0]
 
 
 @dataclass

@@ -30,6 +30,8 @@ _JUDGED_BY_LMMS_EVAL = {
         "mathvista_rules",
     ),
 }
+# Their files cannot be read without packages that decode videos or subtitles, which vzip does by itself -> what to run instead.
+_DECODED_BY_LMMS_EVAL = {"videomme": "videomme_frames", "longvideobench_val_v": "longvideobench_frames"}
 # What lmms-eval reads captions with, by package: name and place among its data.
 _LANGUAGE_DATA = {
     "nltk": {
@@ -63,6 +65,11 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> TaskMan
                 f"task {name}: lmms-eval asks a judge model while it scores, needs its key for that, and gives a score"
                 f" even where the call failed. Use eval.tasks=[{_JUDGED_BY_LMMS_EVAL[name]}]; open answers are scored"
                 " after the run by python -m vzip judge RUN_DIR, which asks again and names what is missing."
+            )
+        if name in _DECODED_BY_LMMS_EVAL:
+            raise UnsupportedModelError(
+                f"task {name}: lmms-eval's file of it needs a package to decode videos with, which vzip does by itself. Use"
+                f" eval.tasks=[{_DECODED_BY_LMMS_EVAL[name]}], the same questions with the same scores."
             )
     check_packages(tasks)
     ours = set(_manager(str(OWN_TASKS)).all_tasks)
