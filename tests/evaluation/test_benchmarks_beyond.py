@@ -17,7 +17,13 @@ from vzip.results.score_units import units_of
 
 def test_infovqa_counts_letters_by_image(benchmarks, make_image):
     questions = [
-        {"questionId": str(i), "question": f"q{i}?", "answers": ["42 percent"], "image_url": url, "image": make_image(0)}
+        {
+            "questionId": str(i),
+            "question": f"q{i}?",
+            "answers": ["42 percent"],
+            "image_url": url,
+            "image": make_image(0),
+        }
         for i, url in enumerate(["a", "a", "b"])
     ]
     done = benchmarks.run("infovqa_val", questions, {"q0": "42 percent", "q1": "42 percen", "q2": "no"})
@@ -33,21 +39,29 @@ def test_refcocos_sentences_are_questions_of_their_own(benchmarks, make_image):
         {"question_id": "1", "answer": ["the sky"], "bbox": [0.0, 0.0, 60.0, 20.0], **shared},
     ]
     boxes = {"left dog": "[0.1, 0.1, 0.6, 0.6]", "big dog": "At [0.1, 0.1, 0.6, 0.3].", "the sky": "above"}
-    done = benchmarks.run("refcoco_bbox_rec_val", questions, boxes)
+    done = benchmarks.run("refcoco_bbox_rec_val", questions, boxes, member="group")
     entries = [row["scores"]["refcoco_ACC@0.5"] for row in done.rows]
     assert [entry["hit"] for entry in entries] == [1, 0, 0]
     assert done.value("refcoco_ACC@0.5") == utils_rec.refcoco_bbox_rec_acc05(entries) == pytest.approx(1 / 3)
     assert done.value("refcoco_IoU") == pytest.approx((1 + 0.4 + 0) / 3)
     assert [row["cluster"] for row in done.rows] == ["0", "0", "1"]
     assert done.error("refcoco_ACC@0.5")[1] == "clustered"
-    assert done.entry["protocol"]["task_file"].endswith(".yaml") and "between 0 and 1" in done.entry["protocol"]["prompt"]
+    assert (
+        done.entry["protocol"]["task_file"].endswith(".yaml") and "between 0 and 1" in done.entry["protocol"]["prompt"]
+    )
     assert done.entry["protocol"]["generation"]["max_new_tokens"] == 128
 
 
 def test_boxes_in_pixels_or_thousandths(benchmarks, make_image):
     image = make_image(0)
     questions = [
-        {"question_id": str(i), "question": "?", "answer": [f"thing{i}"], "bbox": [6.0, 4.0, 30.0, 20.0], "image": image}
+        {
+            "question_id": str(i),
+            "question": "?",
+            "answer": [f"thing{i}"],
+            "bbox": [6.0, 4.0, 30.0, 20.0],
+            "image": image,
+        }
         for i in range(3)
     ]
     said = {
@@ -62,7 +76,12 @@ def test_boxes_in_pixels_or_thousandths(benchmarks, make_image):
 
 
 def test_hallusion_bench_by_rules(benchmarks, make_image):
-    truth = [("1", "0", "0", "1", "Yes, it is."), ("1", "1", "0", "0", "no"), ("2", "0", "1", "0", "Yes"), ("2", "1", "1", "1", "yes")]
+    truth = [
+        ("1", "0", "0", "1", "Yes, it is."),
+        ("1", "1", "0", "0", "no"),
+        ("2", "0", "1", "0", "Yes"),
+        ("2", "1", "1", "1", "yes"),
+    ]
     questions = [
         {"category": "VD", "subcategory": "chart", "set_id": "0", "figure_id": figure, "question_id": number}
         | {"gt_answer": answer, "gt_answer_details": "d", "filename": f"{figure}.png", "question": f"q{i}?"}
@@ -123,7 +142,9 @@ def test_chair_is_lmms_evals(monkeypatch):
         {"answer": there, "pred": named, "image_id": i} for i, (there, named) in enumerate(CAPTIONS)
     ]
     assert chair.objects_there(entries) == 100 - utils.coco_cap_chair_aggregate_results_chair_i(entries) == 75
-    found = units_of("chair_objects_there", [{"doc_id": i, "scores": {"chair_objects_there": e}} for i, e in enumerate(entries)])
+    found = units_of(
+        "chair_objects_there", [{"doc_id": i, "scores": {"chair_objects_there": e}} for i, e in enumerate(entries)]
+    )
     assert found is not None and found.score == 75
     assert chair.objects_there(entries[2:]) == 0, "captions that name nothing"
 

@@ -93,7 +93,9 @@ def build_record(
         of_task = [row for row in rows if row["task"] == name]
         config = task_config(manager, name) if name in manager.all_tasks else {}
         tasks[name] = _task_entry(name, result, of_task, config)
-        tasks[name]["protocol"] = _protocol_entry(name, manager, output["configs"].get(name) or config, run["gen_kwargs"])
+        tasks[name]["protocol"] = _protocol_entry(
+            name, manager, output["configs"].get(name) or config, run["gen_kwargs"]
+        )
         if name in lm.task_dict:
             data[name] = provenance.data_of(config or output["configs"][name], lm.task_dict[name], of_task)
 

@@ -90,6 +90,7 @@ _REASONING = {
         "exact_match",
         "fraction",
         None,
+        "an option's text without its letter counts as wrong",
         split="test",
         prompt=_LETTER,
     ),

@@ -26,7 +26,10 @@ _JUDGED_BY_LMMS_EVAL = {
     "mmbench_en_dev": "mmbench_en_dev_static",
     "hallusion_bench_image": "hallusion_bench_rules",
     **dict.fromkeys(
-        (f"mathvista{part}" for part in ("", "_testmini", *(f"_testmini_{way}" for way in ("cot", "format", "solution")))),
+        (
+            f"mathvista{part}"
+            for part in ("", "_testmini", *(f"_testmini_{way}" for way in ("cot", "format", "solution")))
+        ),
         "mathvista_rules",
     ),
 }
