@@ -190,6 +190,23 @@ def test_a_recipe_is_valid(recipe: str) -> None:
     assert config["recipe"] == recipe
 
 
+@pytest.mark.parametrize("option", ["ocr", "grounding", "hallucination", "reasoning"])
+def test_every_recipe_can_be_asked_what_breaks_first(option: str) -> None:
+    chosen = composed("+exp=llava15_7b_64tok", f"eval={option}")["eval"]
+    assert chosen["name"] == option, "the command line wins over the recipe"
+    for recipe in RECIPES:
+        config = composed(f"+exp={recipe}")
+        assert find_problems({**config, "eval": chosen}) == [], recipe
+
+
+def test_longer_video_costs_the_language_model_as_much() -> None:
+    short, long = (composed(f"+exp=video_llava_7b_choice_{frames}frames") for frames in (8, 64))
+    assert short["eval"] == long["eval"] and short["eval"]["name"] == "video_choice"
+    assert (short["model"]["num_frames"], long["model"]["num_frames"]) == (8, 64)
+    kept = long["budget"]["num_dominant"] + long["budget"]["num_contextual"]
+    assert 0 <= 8 * short["model"]["num_tower_tokens"] - 64 * kept <= 8
+
+
 @pytest.mark.parametrize("recipe", ["tiny_64tok", "llava_next_13b_320tok_tuned"])
 def test_a_recipe_serves_both_primaries(recipe: str) -> None:
     assert composed(f"+exp={recipe}", primary="train") == composed(f"+exp={recipe}")

@@ -49,6 +49,10 @@ PLANS = {
         "python -m vzip judge runs/paper_image/llava15_7b_128tok/visionzip-128tok/seed0",
         "not on this machine: launcher.",
     ],
+    "+exp=video_llava_7b_choice_64frames eval.tasks=[nextqa_mc_test]": [
+        "2,048 = 64 frames x 32, of 16,448 a video",
+        "judge          not needed",
+    ],
     "": ["tiny (vzip/tiny)", "4 with 1,600 questions: scenes_existence 400", "runs/scenes/tiny/"],
     "eval.tasks=[scenes_reading] eval.limit=7 model=mini_gemini_7b eval=scenes": ["1 with 7 questions"],
     "model=llava_local model.name_or_path=org/unknown": ["64 of each crop; how many there are, its config.json"],
@@ -87,6 +91,7 @@ def test_a_dry_run_refuses_what_the_run_would(run: Run, tmp_path: Path) -> None:
         ("model=qwen2_5_vl_7b compressor=resized", "its images have any size; give smaller ones"),
         ("model=qwen3_vl_8b model.num_frames=4", "takes videos only as its processor returns them"),
         ("model=qwen2_5_vl_3b model.preprocess=llava", "must be one of hf"),
+        ("model=llava_next_7b eval=video_choice", "takes no videos as files, and videomme_frames, egoschema_subset,"),
         (
             "model=llava15_7b model.positions=original model.attn_implementation=flash_attention_2",
             "flash attention reads a gap",

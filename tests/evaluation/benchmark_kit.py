@@ -37,8 +37,7 @@ class Outcome:
 
 def task_file(task: str) -> Path:
     """vzip's file of a task, or lmms-eval's."""
-    ours = OWN_TASKS / "image" / f"{task}.yaml"
-    return ours if ours.is_file() else next(INSTALLED.glob(f"*/{task}.yaml"))
+    return [*OWN_TASKS.glob(f"*/{task}.yaml"), *INSTALLED.glob(f"*/{task}.yaml")][0]
 
 
 @dataclass
@@ -51,17 +50,23 @@ class Benchmarks:
     monkeypatch: pytest.MonkeyPatch
 
     def run(
-        self, task: str, questions: list[dict[str, Any]], said: Mapping[str, str], extra: str = "", **kwargs: Any
+        self,
+        task: str,
+        questions: list[dict[str, Any]],
+        said: Mapping[str, str],
+        extra: str = "",
+        member: str = "tag",
+        **kwargs: Any,
     ) -> Outcome:
-        """``said`` is the answer by a piece of the prompt; ``extra`` further lines of the task file; the rest
-        goes to ``evaluate``."""
+        """``said`` is the answer by a piece of the prompt; ``extra`` further lines of the task file; ``member``: what
+        the included file calls what it belongs to; the rest goes to ``evaluate``."""
         tasks = self.folder / "tasks"
         tasks.mkdir(exist_ok=True)
         data, name = tasks / "data.parquet", f"own_{task}"
         self.write_parquet(questions, data)
         split = PROTOCOLS[task].split.rpartition("/")[2]
         (tasks / f"{name}.yaml").write_text(
-            f"include: {task_file(task)}\ntask: {name}\ntag: []\ndataset_path: parquet\ndataset_name: null\n"
+            f"include: {task_file(task)}\ntask: {name}\n{member}: []\ndataset_path: parquet\ndataset_name: null\n"
             f"dataset_kwargs: {{data_files: {{{split}: {data}}}}}\n{extra}"
         )
         self.monkeypatch.setitem(PROTOCOLS, name, PROTOCOLS[task])

@@ -15,6 +15,8 @@ from vzip.errors import ConfigError
 from vzip.evaluation.benchmarks.catalog import OWN_TASKS, built_in_tasks, find_tasks, task_config
 from vzip.evaluation.benchmarks.image_protocols import IMAGE
 from vzip.evaluation.benchmarks.protocols import PROTOCOLS, protocol_of
+from vzip.evaluation.benchmarks.video_protocols import VIDEO
+from vzip.evaluation.lmms_eval.harness import check_lmms_eval
 from vzip.evaluation.lmms_eval.plugin import manifests
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -24,12 +26,16 @@ PROMPT_IN_CODE = ("seedbench", "seedbench_frame", "seedbench_image")
 
 @pytest.fixture(scope="module")
 def manager():
+    check_lmms_eval()  # some task files need the environment that this sets
     return built_in_tasks()
 
 
-@pytest.mark.parametrize("task", IMAGE)
+@pytest.mark.parametrize("task", [*IMAGE, *(task for task, one in VIDEO.items() if not one.judge)])
 def test_a_protocol_says_what_the_task_file_says(task, manager):
-    protocol, config = IMAGE[task], task_config(manager, task)
+    protocol = PROTOCOLS[task]
+    for package in protocol.packages:
+        pytest.importorskip(package)
+    config = task_config(manager, task)
     listed = {entry["metric"] for entry in config["metric_list"]}
     assert listed == {"answered"} if protocol.judge else set(protocol.primary.split("+")) <= listed
     assert config.get("output_type", "generate_until") == "generate_until"

@@ -381,7 +381,7 @@ def tasks(configs: Sequence[Mapping[str, Any]], hub: Hub) -> list[TaskData]:
                 path, part = str(fields.get("dataset_path")), fields.get("dataset_name")
                 if "data_files" in kwargs or kwargs.get("load_from_disk"):
                     continue
-                size = published_size(path, part) if hub.is_off else _dataset_size(path, part, hub)
+                size = published_size(path, part) if hub.is_off else _dataset_size(path, part, hub, kwargs)
                 found.append(TaskData(name, include_path, path, part, size, kwargs.get("token") is True))
     return found
 
@@ -394,12 +394,14 @@ def published_size(path: str, config: str | None) -> int | None:
     return size
 
 
-def _dataset_size(path: str, config: str | None, hub: Hub) -> int | None:
-    """Bytes of the files of a data set's configuration; None where the hub does not say."""
+def _dataset_size(path: str, config: str | None, hub: Hub, kwargs: Mapping[str, Any]) -> int | None:
+    """Bytes of the files of a data set's configuration, of one with videos all its files; None: the hub does not say."""
     import datasets
 
     try:
-        sizes = hub.files("dataset", path) or {}
+        sizes = hub.files("dataset", path, kwargs.get("revision")) or {}
+        if kwargs.get("video"):
+            return sum(size or 0 for size in sizes.values())
         # Whether one must be logged in the hub says when the data is fetched.
         files = datasets.load_dataset_builder(path, config).config.data_files or {}
     except Unreachable:

@@ -14,8 +14,9 @@ from vzip.config.build import EvaluationPlan
 from vzip.config.options import config_dir
 from vzip.config.run_directory import methods_label
 from vzip.config.validate import BUILT_IN, VIDEO
-from vzip.errors import VzipError
+from vzip.errors import UnsupportedModelError, VzipError
 from vzip.evaluation.benchmarks.judged import JUDGED_TASKS
+from vzip.evaluation.benchmarks.protocols import protocol_of
 from vzip.evaluation.benchmarks.question_counts import known_counts, num_questions
 from vzip.results.record import RECORD_NAME
 
@@ -152,6 +153,13 @@ def _check_family(plan: EvaluationPlan, config: Any) -> None:
     family.check_positions(options, model["attn_implementation"])
     family.check_settings(config, plan.compressor, options, model["num_frames"])
     family.check_preprocess(model["preprocess"])
+    about_videos = [task for task in plan.evaluation["tasks"] if (found := protocol_of(task)) and found.video]
+    if about_videos and not family.has_video:
+        raise UnsupportedModelError(
+            f"model={plan.evaluation['resolved_config']['model']['name']} takes no videos as files, and"
+            f" {', '.join(about_videos[:3])}{' and others' if len(about_videos) > 3 else ''} of eval.tasks ask about"
+            " videos. Choose model=video_llava_7b, or benchmarks of images (python -m vzip list eval)."
+        )
 
 
 def pruned(plan: EvaluationPlan) -> str:
@@ -206,6 +214,7 @@ def check_without_loading(plan: EvaluationPlan) -> None:
     """
     from vzip.demo.benchmark import TASK_NAMES
     from vzip.evaluation.benchmarks import video_qa
+    from vzip.evaluation.benchmarks.catalog import check_packages
     from vzip.evaluation.benchmarks.question_groups import check_limit
     from vzip.evaluation.lmms_eval.harness import check_lmms_eval
     from vzip.evaluation.run import check_run_dir
@@ -215,6 +224,7 @@ def check_without_loading(plan: EvaluationPlan) -> None:
     evaluation = plan.evaluation
     check_run_dir(evaluation["run_dir"], overwrite=evaluation["overwrite"] or plan.finished is not None)
     check_lmms_eval()
+    check_packages(evaluation["tasks"])
     if evaluation["trackers"]:
         check_wandb("eval.trackers")
     folder = evaluation["include_path"]

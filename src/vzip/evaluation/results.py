@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vzip.results import provenance
 from vzip.results.record import SCHEMA_VERSION
 
 from .answering.answers import count_sizes
-from .benchmarks.catalog import task_config
+from .answering.generation import settings_for
+from .benchmarks.catalog import shown_file, task_config
 from .benchmarks.protocols import protocol_of
-from .benchmarks.standard_errors import complete
+from .benchmarks.standard_errors import by_group, complete
 
 if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
@@ -34,12 +36,13 @@ def sample_rows(output: Mapping[str, Any], logs: Mapping[Key, SampleLog]) -> lis
 
     Where the data set names its questions, question_id too.
     A task with several answer filters has several rows a question, told apart by ``filter_index``. Where the
-    data names the image that several questions are about (``Protocol.cluster``), ``cluster`` does too.
+    data names the image that several questions are about (``Protocol.cluster``), ``cluster`` does too, and ``group``
+    where it says what the score is told by (``Protocol.groups``).
     """
     rows: list[dict[str, Any]] = []
     for task, samples in output["samples"].items():
         protocol = protocol_of(task)
-        cluster = None if protocol is None else protocol.cluster
+        named = {} if protocol is None else {"cluster": protocol.cluster, "group": protocol.groups}
         seen: dict[int, int] = {}
         of_task = []
         for sample in samples:
@@ -60,7 +63,7 @@ def sample_rows(output: Mapping[str, Any], logs: Mapping[Key, SampleLog]) -> lis
                     "answer": answers[0] if len(answers) == 1 else answers,
                     "scores": {key: value for key, value in sample.items() if key not in _NOT_SCORES},
                     "num_visual_tokens": log.num_visual_tokens,
-                    **({"cluster": sample["doc"][cluster]} if cluster in sample["doc"] else {}),
+                    **{key: sample["doc"][field] for key, field in named.items() if field in sample["doc"]},
                 }
             )
         if protocol is not None and protocol.verdicts is not None:
@@ -90,6 +93,9 @@ def build_record(
         of_task = [row for row in rows if row["task"] == name]
         config = task_config(manager, name) if name in manager.all_tasks else {}
         tasks[name] = _task_entry(name, result, of_task, config)
+        tasks[name]["protocol"] = _protocol_entry(
+            name, manager, output["configs"].get(name) or config, run["gen_kwargs"]
+        )
         if name in lm.task_dict:
             data[name] = provenance.data_of(config or output["configs"][name], lm.task_dict[name], of_task)
 
@@ -207,6 +213,7 @@ def _task_entry(
             complete(metrics, metric, rows)
     listed = [str(entry["metric"]) for entry in config.get("metric_list") or []]
     primary = protocol.primary if protocol else next((m for m in [*listed, *metrics] if m in metrics), None)
+    groups = by_group(primary, metrics[primary]["value"], rows) if primary in metrics else {}
     return {
         "primary_metric": primary if primary in metrics else None,
         "unit": protocol.unit if protocol else None,
@@ -214,6 +221,23 @@ def _task_entry(
         "cluster": protocol.cluster if protocol and any("cluster" in row for row in rows) else None,
         "num_samples": len({row["doc_id"] for row in rows}),
         "metrics": metrics,
+        **({"grouped_by": protocol.groups, "groups": groups} if protocol and groups else {}),
+    }
+
+
+def _protocol_entry(
+    name: str, manager: TaskManager, config: Mapping[str, Any], overrides: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """How a task was asked and scored, and by which file."""
+    protocol, file = protocol_of(name), manager.task_index.get(name, {}).get("yaml_path")
+    settings = settings_for(name, config.get("generation_kwargs") or {}, overrides or {})
+    return {
+        "task_file": shown_file(file) if isinstance(file, str | Path) else None,
+        "split": protocol.split if protocol else config.get("test_split"),
+        "prompt": protocol.prompt if protocol else None,
+        "judge": protocol.judge if protocol else None,
+        "difference": protocol.difference if protocol else None,
+        "generation": {**dict(settings.kwargs), "until": list(settings.until)},
     }
 
 

@@ -27,6 +27,7 @@ _OWN = {
     "average": Column("average", "Avg %", "percent"),
     "accuracy": Column("accuracy", "accuracy", "percent"),
     "mme_perception": Column("mme_perception", "MME-P", "points", "mme", "mme_perception_score"),
+    "refcoco": Column("refcoco", "RefCOCO val", "percent", "refcoco_bbox_rec_val", "refcoco_ACC@0.5"),
     "ocrbench": Column("ocrbench", "OCRBench", "percent", "ocrbench_mean", "ocrbench_accuracy"),
 }
 _KEYS = frozenset(("name", "title", "source", "arxiv", "second_hand", "copied", "protocol", "notes", "tables"))

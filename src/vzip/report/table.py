@@ -39,6 +39,12 @@ def print_record(record: Mapping[str, Any], console: Console | None = None) -> N
             value = f"{score.value:.4g}" + ("*" if record["provisional"] else "")
             table.add_row(task if first else "", metric + mark, value, error, questions)
             first = False
+            if metric == entry["primary_metric"]:
+                for name, group in entry.get("groups", {}).items():
+                    error = "" if group["standard_error"] is None else f"{group['standard_error']:.4g}"
+                    label = f"  {entry['grouped_by']} {name}"
+                    value = f"{group['value']:.4g}" + ("*" if record["provisional"] else "")
+                    table.add_row("", label, value, error, f"{group['num_samples']}")
     console.print(table)
     measured = f"{tokens['measured_min']}"
     if tokens["measured_max"] != tokens["measured_min"]:

@@ -116,6 +116,30 @@ def _circular(metric: str, ids: tuple[object, ...], scores: Rows) -> Units:
     return Units(100.0 * correct, None, correct, tuple(hits))
 
 
+def _answered(metric: str, ids: tuple[object, ...], scores: Rows) -> Units:
+    """MVBench, in percent: empty answers are left out."""
+    values = np.array([(100.0 * s["score"] * bool(s["pred_answer"]), bool(s["pred_answer"])) for s in scores])
+    return Units(values, _ratio_of_sums, None, ids)
+
+
+def _same(said: str, true: str, factor: float = 1.0) -> Callable[[str, tuple[object, ...], Rows], Units]:
+    """Choices about videos: what was read of the answer is what is right; ``factor`` 100 for percent."""
+
+    def make(metric: str, ids: tuple[object, ...], scores: Rows) -> Units:
+        correct = np.array([str(s[said]) == str(s[true]) for s in scores])
+        return Units(factor * correct, None, correct, ids)
+
+    return make
+
+
+def _objects(metric: str, ids: tuple[object, ...], scores: Rows) -> Units | None:
+    """CHAIR, in percent: objects that a caption names and the image has, over those named."""
+    if metric != "chair_objects_there":
+        return None
+    values = [(100.0 * sum(word in s["answer"] for word in s["pred"]), len(s["pred"])) for s in scores]
+    return Units(np.array(values), _ratio_of_sums, None, ids)
+
+
 def _category_means(metric: str, ids: tuple[object, ...], scores: Rows) -> Units:
     """MMStar: the mean of the means of its categories."""
     values = _in_columns([s["l2_category"] for s in scores], [(s["score"], 1) for s in scores])
@@ -215,8 +239,13 @@ _FORMS: tuple[tuple[frozenset[str], Callable[[str, tuple[object, ...], Rows], Un
     (frozenset({"hit"}), _hits),
     (frozenset({"score", "l2_category"}), _category_means),
     (frozenset({"score", "prediction", "ground_truth"}), _yes_no),
+    (frozenset({"pred_answer", "answer", "duration"}), _same("pred_answer", "answer", 100.0)),
     (frozenset({"score", "category", "question_id"}), _mme),
     (frozenset({"said", "answer", "pair"}), _scenes),
+    (frozenset({"pred_answer", "gt_answer", "score"}), _answered),
+    (frozenset({"parsed_pred", "answer", "duration_group"}), _same("parsed_pred", "answer")),
+    (frozenset({"pred", "ground_truth"}), _same("pred", "ground_truth")),
+    (frozenset({"pred", "answer", "image_id"}), _objects),
     (frozenset({"pred", "answer"}), _letters),
     (frozenset({"judged", "reference"}), _relative),
 )

@@ -170,7 +170,10 @@ class Preparer:
     def _load(self, question: Question) -> LoadedQuestion:
         _, doc_to_messages, _, doc_id, task, split = question.request.args
         with NamingTheQuestion(question.name):
-            messages = doc_to_messages(self.datasets[task][split][doc_id])
+            try:
+                messages = doc_to_messages(self.datasets[task][split][doc_id])
+            except SystemExit as error:  # what several of lmms-eval's tasks do where a video is missing
+                raise VideoError(str(error)) from error
             images, videos, turns = read_messages(messages, task, doc_id, self.placeholders)
         if self.system_prompt:
             turns.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vzip.errors import ConfigError, UnsupportedModelError, nearest
+from vzip.errors import ConfigError, MissingPackageError, UnsupportedModelError, nearest
+from vzip.installed import missing_package
 
+from .protocols import protocol_of
 from .task_names import OWN_TASKS as OWN_TASKS
 from .video_qa import VIDEO_SETS
 
@@ -21,6 +24,24 @@ _JUDGED_BY_LMMS_EVAL = {
     "llava_in_the_wild": "llava_bench_wild",
     "activitynetqa": "activitynet_qa_zero_shot",
     "mmbench_en_dev": "mmbench_en_dev_static",
+    "hallusion_bench_image": "hallusion_bench_rules",
+    **dict.fromkeys(
+        (
+            f"mathvista{part}"
+            for part in ("", "_testmini", *(f"_testmini_{way}" for way in ("cot", "format", "solution")))
+        ),
+        "mathvista_rules",
+    ),
+}
+# Their files cannot be read without packages that decode videos or subtitles, which vzip does by itself -> what to run instead.
+_DECODED_BY_LMMS_EVAL = {"videomme": "videomme_frames", "longvideobench_val_v": "longvideobench_frames"}
+# What lmms-eval reads captions with, by package: name and place among its data.
+_LANGUAGE_DATA = {
+    "nltk": {
+        "punkt_tab": "tokenizers/punkt_tab",
+        "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng",
+        "wordnet": "corpora/wordnet.zip",
+    }
 }
 
 
@@ -34,6 +55,7 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> TaskMan
     Raises:
         ConfigError: ``include_path`` is no folder or holds no task, an unknown name, a name defined twice.
         UnsupportedModelError: a task that is not answered by generated text, or that lmms-eval judges by itself.
+        MissingPackageError: as ``check_packages``.
     """
     for name in tasks:
         if name in VIDEO_SETS and include_path is None:
@@ -47,6 +69,12 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> TaskMan
                 f" even where the call failed. Use eval.tasks=[{_JUDGED_BY_LMMS_EVAL[name]}]; open answers are scored"
                 " after the run by python -m vzip judge RUN_DIR, which asks again and names what is missing."
             )
+        if name in _DECODED_BY_LMMS_EVAL:
+            raise UnsupportedModelError(
+                f"task {name}: lmms-eval's file of it needs a package to decode videos with, which vzip does by itself. Use"
+                f" eval.tasks=[{_DECODED_BY_LMMS_EVAL[name]}], the same questions with the same scores."
+            )
+    check_packages(tasks)
     ours = set(_manager(str(OWN_TASKS)).all_tasks)
     theirs: set[str] = set()
     folders = [str(OWN_TASKS)]
@@ -112,6 +140,36 @@ def _installed(loader: Any, node: Any) -> str:
     return str(Path(tasks.__file__).parent / loader.construct_scalar(node))
 
 
+def check_packages(tasks: Sequence[str]) -> None:
+    """Refuses tasks whose scoring needs what is not here, before hours are spent on their answers.
+
+    Raises:
+        MissingPackageError: an optional package, or its data.
+    """
+    for name in tasks:
+        protocol = protocol_of(name)
+        for package in protocol.packages if protocol is not None else ():
+            if importlib.util.find_spec(package) is None:
+                raise missing_package(f"task {name}", package, otherwise="leave it out of eval.tasks")
+            absent = [data for data, place in _LANGUAGE_DATA.get(package, {}).items() if not _has_data(place)]
+            if absent:
+                raise MissingPackageError(
+                    f"task {name}: the package {package} lacks its data {', '.join(absent)}. Fetch it where there is a"
+                    f" network, with `python -m nltk.downloader {' '.join(absent)}` (NLTK_DATA=DIR names its folder), or"
+                    " leave the task out of eval.tasks."
+                )
+
+
+def _has_data(place: str) -> bool:
+    import nltk
+
+    try:
+        nltk.data.find(place)
+    except LookupError:
+        return False
+    return True
+
+
 def task_config(manager: TaskManager, name: str) -> dict[str, Any]:
     """The task's file with its includes, functions resolved. Empty for tags and tasks made by Python classes."""
     from lmms_eval.utils import load_yaml_config
@@ -120,6 +178,16 @@ def task_config(manager: TaskManager, name: str) -> dict[str, Any]:
     if entry["type"] != "task":
         return {}
     return load_yaml_config(entry["yaml_path"], mode="full")
+
+
+def shown_file(path: str | Path) -> str:
+    """A task's file as a record names it: what it belongs to, and its place there."""
+    from lmms_eval import tasks
+
+    for whose, folder in (("vzip", OWN_TASKS), ("lmms-eval", Path(tasks.__file__).parent)):
+        if Path(path).is_relative_to(folder):
+            return f"{whose}: {Path(path).relative_to(folder).as_posix()}"
+    return Path(path).name
 
 
 def _check_generative(manager: TaskManager, tasks: Sequence[str]) -> None:

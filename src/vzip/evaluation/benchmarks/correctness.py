@@ -65,3 +65,28 @@ def mmmu_hits(entries: Entries) -> list[dict[str, Any]]:
 
     verdicts, _ = evaluate_mmmu(entries)
     return [{"hit": int(verdicts[entry["id"]] == "Correct")} for entry in entries]
+
+
+def box_hits(entries: Entries) -> list[dict[str, Any]]:
+    """``hit`` for each entry of RefCOCO: 1 where the boxes overlap by half, as lmms-eval computes it.
+
+    Args:
+        entries: what lmms-eval's task wrote for each question under ``refcoco_ACC@0.5``.
+    """
+    from lmms_eval.tasks.refcoco.utils_rec import compute_accuracy
+
+    return [{"hit": int(compute_accuracy(entry["bbox"], entry["pred"], 0.5))} for entry in entries]
+
+
+def pixel_box_hits(entries: Entries) -> list[dict[str, Any]]:
+    """The same of the tasks whose boxes are in pixels (``refcoco_grounding_ACC@0.5``)."""
+    from lmms_eval.tasks.refcoco_grounding.utils import refcoco_grounding_acc05
+
+    return [{"hit": int(refcoco_grounding_acc05([entry]))} for entry in entries]
+
+
+def answer_hits(entries: Entries) -> list[dict[str, Any]]:
+    """``hit`` for each entry of HallusionBench: 1 where lmms-eval's rule reads the right answer."""
+    from lmms_eval.tasks.hallusion_bench.evaluate_hb import hb_aggregation_result_aAcc_intern
+
+    return [{"hit": int(hb_aggregation_result_aAcc_intern([dict(entry)]))} for entry in entries]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from vzip.results.record import JUDGE_SCORE
 
+from .beyond_protocols import BEYOND
 from .correctness import mmbench_groups, mmbench_hits, mme_images, mmmu_hits
 from .protocol import Protocol
 
@@ -234,13 +235,13 @@ _OCR = {
         "lmms-eval's `ocrbench` divides by 1000 however many questions were asked",
         split="test",
     ),
-    "mmstar": Protocol(
-        "average",
+    "infovqa_val": Protocol(
+        "anls",
         "fraction",
         None,
-        split="val",
-        prompt="\nAnswer with the option's letter from the given choices directly",
-        chance=0.25,
+        split="InfographicVQA/validation",
+        prompt=_SHORT,
+        cluster="image_url",
     ),
 }
 
@@ -257,4 +258,5 @@ IMAGE: dict[str, Protocol] = {
     **_VIZWIZ,
     **_JUDGED,
     **_OCR,
+    **BEYOND,
 }

@@ -30,6 +30,9 @@ class Protocol:
             about one image are not independent; None where each question has an image of its own or none is named.
         together: the rows of a split -> one label a row; rows of one label are scored together or not at all.
         limit_step: a limited run must ask a multiple of this many questions.
+        groups: the field of a question by which its score is told once more, as a video's length; None: none.
+        video: whether the questions are about videos.
+        packages: optional packages that its scoring imports.
         verdicts: says which questions are right where lmms-eval's samples do not; None where they do.
     """
 
@@ -44,4 +47,7 @@ class Protocol:
     cluster: str | None = None
     together: Callable[[Any], Sequence[Hashable]] | None = None
     limit_step: int = 1
+    groups: str | None = None
+    video: bool = False
+    packages: tuple[str, ...] = ()
     verdicts: Verdicts | None = None

@@ -43,6 +43,41 @@ def complete(metrics: dict[str, dict[str, Any]], primary: str, rows: Sequence[Ma
         }
 
 
+def by_group(primary: str, value: float, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The primary metric over the questions of each group, by the group's name; numbers ascending.
+
+    Args:
+        primary: the metric.
+        value: over all questions, which the units must give.
+        rows: of ``samples.jsonl``, this task's; those with a ``group`` count.
+
+    Returns:
+        ``value``, ``standard_error``, ``standard_error_source`` and ``num_samples`` of each; empty where the form of
+        the scores is not known.
+    """
+    whole = units_of(primary, rows)
+    if whole is None or not whole.gives(value):
+        return {}
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if "group" in row:
+            groups.setdefault(row["group"], []).append(row)
+    if all(isinstance(name, int | float) for name in groups):
+        groups = dict(sorted(groups.items()))
+    found = {}
+    for name, of_group in groups.items():
+        units = units_of(primary, of_group)
+        assert units is not None
+        error, source = _standard_error(units)
+        found[str(name)] = {
+            "value": units.score,
+            "standard_error": error,
+            "standard_error_source": source,
+            "num_samples": len(of_group),
+        }
+    return found
+
+
 def _standard_error(units: Units) -> tuple[float, str] | tuple[None, None]:
     if len(set(units.clusters)) < 2:
         return None, None
