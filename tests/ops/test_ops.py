@@ -9,7 +9,7 @@ import torch
 from tests import reference
 from torch.overrides import TorchFunctionMode
 
-from vzip.ops.attention import cls_attention, key_norms, mean_keys, received_attention
+from vzip.ops.attention import CPU_BLOCK_ELEMENTS, cls_attention, key_norms, mean_keys, received_attention
 from vzip.ops.merge import assign_to_targets, combine_rows, target_positions
 from vzip.ops.select import dominant_rows, gather_rows, random_indices, remaining_rows, top_indices, uniform_indices
 
@@ -61,16 +61,23 @@ class LargestResult(TorchFunctionMode):
         return result
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 7])
-def test_received_attention_never_holds_the_whole_map(chunk_size):
-    length, num_heads = 40, 4
+@pytest.mark.parametrize("block_elements", [1, 300, 2000, 10**6])
+def test_received_attention_in_blocks_of_any_size(block_elements):
+    length, num_heads = 41, 4
     queries, keys = random_projections(length, num_heads, 2, seed=1)
-    whole = received_attention(queries, keys, num_heads, 1.0, chunk_size=length)
+    maps = (queries.unflatten(2, (4, 2)).transpose(1, 2) @ keys.unflatten(2, (4, 2)).permute(0, 2, 3, 1)).softmax(-1)
     with LargestResult() as largest:
-        chunked = received_attention(queries, keys, num_heads, 1.0, chunk_size=chunk_size)
-    assert largest.num_elements <= 2 * num_heads * length * length // 2
-    torch.testing.assert_close(chunked, whole)
-    torch.testing.assert_close(chunked.sum(dim=1), torch.ones(2, dtype=torch.float64))
+        received = received_attention(queries, keys, num_heads, 1.0, block_elements)
+    torch.testing.assert_close(received, maps.mean(dim=(1, 2)), rtol=0, atol=1e-15)
+    # A query at least; not all, though several maps may be at hand; beside it inputs of 2 * 41 * 8.
+    assert largest.num_elements <= max(min(block_elements, 8 * 21 * length), 2 * length * num_heads * 2)
+
+
+def test_received_attention_takes_memory_linear_in_tokens():
+    queries, keys = random_projections(2100, 2, 1, seed=1, dtype=torch.float32)
+    with LargestResult() as largest:
+        received_attention(queries, keys, 2, 1.0)
+    assert largest.num_elements <= CPU_BLOCK_ELEMENTS < 2100**2 / 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

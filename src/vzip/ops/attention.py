@@ -7,11 +7,14 @@ itself may run any attention kernel. Half precision is raised to float32 before 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-# Elements of the largest attention block held at once (float32: 64 MiB), whatever the batch and the tower.
-MAX_BLOCK_ELEMENTS = 16 * 1024 * 1024
+# Elements of an attention block: on a CPU it stays in the cache (float32: 4 MiB), elsewhere fewer are started (16 MiB).
+CPU_BLOCK_ELEMENTS = 2**20
+BLOCK_ELEMENTS = 2**22
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -47,32 +50,36 @@ def cls_attention(queries: Tensor, keys: Tensor, num_heads: int, scale: float, s
 
 
 def received_attention(
-    queries: Tensor, keys: Tensor, num_heads: int, scale: float, chunk_size: int | None = None
+    queries: Tensor, keys: Tensor, num_heads: int, scale: float, block_elements: int | None = None
 ) -> Tensor:
     """Mean attention every token receives, over heads and queries: the score for towers without CLS (VisionZip, A.2).
 
-    The maps ``[N, H, L, L]`` never exist: queries are taken in chunks and only the running sum ``[N, L]`` is kept.
+    The maps ``[N, H, L, L]`` never exist, not even one of them: blocks of queries are taken of one head after another
+    (of small maps several at once), and only the running sums are kept.
 
     Args:
         queries: ``[N, L, H * d]``, unscaled.
         keys: ``[N, L, H * d]``, unscaled.
         num_heads: H.
         scale: factor on the products.
-        chunk_size: queries per step; by default as many as keep one block below ``MAX_BLOCK_ELEMENTS``, and never all.
+        block_elements: most elements of a block, though it has a query at least and never all; by default what suits
+            the device.
 
     Returns:
         ``[N, L]``; each row sums to 1.
     """
-    num_crops, num_queries, _ = queries.shape
-    if chunk_size is None:
-        row_elements = max(1, num_crops * num_heads * keys.shape[1])
-        chunk_size = max(1, min(MAX_BLOCK_ELEMENTS // row_elements, (num_queries + 1) // 2))
-    key = split_heads(at_least_float32(keys), num_heads).transpose(-1, -2)
-    total = key.new_zeros(num_crops, keys.shape[1])
-    for chunk in queries.split(chunk_size, dim=1):
-        query = split_heads(at_least_float32(chunk), num_heads) * scale
-        total = total + torch.softmax(query @ key, dim=-1).sum(dim=(1, 2))
-    return total / (num_heads * num_queries)
+    num_queries, num_keys = queries.shape[1], keys.shape[1]
+    if block_elements is None:
+        block_elements = CPU_BLOCK_ELEMENTS if queries.device.type == "cpu" else BLOCK_ELEMENTS
+    num_rows = max(1, min(block_elements // num_keys, (num_queries + 1) // 2))
+    num_maps = max(1, block_elements // (num_rows * num_keys))
+    query = split_heads(at_least_float32(queries) * scale, num_heads).flatten(0, 1)  # [N * H, L, d]
+    key = split_heads(at_least_float32(keys), num_heads).flatten(0, 1).transpose(-1, -2)
+    received = []
+    for rows, columns in zip(query.split(num_maps), key.split(num_maps), strict=True):
+        blocks = (torch.softmax(block @ columns, dim=-1).sum(dim=1) for block in rows.split(num_rows, dim=1))
+        received.append(functools.reduce(torch.add, blocks))
+    return torch.cat(received).unflatten(0, (-1, num_heads)).mean(dim=1) / num_queries
 
 
 def causal_rows(queries: Tensor, keys: Tensor, query_index: Tensor, scale: float) -> Tensor:
