@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
+import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +18,21 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 torch.set_num_threads(1)
+# Where an image forbids compiled modules, each of the processes that tests start would compile all of vzip anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+# What a shell starts in the background ignores ctrl-C, and so would every process that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # With it the golden images agree to 2e-6; 12.3 resizes up to 0.128 apart after normalisation.
 GOLDEN_PILLOW = "13.0.0"
+
+
+def pytest_collection_finish() -> None:
+    """What importing all tests has made stays, so the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 class SilentServer:

@@ -344,6 +344,13 @@ TOWER_TYPES = ("clip_vision_model", "siglip_vision_model")
 TINY_DIRECTORY = Path(__file__).resolve().parent.parent / "demo" / "tiny"
 
 
+def name_of(checkpoint: str) -> str | None:
+    """The model of ``configs/model`` whose checkpoint it is; no configuration is built to find it."""
+    directory = checkout() / "configs"
+    found = (name for name in SHAPES if option_values(directory, "model", name).get("name_or_path") == checkpoint)
+    return next(found, None)
+
+
 def resolve(name: str) -> BenchModel:
     """Finds a shape by name, or reads the configuration of a local checkpoint directory.
 

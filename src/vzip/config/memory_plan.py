@@ -128,7 +128,7 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
         ConfigError, CheckpointError, UnsupportedModelError: as ``memory_plan``.
     """
     from vzip.bench.memory.model_shape import ModelShape
-    from vzip.bench.shapes import SHAPES
+    from vzip.bench.shapes import name_of, resolve
     from vzip.compressors.base import check_reads_no_text
     from vzip.models.families import FamilyOptions, adapter_class_for_config
     from vzip.models.hub import Checkpoint
@@ -139,9 +139,8 @@ def model_shape(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> Mode
             f"model.adapter_path={model['adapter_path']}: its layers are in no configuration, so they cannot be counted"
             " here. Set it to null; LoRA that trains is counted (train=projector_lora)."
         )
-    known = {make().checkpoint: make for make in SHAPES.values()}
-    if model["name_or_path"] in known:
-        config = known[model["name_or_path"]]().config
+    if (published := name_of(model["name_or_path"])) is not None:
+        config = resolve(published).config
     else:
         source = resolve_checkpoint(model["name_or_path"])
         checkpoint = Checkpoint(source, model["revision"], key="model.name_or_path")

@@ -196,11 +196,11 @@ def _of(kept: int | None, full: int) -> str:
 
 def _shape(model: Mapping[str, Any]) -> BenchModel | None:
     """The model's configuration if it is known here: a published model's, or that of a directory."""
-    from vzip.bench.shapes import SHAPES, resolve
+    from vzip.bench.shapes import name_of, resolve
     from vzip.models.load import resolve_checkpoint
 
-    published = [name for name, make in SHAPES.items() if make().checkpoint == model["name_or_path"]]
-    source = published[0] if published else resolve_checkpoint(model["name_or_path"])
+    published = name_of(model["name_or_path"])
+    source = published or resolve_checkpoint(model["name_or_path"])
     return resolve(str(source)) if published or isinstance(source, Path) else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ def refuse_unknown(tasks: Sequence[str], folder: Path | None) -> None:
     own = {name for place in (OWN_TASKS, folder) if place is not None for name in names_in(place)}
     if own >= set(tasks):
         return
-    known = own | set(names_in(Path(spec.submodule_search_locations[0]) / "tasks"))
+    known = own | _names_installed(Path(spec.submodule_search_locations[0]) / "tasks")
     unknown = [name for name in tasks if name not in known]
     if unknown:
         near = [hint for name in unknown if (hint := nearest(name, known))]
@@ -40,6 +41,12 @@ def refuse_unknown(tasks: Sequence[str], folder: Path | None) -> None:
             f"eval.tasks: no such task: {', '.join(unknown)}. There are those of lmms-eval, of vzip"
             f" and of a folder of your own (eval.include_path){'; '.join(near)}."
         )
+
+
+@functools.cache
+def _names_installed(folder: Path) -> frozenset[str]:
+    """Of a package's thousands of files, which stay as they are while the process lives."""
+    return frozenset(names_in(folder))
 
 
 def names_in(folder: Path) -> Iterator[str]:
