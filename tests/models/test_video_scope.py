@@ -9,7 +9,7 @@ from tests.tiny_qwen import batch, images, prompt, video, videos
 
 import vzip
 from vzip.compressors import FractionBudget, Signal
-from vzip.compressors.vision import VisionOutput
+from vzip.compressors.vision import VisionOutput, of_tower
 from vzip.errors import ConfigError
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3, scope="video")
@@ -17,12 +17,8 @@ FAMILIES = {"qwen2_5_vl": tiny_qwen, "qwen3_vl": tiny_qwen3}
 GRIDS = ("3x6x10", "2x4x8")
 
 
-def serves(name):
-    method = methods.build(name, BUDGET)
-    return method.joins_frames and method.tower_use == "whole" and not method.uses_grid
-
-
-SERVED = [name for name in methods.METHODS if serves(name)]
+# A scorer, those that merge, one of a whole image, one that projects by itself, a text-aware one, one with another view.
+SERVED = ["fastervlm", "visionzip", "merge_dropped", "prumerge", "divprune", "zooprune", "cdpruner", "zero_image"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -51,9 +47,9 @@ def test_the_tokens_are_those_of_all_units_in_a_row(family, name):
 
     visual = vlm.asked(vlm.adapter.read_inputs(**inputs), [asked[0], asked[0], asked[1]])
     tokens = vlm.adapter.encode(visual, method)[1:]
-    reads = vzip.compressors.of_tower(method.reads())
-    outputs = dict(zip((0, 1), (vision for _, vision in vlm.adapter.video_outputs(visual, reads)), strict=True))
-    for number, vision in outputs.items():
+    reads = of_tower(method.reads())
+    shown = vlm.adapter.viewed(visual, method)
+    for number, (_, vision) in enumerate(vlm.adapter.video_outputs(shown, reads)):
         row = {signal: vision.read(signal).flatten(0, 1)[None] for signal in reads}
         own = VisionOutput(vision.hidden.flatten(0, 1)[None], False, (1, vision.hidden.shape[:2].numel()), signals=row)
         own = vlm.adapter.beside(own, method, visual.texts[1 + number : 2 + number], [1])

@@ -275,8 +275,9 @@ def _first_token(
     w, visuals = method.workload, method.workload.visuals
     assert w.adapter is not None and w.input_ids is not None and isinstance(visuals, Images)
     with watch.stage("splice"):
-        adapter, ids, ones = w.adapter, w.input_ids, ([1] * len(visual.images), [1] * len(visual.videos))
-        plan = plan_splice(ids, None, adapter.image_token_id, ones[0], None, adapter.video_token_id, ones[1])
+        adapter, ids, (of_images, of_videos) = w.adapter, w.input_ids, visual.num_placeholders
+        token, video_token, runs = adapter.image_token_id, adapter.video_token_id, adapter.video_runs(visual)
+        plan = plan_splice(ids, None, token, of_images, None, video_token, of_videos, video_runs=runs)
         prepared = splice_tokens(
             adapter, plan, ids, visual, tokens, positions_before(adapter, plan, ids, visual.shapes)
         )

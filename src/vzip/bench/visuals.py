@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from vzip.compressors import VisionShape
 from vzip.errors import ConfigError
 from vzip.media.images import prepare_images
-from vzip.models.families import Adapter, InternVlAdapter, LlavaNextAdapter, LlavaOnevisionAdapter, VideoLlavaAdapter
+from vzip.models.families import (
+    Adapter,
+    FamilyOptions,
+    InternVlAdapter,
+    LlavaNextAdapter,
+    LlavaOnevisionAdapter,
+    Qwen2_5VlAdapter,
+    VideoLlavaAdapter,
+)
 from vzip.models.families.internvl.processing import MAX_TILES
 from vzip.models.families.llava_base import LlavaBase
 from vzip.models.towers.structure import Tower, find_tower
@@ -63,10 +71,12 @@ class Images(Visuals):
     Attributes:
         adapter: of the model.
         num_placeholders: in each prompt.
+        text_between: whether text stands between them.
         placeholder: id of the placeholder.
     """
 
     adapter: Adapter
+    text_between = False
 
     def __init__(self, adapter: LlavaBase, num_crops: int) -> None:
         super().__init__(adapter.vision_tower, num_crops)
@@ -178,10 +188,6 @@ class AnySize(Images):
 
     def __init__(self, adapter: Adapter, num_crops: int) -> None:
         Visuals.__init__(self, adapter.vision_tower, num_crops)
-        if num_crops != 1:
-            raise ConfigError(
-                f"num_crops={num_crops}: {adapter.model_class.__name__} is measured with 1 image a prompt."
-            )
         self.adapter = adapter
         self.num_placeholders, self.placeholder = 1, adapter.image_token_id
         *_, height, width = adapter.shown(adapter.read_inputs(**adapter.blank_images(1))).shape
@@ -195,6 +201,35 @@ class AnySize(Images):
 
     def blank(self) -> dict[str, Tensor]:
         return self.adapter.blank_images(1)
+
+
+class Steps(AnySize):
+    """Qwen2.5-VL, Qwen3-VL: one video of so many temporal steps, each of about 250 visual tokens."""
+
+    adapter: Qwen2_5VlAdapter
+
+    def __init__(self, adapter: Qwen2_5VlAdapter, num_crops: int) -> None:
+        Visuals.__init__(self, adapter.vision_tower, num_crops)
+        self.adapter, config = adapter, adapter.model.config.vision_config
+        assert adapter.video_token_id is not None
+        self.placeholder, self.text_between = adapter.video_token_id, adapter.writes_steps
+        self.num_placeholders = num_crops if adapter.writes_steps else 1
+        self.num_files = num_crops * config.temporal_patch_size
+        _, rows, cols = self.blank()["video_grid_thw"][0].tolist()
+        self.image_size = (cols * config.patch_size, rows * config.patch_size)
+
+    def describe(self) -> str:
+        return f"a video of {self.num_files} frames of {self.image_size[0]} x {self.image_size[1]}"
+
+    def blank(self) -> dict[str, Tensor]:
+        return self.adapter.blank_videos(1, self.num_files)
+
+    def prepare(self, images: Sequence[Image.Image], image_processor: Any) -> dict[str, Tensor]:
+        num_pixels = self.image_size[0] * self.image_size[1]
+        as_they_are = FamilyOptions(min_frame_pixels=num_pixels, max_frame_pixels=num_pixels)
+        rules = self.adapter.video_rules.of({}, self.adapter.model.config.vision_config, as_they_are, None)
+        videos = [images[start : start + self.num_files] for start in range(0, len(images), self.num_files)]
+        return rules.prepare(videos)
 
 
 def visuals_of(adapter: Adapter, num_crops: int, medium: Literal["image", "video"] = "image") -> Images:
@@ -213,4 +248,6 @@ def visuals_of(adapter: Adapter, num_crops: int, medium: Literal["image", "video
         return Frames(adapter, num_crops)
     if isinstance(adapter, LlavaBase):
         return Images(adapter, num_crops)
+    if num_crops > 1 and isinstance(adapter, Qwen2_5VlAdapter):
+        return Steps(adapter, num_crops)
     return AnySize(adapter, num_crops)

@@ -214,7 +214,7 @@ def make_images(num_images: int, seed: int, size: tuple[int, int] = IMAGE_SIZE) 
 
 
 def make_prompts(settings: BenchSettings, visuals: Images) -> Tensor:
-    """Makes prompts of random text tokens with the placeholders after the first.
+    """Makes prompts of random text tokens with the placeholders after the first, or with a token before each.
 
     Returns:
         int64 ``[batch_size, prompt_tokens + placeholders]`` on the model's device.
@@ -228,5 +228,10 @@ def make_prompts(settings: BenchSettings, visuals: Images) -> Tensor:
     text = torch.randint(0, vocabulary - len(special), shape, generator=generator)
     for token in special:
         text += text >= token
-    placeholders = torch.full((settings.batch_size, visuals.num_placeholders), visuals.placeholder)
-    return torch.cat([text[:, :1], placeholders, text[:, 1:]], dim=1).to(settings.torch_device)
+    num_placeholders, between = visuals.num_placeholders, int(visuals.text_between)
+    placeholders = torch.full((settings.batch_size, 1), visuals.placeholder)
+    parts = [part for number in range(num_placeholders) for part in (text[:, number : number + 1], placeholders)]
+    if not between:
+        parts = [text[:, :1], *[placeholders] * num_placeholders]
+    num_before = num_placeholders if between else 1
+    return torch.cat([*parts, text[:, num_before:]], dim=1).to(settings.torch_device)

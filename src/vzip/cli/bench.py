@@ -3,6 +3,7 @@
   python -m vzip bench                                        the shipped model
   python -m vzip bench model=clip_l_336 num_crops=5           the vision tower of LLaVA alone
   python -m vzip bench model=llava15_7b budget=64tok          the true 7B shape with random weights (a GPU)
+  python -m vzip bench model=qwen2_5_vl_3b num_crops=8        a video of 8 temporal steps
   python -m vzip bench model=video_llava_7b num_crops=80      a video of 80 frames (methods=vzip: vanilla has no room)
   python -m vzip bench model=mini_gemini_7b                   with its second vision tower and mining
   python -m vzip bench model=DIR weights=pretrained           a checkpoint directory

@@ -60,18 +60,25 @@ def check_length(length: int, num_visual: int) -> None:
 
 
 def prompts(vlm: CompressedVlm, load: Workload) -> dict[str, Tensor]:
-    """The arguments of ``prepare`` and ``generate``: each prompt is its placeholder and the rest text.
+    """The arguments of ``prepare`` and ``generate``: each prompt is its placeholder (or one a run) and the rest text.
 
     Of several one is a token shorter: rows that are all as long need no attention mask, which real ones do.
     """
     num_text = load.length - num_visual_tokens(vlm, load.num_frames)
-    ids = torch.ones(load.num_images * load.num_dialogues, num_text + 1, dtype=torch.int64)
+    images = blank_images(vlm.adapter, load.num_images, load.num_frames)
+    num_runs = max(vlm.adapter.video_runs(vlm.adapter.read_inputs(**images)), default=1)
+    if num_text < num_runs + 2:
+        needed = load.length + num_runs + 2 - num_text
+        raise ConfigError(
+            f"--length={load.length}: leaves {num_text} tokens of text, and a video of {num_runs} temporal steps, each"
+            f" written by itself, needs {num_runs + 2}. Set --length to {needed} or more."
+        )
+    ids = torch.ones(load.num_images * load.num_dialogues, num_text + num_runs, dtype=torch.int64)
     token_id = vlm.adapter.image_token_id if load.num_frames is None else vlm.adapter.video_token_id
     assert token_id is not None
-    ids[:, 1] = token_id
+    ids[:, 1 : 2 * num_runs : 2] = token_id
     mask = torch.ones_like(ids)
     mask[1:2, -1] = 0
-    images = blank_images(vlm.adapter, load.num_images, load.num_frames)
     return {"input_ids": ids, "attention_mask": mask, **images}
 
 
