@@ -36,7 +36,9 @@ def test_states_attention_and_keys_are_those_of_the_authors_towers(name):
     given = json.loads((GOLDEN / "config.json").read_text())["image_vision_config"]
     own = {key: value for key, value in given.items() if key not in ("lora_r", "add_time_attn", "num_frames")}
     module = TOWERS[name](CLIPVisionConfig(**own)).eval()
-    weights = {rename_checkpoint(key): value.float() for key, value in load_file(GOLDEN / "weights.safetensors").items()}
+    weights = {
+        rename_checkpoint(key): value.float() for key, value in load_file(GOLDEN / "weights.safetensors").items()
+    }
     prefix = f"model.{name.removesuffix('16')}_tower."
     module.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     pixels = load_file(GOLDEN / "inputs.safetensors")[f"{name}.pixel_values"]
@@ -110,7 +112,9 @@ def save_all(model, root, inside=True, **changes):
                 own[f"model.{medium}_tower.{medium}_tower.{rest}"] = value
             towers[f"mm_{medium}_tower"][f"vision_model.{rest}"] = value
             continue
-        name = name.replace("model.language_model.", "model.").replace("multi_modal_projector.linear_1", "mm_projector.0")
+        name = name.replace("model.language_model.", "model.").replace(
+            "multi_modal_projector.linear_1", "mm_projector.0"
+        )
         own[name.replace("multi_modal_projector.linear_2", "mm_projector.2")] = value
     for key, repository in REPOSITORIES.items():
         folder = root / repository.rpartition("/")[2]
