@@ -90,11 +90,11 @@ def test_the_wrapped_model_is_the_stock_one_and_clips_know_nothing_of_each_other
 
 def test_frames_come_in_clips_of_eight(model):
     vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), tiny.video_processor())
-    with pytest.raises(PromptError, match="12 frames a video.*multiple of 8"):
+    with pytest.raises(PromptError, match=r"12 frames a video.*multiple of 8"):
         vlm.encode_videos(videos(1, 12))
     with pytest.raises(ConfigError, match=r"model.num_frames=12.*multiple of 8.*video_llava_7b_hf"):
         vzip.CompressedVlm(model, vzip.Identity(), tiny.video_processor(), num_frames=12)
-    with pytest.raises(ConfigError, match="FlowCut drops patches inside.*its own place in the other frames"):
+    with pytest.raises(ConfigError, match=r"FlowCut drops patches inside.*its own place in the other frames"):
         vlm.compressor = vzip.compressors.FlowCut(BUDGET)
 
 
