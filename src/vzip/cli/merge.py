@@ -9,7 +9,8 @@ The base model is read as the tuned weights' header names it, or from --base DIR
 LoRA layers that were trained with them are added into the weights that they belong to.
 
 --mm-projector writes mm_projector.bin and, of a base in LLaVA's own layout, config.json, which LLaVA's code wants
-beside it (load_pretrained_model(DIR, model_base=BASE, ...)). It names the base: model.name_or_path=DIR is the tuned model.
+beside it (load_pretrained_model(DIR, model_base=BASE, ...)). It names the base, so that
+model.name_or_path=DIR is the tuned model.
 """
 
 from __future__ import annotations
