@@ -22,6 +22,7 @@ PUBLISHED = {
     "llava": (1, 1, 576),
     "llava_next": (3, 5, 5 * 576 + 48),
     "video_llava": (1, 1, 256),
+    "video_llava_published": (1, 1, 256),
     "mini_gemini": (1, 1, 576),
     "qwen2_5_vl": (1, 1, 576),  # the image below: 672 pixels are 24 merge units
     "qwen3_vl": (1, 1, 441),  # of 32 pixels: 21
