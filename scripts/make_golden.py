@@ -5,8 +5,8 @@
 ORACLE_DIR holds what the published VisionZip code (and MGM's, for Mini-Gemini) computes on small random models:
 `compress_*.safetensors`, `llava15_tiny/`, `llava_next_tiny/`, `qwen2_5_vl_tiny/`, `image_preprocessing.safetensors` and
 `mini_gemini_mining.safetensors`, `llava_layout_tiny/`, `languagebind_tiny/`, in the layout described in
-tests/golden/README.md. The files are numbers made by other people's code, so they are copied, never recomputed from ours;
-of a few large ones a part is kept. `--check` compares instead and writes nothing.
+tests/golden/README.md. The files are numbers made by other people's code, so they are copied, never recomputed from
+ours; of a few large ones a part is kept. `--check` compares instead and writes nothing.
 """
 
 from __future__ import annotations

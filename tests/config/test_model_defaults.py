@@ -26,6 +26,7 @@ CASES = {
     ("model=mini_gemini_7b",): ("paper_no_judge", "64tok"),
     ("model=mini_gemini_13b",): ("paper_no_judge", "64tok"),
     ("model=video_llava_7b",): ("paper_video", "17tok"),
+    ("model=video_llava_7b_hf",): ("paper_video", "17tok"),
     ("model=qwen2_5_vl_3b",): ("paper_no_judge", "128tok"),
     ("model=qwen2_5_vl_7b",): ("paper_no_judge", "128tok"),
     ("model=qwen3_vl_2b",): ("paper_no_judge", "128tok"),

@@ -87,7 +87,9 @@ def test_a_directory_written_by_hand_is_the_model_it_was_made_from(checkpoint, m
     assert len(rows) == 64 and torch.allclose(rows, written["lm_head.weight"].mean(0))  # of 320 + 2 words: 384
     assert weights_sha256(str(checkpoint)) is not None
     ids = torch.tensor([[5, VOCABULARY] + [6] * 3])
-    stock = vlm.model(torch.tensor([[5, *[VOCABULARY] * 64, 6, 6, 6]]), pixel_values=tiny.llava_inputs(1)["pixel_values"])
+    stock = vlm.model(
+        torch.tensor([[5, *[VOCABULARY] * 64, 6, 6, 6]]), pixel_values=tiny.llava_inputs(1)["pixel_values"]
+    )
     assert torch.equal(vlm.forward(ids, **tiny.llava_inputs(1)).logits, stock.logits)
 
 
@@ -102,7 +104,11 @@ def test_a_tower_inside_is_used_where_it_was_trained(model, tmp_path, unfreeze):
 @torch.no_grad()
 def test_tiles_are_read_height_first(tmp_path):
     next_model = tiny.llava_next(vocab_size=VOCABULARY)
-    tiles = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": WIDTH_FIRST, "mm_patch_merge_type": "spatial_unpad"}
+    tiles = {
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": WIDTH_FIRST,
+        "mm_patch_merge_type": "spatial_unpad",
+    }
     vlm = vzip.load_vlm(save_all(next_model, tmp_path, **tiles))
     assert type(vlm.model) is LlavaNextForConditionalGeneration
     expected = [[height, width] for width, height in WIDTH_FIRST]
@@ -196,7 +202,9 @@ def test_a_projector_that_is_missing_is_named(model, tmp_path):
     own, _ = parts_of(model)
     for file in directory.glob("pytorch_model*"):
         file.unlink()
-    torch.save({name: value for name, value in own.items() if "mm_projector" not in name}, directory / "pytorch_model.bin")
+    torch.save(
+        {name: value for name, value in own.items() if "mm_projector" not in name}, directory / "pytorch_model.bin"
+    )
     with pytest.raises(CheckpointError, match=r"4 missing \(model\.multi_modal_projector\.linear_1\.bias"):
         vzip.load_vlm(directory)
 

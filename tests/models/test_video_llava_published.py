@@ -36,7 +36,9 @@ def test_states_attention_and_keys_are_those_of_the_authors_towers(name):
     given = json.loads((GOLDEN / "config.json").read_text())["image_vision_config"]
     own = {key: value for key, value in given.items() if key not in ("lora_r", "add_time_attn", "num_frames")}
     module = TOWERS[name](CLIPVisionConfig(**own)).eval()
-    weights = {rename_checkpoint(key): value.float() for key, value in load_file(GOLDEN / "weights.safetensors").items()}
+    weights = {
+        rename_checkpoint(key): value.float() for key, value in load_file(GOLDEN / "weights.safetensors").items()
+    }
     prefix = f"model.{name.removesuffix('16')}_tower."
     module.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     pixels = load_file(GOLDEN / "inputs.safetensors")[f"{name}.pixel_values"]
@@ -88,11 +90,11 @@ def test_the_wrapped_model_is_the_stock_one_and_clips_know_nothing_of_each_other
 
 def test_frames_come_in_clips_of_eight(model):
     vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), tiny.video_processor())
-    with pytest.raises(PromptError, match="12 frames a video.*multiple of 8"):
+    with pytest.raises(PromptError, match=r"12 frames a video.*multiple of 8"):
         vlm.encode_videos(videos(1, 12))
     with pytest.raises(ConfigError, match=r"model.num_frames=12.*multiple of 8.*video_llava_7b_hf"):
         vzip.CompressedVlm(model, vzip.Identity(), tiny.video_processor(), num_frames=12)
-    with pytest.raises(ConfigError, match="FlowCut drops patches inside.*its own place in the other frames"):
+    with pytest.raises(ConfigError, match=r"FlowCut drops patches inside.*its own place in the other frames"):
         vlm.compressor = vzip.compressors.FlowCut(BUDGET)
 
 
@@ -110,7 +112,9 @@ def save_all(model, root, inside=True, **changes):
                 own[f"model.{medium}_tower.{medium}_tower.{rest}"] = value
             towers[f"mm_{medium}_tower"][f"vision_model.{rest}"] = value
             continue
-        name = name.replace("model.language_model.", "model.").replace("multi_modal_projector.linear_1", "mm_projector.0")
+        name = name.replace("model.language_model.", "model.").replace(
+            "multi_modal_projector.linear_1", "mm_projector.0"
+        )
         own[name.replace("multi_modal_projector.linear_2", "mm_projector.2")] = value
     for key, repository in REPOSITORIES.items():
         folder = root / repository.rpartition("/")[2]

@@ -8,8 +8,9 @@
 The base model is read as the tuned weights' header names it, or from --base DIR; the result is in the base's precision.
 LoRA layers that were trained with them are added into the weights that they belong to.
 
---mm-projector writes mm_projector.bin and, of a base in LLaVA's own layout, config.json, which LLaVA's code wants beside it
-(load_pretrained_model(DIR, model_base=BASE, ...)). It names the base, so that model.name_or_path=DIR is the tuned model.
+--mm-projector writes mm_projector.bin and, of a base in LLaVA's own layout, config.json, which LLaVA's code wants
+beside it (load_pretrained_model(DIR, model_base=BASE, ...)). It names the base, so that
+model.name_or_path=DIR is the tuned model.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ def write_mm_projector(tuned: Path, out: Path, base: str | None = None) -> None:
     _, header = read_header(tuned)
     if (parts := [*header.get("parts", []), *(["lora"] if "lora_sha256" in header else [])]) != ["projector"]:
         raise CheckpointError(
-            f"{tuned}: {', '.join(parts)} were tuned, and {PROJECTOR_NAME} holds a projector alone. Leave --mm-projector"
-            " out, which writes the whole model."
+            f"{tuned}: {', '.join(parts)} were tuned, and {PROJECTOR_NAME} holds a projector alone. Leave"
+            " --mm-projector out, which writes the whole model."
         )
     vlm = _tuned_model(tuned, header, base)
     tensors, config = projector_alone(vlm.model, vlm.adapter.projector, Path(vlm.name_or_path))

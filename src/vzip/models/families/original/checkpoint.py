@@ -116,9 +116,7 @@ class OriginalCheckpoint(ABC):
         """
         absent = [key for key in needed if self.fields.get(key) is None]
         if absent:
-            raise CheckpointError(
-                f"{self.source}: config.json has no {', '.join(absent)}, which {self.family} needs."
-            )
+            raise CheckpointError(f"{self.source}: config.json has no {', '.join(absent)}, which {self.family} needs.")
         told = []
         for key, (wanted, default) in required.items():
             if (value := self.fields.get(key, default)) != wanted:

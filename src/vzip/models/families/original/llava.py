@@ -7,6 +7,7 @@ Source: haotian-liu/LLaVA c121f04, ``builder.py``, ``llava_arch.py``, ``mm_utils
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -26,6 +27,8 @@ from .checkpoint import OriginalCheckpoint, find_folder
 from .names import TOWER, rename_clip, rename_llava
 from .tensors import CHECKPOINT_FILES, renamed_tensors, weight_files
 from .tokenizer import llama_tokenizer, vicuna_template
+
+logger = logging.getLogger(__name__)
 
 PROJECTOR_NAME = "mm_projector.bin"
 LORA_CONFIG, NON_LORA_NAME = "adapter_config.json", "non_lora_trainables.bin"
@@ -170,9 +173,7 @@ class OriginalLlava(OriginalCheckpoint):
 
         folder = self.folder_of("mm_vision_tower")
         clip, vision = CLIPImageProcessor.from_pretrained(folder), CLIPVisionConfig.from_pretrained(folder)
-        tokenizer = llama_tokenizer(
-            self.tokenizer_folder(), self.fields["vocab_size"], [IMAGE_TOKEN], PAD_TOKEN
-        )
+        tokenizer = llama_tokenizer(self.tokenizer_folder(), self.fields["vocab_size"], [IMAGE_TOKEN], PAD_TOKEN)
         settings = {
             "patch_size": vision.patch_size,
             "vision_feature_select_strategy": _STRATEGIES[self.fields.get("mm_vision_select_feature", "patch")],
@@ -180,6 +181,13 @@ class OriginalLlava(OriginalCheckpoint):
             "chat_template": self._template(tokenizer),
         }
         if not self.has_tiles:
+            if (aspect := self.fields.get("image_aspect_ratio", "square")) != "pad":
+                logger.warning(
+                    "%s: image_aspect_ratio=%s, so LLaVA's code cuts the centre out of an image: set"
+                    " model.preprocess=hf; model.preprocess=llava pads.",
+                    self.source,
+                    aspect,
+                )
             return LlavaProcessor(clip, tokenizer, **settings)
         tiles = LlavaNextImageProcessor(
             size=clip.size,

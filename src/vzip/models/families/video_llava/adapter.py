@@ -127,7 +127,7 @@ class VideoLlavaAdapter(LlavaAdapter):
 
 
 class PublishedVideoLlavaAdapter(VideoLlavaAdapter):
-    """Its authors' model, whose video tower joins the frames of a clip; images and frames as their scripts make them."""
+    """Its authors' model, whose video tower joins the frames of a clip; pixels are those of their scripts."""
 
     model_class = PublishedVideoLlavaForConditionalGeneration
     cannot_use: ClassVar[Mapping[str, str]] = {"pruned": "each patch attends to its own place in the other frames"}

@@ -59,5 +59,7 @@ def _centre(pixels: Tensor, side: int) -> Tensor:
 
 
 def _normalised(pixels: Tensor, image_processor: Any) -> Tensor:
-    mean, std = (torch.tensor(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std))
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std)
+    )
     return (pixels - mean) / std

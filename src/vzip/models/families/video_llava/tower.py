@@ -51,7 +51,7 @@ class TemporalEncoderLayer(CLIPEncoderLayer):
         by_row = by_row + self.temporal_embedding
         by_row = by_row + self.temporal_attn(self.temporal_layer_norm1(by_row))
         frames = by_row.unflatten(0, (-1, num_rows)).transpose(1, 2).flatten(0, 1)
-        output: Tensor = super().forward(frames, attention_mask, **kwargs)  # type: ignore[arg-type]
+        output: Tensor = super().forward(frames, attention_mask, **kwargs)
         return output
 
 
