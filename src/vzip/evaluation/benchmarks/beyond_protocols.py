@@ -99,8 +99,8 @@ _REASONING = {
         "fraction",
         None,
         "no judge: the whole answer is what lmms-eval normalises and compares, where MathVista has GPT-4 take the"
-        " answer out of the text first; a choice that is not named counts as the most similar one. Ask for short answers, as"
-        " this prompt does",
+        " answer out of the text first; a choice that is not named counts as the most similar one. Ask for short"
+        " answers, as this prompt does",
         split="testmini",
         prompt="Answer the question using a single integer number. (and the like, by type of answer)",
         packages=("Levenshtein",),
