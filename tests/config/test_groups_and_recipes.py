@@ -190,13 +190,11 @@ def test_a_recipe_is_valid(recipe: str) -> None:
     assert config["recipe"] == recipe
 
 
-@pytest.mark.parametrize("option", ["ocr", "grounding", "hallucination", "reasoning"])
-def test_every_recipe_can_be_asked_what_breaks_first(option: str) -> None:
-    chosen = composed("+exp=llava15_7b_64tok", f"eval={option}")["eval"]
-    assert chosen["name"] == option, "the command line wins over the recipe"
-    for recipe in RECIPES:
-        config = composed(f"+exp={recipe}")
-        assert find_problems({**config, "eval": chosen}) == [], recipe
+def test_every_recipe_can_be_asked_to_read_text() -> None:
+    chosen = composed("+exp=llava15_7b_64tok", "eval=ocr")["eval"]
+    assert chosen["name"] == "ocr", "the command line wins over the recipe"
+    for recipe in RECIPES:  # composed once for the test above
+        assert find_problems({**composed(f"+exp={recipe}"), "eval": chosen}) == [], recipe
 
 
 def test_longer_video_costs_the_language_model_as_much() -> None:

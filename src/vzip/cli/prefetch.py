@@ -395,7 +395,7 @@ def published_size(path: str, config: str | None) -> int | None:
 
 
 def _dataset_size(path: str, config: str | None, hub: Hub, kwargs: Mapping[str, Any]) -> int | None:
-    """Bytes of the files of a data set's configuration, of one with videos all its files; None: the hub does not say."""
+    """Bytes of a data set's configuration, of one with videos of all its files; None where the hub does not say."""
     import datasets
 
     try:

@@ -5,9 +5,9 @@ Fields of a record: ``schema_version``, ``kind``, ``created``, ``config`` (resol
 ``visual_tokens`` (budget per crop, measured least and most), ``pruner`` (null, or name, settings and, measured:
 ``schedule``, the visual tokens of an image that each layer attended to, its average, and ``cache_lengths``, the tokens
 that each layer held after the prompt; least and most), ``tasks`` (by name: ``primary_metric``, ``unit``,
-``chance``, ``num_samples``, ``metrics`` by name: ``value``, ``standard_error``, ``standard_error_source``; ``protocol``:
-task file, split, prompt, judge, difference from what is published, generation settings; where the score is told by
-groups, as a video's length, ``grouped_by`` and ``groups`` by name: the primary metric and ``num_samples``), ``data``
+``chance``, ``num_samples``, ``metrics`` by name: ``value``, ``standard_error``, ``standard_error_source``;
+``protocol``: task file, split, prompt, judge, difference from what is published, generation settings; where the score
+is told by groups, as a video's length, ``grouped_by`` and ``groups`` by name: the primary metric), ``data``
 (by task: path, revision or file digests, digest of the questions), ``code`` (commit, dirty), ``versions``,
 ``hardware``, ``wall_time_s``, ``num_processes``, ``batch_sizes`` (size -> how many batches), ``tower_cache`` (crops
 taken from it or run, or null), ``num_resumed_answers``, ``num_damaged_lines``, ``left_out`` (questions whose image or

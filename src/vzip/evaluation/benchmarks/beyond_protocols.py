@@ -39,8 +39,8 @@ _GROUNDING = {
             "all sentences about an object in one question; of several boxes said, each in pixels and in thousandths of"
             " the image, lmms-eval takes the one nearest to the truth",
             split=split,
-            prompt='Locate every object that matches the description "..." in the image. Report bbox coordinates in JSON'
-            " format.",
+            prompt='Locate every object that matches the description "..." in the image. Report bbox coordinates in'
+            " JSON format.",
             verdicts=pixel_box_hits,
         )
         for task, split in (
@@ -69,8 +69,8 @@ _HALLUCINATION = {
         "percent",
         None,
         "CHAIR_i, the share of the objects named that are hallucinated, from 100, so that more is better;"
-        " coco_cap_chair_i and coco_cap_chair_s (captions with such an object) beside it are CHAIR's own, where less is."
-        " Longer captions hallucinate more: up to 2048 tokens here, as in lmms-eval",
+        " coco_cap_chair_i and coco_cap_chair_s (captions with such an object) beside it are CHAIR's own, where less"
+        " is. Longer captions hallucinate more: up to 2048 tokens here, as in lmms-eval",
         split="test",
         prompt="Please describe this image in detail.",
         packages=("nltk",),
@@ -98,9 +98,9 @@ _REASONING = {
         "accuracy",
         "fraction",
         None,
-        "no judge: the whole answer is what lmms-eval normalises and compares, where MathVista has GPT-4 take the answer"
-        " out of the text first; a choice that is not named counts as the most similar one. Ask for short answers, as"
-        " this prompt does",
+        "no judge: the whole answer is what lmms-eval normalises and compares, where MathVista has GPT-4 take the"
+        " answer out of the text first; a choice that is not named counts as the most similar one. Ask for short"
+        " answers, as this prompt does",
         split="testmini",
         prompt="Answer the question using a single integer number. (and the like, by type of answer)",
         packages=("Levenshtein",),

@@ -33,7 +33,7 @@ _JUDGED_BY_LMMS_EVAL = {
         "mathvista_rules",
     ),
 }
-# Their files cannot be read without packages that decode videos or subtitles, which vzip does by itself -> what to run instead.
+# Their files cannot be read without packages that decode videos, which vzip does by itself -> what to run instead.
 _DECODED_BY_LMMS_EVAL = {"videomme": "videomme_frames", "longvideobench_val_v": "longvideobench_frames"}
 # What lmms-eval reads captions with, by package: name and place among its data.
 _LANGUAGE_DATA = {
@@ -71,8 +71,8 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> TaskMan
             )
         if name in _DECODED_BY_LMMS_EVAL:
             raise UnsupportedModelError(
-                f"task {name}: lmms-eval's file of it needs a package to decode videos with, which vzip does by itself. Use"
-                f" eval.tasks=[{_DECODED_BY_LMMS_EVAL[name]}], the same questions with the same scores."
+                f"task {name}: lmms-eval's file of it needs a package to decode videos with, which vzip does by itself."
+                f" Use eval.tasks=[{_DECODED_BY_LMMS_EVAL[name]}], the same questions with the same scores."
             )
     check_packages(tasks)
     ours = set(_manager(str(OWN_TASKS)).all_tasks)
@@ -155,8 +155,8 @@ def check_packages(tasks: Sequence[str]) -> None:
             if absent:
                 raise MissingPackageError(
                     f"task {name}: the package {package} lacks its data {', '.join(absent)}. Fetch it where there is a"
-                    f" network, with `python -m nltk.downloader {' '.join(absent)}` (NLTK_DATA=DIR names its folder), or"
-                    " leave the task out of eval.tasks."
+                    f" network, with `python -m nltk.downloader {' '.join(absent)}` (NLTK_DATA=DIR names its folder),"
+                    " or leave the task out of eval.tasks."
                 )
 
 
