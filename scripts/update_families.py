@@ -5,8 +5,8 @@ python scripts/update_families.py
 
 from __future__ import annotations
 
+import copy
 import re
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ class Reasons:
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
 
-    def cell(self, check: Callable[[], object]) -> str:
-        """``yes``, or the number of what was said instead."""
+    def cell(self, check: Callable[..., object], *given: Any) -> str:
+        """``yes`` where the check passes what it is given, or the number of what was said instead."""
         try:
-            check()
+            check(*given)
         except VzipError as error:
             return f"no ({self.numbers.setdefault(' '.join(str(error).split()), len(self.numbers) + 1)})"
         return YES
@@ -56,7 +56,7 @@ def published() -> dict[type[Adapter], list[shapes.BenchModel]]:
     return found
 
 
-def matrix(group: str, check: Callable[[type[Adapter], shapes.BenchModel, Any], object]) -> str:
+def matrix(group: str, check: Callable[[type[Adapter], Any, Any], object]) -> str:
     """A table with a row a method and a column a family, and what was said where a method is refused."""
     families, reasons = published(), Reasons()
     title = [f"`{group}=`", *(_name(adapter) for adapter in families)]
@@ -68,22 +68,19 @@ def matrix(group: str, check: Callable[[type[Adapter], shapes.BenchModel, Any], 
         settings = {"text_encoder": None} if "text_encoder" in method.settings else {}
         built = method.build(BUDGET, **settings) if group == "compressor" else method.build()
         shown = "".join(f", `compressor.{key}=null`" for key in settings)
-        cells = [
-            reasons.cell(lambda a=adapter, m=model: check(a, m, built))  # type: ignore[misc]  # noqa: B023
-            for adapter, (model, *_) in families.items()
-        ]
+        cells = [reasons.cell(check, adapter, model.config, built) for adapter, (model, *_) in families.items()]
         rows.append([f"`{name}`{shown}", *cells])
     return f"{_table(title, rows)}\n\n{reasons.lines()}".rstrip()
 
 
 def compressors() -> str:
     """Which compressor serves which family, with the checks that run before any weight is read."""
-    return matrix("compressor", lambda adapter, m, built: adapter.check_settings(m.config, built, FamilyOptions()))
+    return matrix("compressor", lambda adapter, config, built: adapter.check_settings(config, built, FamilyOptions()))
 
 
 def pruners() -> str:
     """Which pruner serves which family."""
-    return matrix("pruner", lambda adapter, m, built: adapter.check_pruner(m.config, built))
+    return matrix("pruner", lambda adapter, config, built: adapter.check_pruner(config, built))
 
 
 def families() -> str:
@@ -94,10 +91,8 @@ def families() -> str:
         names = [model.name for model in models if model.name in options(configs, "model")]
         checkpoints = [str(option_values(configs, "model", name)["name_or_path"]) for name in names]
         videos = "files" if adapter.has_video else "as the processor returns them" if adapter.reads_video else "no"
-        pruned = Counter(
-            Reasons().cell(lambda a=adapter, b=method.build(): a.check_pruner(models[0].config, b)) == YES  # type: ignore[misc]
-            for method in method_files("pruner").values()
-        )
+        built = [method.build() for method in method_files("pruner").values()]
+        pruned = sum(Reasons().cell(adapter.check_pruner, models[0].config, pruner) == YES for pruner in built)
         rows.append(
             [
                 _name(adapter),
@@ -105,16 +100,16 @@ def families() -> str:
                 _tokens(models[0]),
                 videos,
                 "yes" if Reasons().cell(adapter.check_training) == YES else "no",
-                "all" if not pruned[False] else f"{pruned[True]} of {pruned.total()}" if pruned[True] else "no",
+                "all" if pruned == len(built) else f"{pruned} of {len(built)}" if pruned else "no",
             ]
         )
     return _table(["family", "`model=`: checkpoint", "visual tokens", "videos", "training", "pruners"], rows)
 
 
 def _tokens(model: shapes.BenchModel) -> str:
-    config = model.config
-    config.get_text_config().num_hidden_layers = 1  # nothing but the vision tower is looked at
-    adapter = adapter_for_model(shapes.build_meta(model, torch.float32))
+    shown = copy.deepcopy(model)
+    shown.config.get_text_config().num_hidden_layers = 1  # nothing but the vision tower is looked at
+    adapter = adapter_for_model(shapes.build_meta(shown, torch.float32))
     visuals = visuals_of(adapter, model.num_crops)
     counts = find_budget(model.default_budget)
     assert counts is not None
