@@ -10,12 +10,15 @@ from tests import methods, tiny_qwen
 from tests.isolation.snapshot import changed, snapshot
 from tests.tiny_qwen import GRIDS, batch, golden, images, num_units, prompt, recorded_maps, stock
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import vzip
 from vzip.compressors import FractionBudget, Selection, Signal
 from vzip.errors import ConfigError, ImageError, PromptError, UnsupportedModelError
 from vzip.models.families.qwen2_5_vl.tower import window_order
 from vzip.models.freeze import train_projector_only
+from vzip.ops.attention import CPU_BLOCK_ELEMENTS
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 CASES = [f"{grid}.{share}+05" for grid in GRIDS for share in (65, 45, 15)]
@@ -199,6 +202,23 @@ def test_scores_by_an_attention_function_that_records_its_maps(model):
     units = received.view(-1, 4).mean(dim=1)[back].split([15, 16])
     for (_, vision), expected in zip(groups, units, strict=True):
         torch.testing.assert_close(vision.attention[0].double(), expected, rtol=0, atol=1e-7)
+
+
+@torch.no_grad()
+def test_scoring_a_large_image_makes_no_map(model):
+    class Largest(TorchDispatchMode):
+        num_elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            made = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            self.num_elements = max([self.num_elements, *made])
+            return result
+
+    vlm = vzip.CompressedVlm(model, vzip.VisionZip(BUDGET))
+    with Largest() as largest:
+        vlm.encode_images(torch.ones(4096, 96), image_grid_thw=torch.tensor([[1, 64, 64]]))
+    assert largest.num_elements <= CPU_BLOCK_ELEMENTS == 4096 * 256
 
 
 def test_window_order_is_the_models(model):

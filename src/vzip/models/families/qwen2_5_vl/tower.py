@@ -211,9 +211,10 @@ def _rotated(qkv: Tensor, num_heads: int, rope: tuple[Tensor, Tensor]) -> tuple[
         rope: cosines and sines ``[S, d]``.
     """
     cos, sin = (at_least_float32(part)[:, None] for part in rope)
-    queries, keys, _ = at_least_float32(qkv).unflatten(-1, (3, num_heads, -1)).unbind(1)
+    queries, keys, _ = qkv.unflatten(-1, (3, num_heads, -1)).unbind(1)
 
     def rotate(x: Tensor) -> Tensor:
+        x = at_least_float32(x)
         first, second = x.chunk(2, dim=-1)
         return (x * cos + torch.cat([-second, first], dim=-1) * sin).flatten(1)
 
