@@ -72,7 +72,7 @@ def test_a_sweep_s_list_and_a_table_s_rows(tmp_path: Path) -> None:
     rows = [{"tokens": 44, "method": "VisionZip", "run": "budget=44tok"}]
     (tmp_path / "own.json").write_text(json.dumps(content | {"rows": rows}))
     (planned,) = plan(read_table(str(tmp_path / "own.json")), [], tmp_path).values()
-    assert planned.config["budget"] == {"name": "44tok", "num_dominant": 37, "num_contextual": 7}
+    assert planned.config["budget"] == {"name": "44tok", "num_dominant": 37, "num_contextual": 7, "scope": "crop"}
 
 
 @pytest.mark.parametrize(
