@@ -41,7 +41,7 @@ def test_where_eval_ask_memory_and_prefetch_take_it(caplog: pytest.LogCaptureFix
     assert "budget=48tok: 40 dominant + 8 contextual tokens" in caplog.messages
     assert memory_plan(["model=tiny", "budget=52tok"], inference=True).num_visual == 52
     (config,) = composed(["model=tiny", "budget=56tok"])
-    assert config["budget"] == {"name": "56tok", "num_dominant": 47, "num_contextual": 9}
+    assert config["budget"] == {"name": "56tok", "num_dominant": 47, "num_contextual": 9, "scope": "crop"}
 
 
 def test_no_split_is_told_of_a_pruner_s_average(caplog: pytest.LogCaptureFixture) -> None:
@@ -72,7 +72,7 @@ def test_a_sweep_s_list_and_a_table_s_rows(tmp_path: Path) -> None:
     rows = [{"tokens": 44, "method": "VisionZip", "run": "budget=44tok"}]
     (tmp_path / "own.json").write_text(json.dumps(content | {"rows": rows}))
     (planned,) = plan(read_table(str(tmp_path / "own.json")), [], tmp_path).values()
-    assert planned.config["budget"] == {"name": "44tok", "num_dominant": 37, "num_contextual": 7}
+    assert planned.config["budget"] == {"name": "44tok", "num_dominant": 37, "num_contextual": 7, "scope": "crop"}
 
 
 @pytest.mark.parametrize(

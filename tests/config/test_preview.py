@@ -89,7 +89,9 @@ def test_a_dry_run_refuses_what_the_run_would(run: Run, tmp_path: Path) -> None:
         ("model=qwen3_vl_8b pruner=fastv", "The language model is a qwen3_vl_text"),
         ("model=qwen3_vl_2b compressor=flowcut", "compressor=FlowCut drops patches inside the vision tower"),
         ("model=qwen2_5_vl_7b compressor=resized", "its images have any size; give smaller ones"),
-        ("model=qwen3_vl_8b model.num_frames=4", "takes videos only as its processor returns them"),
+        ("model=qwen3_vl_8b model.num_frames=4 model.fps=1", "set one of them"),
+        ("model=llava15_7b model.fps=1", "has no video tower and takes images only"),
+        ("model=llava15_7b budget.scope=video", "one budget for all frames of a video"),
         ("model=qwen2_5_vl_3b model.preprocess=llava", "must be one of hf"),
         ("model=llava_next_7b eval=video_choice", "takes no videos as files, and videomme_frames, egoschema_subset,"),
         (

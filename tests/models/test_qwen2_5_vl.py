@@ -355,10 +355,6 @@ def test_what_is_not_served_is_refused_by_name(model):
     ends = torch.tensor([[5, *[tiny_qwen.IMAGE] * 8]])
     with pytest.raises(PromptError, match="ends in an image"):
         vlm.generate(ends, **images("4x8"), max_new_tokens=1)
-    with pytest.raises(
-        UnsupportedModelError, match=r"videos only as its processor returns them .*files are not served"
-    ):
-        vlm.adapter.prepare_videos([], None, 8)
     with pytest.raises(UnsupportedModelError, match=r"score_layer=1.*attends within windows.*2, 4"):
         vzip.CompressedVlm(model, vzip.VisionZip(BUDGET, score_layer=1))
     with pytest.raises(ConfigError, match=r"score_layer=9.*4 layers"):

@@ -289,10 +289,6 @@ def test_what_is_not_served_is_refused_by_name(model):
         vlm.prepare(touching, pixel_values=inputs["pixel_values"])
     with pytest.raises(PromptError, match="ends in an image"):
         vlm.generate(torch.tensor([[5, *[IMAGE] * 8]]), **images("4x8"), max_new_tokens=1)
-    with pytest.raises(
-        UnsupportedModelError, match=r"videos only as its processor returns them .*files are not served"
-    ):
-        vlm.adapter.prepare_videos([], None, 8)
     with pytest.raises(ConfigError, match=r"score_layer=9.*5 layers"):
         vzip.CompressedVlm(model, vzip.VisionZip(BUDGET, score_layer=9))
     vzip.CompressedVlm(model, vzip.VisionZip(BUDGET, score_layer=1))  # every layer sees the whole image

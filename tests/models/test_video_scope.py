@@ -17,7 +17,7 @@ FAMILIES = {"qwen2_5_vl": tiny_qwen, "qwen3_vl": tiny_qwen3}
 GRIDS = ("3x6x10", "2x4x8")
 
 
-# A scorer, those that merge, one of a whole image, one that projects by itself, a text-aware one, one with another view.
+# A scorer, some that merge, one of a whole image, one that projects by itself, a text-aware one, one with its own view.
 SERVED = ["fastervlm", "visionzip", "merge_dropped", "prumerge", "divprune", "zooprune", "cdpruner", "zero_image"]
 
 

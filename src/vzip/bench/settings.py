@@ -132,8 +132,8 @@ class BenchSettings:
     )
     batch_size: int = key("prompts in a batch", at_least=1, default=1)
     num_crops: int = key(
-        "tower inputs a prompt: images, crops of one image, frames; of Qwen's models 1: an image, more: a video of so many"
-        " temporal steps; 0: 1, 5, 8 by model",
+        "tower inputs a prompt: images, crops of one image, frames; of Qwen's models 1: an image, more: a video of so"
+        " many temporal steps; 0: 1, 5, 8 by model",
         default=0,
     )
     num_new_tokens: int = key("tokens decoded after the first one", at_least=1, default=8)

@@ -126,16 +126,17 @@ def budget_label(budget: Mapping[str, Any], directory: Path) -> str:
     usual = option_values(directory, "budget", name)
     counts = [budget[key] == usual.get(key) for key in ("num_dominant", "num_contextual")]
     label = str(name) if all(counts) else f"{budget['num_dominant']}+{budget['num_contextual']}"
-    return label + ("" if budget["scope"] == usual.get("scope") else f"_scope-{budget['scope']}")
+    scope = budget.get("scope", "crop")
+    return label + ("" if scope == usual.get("scope", "crop") else f"_scope-{scope}")
 
 
 def recipe_changes(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
     """Settings that change results and differ from the recipe's own, as ``key=value (recipe: value)``."""
     changes = [
-        f"{group}.{key}={show(config[group][key])} (recipe: {show(recipe[group][key])})"
+        f"{group}.{key}={show(config[group].get(key))} (recipe: {show(recipe[group].get(key))})"
         for group, keys in RESULT_KEYS.items()
         for key in keys
-        if config[group][key] != recipe[group][key]
+        if config[group].get(key) != recipe[group].get(key)
     ]
     for group in OPEN_GROUPS:
         # A record from before there were pruners has none. The budget inside the compressor and the control's seed

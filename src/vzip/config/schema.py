@@ -93,18 +93,19 @@ def _tokens(minimum: int) -> Rule:
     return Rule(f"a whole number of tokens a crop, {minimum} or more (not a ratio)", allows)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BudgetSettings:
     """The ``budget`` group."""
 
     num_dominant: int | None = key("dominant tokens: kept by their scores, CLS among them", rule=_tokens(1))
     num_contextual: int | None = key("contextual tokens: what the others are merged into", rule=_tokens(0))
     scope: Literal["crop", "video"] = key(
-        "of a video: crop: a budget for each frame (Qwen: temporal step); video: one for all of them together"
+        "of a video: crop: a budget for each frame (Qwen: temporal step); video: one for all of them together",
+        default="crop",
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CountedBudgetSettings(BudgetSettings):
     """The ``budget`` group for a number of tokens that is split as the paper splits its own."""
 

@@ -262,8 +262,8 @@ class Qwen2_5VlAdapter(Adapter):
     def positions(self, segments: Sequence[Sequence[int] | VisionShape]) -> Tensor:
         if any(isinstance(one, VisionShape) and isinstance(other, VisionShape) for one, other in pairwise(segments)):
             raise PromptError(
-                f"Two images (or videos) touch in a prompt: {self.published_name} reads one run of placeholders as one."
-                " Put <|vision_end|><|vision_start|> between them, as the chat template does."
+                f"Two images touch in a prompt: {self.published_name} reads one run of placeholders as one image. Put"
+                " <|vision_end|><|vision_start|> between them, as the chat template does."
             )
         ids, types = list[int](), list[int]()
         shapes = [segment for segment in segments if isinstance(segment, VisionShape)]

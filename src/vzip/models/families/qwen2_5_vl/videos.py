@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,13 +165,13 @@ class VideoRules:
         return _fitted(height, width, factor, *self._bounds(smallest, largest))
 
     def _bounds(self, smallest: int, largest: int, num_frames: int = 1) -> tuple[int, int]:
-        """The bounds of so many frames, as far as the user has not set them; a bound that is set moves the other."""
+        """The bounds of so many frames; where the user has set one, another that contradicts it does not hold."""
         if self.frame_smallest is not None:
             smallest = self.frame_smallest * num_frames
-            largest = max(largest, smallest)
+            largest = largest if largest >= smallest else sys.maxsize
         if self.frame_largest is not None:
             largest = self.frame_largest * num_frames
-            smallest = min(smallest, largest)
+            smallest = smallest if smallest <= largest else 1
         return smallest, largest
 
     def read(self, source: VideoSource) -> SampledVideo:
