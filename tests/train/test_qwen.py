@@ -190,6 +190,7 @@ def test_memory_is_estimated_as_it_is_measured(plan: Any, monkeypatch: pytest.Mo
 
 
 def test_quantized_the_language_model_alone_and_the_mergers_train(checkpoint: Path) -> None:
+    pytest.importorskip("bitsandbytes")
     vlm = vzip.load_vlm(
         checkpoint,
         compressor=vzip.VisionZip(BUDGET),

@@ -180,4 +180,4 @@ class AnswerLoss(nn.Module):
 def _nothing(tokens: Sequence[VisualTokens]) -> Tensor:
     """Zero, which depends on all that was made of images and videos."""
     parts = [part for each in tokens for part in (each.rows, each.planes) if part is not None]
-    return 0.0 * sum(part.mean() for part in parts)
+    return 0.0 * torch.stack([part.mean() for part in parts]).sum()
