@@ -86,7 +86,8 @@ def test_a_dry_run_refuses_what_the_run_would(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("model=qwen3_vl_8b pruner=fastv", "The language model is a qwen3_vl_text"),
+        ("model=qwen3_vl_8b pruner=sparsevlm pruner.layers=[1,6,15]", "Cut at layer 3 or later"),
+        ("model=qwen2_5_vl_7b pruner=fastv compressor=none budget=64tok", "vary in their visual tokens"),
         ("model=qwen3_vl_2b compressor=flowcut", "compressor=FlowCut drops patches inside the vision tower"),
         ("model=qwen2_5_vl_7b compressor=resized", "its images have any size; give smaller ones"),
         ("model=qwen3_vl_8b model.num_frames=4 model.fps=1", "set one of them"),

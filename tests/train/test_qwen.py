@@ -187,3 +187,25 @@ def test_memory_is_estimated_as_it_is_measured(plan: Any, monkeypatch: pytest.Mo
     estimated = estimate_training(shape, whole.train, whole.launch, load).total()
     measured = measure_training(vzip.CompressedVlm(model, shape.compressor), whole.train, whole.launch, load)
     assert estimated == pytest.approx(measured, rel=0.05)
+
+
+def test_quantized_the_language_model_alone_and_the_mergers_train(checkpoint: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    vlm = vzip.load_vlm(
+        checkpoint,
+        compressor=vzip.VisionZip(BUDGET),
+        quantization="4bit",
+        dtype="float32",
+        device_map={"": "cpu"},
+        pruner=vzip.FastV(1, 4),
+    )
+    kinds = {
+        (name.startswith("model.visual."), type(module).__name__)
+        for name, module in vlm.model.named_modules()
+        if "Linear" in type(module).__name__ and name != "lm_head"
+    }
+    assert kinds == {(True, "Linear"), (False, "Linear4bit")}
+    asked = vlm.build_inputs([f"{vlm.adapter.written_image} what"], [[Image.new("RGB", (150, 90), "red")]])
+    vlm.generate(**asked, max_new_tokens=2)
+    assert vlm.last_pruned.visual_schedule == [[BUDGET.num_tokens, 4]]  # type: ignore[union-attr]
+    assert all("merger" in name for name in train_projector_only(vlm.model))

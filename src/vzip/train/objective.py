@@ -181,4 +181,4 @@ class AnswerLoss(nn.Module):
 def _nothing(tokens: Sequence[VisualTokens]) -> Tensor:
     """Zero, which depends on all that was made of images and videos."""
     parts = [part for each in tokens for part in (each.rows, each.planes) if part is not None]
-    return 0.0 * torch.stack([part.float().mean() for part in parts]).sum()
+    return 0.0 * torch.stack([part.mean() for part in parts]).sum()
