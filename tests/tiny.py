@@ -329,7 +329,13 @@ def tokenizer(*more_tokens: str) -> PreTrainedTokenizerFast:
 @cache
 def _config(family: str) -> Any:
     """The configuration of a family's model, for its processor."""
-    return {"llava": llava, "llava_next": llava_next, "video_llava": video_llava}[family]().config
+    builders = {
+        "llava": llava,
+        "llava_next": llava_next,
+        "llava_onevision": llava_onevision,
+        "video_llava": video_llava,
+    }
+    return builders[family]().config
 
 
 def processor() -> LlavaProcessor:
@@ -345,6 +351,11 @@ def next_processor() -> LlavaNextProcessor:
 def video_image_processor() -> VideoLlavaImageProcessor:
     """Video-LLaVA's image processor at 112 pixels."""
     return fresh.new_image_processor(_config("video_llava"))
+
+
+def onevision_processor() -> LlavaProcessor:
+    """What ``LlavaOnevisionAdapter.load_processor`` returns, likewise."""
+    return fresh.new_processor(_config("llava_onevision"), tokenizer("<video>"), CHAT_TEMPLATE)
 
 
 def video_processor() -> LlavaProcessor:

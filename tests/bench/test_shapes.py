@@ -31,7 +31,7 @@ VICUNA_7B = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 64129 * 4096
 VICUNA_13B = 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 64129 * 5120
 # torchvision's convnext_large, 197 767 336 parameters, without its head and the norm before that.
 CONVNEXT_L = 197_767_336 - 1000 * 1537 - 2 * 1536
-# The same of SigLIP's 26 layers, 729 positions, without CLS and the norm before; of Qwen2, whose q, k and v have biases.
+# SigLIP's 26 layers and 729 positions, without CLS and the norm before; Qwen2, whose q, k and v have biases.
 SIGLIP = 26 * (4 * 1152**2 + 2 * 1152 * 4304 + 9 * 1152 + 4304) + (588 + 1 + 729 + 2) * 1152
 PROJECTOR_ONEVISION = 1152 * 3584 + 3584**2 + 2 * 3584
 QWEN2_7B = 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944 + 3584 + 2 * 512 + 2 * 3584) + (2 * 152128 + 1) * 3584

@@ -51,7 +51,7 @@ def test_what_is_spliced_is_what_was_encoded(family: Family, dtype: torch.dtype,
     text = vlm.adapter.embed_tokens(torch.tensor([5, 6, 7, 8], device=device))
     expected = torch.cat([text[:2], encoded[0], text[2:3], encoded[1], text[3:]])
     assert torch.equal(prepared.inputs_embeds[0], expected)
-    assert [len(tokens) for tokens in encoded] == [9 * count for count in family.num_crops(2)]
+    assert [len(tokens) for tokens in encoded] == [9 * count + family.num_added for count in family.num_crops(2)]
     logits = model(inputs_embeds=expected[None], attention_mask=torch.ones_like(prepared.attention_mask)).logits
     assert torch.equal(vlm.forward(ids, **inputs).logits, logits)
 

@@ -137,23 +137,24 @@ def test_options_that_cannot_have_the_images_are_refused_by_name(name: str, valu
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_arguments_of_a_step_that_is_the_wrappers_are_obeyed_or_refused(family: Family) -> None:
     vlm = vzip.CompressedVlm(family.build(), vzip.VisionZip(BUDGET))
+    layer, strategy = vlm.model.config.vision_feature_layer, vlm.model.config.vision_feature_select_strategy
     ids, inputs = torch.tensor([[5, family.token, 6]]), family.inputs(1)
     wrong: dict[str, Any] = {
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": -3,
+        "vision_feature_select_strategy": "full" if strategy == "default" else "default",
         "interpolate_pos_encoding": True,
         "mm_encoder_outputs": torch.zeros(1),
         "vision_aspect_ratio": "anyres",
-        "batch_num_images": torch.tensor([1]),
+        "batch_num_images": torch.tensor([2]),
     }
     for call in (vlm.forward, vlm.generate, vlm.prepare):
         for name, value in wrong.items():
             with pytest.raises(PromptError, match=name):
                 call(ids, **inputs, **{name: value})
-    with pytest.raises(PromptError, match=r"vision_feature_layer=\[-2, -3\].*vision_feature_layer=-2\)"):
+    with pytest.raises(PromptError, match=rf"vision_feature_layer=\[-2, -3\].*vision_feature_layer={layer}\)"):
         vlm.forward(ids, **inputs, vision_feature_layer=[-2, -3])
     # What the model does anyway may be said.
-    said = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "mm_encoder_outputs": None}
+    said = {"vision_feature_layer": layer, "vision_feature_select_strategy": strategy, "mm_encoder_outputs": None}
     assert torch.equal(vlm.forward(ids, **inputs, **said).logits, vlm.forward(ids, **inputs).logits)
     assert vlm.generate(ids, **inputs, **said, max_new_tokens=1).shape == (1, 1)
 

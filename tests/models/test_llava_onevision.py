@@ -16,7 +16,7 @@ from vzip.compressors import Signal
 from vzip.errors import PromptError, UnsupportedModelError
 from vzip.models.families import LlavaOnevisionAdapter
 from vzip.models.families.llava_onevision.adapter import _pool
-from vzip.models.weights.from_config import new_image_processor, new_processor
+from vzip.models.weights.from_config import new_image_processor
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 
@@ -33,8 +33,7 @@ def wrapped(model, compressor=None, **options):
 @pytest.fixture(scope="module")
 def asked():
     """A wrapper with a processor, and images."""
-    model, tokenizer = tiny.llava_onevision(vocab_size=320, video_token=5), tiny.tokenizer("<video>")
-    processor = new_processor(model.config, tokenizer, tiny.CHAT_TEMPLATE)
+    model, processor = tiny.llava_onevision(vocab_size=320, video_token=5), tiny.onevision_processor()
     drawn = [Image.effect_noise(size, 90).convert("RGB") for size in ((300, 180), (130, 240), (224, 224))]
     return vzip.CompressedVlm(model, vzip.Identity(), processor), drawn
 

@@ -27,6 +27,7 @@ from vzip.train.objective import AnswerLoss, ModelView
 # Model and processor; crops of an image of 60 x 40 pixels.
 FAMILIES = {
     "llava_next": (tiny.llava_next, tiny.next_processor, 3),
+    "llava_onevision": (lambda **size: tiny.llava_onevision(video_token=5, **size), tiny.onevision_processor, 3),
     "video_llava": (lambda **size: tiny.video_llava(video_token=5, **size), tiny.video_processor, 1),
     "mini_gemini": (tiny_mini_gemini.mini_gemini, tiny_mini_gemini.processor, 1),
 }

@@ -100,6 +100,11 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         side = self.image_side
         return {"pixel_values_videos": torch.ones(num_videos, num_frames, 3, side, side)}
 
+    def image_shapes(self, tensors: Mapping[str, Tensor]) -> list[VisionShape]:
+        if "pixel_values" not in tensors and (counts := tensors.get("batch_num_images")) is not None and counts.any():
+            raise PromptError(f"batch_num_images={counts.tolist()}: it counts images of prompts, and none are given.")
+        return super().image_shapes(tensors)
+
     def _are_tiled(self, tensors: Mapping[str, Tensor]) -> list[bool]:
         """Of each image: alone in its prompt by ``batch_num_images``, else by ``tile_grids``, else all."""
         pixel_values, counts, grids = (tensors.get(n) for n in ("pixel_values", "batch_num_images", "tile_grids"))
