@@ -40,7 +40,7 @@ class InputBuilder:
         """Images -> ``pixel_values``, by the rule in ``preprocess``, and what else the family needs with them.
 
         LLaVA-NeXT: also ``image_sizes``, and with ``"llava"`` ``tile_grids``, since where several grids serve an image
-        equally well LLaVA's choice and Hugging Face's differ.
+        equally well LLaVA's choice and Hugging Face's differ. InternVL: also ``num_patches``, the tiles of each.
 
         Raises:
             ConfigError: the wrapper has no processor.
@@ -73,8 +73,8 @@ class InputBuilder:
         """Prompts, images and videos -> keyword arguments for ``prepare``, ``forward`` and ``generate``.
 
         Args:
-            texts: prompts, with one ``<image>`` (Qwen: ``<|vision_start|><|image_pad|><|vision_end|>``) for each
-                of their images, one ``<video>`` for each of their videos.
+            texts: prompts, with one ``<image>`` (Qwen: ``<|vision_start|><|image_pad|><|vision_end|>``, InternVL:
+                ``<img><IMG_CONTEXT></img>``) for each of their images, one ``<video>`` for each of their videos.
             images: for each prompt its images, in the order of the placeholders; None: no images.
             videos: for each prompt its videos, likewise; see ``preprocess_videos``.
 

@@ -35,8 +35,8 @@ class InternVlAdapter(LlavaBase):
     written_image = WRITTEN_IMAGE
     has_tiles = True
     why_no_video = (
-        "takes a video only as its processor writes it, each frame an image (prepare, forward, generate), for files"
-        " are not served yet"
+        "takes a video only as its processor writes it, each frame an image (prepare, forward, generate): files are not"
+        " served yet"
     )
     preprocesses = ("hf",)
     cannot_use: ClassVar[Mapping[str, str]] = {
