@@ -1,4 +1,4 @@
-"""InternVL3: stock Hugging Face bit for bit, the pixel shuffle and scores by plain loops, tiles, dialogues, training."""
+"""InternVL3: stock Hugging Face bit for bit, pixel shuffle and scores by plain loops, tiles, dialogues, training."""
 
 from __future__ import annotations
 
@@ -199,9 +199,7 @@ def test_prompts_are_written_as_internvl_does(checkpoint):
     vlm = vzip.load_vlm(checkpoint, compressor=vzip.VisionZip(BUDGET))
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is it red?"}]}]
     text = vlm.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    assert text == (
-        "<|im_start|>user\n<img><IMG_CONTEXT></img>\nis it red?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert text == ("<|im_start|>user\n<img><IMG_CONTEXT></img>\nis it red?<|im_end|>\n<|im_start|>assistant\n")
     inputs = vlm.build_inputs([text], [[Image.new("RGB", (900, 448), "red")]])
     assert inputs["num_patches"].tolist() == [3] and vlm.prepare(**inputs).num_visual_tokens == [27]
     first, second = Image.new("RGB", (448, 448), "red"), Image.new("RGB", (448, 900), "blue")
@@ -253,7 +251,7 @@ def test_wrong_tensors_are_refused(wrong, message):
 
 def test_what_cannot_be_served_is_refused_by_name():
     model = tiny_internvl.shared()
-    with pytest.raises(ConfigError, match="FlowCut drops patches inside.*four neighbouring patches"):
+    with pytest.raises(ConfigError, match=r"FlowCut drops patches inside.*four neighbouring patches"):
         vzip.CompressedVlm(model, vzip.FlowCut(BUDGET))
     with pytest.raises(ConfigError, match=r"model\.row_newline=True: InternVL's tiles"):
         vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), row_newline=True)

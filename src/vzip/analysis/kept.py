@@ -43,7 +43,9 @@ def draw_kept(vlm: CompressedVlm, image: Image.Image, question: str | None = Non
     reads = of_tower(vlm.compressor.reads())
     _, vision = adapter.image_outputs(visual, reads, adapter.run_for(vlm.compressor))[0]
     vision = adapter.beside(vision, vlm.compressor, visual.texts, [visual.images[0].num_crops])
-    return draw_overlay(seen, vlm.compressor(vision), adapter.overview_index(visual.images[0]), vision.grid, vision.has_cls)
+    return draw_overlay(
+        seen, vlm.compressor(vision), adapter.overview_index(visual.images[0]), vision.grid, vision.has_cls
+    )
 
 
 def _as_image(crop: Tensor, vlm: CompressedVlm) -> Image.Image:

@@ -22,8 +22,8 @@ from vzip.models.families.base import TowerRun, VisualInputs
 from vzip.models.families.places import VisualTokens
 from vzip.models.splice import PreparedInputs, plan_splice, positions_before, splice_tokens
 from vzip.models.towers.planned import run_for
-from vzip.models.towers.units import as_units
 from vzip.models.towers.structure import Tower
+from vzip.models.towers.units import as_units
 from vzip.ops.attention import cls_attention, mean_keys, received_attention
 from vzip.pruners import Pruner
 from vzip.pruners.context import PrunedRun, pruning

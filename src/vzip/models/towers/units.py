@@ -20,7 +20,7 @@ def as_units(vision: VisionOutput, side: int) -> VisionOutput:
         side: of a unit in patches; 1: nothing changes.
 
     Returns:
-        ``hidden [N, U, side**2 * D]``, a unit's patches line by line beside each other, and the signals ``[N, U, ...]``.
+        ``hidden [N, U, side**2 * D]``, a unit's patches line by line side by side, and the signals ``[N, U, ...]``.
     """
     if side == 1:
         return vision
@@ -30,7 +30,9 @@ def as_units(vision: VisionOutput, side: int) -> VisionOutput:
         return in_squares(vision.read_patches(signal), vision.grid, side)
 
     found = {s: squares(s) for s in vision.signals}
-    found |= {Signal(name): squares(Signal(name)) for name in ("attention", "keys") if getattr(vision, name) is not None}
+    found |= {
+        Signal(name): squares(Signal(name)) for name in ("attention", "keys") if getattr(vision, name) is not None
+    }
     units = {s: value.flatten(2) if s.name == "hidden" else value.mean(dim=2) for s, value in found.items()}
     return VisionOutput(
         squares(Signal("hidden")).flatten(2),
