@@ -61,8 +61,8 @@ class InternVlAdapter(LlavaBase):
             )
         if not vision.use_mean_pooling and cls.read_select_layer(config) in (-1, geometry.num_layers):
             raise UnsupportedModelError(
-                "vision_config.use_mean_pooling=false: must be true, since a tower that ends in a norm is not served. It"
-                " is a setting of the checkpoint's config.json."
+                "vision_config.use_mean_pooling=false: must be true, since a tower that ends in a norm is not served."
+                " It is a setting of the checkpoint's config.json."
             )
         return geometry
 
