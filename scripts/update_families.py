@@ -90,7 +90,6 @@ def families() -> str:
         configs = ROOT / "configs"
         names = [model.name for model in models if model.name in options(configs, "model")]
         checkpoints = [str(option_values(configs, "model", name)["name_or_path"]) for name in names]
-        videos = "files" if adapter.has_video else "as the processor returns them" if adapter.reads_video else "no"
         built = [method.build() for method in method_files("pruner").values()]
         pruned = sum(Reasons().cell(adapter.check_pruner, models[0].config, pruner) == YES for pruner in built)
         rows.append(
@@ -98,8 +97,8 @@ def families() -> str:
                 _name(adapter),
                 "<br>".join(f"`{name}`: {checkpoint}" for name, checkpoint in zip(names, checkpoints, strict=True)),
                 _tokens(models[0]),
-                videos,
-                "yes" if Reasons().cell(adapter.check_training) == YES else "no",
+                "yes" if adapter.has_video else "no",
+                "on images and videos" if adapter.learns_videos else "on images",
                 "all" if pruned == len(built) else f"{pruned} of {len(built)}" if pruned else "no",
             ]
         )

@@ -1,4 +1,4 @@
-"""InternVL3: stock Hugging Face bit for bit, the pixel shuffle and scores by plain loops, tiles, dialogues, training."""
+"""InternVL3: stock Hugging Face bit for bit, pixel shuffle and scores by plain loops, tiles, dialogues, training."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def test_wrong_tensors_are_refused(wrong, message):
 
 def test_what_cannot_be_served_is_refused_by_name():
     model = tiny_internvl.shared()
-    with pytest.raises(ConfigError, match="FlowCut drops patches inside.*four neighbouring patches"):
+    with pytest.raises(ConfigError, match=r"FlowCut drops patches inside.*four neighbouring patches"):
         vzip.CompressedVlm(model, vzip.FlowCut(BUDGET))
     with pytest.raises(ConfigError, match=r"model\.row_newline=True: InternVL's tiles"):
         vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), row_newline=True)

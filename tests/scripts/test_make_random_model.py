@@ -27,6 +27,7 @@ PUBLISHED = {
     "mini_gemini": (1, 1, 576),
     "qwen2_5_vl": (1, 1, 576),  # the image below: 672 pixels are 24 merge units
     "qwen3_vl": (1, 1, 441),  # of 32 pixels: 21
+    "internvl": (1, 5, 5 * 256),  # four tiles of 448 pixels and a thumbnail
 }
 
 
@@ -50,7 +51,7 @@ def test_a_family_is_evaluated_and_asked(
     pytest.importorskip("lmms_eval")
     scene_crops, num_crops, vanilla = PUBLISHED[family]
     model = [f"model.name_or_path={checkpoints[family]}", "model.device_map=null", "budget=17tok"]
-    model += ["model.preprocess=hf"] if family.startswith("qwen") else []
+    model += ["model.preprocess=hf"] if family.startswith(("qwen", "internvl")) else []
     places = [f"eval.include_path={small_benchmark}", f"paths.run_dir={tmp_path / 'run'}"]
     limits = ["eval.tasks=[scenes_existence]", "eval.limit=2", "eval.gen_kwargs.max_new_tokens=3"]
     monkeypatch.setattr(sys, "argv", ["eval.py", "model=llava_local", *model, *places, *limits])
@@ -80,7 +81,7 @@ def test_a_family_is_evaluated_and_asked(
         assert f"({8 * 17} visual tokens in a dialogue" in out and f"({16 * 17} visual tokens in a dialogue" in out
     else:
         assert cli.main(["ask", str(clip), *ask]) == cli.USER_ERROR
-        why = "files are not served yet" if family.startswith("qwen") else "has no video tower"
+        why = "files are not served yet" if family.startswith(("qwen", "internvl")) else "has no video tower"
         assert why in capfd.readouterr().err
 
 

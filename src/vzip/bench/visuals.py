@@ -138,8 +138,8 @@ class Tiles(Images):
         allowed = [1, *range(3, MAX_TILES + 2)]
         if num_crops not in allowed:
             raise ConfigError(
-                f"num_crops={num_crops}: InternVL makes one tile of an image, or 2 to {MAX_TILES} and a thumbnail; choose"
-                f" one of {', '.join(map(str, allowed))}"
+                f"num_crops={num_crops}: InternVL makes one tile of an image, or 2 to {MAX_TILES} and a thumbnail;"
+                f" choose one of {', '.join(map(str, allowed))}"
             )
         self.num_placeholders = self.num_files = 1
         self.image_size = (max(num_crops - 1, 1) * adapter.image_side, adapter.image_side)

@@ -43,7 +43,8 @@ class InputBuilder:
         """Images -> ``pixel_values``, by the rule in ``preprocess``, and what else the family needs with them.
 
         LLaVA-NeXT: also ``image_sizes``, and with ``"llava"`` ``tile_grids``, since where several grids serve an image
-        equally well LLaVA's choice and Hugging Face's differ. LLaVA-OneVision: both.
+        equally well LLaVA's choice and Hugging Face's differ. LLaVA-OneVision: both. InternVL: also ``num_patches``, the
+        tiles of each.
 
         Args:
             images: of any mode and size.
@@ -85,9 +86,10 @@ class InputBuilder:
         """Prompts, images and videos -> keyword arguments for ``prepare``, ``forward`` and ``generate``.
 
         Args:
-            texts: prompts, with one ``<image>`` (Qwen: ``<|vision_start|><|image_pad|><|vision_end|>``) for each
-                of their images, one ``<video>`` (``<|vision_start|><|video_pad|><|vision_end|>``) for each of their
-                videos. For Qwen3-VL the time of each temporal step is written in, as its processor does.
+            texts: prompts, with one ``<image>`` (Qwen: ``<|vision_start|><|image_pad|><|vision_end|>``, InternVL:
+                ``<img><IMG_CONTEXT></img>``) for each of their images, one ``<video>`` (Qwen:
+                ``<|vision_start|><|video_pad|><|vision_end|>``) for each of their videos. For Qwen3-VL the time of each
+                temporal step is written in, as its processor does.
             images: for each prompt its images, in the order of the placeholders; None: no images.
             videos: for each prompt its videos, likewise; see ``preprocess_videos``.
 

@@ -20,7 +20,7 @@ def as_units(vision: VisionOutput, side: int) -> VisionOutput:
         side: of a unit in patches; 1: nothing changes.
 
     Returns:
-        ``hidden [N, U, side**2 * D]``, a unit's patches line by line beside each other, and the signals ``[N, U, ...]``.
+        ``hidden [N, U, side**2 * D]``, a unit's patches line by line side by side, and the signals ``[N, U, ...]``.
     """
     if side == 1:
         return vision

@@ -35,10 +35,11 @@ class InternVlAdapter(LlavaBase):
     written_image = WRITTEN_IMAGE
     has_tiles = True
     why_no_video = (
-        "takes a video only as its processor writes it, each frame an image (prepare, forward, generate), for files"
-        " are not served yet"
+        "takes a video only as its processor writes it, each frame an image (prepare, forward, generate): files are not"
+        " served yet"
     )
     preprocesses = ("hf",)
+    templates: ClassVar[tuple[str, ...]] = ("chat",)
     cannot_use: ClassVar[Mapping[str, str]] = {
         "pruned": "four neighbouring patches become one visual token behind the tower, so none of them can go before"
     }
@@ -60,7 +61,7 @@ class InternVlAdapter(LlavaBase):
             )
         if not vision.use_mean_pooling and cls.read_select_layer(config) in (-1, geometry.num_layers):
             raise UnsupportedModelError(
-                "vision_config.use_mean_pooling=false: the vision tower ends in a norm that is not served; must be true."
+                "vision_config.use_mean_pooling=false: must be true, since a tower that ends in a norm is not served."
                 " It is a setting of the checkpoint's config.json."
             )
         return geometry
