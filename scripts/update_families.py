@@ -18,7 +18,13 @@ from vzip.bench import shapes
 from vzip.bench.visuals import visuals_of
 from vzip.errors import VzipError
 from vzip.methods import find_budget, method_files
-from vzip.models.families import Adapter, FamilyOptions, adapter_class_for_config, adapter_for_model
+from vzip.models.families import (
+    Adapter,
+    FamilyOptions,
+    PublishedVideoLlavaAdapter,
+    adapter_class_for_config,
+    adapter_for_model,
+)
 from vzip.option_files import option_values, options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,7 +126,8 @@ def _tokens(model: shapes.BenchModel) -> str:
 
 
 def _name(adapter: type[Adapter]) -> str:
-    return str(adapter.__module__.split(".")[-2])  # its folder
+    folder = str(adapter.__module__.split(".")[-2])
+    return f"{folder}, as published" if adapter is PublishedVideoLlavaAdapter else folder
 
 
 def _table(title: list[str], rows: list[list[str]]) -> str:
