@@ -114,8 +114,8 @@ def _of_any_size(meta: Workload, model: BenchModel, method: Method, num_visual_t
     """The same of a family that runs its tower itself: by its formula alone, since its loops need contents."""
     adapter, visuals = meta.adapter, meta.visuals
     assert isinstance(adapter, Qwen2_5VlAdapter) and isinstance(visuals, AnySize)
-    blank = visuals.blank()
-    grids = blank.get("video_grid_thw", blank.get("image_grid_thw")).tolist() * meta.settings.batch_size
+    (own,) = (value for name, value in visuals.blank().items() if name.endswith("grid_thw"))
+    grids = own.tolist() * meta.settings.batch_size
     is_scored = Signal("attention") in method.compressor.reads()
     result = {"tower": StageFlops(adapter.tower.num_operations(grids, is_scored=is_scored), None)}
     return result | _language(meta, model, None, _layers_of(meta, model, method, num_visual_tokens))

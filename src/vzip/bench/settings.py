@@ -321,7 +321,8 @@ def _problems_of(name: str, value: Any, rule: Rule) -> list[str]:
         elif name == "budget" and "+" in value:
             from vzip.compressors import TokenBudget
 
-            TokenBudget(*map(int, value.split("+")))
+            num_dominant, num_contextual = map(int, value.split("+"))
+            TokenBudget(num_dominant, num_contextual)
     except VzipError as error:
         return [f"budget={value}: {error}" if name == "budget" else str(error)]
     if name == "device" and value.startswith("cuda"):

@@ -279,8 +279,8 @@ def _check_family(model: Mapping[str, Any], compressor: Mapping[str, Any]) -> li
 
     problems = []
     try:
-        booleans = {key: bool(value) for key, value in switches.items()}
-        options = FamilyOptions(**booleans, positions=positions, **of_videos)
+        settings: dict[str, Any] = {**{key: bool(value) for key, value in switches.items()}, **of_videos}
+        options = FamilyOptions(**settings, positions=positions)
     except ConfigError as error:
         return [str(error)]
     try:

@@ -196,7 +196,7 @@ class VideoRules:
     def pixels(self, frames: Sequence[Image.Image]) -> tuple[Tensor, tuple[int, int, int]]:
         """``[patches, values of a patch]`` of a video, and its (temporal steps, rows, columns) of patches."""
         values = torch.stack([torch.from_numpy(np.array(frame)) for frame in frames]).permute(0, 3, 1, 2)
-        height, width = self.frame_size(*values.shape[-2:], len(frames))
+        height, width = self.frame_size(values.shape[2], values.shape[3], len(frames))
         if (height, width) != tuple(values.shape[-2:]):
             values = functional.interpolate(
                 values.contiguous(), (height, width), mode="bicubic", align_corners=False, antialias=True
