@@ -43,8 +43,8 @@ class InputBuilder:
         """Images -> ``pixel_values``, by the rule in ``preprocess``, and what else the family needs with them.
 
         LLaVA-NeXT: also ``image_sizes``, and with ``"llava"`` ``tile_grids``, since where several grids serve an image
-        equally well LLaVA's choice and Hugging Face's differ. LLaVA-OneVision: both. InternVL: also ``num_patches``, the
-        tiles of each.
+        equally well LLaVA's choice and Hugging Face's differ. LLaVA-OneVision: both. InternVL: also ``num_patches``,
+        the tiles of each.
 
         Args:
             images: of any mode and size.

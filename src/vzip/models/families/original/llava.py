@@ -237,13 +237,14 @@ class OriginalLlava(OriginalCheckpoint):
         files = weight_files(self.source, ["adapter_model.safetensors", "adapter_model.bin"])
         layers = renamed_tensors(files, _lora_name, self.family)
         for name in sorted({_without_side(name) for name in layers}):
-            sides = [layers.get(f"{name}.lora_{side}.weight") for side in "AB"]
-            if f"{name}.weight" not in tensors or sides[0] is None or sides[1] is None:
+            down, up = (layers.get(f"{name}.lora_{side}.weight") for side in "AB")
+            if f"{name}.weight" not in tensors or down is None or up is None:
+                whole = down is not None and up is not None
                 raise CheckpointError(
-                    f"{self.source}: the LoRA layer of {name} {'is not whole' if None in sides else 'has no weight to'}"
-                    f"{'' if None in sides else ' be added to'}. It must have been trained from {self.base()}."
+                    f"{self.source}: the LoRA layer of {name} {'has no weight to be added to' if whole else 'is not whole'}."
+                    f" It must have been trained from {self.base()}."
                 )
-            weight, (down, up) = tensors[f"{name}.weight"], sides
+            weight = tensors[f"{name}.weight"]
             if up.shape[0] != weight.shape[0] or down.shape[1] != weight.shape[1] or up.shape[1] != down.shape[0]:
                 raise CheckpointError(
                     f"{self.source}: the LoRA layer of {name} is {tuple(up.shape)} x {tuple(down.shape)} for a weight"

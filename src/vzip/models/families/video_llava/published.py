@@ -7,6 +7,7 @@ code always reads the latter; the towers are frozen in training, so both are the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -89,7 +90,7 @@ class PublishedVideoLlava(OriginalCheckpoint):
         for key, prefix in zip(REPOSITORIES, (IMAGE_TOWER, VIDEO_TOWER), strict=True):
             if not any(name.startswith(prefix) for name in tensors):
                 files = weight_files(self.folder_of(key, weights=True), CHECKPOINT_FILES)
-                tensors |= renamed_tensors(files, lambda name, to=prefix: rename_clip(name, to), self.family)
+                tensors |= renamed_tensors(files, partial(rename_clip, to=prefix), self.family)
         for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
             if name in tensors and len(tensors[name]) == self.fields["vocab_size"]:
                 tensors[name] = with_rows(tensors[name], config.text_config.vocab_size)
