@@ -24,8 +24,10 @@ def test_kept_patches_are_bright(family: str) -> None:
     assert sheet.size == (2 * seen.width + 8, seen.height)
     inputs = vlm.preprocess_images([PICTURE])
     with torch.no_grad():
-        ((_, vision),) = vlm.adapter.image_outputs(vlm.adapter.read_inputs(**inputs), vlm.compressor.reads())
-        kept = vlm.compressor(vision).source_index[0] - int(vision.has_cls)
+        visual = vlm.adapter.read_inputs(**inputs)
+        ((_, vision),) = vlm.adapter.image_outputs(visual, vlm.compressor.reads())
+        crop = vlm.adapter.overview_index(visual.images[0])
+        kept = vlm.compressor(vision).source_index[crop] - int(vision.has_cls)
     rows, cols = vision.grid
     bright, plain = np.asarray(sheet, float)[:, : seen.width], np.asarray(seen, float)
     side = seen.width // cols

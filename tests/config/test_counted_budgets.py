@@ -63,7 +63,7 @@ def test_both_spellings_are_one_run(words: list[str], primary: str, tmp_path: Pa
     assert {key: config["compressor"]["budget"][key] for key in COUNTS} == COUNTS
     assert run_directory(config, config_dir()) == tmp_path / "scenes/tiny/visionzip-48tok/seed0"
     assert training_directory(config, config_dir()).parent.name == "visionzip-48tok"
-    assert recorded == {"name": "48tok", **COUNTS}, "the record's, whichever way it was said"
+    assert recorded == {"name": "48tok", **COUNTS, "scope": "crop"}, "the record's, whichever way it was said"
 
 
 def test_a_sweep_s_list_and_a_table_s_rows(tmp_path: Path) -> None:

@@ -129,6 +129,9 @@ def test_plain_arguments(hydra_folder: None) -> None:
         "drop_padding": False,
         "row_newline": False,
         "positions": None,
+        "fps": None,
+        "min_frame_pixels": None,
+        "max_frame_pixels": None,
         "num_frames": None,
         "drop_cls": False,
     }

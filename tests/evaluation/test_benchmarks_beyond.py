@@ -117,7 +117,7 @@ def test_mathvista_without_its_judge(benchmarks, make_image):
     ]
     questions = [
         {"pid": str(i), "question": f"q{i}?", "question_type": kind, "answer_type": answers, "choices": choices}
-        | {"answer": right, "precision": 1.0 if answers == "float" else None, "unit": None, "query": "", "caption": ""}
+        | {"answer": right, "precision": 1.0, "unit": None, "query": "", "caption": ""}
         | {"ocr": "", "decoded_image": make_image(0)}
         for i, (kind, answers, choices, right, *_) in enumerate(kinds)
     ]

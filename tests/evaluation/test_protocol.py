@@ -21,7 +21,7 @@ from vzip.evaluation.lmms_eval.plugin import manifests
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # These put what they add to a question into their code, not into lmms_eval_specific_kwargs.
-PROMPT_IN_CODE = ("seedbench", "seedbench_frame", "seedbench_image")
+PROMPT_IN_CODE = ("mathvista_rules", "seedbench", "seedbench_frame", "seedbench_image")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.tiny import IMAGE_TOKEN
-from transformers import LlavaForConditionalGeneration, LlavaOnevisionConfig
+from transformers import LlavaForConditionalGeneration, LlavaNextVideoConfig
 
 import vzip
 from vzip.errors import CheckpointError, ConfigError, MissingPackageError, UnsupportedModelError, VzipError
@@ -168,8 +168,8 @@ def test_other_models_are_refused_before_weights(copy, no_weights):
     edit(vision_feature_layer=-9)
     with pytest.raises(UnsupportedModelError, match="vision_feature_layer=-9"):
         vzip.load_vlm(directory)
-    LlavaOnevisionConfig(architectures=["LlavaOnevisionForConditionalGeneration"]).save_pretrained(directory)
-    with pytest.raises(UnsupportedModelError, match=r"LlavaOnevisionForConditionalGeneration has no adapter"):
+    LlavaNextVideoConfig(architectures=["LlavaNextVideoForConditionalGeneration"]).save_pretrained(directory)
+    with pytest.raises(UnsupportedModelError, match=r"LlavaNextVideoForConditionalGeneration has no adapter"):
         vzip.load_vlm(directory)
     (directory / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be loaded"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,6 +236,6 @@ def test_a_dialogues_images_wait_for_the_question_and_keep_their_method() -> Non
 
 
 def test_training_refuses_them() -> None:
-    settings: Any = None  # not looked at
+    settings: Any = SimpleNamespace(template=None)  # nothing more is looked at
     with pytest.raises(ConfigError, match=r"MMTok is text-aware.*a training encodes each image once"):
         choose_trainable(model(), settings, in_float32=True)

@@ -29,6 +29,7 @@ from vzip.models.weights.tuned import read_tensors
 from vzip.train import stepping
 from vzip.train.checkpoint import CheckpointStore
 from vzip.train.loop import hold_out, prepare, train
+from vzip.train.objective import AnswerLoss
 from vzip.train.stepping import DivergedError
 
 
@@ -166,19 +167,15 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(plan: Any) -> None:
     assert store.final.is_dir()
 
 
-def test_a_diverged_loss_names_its_samples_and_keeps_the_weights(plan: Any) -> None:
-    def load(precision: str) -> Any:
-        vlm = load_model()
-        real = vlm.encode_images
+def test_a_diverged_loss_names_its_samples_and_keeps_the_weights(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = AnswerLoss.forward
 
-        def broken(pixel_values: torch.Tensor, **rest: Any) -> list[torch.Tensor]:
-            images = real(pixel_values, **rest)
-            return [image * float("nan") if number == 0 else image for number, image in enumerate(images)]
+    def broken(loss: AnswerLoss, batch: Any) -> torch.Tensor:
+        first, *others = real(loss, batch)
+        return torch.stack([first * float("nan"), *others])
 
-        vlm.encode_images = broken  # type: ignore[method-assign]
-        return vlm
-
-    setup = plan(load_model=load, batch_size=2)
+    monkeypatch.setattr(AnswerLoss, "forward", broken)
+    setup = plan(batch_size=2)
     with pytest.raises(DivergedError, match=r"the loss of 1 samples is not a finite number: s\d+\."):
         train(setup)
     assert metrics(setup.run_dir) == []

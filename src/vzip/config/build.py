@@ -16,12 +16,18 @@ from vzip import demo
 from vzip.config.full_budget import full_is_vanilla
 from vzip.config.options import RECIPE_GROUP, config_dir, option_values, options
 from vzip.config.overrides import check_overrides
-from vzip.config.run_directory import budget_label, recipe_changes, run_directory, training_directory
+from vzip.config.run_directory import (
+    RESULT_KEYS,
+    budget_label,
+    recipe_changes,
+    run_directory,
+    training_directory,
+    value_of,
+)
 from vzip.config.same_run import same_run
 from vzip.config.schema import AUTO, OF_VIDEOS
 from vzip.config.validate import (
     BUILT_IN,
-    COUNTS,
     TRAINED,
     VIDEO,
     build_compressor,
@@ -173,7 +179,8 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
     config["recipe"] = unchanged_recipe(config, "eval")
     config["paths"]["run_dir"] = str(run_dir)
     # A changed budget must not stand in the record under the name of the file it started from.
-    config["budget"] = {"name": budget_label(config["budget"], directory), **{k: config["budget"][k] for k in COUNTS}}
+    counts_and_scope = {key: value_of(config, "budget", key) for key in RESULT_KEYS["budget"]}
+    config["budget"] = {"name": budget_label(config["budget"], directory), **counts_and_scope}
     model, evaluation = config["model"], config["eval"]
     model |= tuned_record(projector) | adapter_record(model["adapter_path"])
     finished = None

@@ -126,17 +126,22 @@ def budget_label(budget: Mapping[str, Any], directory: Path) -> str:
     usual = option_values(directory, "budget", name)
     counts = [budget[key] == usual.get(key) for key in ("num_dominant", "num_contextual")]
     label = str(name) if all(counts) else f"{budget['num_dominant']}+{budget['num_contextual']}"
-    scope = budget.get("scope", "crop")
-    return label + ("" if scope == usual.get("scope", "crop") else f"_scope-{scope}")
+    scope, own = (value_of({"budget": given}, "budget", "scope") for given in (budget, usual))
+    return label + ("" if scope == own else f"_scope-{scope}")
+
+
+def value_of(config: Mapping[str, Any], group: str, key: str) -> Any:
+    """A setting, or its default where a budget file of one's own, or a record from before it, leaves it out."""
+    return config[group].get(key, "crop" if (group, key) == ("budget", "scope") else None)
 
 
 def recipe_changes(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
     """Settings that change results and differ from the recipe's own, as ``key=value (recipe: value)``."""
     changes = [
-        f"{group}.{key}={show(config[group].get(key))} (recipe: {show(recipe[group].get(key))})"
+        f"{group}.{key}={show(value_of(config, group, key))} (recipe: {show(value_of(recipe, group, key))})"
         for group, keys in RESULT_KEYS.items()
         for key in keys
-        if config[group].get(key) != recipe[group].get(key)
+        if value_of(config, group, key) != value_of(recipe, group, key)
     ]
     for group in OPEN_GROUPS:
         # A record from before there were pruners has none. The budget inside the compressor and the control's seed

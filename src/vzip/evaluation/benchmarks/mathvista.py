@@ -26,5 +26,7 @@ def results(doc: Mapping[str, Any], said: Sequence[str]) -> dict[str, float]:
     """Right or wrong, by lmms-eval's normalisation of the whole answer."""
     kind, choices = (doc["question_type"], doc["answer_type"]), doc["choices"]
     answer = said[0].strip()
-    normalised = mathvista_evaluator.normalize_extracted_answer(answer, choices, *kind, doc.get("precision") or 0)
+    # The data set's column holds 1.0, which Python's round, that lmms-eval calls with it, does not take.
+    precision = int(doc.get("precision") or 0)
+    normalised = mathvista_evaluator.normalize_extracted_answer(answer, choices, *kind, precision)
     return {"accuracy": float(mathvista_evaluator.safe_equal(normalised, doc["answer"]))}

@@ -239,10 +239,9 @@ class OriginalLlava(OriginalCheckpoint):
         for name in sorted({_without_side(name) for name in layers}):
             down, up = (layers.get(f"{name}.lora_{side}.weight") for side in "AB")
             if f"{name}.weight" not in tensors or down is None or up is None:
-                whole = down is not None and up is not None
+                fault = "is not whole" if down is None or up is None else "has no weight to be added to"
                 raise CheckpointError(
-                    f"{self.source}: the LoRA layer of {name} {'has no weight to be added to' if whole else 'is not whole'}."
-                    f" It must have been trained from {self.base()}."
+                    f"{self.source}: the LoRA layer of {name} {fault}. It must have been trained from {self.base()}."
                 )
             weight = tensors[f"{name}.weight"]
             if up.shape[0] != weight.shape[0] or down.shape[1] != weight.shape[1] or up.shape[1] != down.shape[0]:
