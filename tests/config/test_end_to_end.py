@@ -25,7 +25,7 @@ def test_ones_own_model_and_task(
     script("eval").main()
     run = tmp_path / "runs/mine/my-checkpoint/visionzip-6+2/seed0"
     record = json.loads((run / "run.json").read_text())
-    assert record["config"]["budget"] == {"name": "6+2", "num_dominant": 6, "num_contextual": 2}
+    assert record["config"]["budget"] == {"name": "6+2", "num_dominant": 6, "num_contextual": 2, "scope": "crop"}
     assert (record["visual_tokens"]["measured_min"], record["visual_tokens"]["measured_max"]) == (8, 8)
     assert list(record["tasks"]) == ["mine"]
     assert len((run / "samples.jsonl").read_text().splitlines()) == 3

@@ -63,7 +63,7 @@ def test_a_recipe_of_one_s_own(own: Path, flag: list[str], monkeypatch: pytest.M
     words = ["seed=3", *(word.replace("DIR", str(own)) for word in flag), "+exp=own", f"paths.runs_dir={tmp_path}"]
     (config,) = _composed(monkeypatch, words)
     assert config["recipe"] == "own", "known as a recipe, and unchanged"
-    assert config["budget"] == {"name": "mine", "num_dominant": 20, "num_contextual": 4}
+    assert config["budget"] == {"name": "mine", "num_dominant": 20, "num_contextual": 4, "scope": "crop"}
     assert config["compressor"]["_target_"] == "vzip.UniformTokens" and config["model"]["dtype"] == "float32"
     assert config["paths"]["run_dir"] == str(tmp_path / "scenes/own/plain-mine/seed3")
     assert config["command"][-2:] == ["--config-dir", str(own)], "the processes that are started find it too"
