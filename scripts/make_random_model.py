@@ -164,8 +164,6 @@ def qwen3_vl_config(tokenizer: PreTrainedTokenizerBase) -> Any:
 def internvl_config(tokenizer: PreTrainedTokenizerBase) -> Any:
     """The same of InternVL3, for a tokenizer with ``INTERNVL_TOKENS``."""
     text = _text_config(tokenizer).to_dict()
-    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
-    kept += ("num_attention_heads", "num_key_value_heads", "bos_token_id", "eos_token_id", "pad_token_id")
     vision = {
         "hidden_size": WIDTH,
         "intermediate_size": 2 * WIDTH,
@@ -174,7 +172,7 @@ def internvl_config(tokenizer: PreTrainedTokenizerBase) -> Any:
         "attention_bias": True,
     }
     image_token_id = int(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
-    return fresh.internvl_config({name: text[name] for name in kept}, vision, image_token_id)
+    return fresh.internvl_config({name: text[name] for name in _KEPT_OF_LLAMA}, vision, image_token_id)
 
 
 def build(family: str, seed: int = 0) -> tuple[Any, Any]:

@@ -59,7 +59,7 @@ class ModelSettings:
     drop_padding: bool = key("LLaVA-NeXT: patches of mere padding are never selected; as published they are")
     row_newline: bool = key("LLaVA-NeXT: the newline token after each row, on top of the budget; published: none")
     num_frames: int | None = key(
-        "frames of a video, spread over it; null: of Video-LLaVA 8, of Qwen's models by model.fps", at_least=1
+        "frames of a video, spread over it; null: 8, of Qwen's models by model.fps", at_least=1
     )
     fps: float | None = key(
         "Qwen2.5-VL, Qwen3-VL: frames taken of each second of a video; null: the checkpoint's own, else 2",

@@ -78,7 +78,7 @@ class VisualInputs:
         return [written(shape) for shape in self.images], [written(shape) for shape in self.videos]
 
 
-_TAKE_VIDEOS = "Video-LLaVA (model=video_llava_7b), Qwen2.5-VL and Qwen3-VL take videos."
+_TAKE_VIDEOS = "Video-LLaVA (model=video_llava_7b), LLaVA-OneVision, Qwen2.5-VL and Qwen3-VL take videos."
 # Numbers of images (or videos) whose crops have one grid, and the vision tower's output for these crops in turn.
 Group = tuple[Sequence[int], VisionOutput]
 

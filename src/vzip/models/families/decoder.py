@@ -98,7 +98,7 @@ class MRopeDecoder(LlamaDecoder):
 
     def _normed(self, layer: int, name: str, heads: Tensor) -> Tensor:
         attention = self.layers[layer].get_submodule("self_attn")
-        own = {child: module for child, module in attention.named_children()}.get(f"{name[0]}_norm")
+        own = dict(attention.named_children()).get(f"{name[0]}_norm")
         if own is None:
             return heads
         with fetched(own):
