@@ -1,4 +1,4 @@
-"""Writes which family is served how into README.md and docs/families.md, out of what the code itself takes and refuses.
+"""Writes which family is served how into docs/families.md, out of what the code itself takes and refuses.
 
 python scripts/update_families.py
 """
@@ -29,7 +29,7 @@ from vzip.option_files import option_values, options
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = vzip.TokenBudget(*(find_budget("64tok") or ()))  # fits every family; a method may allow few counts
-PAGES = {"README.md": ("families",), "docs/families.md": ("compressors", "pruners")}
+PAGES = {"docs/families.md": ("families", "compressors", "pruners")}
 YES = "yes"
 
 

@@ -1,4 +1,4 @@
-"""Methods by name, from their files; README's whole method is one."""
+"""Methods by name, from their files; the whole method of docs/add-a-method.md is one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_files_are_read_as_hydra_reads_them() -> None:
         methods.find_method("vscam")
 
 
-def test_readmes_method_is_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_method_that_docs_show_is_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, _ = files = list(shown_files())
     assert files == ["src/vzip/compressors/longest_keys.py", "configs/compressor/longest_keys.yaml"]
     write_files(tmp_path)

@@ -1,4 +1,4 @@
-"""The commands that README.md and docs/**/*.md show, and what commands.yaml says of them."""
+"""The commands that README.md, CONTRIBUTING.md and docs/**/*.md show, and what commands.yaml says of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 # What an inline code span begins with if it is a command.
 _COMMAND = re.compile(r"(\.venv/bin/\w+|python|make|vzip|lmms-eval|pytest|pip|sbatch|scripts/\S+\.(sh|py)|\. \S+) \S")
 TAGS = ("run", "compose", "refuse")
@@ -74,8 +74,8 @@ def entries() -> list[Entry]:
 
 
 def shown_files() -> dict[str, str]:
-    """The files that README shows whole, by the path in the line before."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """The files that docs/add-a-method.md shows whole, by the path in the line before."""
+    text = (ROOT / "docs" / "add-a-method.md").read_text(encoding="utf-8")
     found = re.findall(r"^`((?:src|configs)/\S+)`:\n\n```(?:python|yaml)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return dict(found)
 

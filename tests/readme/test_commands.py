@@ -1,4 +1,4 @@
-"""Every command that README.md and docs show is tried, each as commands.yaml says."""
+"""Every command that README.md, CONTRIBUTING.md and docs show is tried, each as commands.yaml says."""
 
 from __future__ import annotations
 

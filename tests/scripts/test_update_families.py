@@ -1,4 +1,4 @@
-"""The tables of families in README and docs are what the code says."""
+"""The tables of docs/families.md are what the code says."""
 
 from __future__ import annotations
 

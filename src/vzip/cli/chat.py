@@ -7,7 +7,7 @@ printf 'What color is the star?\\nWhat does the sign say?\\n' | python -m vzip c
 
 A line is a question, or one of
   /image FILE   adds an image to the next question
-  /video FILE   adds a video to the next question (README, Families, says which models take one)
+  /video FILE   adds a video to the next question (docs/families.md says which models take one)
   /reset        begins anew, without turns, images and videos
 Ctrl-C stops an answer (the turn is forgotten), or ends with exit code 130 where none is being given; ctrl-D ends.
 """
