@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 # Another set of extras: make install EXTRAS=train,sweep,eval,dev (a stamp per set, so a change reinstalls).
-EXTRAS ?= train,sweep,eval,quant,dev
+EXTRAS ?= train,sweep,eval,quant,dev,docs
 # lmms-eval without its own pins (see pyproject.toml). Empty it, with EXTRAS=...,eval-full, to take lmms-eval's dependencies too.
 LMMS_EVAL ?= lmms-eval==0.7.3
 FLOOR  ?= transformers==5.17.0
@@ -12,7 +12,7 @@ comma := ,
 STAMP  = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo gallery test test-all check test-floor test-latest lock tiny clean
+.PHONY: help install demo gallery docs test test-all check test-floor test-latest lock tiny clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,15 +31,25 @@ $(STAMP): pyproject.toml lock.txt
 demo: install  ## evaluate the built-in model on its benchmark and print the table (no network, no GPU)
 	$(VENV)/bin/python -m vzip demo
 
-# Run directories of an earlier call are taken over; remove runs/ to measure all anew. A tenth of the benchmark, said in the table.
-gallery: install  ## the leaderboard of docs/leaderboard.md: the built-in model, methods and floors at 64 and 32 tokens
+# Run directories of an earlier call are taken over; remove runs/ to measure all anew. A part of the benchmark, said in table and captions.
+# FIGURES: those of the paper that `python -m vzip figure` draws of the built-in model.
+FIGURES ?= 4 7
+SCENES_50 = eval.limit=50 paths.runs_dir=runs/gallery
+
+gallery: install  ## docs/gallery.md and docs/leaderboard.md: the built-in model's figures, methods and floors at 64 and 32 tokens
 	$(VENV)/bin/python -m vzip leaderboard budgets=64,32 eval.limit=50
 	cp $(addprefix runs/leaderboard/tiny/scenes_limit-50/,leaderboard.md pareto.svg pareto.png) docs/
+	$(VENV)/bin/python eval.py -m compressor=visionzip,random budget=full,192tok,128tok,64tok $(SCENES_50)
+	$(foreach n,$(FIGURES),$(VENV)/bin/python -m vzip figure $(n) --overwrite $(if $(filter 4,$(n)),--runs runs/gallery) &&) true
+	$(VENV)/bin/python scripts/update_gallery.py
+
+docs: install  ## the pages of docs/ as a site in site/, offline; a link or an option that is wrong ends it
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --clean
 
 test: install  ## the fast tests
 	$(VENV)/bin/python -m pytest
 
-test-all: install  ## what the fast tests leave out and a person types: the wheel, every command of README and docs
+test-all: install  ## what the fast tests leave out: the wheel, every command and notebook of README and docs, the site
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m whole -n 2 --dist loadfile --durations 20
 
 check: install  ## ruff, format, types, and that what is installed is what lock.txt says
@@ -78,5 +88,5 @@ tiny: install  ## train the built-in model again, data and weights, from its see
 	$(VENV)/bin/python -m scripts.tiny.train
 
 clean:  ## remove the environments and caches; runs/ stays
-	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
+	rm -rf .venv .venv-* build dist site .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
