@@ -35,7 +35,7 @@ def messages() -> list[str]:
 
 
 def gives(message: str, quoted: str) -> bool:
-    """Whether a message of the source reads as quoted: its own words in their order, ``...`` for whatever is between."""
+    """Whether a message reads as quoted: these words in their order, whatever is between where ``...`` stands."""
     pieces = [re.escape(piece.strip()) for piece in quoted.split("...")]
     return re.search(".*?".join(pieces), message, re.DOTALL) is not None
 
