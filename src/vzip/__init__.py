@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         ZeroImage,
         ZooPrune,
     )
+    from .models.freeze import train_projector_only
     from .models.load import load_vlm
     from .models.vlm import CompressedVlm
     from .pruners import (
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         SparseVLMPlus,
         VScanStage2,
     )
+    from .train.trainer import TrainerCollator
 
 __version__ = "0.1.0"
 
@@ -88,6 +90,7 @@ __all__ = [
     "SparseVLMByRank",
     "SparseVLMPlus",
     "TokenBudget",
+    "TrainerCollator",
     "UniformTokens",
     "VScan",
     "VScanStage2",
@@ -98,11 +101,14 @@ __all__ = [
     "ZeroImage",
     "ZooPrune",
     "load_vlm",
+    "train_projector_only",
 ]
 
 _HOME_OF = {name: ".compressors" for name in __all__}
 _HOME_OF["CompressedVlm"] = ".models.vlm"
 _HOME_OF["load_vlm"] = ".models.load"
+_HOME_OF["train_projector_only"] = ".models.freeze"
+_HOME_OF["TrainerCollator"] = ".train.trainer"
 _PRUNERS = ("DART", "FastV", "Pruner", "PyramidDrop", "SparseVLM", "SparseVLMByRank", "SparseVLMPlus", "VScanStage2")
 _HOME_OF |= {name: ".pruners" for name in _PRUNERS}
 

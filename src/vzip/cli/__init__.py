@@ -55,6 +55,7 @@ COMMANDS: Mapping[str, Command] = {
     "memory": Command("vzip.cli.memory", "what a training or an inference needs on each device, and for what"),
     "prefetch": Command("vzip.cli.prefetch", "what runs need from the hub, fetched for machines without a network"),
     "merge": Command("vzip.cli.merge", "a plain Hugging Face checkpoint with the tuned projector in it"),
+    "push": Command("vzip.cli.push", "tuned weights to the hub, with a model card"),
     "data": Command("vzip.cli.data", "fetch and check training data; what a part of it consists of", "train"),
     "scenes": Command("vzip.demo.benchmark", "write or check the built-in benchmark's data"),
 }

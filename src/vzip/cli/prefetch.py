@@ -298,7 +298,8 @@ def checkpoints(configs: Sequence[Mapping[str, Any]], hub: Hub) -> list[Checkpoi
         CheckpointError: a name that is neither a directory nor a hub id.
     """
     from vzip.config.validate import build_compressor
-    from vzip.models.load import BUILT_IN_NAME, resolve_checkpoint
+    from vzip.models.hub import BUILT_IN_NAME
+    from vzip.models.load import resolve_checkpoint
     from vzip.models.towers.text import PINNED
 
     wanted: dict[tuple[str, str | None], None] = {}

@@ -38,6 +38,7 @@ from vzip.config.validate import (
 from vzip.errors import CheckpointError, ConfigError, RunExistsError, nearest
 from vzip.evaluation.benchmarks.task_names import refuse_unknown
 from vzip.installed import check_quantization, program
+from vzip.paths import expanded
 from vzip.results.files import check_writable
 from vzip.results.record import RECORD_NAME
 
@@ -313,7 +314,7 @@ def tuned_weights(config: Mapping[str, Any], directory: Path) -> str | None:
     """
     projector = config["model"]["projector"]
     if projector != TRAINED:
-        return None if projector is None else str(Path(projector).expanduser())
+        return None if projector is None else str(expanded(projector))
     if "kind" not in config["train"]:
         raise ConfigError(
             f"model.projector={TRAINED}: train={config['train']['name']} trains no projector. Give the overrides that"
@@ -331,14 +332,19 @@ def tuned_weights(config: Mapping[str, Any], directory: Path) -> str | None:
 def tuned_record(projector: str | None) -> dict[str, Any]:
     """What a record says of tuned weights, so that two trainings into one directory are told apart.
 
+    A hub's are named with their commit, of which they are then loaded.
+
     Raises:
         CheckpointError: the directory holds no tuned weights.
     """
     if projector is None:
         return {}
-    from vzip.models.weights.tuned import read_header
+    from vzip.models.weights.tuned import on_hub, read_header
 
-    return {"projector": projector, "projector_sha256": read_header(projector)[1]["sha256"]}
+    folder, header = read_header(projector)
+    if (hosted := on_hub(projector)) is not None:
+        projector = f"{hosted[0]}@{folder.name}"
+    return {"projector": projector, "projector_sha256": header["sha256"]}
 
 
 def adapter_record(adapter_path: str | None) -> dict[str, Any]:

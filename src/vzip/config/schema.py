@@ -80,7 +80,8 @@ class ModelSettings:
     )
     system_prompt: str | None = key("text before each question; null: none", what="a text")
     projector: str | None = key(
-        "tuned weights; null: none", what="a directory that train.py wrote, or trained: this command line's own"
+        "tuned weights; null: none",
+        what="a directory that train.py wrote, trained: this command line's own, or a hub id (owner/name@revision)",
     )
     num_tower_tokens: int | None = key(
         "of a tower input, CLS among them: the most a budget can be; null: read from the checkpoint", at_least=1

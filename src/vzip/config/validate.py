@@ -199,7 +199,8 @@ def _check_pruner(model: Mapping[str, Any], pruner: Any) -> list[str]:
     except ConfigError as error:
         return [str(error)]
     from vzip.models.families import adapter_class_for_config
-    from vzip.models.load import BUILT_IN_NAME, read_config, resolve_checkpoint
+    from vzip.models.hub import BUILT_IN_NAME
+    from vzip.models.load import read_config, resolve_checkpoint
 
     source = str(model.get("name_or_path"))
     if source != BUILT_IN_NAME and not is_file(expanded(source) / "config.json"):
@@ -309,10 +310,11 @@ def _check_paths(model: Mapping[str, Any], evaluation: Mapping[str, Any]) -> lis
     if isinstance(source, str) and source.startswith(_PATH_STARTS) and not is_folder(expanded(source)):
         problems.append(f"model.name_or_path={source}: no such directory.")
     tuned = model.get("projector")
-    if isinstance(tuned, str) and tuned != TRAINED and not is_folder(expanded(tuned)):
+    hosted = isinstance(tuned, str) and _may_be_hub_id(tuned.partition("@")[0])
+    if isinstance(tuned, str) and tuned != TRAINED and not hosted and not is_folder(expanded(tuned)):
         problems.append(
-            f"model.projector={tuned}: no such directory. It must be one that train.py wrote (runs/train/.../final), or"
-            f" {TRAINED} for what `train.py` with these overrides wrote."
+            f"model.projector={tuned}: no such directory. It must be one that train.py wrote (runs/train/.../final),"
+            f" {TRAINED} for what `train.py` with these overrides wrote, or a hub id (owner/name, owner/name@revision)."
         )
     adapter = model.get("adapter_path")
     if isinstance(adapter, str) and not is_folder(expanded(adapter)) and not _may_be_hub_id(adapter):

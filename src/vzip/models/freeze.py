@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vzip.errors import UnsupportedModelError
@@ -10,11 +11,13 @@ from vzip.errors import UnsupportedModelError
 from .families import adapter_for_model
 
 
-def train_projector_only(hf_model: PreTrainedModel) -> list[str]:
+def train_projector_only(hf_model: PreTrainedModel, in_float32: bool = False) -> list[str]:
     """Freezes every parameter but the projector's.
 
     Args:
         hf_model: a loaded Hugging Face model of a supported class.
+        in_float32: keep the projector in float32 beside a half-precision model, as ``train.py`` does: small steps are
+            lost in bfloat16. The model then runs under autocast (``TrainingArguments(bf16=True)``).
 
     Returns:
         the names of the trainable parameters, as ``hf_model.named_parameters()`` gives them.
@@ -33,7 +36,20 @@ def train_projector_only(hf_model: PreTrainedModel) -> list[str]:
         )
     for parameter in hf_model.parameters():
         parameter.requires_grad_(id(parameter) in projector)
+        if in_float32 and id(parameter) in projector:
+            parameter.data = parameter.data.float()
     return trainable
+
+
+def zero_of(projector: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Zero, with (zero) gradients for the projector: what a batch without images gives it.
+
+    Args:
+        projector: of a model.
+        shape: of the smallest input that it takes.
+    """
+    first = next(projector.parameters())
+    return 0.0 * projector(torch.zeros(shape, dtype=first.dtype, device=first.device)).sum().float()
 
 
 def initialise_anew(projector: nn.Module) -> None:

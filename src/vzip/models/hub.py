@@ -17,6 +17,8 @@ from vzip.json_files import read_json
 
 # Base of all that the hub's client raises for a request that fails: of httpx up to its version 1, of httpx2 from 2 on.
 HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
+# The model in the package, named as a hub's are.
+BUILT_IN_NAME = "vzip/tiny"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Of the one request that finds out whether the hub can be reached.
 TIMEOUT_S = 5.0
@@ -39,8 +41,20 @@ READ_ERRORS = (
 )
 _SETTINGS = (".json", ".jinja", ".txt", ".model")
 _OPEN_CLIP = "open_clip_pytorch_model.bin"
+# Of a repository of tuned weights (vzip.models.weights.tuned): the file by which it is known, and its folder of LoRA.
+TUNED_HEADER, TUNED_LORA = "tuned.json", "lora"
 # By which a folder of the local cache is known; the hub's list of files is not there to tell what else it must have.
-_CONFIGS = ["config.json", "adapter_config.json", "open_clip_config.json"]
+_CONFIGS = ["config.json", "adapter_config.json", "open_clip_config.json", TUNED_HEADER]
+
+
+def built_in_folder() -> Path:
+    """Where the model in the package is."""
+    return Path(__file__).parents[1] / "demo" / "tiny"
+
+
+def public_name(source: Path | str) -> str:
+    """What a checkpoint was loaded from, the model in the package by its name."""
+    return BUILT_IN_NAME if Path(source) == built_in_folder() else str(source)
 
 
 def is_hub_id(name: str) -> bool:
@@ -71,11 +85,16 @@ def shards_of(index: Path) -> set[str]:
 def needed_files(names: Iterable[str], weights: bool = True) -> list[str]:
     """Of a repository's files those that are read here: settings, processor, tokenizer, and the weights.
 
+    Of tuned weights also those of the LoRA layers that were trained with them.
+
     Args:
         names: all its files, with their folders.
         weights: in one format, where the repository has several; False: none.
     """
+    names = list(names)
     top = [name for name in names if "/" not in name]
+    if TUNED_HEADER in top:
+        top += [name for name in names if name.startswith(f"{TUNED_LORA}/")]
     settings = [name for name in top if name.endswith(_SETTINGS)]
     if not weights:
         return settings

@@ -23,7 +23,7 @@ from .environment import refuse_broken_packages
 from .families import Adapter, FamilyOptions, adapter_class_for_config, original_checkpoint
 from .families.finite import damaged_weights
 from .families.options import Positions
-from .hub import READ_ERRORS, Checkpoint, is_hub_id, shards_of
+from .hub import BUILT_IN_NAME, READ_ERRORS, Checkpoint, built_in_folder, is_hub_id, shards_of
 from .vlm import CompressedVlm
 from .weights.lora import apply_peft_checkpoint, check_peft_checkpoint
 from .weights.quantization import QUANTIZATIONS, compute_dtype, modules_outside, quantization_config
@@ -31,7 +31,6 @@ from .weights.tuned import apply_tuned, read_header
 
 _LOG = logging.getLogger(__name__)
 
-BUILT_IN_NAME = "vzip/tiny"
 DTYPES: dict[str, str | torch.dtype] = {
     "auto": "auto",
     "float32": torch.float32,
@@ -84,8 +83,8 @@ def load_vlm(
         positions: as for ``CompressedVlm``: position ids of visual tokens, ``original`` or ``repacked``; None: the
             family's own.
         fps, min_frame_pixels, max_frame_pixels: as for ``CompressedVlm``: how Qwen2.5-VL and Qwen3-VL take videos.
-        projector: directory of tuned weights that training wrote (``vzip.models.weights.tuned``); another budget than
-            theirs is warned of, another base model an error.
+        projector: tuned weights (``vzip.models.weights.tuned``): the directory that training wrote, or a hub id, with
+            ``@REVISION`` of a certain revision; another budget than theirs is warned of, another base model an error.
         adapter_path: a PEFT checkpoint (LoRA), directory or hub id, put on the model (``vzip.models.weights.lora``).
         pruner: drops visual tokens inside the language model, as ``vzip.FastV()``; None: nothing is dropped there.
 
@@ -124,7 +123,7 @@ def load_vlm(
     if adapter_path is not None:
         check_peft_checkpoint(adapter_path)
     if projector is not None:
-        read_header(projector)
+        projector = read_header(projector)[0]  # of a hub's: fetched, and of one commit from here on
     if checkpoint.fetch_weights() and original_checkpoint(directory) is None:
         _check_weight_files(directory)
 
@@ -195,7 +194,7 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path | str:
         CheckpointError: neither a directory with a ``config.json`` nor anything that could be a hub id.
     """
     if str(name_or_path) == BUILT_IN_NAME:
-        tiny = Path(__file__).parents[1] / "demo" / "tiny"
+        tiny = built_in_folder()
         if not (tiny / "config.json").is_file():
             raise CheckpointError(f"{BUILT_IN_NAME}: {tiny} holds no checkpoint; train it with `make tiny`.")
         return tiny

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vzip.compressors.base import Compressor, check_is_compressor
@@ -46,15 +46,17 @@ from .splice import (
     splice_tokens,
 )
 from .towers.text import check_text_encoder
+from .trainable import TrainerModel
 
 # A list of texts or None. Not typed so: then no `**inputs` of tensors could stand beside it.
 Questions = Any
 
 
-class CompressedVlm(InputBuilder, nn.Module):
+class CompressedVlm(InputBuilder, TrainerModel):
     """A vision-language model whose visual tokens pass through a compressor.
 
-    Several wrappers with different compressors may share one model.
+    Several wrappers with different compressors may share one model. It can be the model of transformers' ``Trainer``
+    (``vzip.TrainerCollator``). Where some parameters train and others are frozen, ``state_dict`` holds the former.
 
     Attributes:
         model: the very Hugging Face model given, unmodified.
@@ -344,9 +346,12 @@ class CompressedVlm(InputBuilder, nn.Module):
         outputs, settings = _split(kwargs)
         settings = check_settings(settings, self.model.config, "forward")
         prepared = self.prepare(input_ids, attention_mask, labels, questions=questions, **outputs)
+        embeds = prepared.inputs_embeds
+        if labels is not None and not prepared.num_visual_tokens and (zero := self._nothing_trained()) is not None:
+            embeds = embeds + zero
         with self._deeper(prepared), self._pruning(prepared) as run:
             output = self.model(
-                inputs_embeds=prepared.inputs_embeds,
+                inputs_embeds=embeds,
                 attention_mask=prepared.attention_mask,
                 position_ids=prepared.position_ids,
                 labels=prepared.labels,

@@ -14,6 +14,7 @@ from vzip.media.video import DEFAULT_NUM_FRAMES
 from vzip.models.families import VisualInputs
 from vzip.models.families.finite import check_embeddings
 from vzip.models.families.places import VisualTokens
+from vzip.models.freeze import zero_of
 from vzip.models.splice import IGNORED_LABEL, PreparedInputs, plan_splice, positions_before, splice_tokens
 from vzip.models.vlm import CompressedVlm
 from vzip.results.token_count import TokenCountError
@@ -172,10 +173,8 @@ class AnswerLoss(nn.Module):
                 inputs_embeds=rows, position_ids=positions if axes > 1 else positions[0], use_cache=False
             ).logits
             return torch.zeros(num_samples, device=logits.device) + 0.0 * logits.float().mean() + _nothing(blank)
-        projector = self.vlm.adapter.projector
-        first = next(projector.parameters())
-        rows = torch.zeros(self.least_projected, dtype=first.dtype, device=first.device)
-        return torch.zeros(num_samples, device=first.device) + 0.0 * projector(rows).sum().float()
+        zero = zero_of(self.vlm.adapter.projector, self.least_projected)
+        return torch.zeros(num_samples, device=zero.device) + zero
 
 
 def _nothing(tokens: Sequence[VisualTokens]) -> Tensor:

@@ -14,8 +14,12 @@ DIGESTS_NAME = "digests.json"
 def write_digests(directory: Path) -> None:
     """Writes down the SHA-256 of every file of a directory and of the folders in it."""
     digests = {name: sha256(directory / name) for name in _files(directory)}
-    content = {"sha256": digests, "of_these": _of_table(digests)}
-    (directory / DIGESTS_NAME).write_bytes(to_json(content, indent=1) + b"\n")
+    (directory / DIGESTS_NAME).write_bytes(digests_file(digests))
+
+
+def digests_file(digests: dict[str, str]) -> bytes:
+    """What ``digests.json`` holds of files whose SHA-256 is given by their names."""
+    return to_json({"sha256": digests, "of_these": _of_table(digests)}, indent=1) + b"\n"
 
 
 def check_digests(directory: Path, mend: str) -> None:

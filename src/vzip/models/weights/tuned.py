@@ -26,8 +26,10 @@ from transformers import PreTrainedModel
 from vzip.compressors.base import Compressor
 from vzip.errors import CheckpointError
 from vzip.json_files import read_json
+from vzip.paths import expanded, is_folder, shown
 
 from ..families import Adapter
+from ..hub import TUNED_HEADER, TUNED_LORA, Checkpoint, is_hub_id
 from .digests import DIGESTS_NAME, check_digests, sha256, write_digests
 from .lora import apply_peft_checkpoint
 from .lora_training import WEIGHTS_NAME as LORA_WEIGHTS_NAME
@@ -35,7 +37,7 @@ from .lora_training import is_lora, read_lora, write_lora
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_NAME, HEADER_NAME, LORA_NAME = "tuned.safetensors", "tuned.json", "lora"
+WEIGHTS_NAME, HEADER_NAME, LORA_NAME = "tuned.safetensors", TUNED_HEADER, TUNED_LORA
 FORMAT = "vzip-tuned-1"
 _HEADER: dict[str, Any] = {"base": dict, "compressor": str, "sha256": str}
 _BASE: dict[str, Any] = {
@@ -156,21 +158,34 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def on_hub(source: str | Path) -> tuple[str, str | None] | None:
+    """The hub id and the revision (None: the main branch) that ``owner/name@revision`` means; None: it is a path."""
+    name, _, revision = str(source).partition("@")
+    if isinstance(source, Path) or is_folder(expanded(source)) or not is_hub_id(name) or is_folder(Path(name).parent):
+        return None
+    return name, revision or None
+
+
 def read_header(source: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The directory and the header of tuned weights, without reading any weights.
+    """The directory and the header of tuned weights, without reading any weights; a hub's are fetched.
 
     Args:
-        source: the directory that training wrote.
+        source: the directory that training wrote, or a hub id, with ``@REVISION`` of a branch, tag or commit of it.
 
     Raises:
-        CheckpointError: not such a directory, or a header of another format.
+        CheckpointError: not such a directory, or a header of another format; a hub's that are not to be had.
     """
-    directory = Path(source).expanduser()
+    if (hosted := on_hub(source)) is not None:
+        directory = Checkpoint(*hosted, key="model.projector").fetch_weights()
+    else:
+        directory = expanded(source)
     path = directory / HEADER_NAME
     if not path.is_file() or not (directory / WEIGHTS_NAME).is_file():
+        what = "directory" if hosted is None else "repository"
         raise CheckpointError(
-            f"model.projector={source}: no {HEADER_NAME} and {WEIGHTS_NAME} there. It must be a directory that"
-            " `python train.py` wrote, such as runs/train/.../final."
+            f"model.projector={shown(source)}: no {HEADER_NAME} and {WEIGHTS_NAME} there. It must be a directory that"
+            " `python train.py` wrote, such as runs/train/.../final, or a hub id (owner/name, owner/name@revision) of"
+            f" a repository that `python -m vzip push` wrote; this {what} is not."
         )
     try:
         header = read_json(path)
@@ -228,7 +243,7 @@ def apply_tuned(
     Args:
         adapter: of the base model.
         compressor: what it will be used with, to warn where that is not what it was tuned with; None: not known yet.
-        source: the directory that training wrote.
+        source: as for ``read_header``.
         with_lora: also the LoRA layers trained with them; False: the caller sees to those.
 
     Raises:
