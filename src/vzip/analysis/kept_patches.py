@@ -74,9 +74,7 @@ def kept_patches(
 
 
 @torch.inference_mode()
-def kept_map(
-    vlm: CompressedVlm, image: Image.Image, compressor: Compressor, question: str | None = None
-) -> KeptMap:
+def kept_map(vlm: CompressedVlm, image: Image.Image, compressor: Compressor, question: str | None = None) -> KeptMap:
     """What a method keeps and merges of an image, in the crop that shows the whole of it; as ``kept_patches``."""
     visual, kept, merged = _patches(vlm, image, compressor, question)
     (shape,) = visual.images

@@ -40,7 +40,9 @@ def task_images(task: str) -> Callable[[Mapping[str, Any]], Sequence[Image.Image
     with quiet_logger():
         manager = find_tasks([task], None)
         if not constants.HF_HUB_OFFLINE and is_remote(task_config(manager, task)):
-            raise ManifestError(f"task {task}: its data is on the hub; with HF_HUB_OFFLINE=1 this cache is looked into.")
+            raise ManifestError(
+                f"task {task}: its data is on the hub; with HF_HUB_OFFLINE=1 this cache is looked into."
+            )
         try:
             with naming_data_errors([task]):
                 found = get_task_dict([task], manager, "chat")[task]

@@ -124,16 +124,15 @@ def compare_units(
     (values, aggregate), (base_values, _) = units.by_cluster(), base.by_cluster()
     retention, resampled = resampled_retention(task, values, base_values, aggregate, num_resamples, seed)
     low, high = percentile_interval(resampled)
-    lost, gained, p_value = lost_and_gained(units, base)
+    lost = gained = p_value = None
+    if units.correct is not None and base.correct is not None:
+        lost, gained, p_value = lost_and_gained(units.correct, base.correct)
     return Paired(retention, low, high, resampled, True, p_value, lost, gained, agreement)
 
 
-def lost_and_gained(units: Units, base: Units) -> tuple[int | None, int | None, float | None]:
-    """How many questions only ``base``, and only ``units``, answered rightly, and McNemar's p; None where answers are
-    not right or wrong."""
-    if units.correct is None or base.correct is None:
-        return None, None, None
-    lost, gained = (int(np.sum(one & ~other)) for one, other in ((base.correct, units.correct), (units.correct, base.correct)))
+def lost_and_gained(right: NDArray[np.bool_], base: NDArray[np.bool_]) -> tuple[int, int, float]:
+    """How many questions only ``base``, and only the other run, answered rightly, and McNemar's p; both ``[n]``."""
+    lost, gained = int(np.sum(base & ~right)), int(np.sum(right & ~base))
     return lost, gained, mcnemar_p(lost, gained)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vzip.errors import ManifestError
 from vzip.results.paired import compare_units, lost_and_gained, same_answers
@@ -45,6 +48,7 @@ def read_tasks(run: Run, other: Run | None) -> tuple[list[TaskRows], list[str]]:
     if other is None:
         return [TaskRows(task, (rows,), (rows,)) for task, rows in answers[0].items()], []
     ours, theirs = answers
+    names = names_of([run, other])
     found, remarks = [], []
     for task in (task for task in ours if task in theirs):
         by_id = {_key(row): row for row in theirs[task]}
@@ -56,10 +60,10 @@ def read_tasks(run: Run, other: Run | None) -> tuple[list[TaskRows], list[str]]:
         if len(same) < max(len(ours[task]), len(theirs[task])):
             differ = f", {len(pairs) - len(same)} have another text or target" if len(same) < len(pairs) else ""
             remarks.append(
-                f"{task}: {len(same)} questions are in both runs and compared; A has {len(ours[task])}, B"
-                f" {len(theirs[task])}{differ}."
+                f"{task}: {len(same)} questions are in both runs and compared; {names[0]} has {len(ours[task])},"
+                f" {names[1]} {len(theirs[task])}{differ}."
             )
-    for name, have, lack in (("A", ours, theirs), ("B", theirs, ours)):
+    for name, have, lack in ((names[0], ours, theirs), (names[1], theirs, ours)):
         if alone := [task for task in have if task not in lack]:
             remarks.append(f"Only {name} has the tasks {', '.join(alone)}; they are left out.")
     if not found:
@@ -102,8 +106,7 @@ def build_content(run: Run, other: Run | None, tasks: Sequence[TaskRows], remark
         ``remarks``; ``views`` of each sample are empty.
     """
     runs = [one for one in (run, other) if one is not None]
-    base = _base(runs)
-    names = _names(runs, base)
+    base, names = _base(runs), names_of(runs)
     return {
         "runs": [_run_entry(one, name) for one, name in zip(runs, names, strict=True)],
         "base": base,
@@ -112,7 +115,11 @@ def build_content(run: Run, other: Run | None, tasks: Sequence[TaskRows], remark
         "images": [],
         "remarks": [
             *remarks,
-            *(f"{name}: provisional: {why}" for one, name in zip(runs, names, strict=True) for why in _provisional(one)),
+            *(
+                f"{name}: provisional: {why}"
+                for one, name in zip(runs, names, strict=True)
+                for why in _provisional(one)
+            ),
         ],
     }
 
@@ -122,7 +129,8 @@ def _base(runs: Sequence[Run]) -> int:
     return vanilla[0] if len(vanilla) == 1 else len(runs) - 1
 
 
-def _names(runs: Sequence[Run], base: int) -> list[str]:
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """What each is called in a few letters: vanilla and compressed where one of two is vanilla, else A and B."""
     if len(runs) == 1:
         return ["answer"]
     vanilla = [is_vanilla(one.record) for one in runs]
@@ -171,9 +179,7 @@ def _metric(runs: Sequence[Run], task: TaskRows) -> str | None:
     return None
 
 
-def _group(
-    runs: Sequence[Run], task: TaskRows, metric: str | None, base: int, category: str | None
-) -> dict[str, Any]:
+def _group(runs: Sequence[Run], task: TaskRows, metric: str | None, base: int, category: str | None) -> dict[str, Any]:
     """Scores of some of a task's questions, and how the two runs differ on them."""
     chosen = [category is None or category_of(row) == category for row in task.rows[0]]
     rows = [[row for row, belongs in zip(own, chosen, strict=True) if belongs] for own in task.rows]
@@ -187,20 +193,35 @@ def _group(
         return group
     group["same"] = sum(same_answers(*rows)) / len(rows[0])
     ours, theirs = units[1 - base], units[base]
-    if ours is None or theirs is None or ours.keys != theirs.keys:
-        return group
-    lost, gained, p_value = lost_and_gained(ours, theirs)
-    group |= {"lost": lost, "gained": gained, "p": p_value}
-    if theirs.score and ours.clusters == theirs.clusters and len(ours.keys) > 1:
-        paired = compare_units(ours, theirs, task.name)
+    paired = None
+    right = _right(_scores(runs, task, rows[1 - base])), _right(_scores(runs, task, rows[base]))
+    if ours is not None and theirs is not None and (ours.keys, ours.clusters) == (theirs.keys, theirs.clusters):
+        if ours.correct is not None and theirs.correct is not None:
+            right = ours.correct, theirs.correct
+        if theirs.score and len(ours.keys) > 1:
+            paired = compare_units(ours, theirs, task.name)
+    p_value = None
+    if right[0] is not None and right[1] is not None:  # of MME, which scores pairs, question by question
+        lost, gained, p_value = lost_and_gained(right[0], right[1])
+        group |= {"lost": lost, "gained": gained, "p": p_value}
+    if paired is not None:
         group["retention"] = [_finite(value) for value in (paired.retention, paired.low, paired.high)]
-        group["outside_noise"] = paired.outside_noise
+        group["outside_noise"] = replace(paired, p_value=p_value).outside_noise
     return group
 
 
+def _right(scores: Sequence[float | None]) -> NDArray[np.bool_] | None:
+    """Which answers are right; None where they are graded, or some are not scored."""
+    return np.array(scores) == 1 if all(score in (0, 1) for score in scores) else None
+
+
+def _scores(runs: Sequence[Run], task: TaskRows, rows: Rows) -> list[float | None]:
+    record = runs[0].record
+    return question_scores(metrics_of(record, task.name) if task.name in record["tasks"] else [], rows)
+
+
 def _samples(runs: Sequence[Run], task: TaskRows, base: int) -> list[dict[str, Any]]:
-    metric_names = metrics_of(runs[0].record, task.name) if task.name in runs[0].record["tasks"] else []
-    scores = [question_scores(metric_names, rows) for rows in task.rows]
+    scores = [_scores(runs, task, rows) for rows in task.rows]
     same = same_answers(*task.rows) if len(task.rows) == 2 else [True] * len(task.rows[0])
     samples = []
     for number, rows in enumerate(zip(*task.rows, strict=True)):

@@ -2,8 +2,8 @@
 // Everything shown goes in as text (textContent, attributes set by value): no text of the data is ever parsed as HTML.
 const content = JSON.parse(document.getElementById("content").textContent);
 const { runs, base, samples, images } = content;
-const ROW = 64, SPARE = 6; // pixels of a row; rows drawn beyond what is visible
-const OVERLAYS = ["kept", "groups", "none"];
+const ROW = 56, SPARE = 6; // pixels of a row; rows drawn beyond what is visible
+const OVERLAYS = [["kept", "kept patches"], ["groups", "merge groups"], ["none", "image alone"]];
 const pair = runs.length === 2;
 const other = pair ? 1 - base : 0;
 const names = runs.map((run) => run.name);
@@ -49,7 +49,7 @@ function readAddress() {
   state = { ...FRESH, s: "", o: "kept" };
   for (const key of Object.keys(state)) if (given.has(key)) state[key] = given.get(key);
   if (!OUTCOMES.some(([value]) => value === state.f)) state.f = "";
-  if (!OVERLAYS.includes(state.o)) state.o = "kept";
+  if (!OVERLAYS.some(([value]) => value === state.o)) state.o = "kept";
   for (const key of RANGES) if (!/^\d+$/.test(state[key])) state[key] = "";
 }
 
@@ -88,6 +88,7 @@ function draw() {
   for (const [id, key] of [["search", "q"], ["task", "t"], ...RANGES.map((name) => [name, name])]) {
     if ($(id).value !== state[key]) $(id).value = state[key];
   }
+  if (RANGES.some((name) => state[name])) $("more").open = true;
   drawCategories();
   const place = shown.findIndex((sample) => sample.key === state.s);
   $("count").textContent = `${place >= 0 ? `${place + 1} of ` : ""}${shown.length.toLocaleString("en")}${shown.length < samples.length ? ` (of ${samples.length.toLocaleString("en")})` : ""} questions`;
@@ -138,7 +139,7 @@ function drawRows() {
 
 function answersLine(sample) {
   const told = sample.answers.map((answer, number) => `${symbol(sample.scores[number])}${answer || "(empty)"}`);
-  return `${pair ? told[base] + "  →  " + told[other] : told[0]}   ·  ${sample.target}`;
+  return `${pair ? `${told[base]}  →  ${told[other]}` : told[0]}  ·  reference: ${sample.target || "(none)"}  ·  ${sample.task}`;
 }
 
 const symbol = (score) => (score === null ? "" : score === 1 ? "✓ " : score === 0 ? "✗ " : `${number(score)} `);
@@ -153,7 +154,9 @@ function drawDetail(place) {
   }
   const order = pair ? [base, other] : [0];
   const facts = element("div", { class: `facts outcome-${sample.outcome}` },
-    element("button", { id: "back", onclick: () => set({ s: "" }) }, "‹ list"),
+    element("span", { class: "steps" }, element("button", { id: "back", onclick: () => set({ s: "" }) }, "‹ list"),
+      element("button", { id: "before", "aria-label": "question before", onclick: () => move(-1) }, "↑"),
+      element("button", { id: "next", "aria-label": "next question", onclick: () => move(1) }, "↓")),
     element("span", {}, sample.task), element("span", {}, `question ${sample.id}`));
   if (sample.category) facts.append(element("span", {}, sample.category));
   const outcome = OUTCOMES.find(([value]) => value === sample.outcome);
@@ -179,10 +182,12 @@ function drawDetail(place) {
   detail.replaceChildren(facts, element("h2", {}, sample.question), answers);
   if (place < 0) detail.append(element("p", { class: "note" }, "This question does not pass the filters that are set."));
   if (sample.note) detail.append(element("p", { class: "note" }, sample.note));
-  detail.append(pictures);
   if (sample.views.some((view) => view.kept.some(Boolean))) {
-    detail.append(element("p", {}, element("button", { id: "overlay", onclick: nextOverlay }, `overlay: ${state.o} `, element("kbd", {}, "o"))));
+    detail.append(element("div", { id: "overlays", role: "group", "aria-label": "drawn over the image" },
+      ...OVERLAYS.map(([value, text]) => element("button", { value, "aria-pressed": String(value === state.o), onclick: () => set({ o: value }) }, text)),
+      element("kbd", {}, "o")));
   }
+  detail.append(pictures);
 }
 
 function cells(patches, columns) {
@@ -225,7 +230,7 @@ function picture(image, kept, sample, name) {
 function drawScores() {
   const percent = (value) => (value === null || value === undefined ? "" : `${number(100 * value, 1)} %`);
   const head = pair
-    ? ["task, category", "questions", names[base], names[other], "difference", "retention [95 %]", `only ${names[base]} right`, `only ${names[other]} right`, "p", "same answer"]
+    ? ["task, category", "questions", names[base], names[other], "difference", "retention [95 %]", `only ${names[base]} right`, `only ${names[other]} right`, "p", "same answers"]
     : ["task, category", "questions", "score"];
   const lines = [];
   for (const task of content.tasks) {
@@ -247,7 +252,7 @@ function drawScores() {
   }
   const remarks = [...content.remarks];
   if (pair) {
-    remarks.push(`Retention: ${names[other]} / ${names[base]} with a 95 % bootstrap interval over questions; p: McNemar's exact test. Bold: outside the noise by both; each line is judged for itself.`);
+    remarks.push(`Retention: ${names[other]} / ${names[base]} with a 95 % bootstrap interval over questions; only … right: questions that only that run answered rightly; p: McNemar's exact test. Bold: the interval leaves 100 % out and p, where there is one, is below 0.05; each line is judged for itself.`);
     remarks.push("Of graded answers, right is what scores more than the other; both wrong is a score of 0.");
   }
   for (const run of runs) remarks.push(`${run.name}: ${run.title}. ${run.compressor}${run.pruner ? `; ${run.pruner}` : ""}. ${run.path}, ${run.created || "no date"}`);
@@ -266,7 +271,8 @@ function move(by) {
 }
 
 function nextOverlay() {
-  set({ o: OVERLAYS[(OVERLAYS.indexOf(state.o) + 1) % OVERLAYS.length] });
+  const place = OVERLAYS.findIndex(([value]) => value === state.o);
+  set({ o: OVERLAYS[(place + 1) % OVERLAYS.length][0] });
 }
 
 function toggleScores() {

@@ -110,4 +110,3 @@ def _kept_entry(kept: KeptMap, gallery: Gallery) -> dict[str, Any]:
         "kept": kept.kept,
         "groups": [[-1 if target is None else target, members] for target, members in kept.groups],
     }
-
