@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,8 @@ VANILLA, COMPRESSED = ("compressor=none", "budget=full"), ("compressor=visionzip
 
 def put(folder: Path, words: Sequence[str], rows: Sequence[dict[str, Any]]) -> Path:
     """A run directory; the score of each task is the mean of its rows'."""
-    with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
-        config = resolved(compose("eval", list(words)))
-    content = record("Identity" if "compressor=none" in words else "VisionZip", config=config)
+    name = "Identity" if "compressor=none" in words else "VisionZip"
+    content = record(name, config=json.loads(_config(tuple(words))))
     content["tasks"] = {}
     for task in dict.fromkeys(row["task"] for row in rows):
         values = [row["scores"]["accuracy"] for row in rows if row["task"] == task]
@@ -35,6 +35,12 @@ def put(folder: Path, words: Sequence[str], rows: Sequence[dict[str, Any]]) -> P
     (folder / "run.json").write_text(json.dumps(content))
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@cache
+def _config(words: tuple[str, ...]) -> str:
+    with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
+        return json.dumps(resolved(compose("eval", list(words))))
 
 
 def row(number: int, right: bool, task: str = "made_up", **change: Any) -> dict[str, Any]:
