@@ -37,7 +37,7 @@ def draw_kept(vlm: CompressedVlm, image: Image.Image, question: str | None = Non
     }
     visual = vlm.asked(adapter.read_inputs(**moved), None if question is None else [question])
     visual = adapter.viewed(visual, vlm.compressor)
-    seen = _as_image(adapter.shown(visual), vlm)
+    seen = as_image(adapter.shown(visual), vlm)
     if vlm.compressor.scope == "image":
         return seen
     reads = of_tower(vlm.compressor.reads())
@@ -48,7 +48,7 @@ def draw_kept(vlm: CompressedVlm, image: Image.Image, question: str | None = Non
     )
 
 
-def _as_image(crop: Tensor, vlm: CompressedVlm) -> Image.Image:
+def as_image(crop: Tensor, vlm: CompressedVlm) -> Image.Image:
     """``[3, h, w]``, as the processor normalised it, back to 8-bit RGB."""
     processor = vlm.processor.image_processor  # type: ignore[union-attr]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))

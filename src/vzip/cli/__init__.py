@@ -50,6 +50,7 @@ COMMANDS: Mapping[str, Command] = {
     "fidelity": Command("vzip.cli.fidelity", "compressed against vanilla on a folder of images, without labels"),
     "figure": Command("vzip.cli.figure", "a figure of the paper, with the numbers behind it"),
     "agreement": Command("vzip.cli.agreement", "runs against vanilla: same answers, hard and easy questions"),
+    "view": Command("vzip.cli.view", "a page of a run's answers, or of two runs' beside each other: what broke"),
     "overlap": Command("vzip.cli.overlap", "which patches methods keep in common on a folder of images"),
     "leaderboard": Command("vzip.cli.leaderboard", "methods beside each other: retention, noise, time, memory", "eval"),
     "memory": Command("vzip.cli.memory", "what a training or an inference needs on each device, and for what"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -379,6 +379,39 @@ def chat_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor, str | N
     model = {**config["model"], "projector": tuned_weights(config, directory)}
     arguments = {**load_arguments(model), "pruner": build_pruner(config["pruner"])}
     return arguments, build_compressor(config["compressor"]), model["system_prompt"]
+
+
+def recorded_method(record: Mapping[str, Any]) -> tuple[dict[str, Any], Compressor]:
+    """``vzip.load_vlm``'s arguments and, apart, the compressor of a finished run, by its record.
+
+    A record may come from elsewhere: only classes that the options of ``configs/compressor`` name are made.
+
+    Raises:
+        ConfigError: a record without configuration, or one that this version does not read.
+        CheckpointError: as ``check_assembled``.
+    """
+    config, directory = record.get("config"), config_dir()
+    if not config:
+        raise ConfigError("its record holds no configuration, so what it ran is not known.")
+    files = [option_values(directory, "compressor", name) for name in options(directory, "compressor")]
+    unknown = set(_targets(config.get("compressor"))) - {target for file in files for target in _targets(file)}
+    if unknown:
+        raise ConfigError(f"its method is {', '.join(sorted(unknown))}, which no file of configs/compressor names.")
+    try:
+        check_assembled(config["model"])
+        arguments = load_arguments({**config["model"], "projector": tuned_weights(config, directory)})
+        return arguments, build_compressor(config["compressor"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"its configuration is not one of this version ({error}).") from error
+
+
+def _targets(values: Any) -> Iterator[str]:
+    """Every class that values name, however deep."""
+    inside = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in inside:
+        if key == "_target_":
+            yield str(value)
+        yield from _targets(value)
 
 
 def unchanged_recipe(config: Mapping[str, Any], primary: str) -> str | None:

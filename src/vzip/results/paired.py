@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vzip.errors import ManifestError
 
 from .record import JUDGE_ACCURACY, JUDGE_SCORE, Score, same_judge, score_of
-from .score_units import units_of
+from .score_units import Units, units_of
 from .stats import mcnemar_p, percentile_interval, resampled_retention
 
 SIGNIFICANCE = 0.05
@@ -103,15 +103,37 @@ def compare_task(
         if metric in (JUDGE_ACCURACY, JUDGE_SCORE):  # in one of the runs an answer got no usable verdict
             return _from_errors(ours, base, task, num_resamples, seed, agreement)
         raise ManifestError(f"{task} {metric}: the two runs scored different questions; evaluate both again.")
-    (values, aggregate), (base_values, _) = units.by_cluster(), base_units.by_cluster()
+    return compare_units(units, base_units, task, agreement, num_resamples, seed)
+
+
+def compare_units(
+    units: Units,
+    base: Units,
+    task: str,
+    agreement: float | None = None,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Paired:
+    """The same of the units of both runs, of a whole task or of some of its questions; ``base``'s score is not 0.
+
+    Raises:
+        ValueError: units of different questions.
+    """
+    if (units.keys, units.clusters) != (base.keys, base.clusters):
+        raise ValueError(f"{task}: units of different questions")
+    (values, aggregate), (base_values, _) = units.by_cluster(), base.by_cluster()
     retention, resampled = resampled_retention(task, values, base_values, aggregate, num_resamples, seed)
     low, high = percentile_interval(resampled)
     lost = gained = p_value = None
-    if units.correct is not None and base_units.correct is not None:
-        lost = int(np.sum(base_units.correct & ~units.correct))
-        gained = int(np.sum(units.correct & ~base_units.correct))
-        p_value = mcnemar_p(lost, gained)
+    if units.correct is not None and base.correct is not None:
+        lost, gained, p_value = lost_and_gained(units.correct, base.correct)
     return Paired(retention, low, high, resampled, True, p_value, lost, gained, agreement)
+
+
+def lost_and_gained(right: NDArray[np.bool_], base: NDArray[np.bool_]) -> tuple[int, int, float]:
+    """How many questions only ``base``, and only the other run, answered rightly, and McNemar's p; both ``[n]``."""
+    lost, gained = int(np.sum(base & ~right)), int(np.sum(right & ~base))
+    return lost, gained, mcnemar_p(lost, gained)
 
 
 def match(rows: Rows, others: Rows, task: str) -> tuple[Rows, Rows]:

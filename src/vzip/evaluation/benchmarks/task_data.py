@@ -49,7 +49,7 @@ def check_data(manager: TaskManager, tasks: Sequence[str]) -> None:
     """
     if constants.HF_HUB_OFFLINE:
         return
-    remote = [(name, config) for name, config in _configs(manager, tasks) if _is_remote(config)]
+    remote = [(name, config) for name, config in _configs(manager, tasks) if is_remote(config)]
     if not remote:
         return
     name, path = remote[0][0], remote[0][1]["dataset_path"]
@@ -97,7 +97,7 @@ def _configs(manager: TaskManager, names: Sequence[str]) -> Iterator[tuple[str, 
             yield name, task_config(manager, name)
 
 
-def _is_remote(config: dict[str, Any]) -> bool:
+def is_remote(config: dict[str, Any]) -> bool:
     path = str(config.get("dataset_path"))
     on_disk = (config.get("dataset_kwargs") or {}).get("load_from_disk") or Path(path).exists()
     return HUB_ID.fullmatch(path) is not None and not on_disk

@@ -1,0 +1,156 @@
+"""`python -m vzip view`: what it writes, and what it refuses before it opens or loads anything."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tests.report.view.view_runs import COMPRESSED, VANILLA, put, row
+
+import vzip
+from vzip import cli
+from vzip.analysis.kept_patches import kept_map
+from vzip.config.build import recorded_method
+from vzip.errors import ConfigError
+from vzip.results.record import read_record
+
+SCENE = Path(__file__).resolve().parents[2] / "docs" / "scene.png"
+
+
+def written(page: Path) -> dict[str, Any]:
+    found = re.search(r'id="content">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> tuple[Path, Path]:
+    rows = [row(n, n != 2, question_id=f"id-{n}") for n in range(6)]
+    other = [row(n, n != 3, question_id=f"id-{n}") for n in range(6)]
+    return put(tmp_path / "runs/a", COMPRESSED, rows), put(tmp_path / "runs/b", VANILLA, other)
+
+
+def test_images_by_name_with_the_runs_own_kept_patches(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    (images / "made_up").mkdir(parents=True)
+    shutil.copy(SCENE, images / "id-2.png")
+    shutil.copy(SCENE, images / "made_up/3.png")
+    Image.new("RGB", (20, 20)).save(images / "3.png")  # the task's own folder comes first
+    (images / "5.png").write_text("no image")
+    out = tmp_path / "pages/view.html"
+    assert cli.main(["view", *map(str, runs), "--out", str(out), "--images", str(images)]) == 0
+    told = capsys.readouterr().out
+    assert "6 questions, 1 only vanilla right, 1 only compressed right, 2 with an image" in told
+
+    content = written(out)
+    samples = content["samples"]
+    assert [one["id"] for one in samples] == [f"id-{n}" for n in range(6)]
+    assert samples[2]["views"] == samples[3]["views"] and len(content["images"]) == 1
+    assert "no file named" in samples[0]["note"] and "5.png" in samples[5]["note"]
+    (view,) = samples[2]["views"]
+    kept, of_vanilla = view["kept"]
+    arguments, compressor = recorded_method(read_record(runs[0]))
+    assert of_vanilla is None and "32" not in str(compressor.budget.num_dominant)
+    vlm = vzip.load_vlm(**arguments, compressor=compressor)
+    with Image.open(SCENE) as image:
+        expected = kept_map(vlm, image.convert("RGB"), compressor)
+    assert kept["kept"] == expected.kept and kept["grid"] == [24, 24]
+    assert [tuple(group) for group in kept["groups"]] == expected.groups
+
+
+def test_without_kept_no_model_is_loaded(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vzip, "load_vlm", lambda **_: pytest.fail("loaded"))
+    shutil.copy(SCENE, tmp_path / "2.png")
+    out = tmp_path / "view.html"
+    words = ["view", *map(str, runs), "--out", str(out), "--images", str(tmp_path), "--no-kept", "--limit", "1"]
+    assert cli.main(words) == 0
+    content = written(out)
+    assert [bool(one["views"]) for one in content["samples"]] == [n == 2 for n in range(6)]
+    assert content["samples"][2]["views"][0]["kept"] == [None, None]
+
+
+def test_weights_that_are_not_the_runs_draw_nothing(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((runs[0] / "run.json").read_text())
+    record["model"]["weights_sha256"] = "0" * 64
+    (runs[0] / "run.json").write_text(json.dumps(record))
+    out = tmp_path / "view.html"
+    assert cli.main(["view", str(runs[0]), "--out", str(out), "--images", str(tmp_path)]) == 0
+    assert "kept patches are not drawn: the weights in" in capsys.readouterr().out
+
+
+def test_images_that_are_not_at_hand_are_told_once(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run in runs:
+        record = json.loads((run / "run.json").read_text()) | {"include_path": "/their/tasks"}
+        (run / "run.json").write_text(json.dumps(record))
+    out = tmp_path / "view.html"
+    assert cli.main(["view", *map(str, runs), "--out", str(out), "--no-kept"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("its images are not at hand") == 1 and "Give --images DIR" in told
+    assert all("--images DIR" in one["note"] for one in written(out)["samples"])
+
+
+def test_what_is_wrong_is_said_at_once_and_nothing_is_written(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vzip, "load_vlm", lambda **_: pytest.fail("loaded"))
+    run, empty = str(runs[0]), tmp_path / "empty"
+    empty.mkdir()
+    wrong = ["view", str(empty), "--out", str(tmp_path / "x.txt"), "--images", "nowhere", "--limit", "-1"]
+    assert cli.main(wrong) == 2
+    told = capsys.readouterr().err
+    for words in ("holds no run.json", "ends in .html", "nowhere: no such folder", "--limit -1"):
+        assert words in told
+    assert cli.main(["view", run, str(tmp_path / "gone"), "--out", str(tmp_path / "x.html")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    (there := tmp_path / "there.html").write_text("mine")
+    assert cli.main(["view", run, "--out", str(there)]) == 2
+    assert "--overwrite" in capsys.readouterr().err and there.read_text() == "mine"
+    assert cli.main(["view", run, "--out", str(there), "--overwrite", "--no-kept"]) == 0
+    assert there.read_text() != "mine"
+    capsys.readouterr()
+    folder = tmp_path / "folder.html"
+    folder.mkdir()
+    assert cli.main(["view", run, "--out", str(folder)]) == 2 and "is a folder" in capsys.readouterr().err
+    others = put(tmp_path / "c", VANILLA, [row(n, True, task="another") for n in range(2)])
+    assert cli.main(["view", run, str(others), "--out", str(tmp_path / "x.html")]) == 2
+    told = capsys.readouterr().err
+    assert "made_up (6 questions)" in told and "another (2 questions)" in told and not (tmp_path / "x.html").exists()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "visionzip", "_target_": "os.system", "command": "touch ran"},
+        {
+            "name": "visionzip",
+            "_target_": "vzip.VisionZip",
+            "budget": {"_target_": "builtins.print", "_args_": ["ran"]},
+        },
+    ],
+)
+def test_a_record_from_elsewhere_makes_nothing_but_methods(
+    runs: tuple[Path, Path], method: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = read_record(runs[0])
+    record["config"]["compressor"] = method
+    with pytest.raises(ConfigError, match=r"which no file of configs/compressor names"):
+        recorded_method(record)
+    assert "ran" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no configuration"):
+        recorded_method(record | {"config": None})
+    record["config"] = {"model": {}, "compressor": {"_target_": "vzip.Identity"}}
+    with pytest.raises(ConfigError, match="not one of this version"):
+        recorded_method(record)
