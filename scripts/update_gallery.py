@@ -16,8 +16,8 @@ FOLDER, PAGE = ROOT / "docs" / "gallery", ROOT / "docs" / "gallery.md"
 SHOWN = ("png", "csv", "txt")  # of what a figure is written as: picture, numbers, caption
 HEAD = """# Gallery
 
-The built-in model's, by `make gallery` and `make demo`. It is a small model on generated images: what is shown is that the
-path works, and how it looks. The same commands draw a real model's: [reproduce a table](reproduce.md#figures).
+The built-in model's, by `make gallery` and `make demo`. It is a small model on generated images: what is shown is that
+the path works, and how it looks. The same commands draw a real model's: [reproduce a table](reproduce.md#figures).
 
 ## What is kept
 
