@@ -32,7 +32,7 @@ demo: install  ## evaluate the built-in model on its benchmark and print the tab
 	$(VENV)/bin/python -m vzip demo
 
 # Run directories of an earlier call are taken over; remove runs/ to measure all anew. A part of the benchmark, said in table and captions.
-# FIGURES: those of the paper that `python -m vzip figure` draws of the built-in model.
+# FIGURES: the paper's that are drawn of the built-in model; each one's files in runs/figures come into docs/gallery.md.
 FIGURES ?= 4 7
 SCENES_50 = eval.limit=50 paths.runs_dir=runs/gallery
 

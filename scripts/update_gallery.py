@@ -16,8 +16,8 @@ FOLDER, PAGE = ROOT / "docs" / "gallery", ROOT / "docs" / "gallery.md"
 SHOWN = ("png", "csv", "txt")  # of what a figure is written as: picture, numbers, caption
 HEAD = """# Gallery
 
-The built-in model's, by `make gallery` and `make demo`. It is a small model on generated images: what is shown is that the
-path works, and how it looks. The same commands draw a real model's: [reproduce a table](reproduce.md#figures).
+The built-in model's, by `make gallery` and `make demo`. It is a small model on generated images: what is shown is that
+the path works, and how it looks. The same commands draw a real model's: [reproduce a table](reproduce.md#figures).
 
 ## What is kept
 
@@ -45,10 +45,12 @@ def page(folder: Path) -> str:
     parts = [HEAD]
     for path in captions:
         number = path.stem.removeprefix("figure_")
-        caption = html.escape(" ".join(path.read_text(encoding="utf-8").split()), quote=False)
+        first, *findings = html.escape(path.read_text(encoding="utf-8").strip(), quote=False).splitlines()
+        listed = "".join(f"- {finding}\n" for finding in findings)
         parts.append(
-            f"## The paper's Figure {number}\n\n![Figure {number}]({folder.name}/{path.stem}.png)\n\n{caption}"
-            f" By `python -m vzip figure {number}`; [numbers]({folder.name}/{path.stem}.csv).\n"
+            f"## The paper's Figure {number}\n\n![Figure {number}]({folder.name}/{path.stem}.png)\n\n{first}"
+            f" By `make gallery`; [numbers]({folder.name}/{path.stem}.csv).\n"
+            + (f"\n{listed}" if listed else "")
         )
     return "\n".join(parts)
 

@@ -13,9 +13,10 @@ def test_the_page_is_what_the_folder_holds() -> None:
 
 def test_figures_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for number in ("10", "9", "2"):
-        (tmp_path / f"figure_{number}.txt").write_text(f"Of {number} < 20\nimages.\n")
+        (tmp_path / f"figure_{number}.txt").write_text(f"Of {number} < 20 images.\nFound: {number}.\n")
     shown = page(tmp_path)
     assert [line for line in shown.splitlines() if line.startswith("## The paper's")] == [
         f"## The paper's Figure {number}" for number in (2, 9, 10)
     ]
-    assert f"({tmp_path.name}/figure_9.csv)" in shown and "Of 9 &lt; 20 images. By `python -m vzip figure 9`" in shown
+    assert f"({tmp_path.name}/figure_9.csv)" in shown and "Of 9 &lt; 20 images. By `make gallery`" in shown
+    assert "\n- Found: 9.\n" in shown
