@@ -191,6 +191,13 @@ def test_the_card_has_the_scores_and_is_read_by_the_hubs_own_code(trained: Path,
     assert "cc-by-4.0" in text and f"its page ({BASE})" in text
 
 
+def test_provisional_scores_stand_beside_their_reason_alone(trained: Path, hub: FakeHub, tmp_path: Path) -> None:
+    content = of_weights(trained, provisional=True, provisional_reasons=["limit=50: only the first questions"])
+    run_push(put(tmp_path, content), "--to", "me/tuned", "--upload")
+    card = ModelCard(hub.files("me/tuned")["README.md"].decode())
+    assert card.data.eval_results is None and "Provisional: limit=50" in card.text and "`gqa`" in card.text
+
+
 def test_no_licence_is_guessed(trained: Path, hub: FakeHub) -> None:
     run_push(trained, "--to", "me/tuned", "--upload")
     card = ModelCard(hub.files("me/tuned")["README.md"].decode())

@@ -75,6 +75,10 @@ class TrainerModel(nn.Module):
         """As the wrapped model's."""
         self.model.activation_checkpointing_disable()
 
+    def add_model_tags(self, tags: Any) -> None:
+        """As the wrapped model's, which a trainer's card of its own has."""
+        self.model.add_model_tags(tags)
+
     def save_pretrained(self, directory: str | Path, is_main_process: bool = True, **_: Any) -> None:
         """Writes the trained projector, as ``train.py`` does: ``load_vlm(projector=directory)`` reads it.
 

@@ -37,7 +37,8 @@ def model_card(
     """
     base = header["base"]
     hub_id = name.partition("@")[0]
-    results = [result for record in records for result in eval_results(record)]
+    # The hub shows its metadata without any remark, so what is provisional stands in the text alone.
+    results = [result for record in records if not record["provisional"] for result in eval_results(record)]
     data = ModelCardData(
         library_name="vzip",
         license=licence,
@@ -101,7 +102,7 @@ def _body(
     what = " and ".join(part.replace("_", " ") for part in parts) or "weights"
     yield (
         f"The tuned {what} of {_code(base['name_or_path'])} for compressed images: {_code(header['compressor'])}. This"
-        " is not a whole model: vzip puts these weights into the base model, which it loads from where it always is."
+        " is not a whole model: vzip puts these weights into the base model, which is loaded as always."
     )
     yield from ("", "## Use", "", "```python", *_usage(name, header), "```", "")
     yield f"Or, with the base model's option and this compressor: {_code(f'python eval.py model.projector={name}')}."
@@ -175,7 +176,8 @@ def _settings(training: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
 
 def _evaluation(record: Mapping[str, Any]) -> Iterator[str]:
     recipe = (record.get("config") or {}).get("recipe")
-    yield f"{_text(title_of(record))}{f', recipe {_code(recipe)}' if recipe else ''}. Intervals are of 95 %."
+    yield f"{_text(title_of(record))}{f', recipe {_code(recipe)}' if recipe else ''}. Intervals:"
+    yield "score ± 1.96 standard errors, on these questions."
     yield ""
     yield "| benchmark | metric | score | 95 % interval | questions |"
     yield "|---|---|---:|---:|---:|"
