@@ -12,7 +12,7 @@ comma := ,
 STAMP  = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo gallery test test-all check test-floor test-latest lock tiny clean
+.PHONY: help install demo gallery test browser test-all check test-floor test-latest lock tiny clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -39,7 +39,13 @@ gallery: install  ## the leaderboard of docs/leaderboard.md: the built-in model,
 test: install  ## the fast tests
 	$(VENV)/bin/python -m pytest
 
-test-all: install  ## what the fast tests leave out and a person types: the wheel, every command of README and docs
+# The pages are tested in it. As root it is installed where there is apt-get; else what to do is said.
+browser:  ## see that Chromium is there, and install it if that can be done
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -qy chromium; \
+	  else echo "Chromium is not installed, and the pages are tested in it: sudo apt-get install chromium"; exit 1; fi; }
+
+test-all: install browser  ## what the fast tests leave out and a person types: the wheel, every command of README and docs
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m whole -n 2 --dist loadfile --durations 20
 
 check: install  ## ruff, format, types, and that what is installed is what lock.txt says
