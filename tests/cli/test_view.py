@@ -8,13 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from tests.report.view.view_runs import COMPRESSED, VANILLA, put, row
 
 import vzip
 from vzip import cli
-from vzip.analysis.kept_patches import kept_map
+from vzip.analysis.kept_map import kept_map
 from vzip.config.build import recorded_method
 from vzip.errors import ConfigError
 from vzip.results.record import read_record
@@ -60,9 +61,11 @@ def test_images_by_name_with_the_runs_own_kept_patches(
     assert of_vanilla is None and "32" not in str(compressor.budget.num_dominant)
     vlm = vzip.load_vlm(**arguments, compressor=compressor)
     with Image.open(SCENE) as image:
-        expected = kept_map(vlm, image.convert("RGB"), compressor)
-    assert kept["kept"] == expected.kept and kept["grid"] == [24, 24]
-    assert [tuple(group) for group in kept["groups"]] == expected.groups
+        expected = kept_map(vlm, image.convert("RGB"))
+    assert kept["kept"] == np.flatnonzero(expected.kept).tolist() and kept["grid"] == [24, 24]
+    assert [target for target, _ in kept["groups"]] == expected.targets and len(expected.targets) == 5
+    for number, (_, members) in enumerate(kept["groups"]):
+        assert members == np.flatnonzero(expected.group == number).tolist()
 
 
 def test_without_kept_no_model_is_loaded(
@@ -118,7 +121,8 @@ def test_what_is_wrong_is_said_at_once_and_nothing_is_written(
     (there := tmp_path / "there.html").write_text("mine")
     assert cli.main(["view", run, "--out", str(there)]) == 2
     assert "--overwrite" in capsys.readouterr().err and there.read_text() == "mine"
-    assert cli.main(["view", run, "--out", str(there), "--overwrite", "--no-kept"]) == 0
+    words = ["--overwrite", "--no-kept", "--images", str(tmp_path)]
+    assert cli.main(["view", run, "--out", str(there), *words]) == 0
     assert there.read_text() != "mine"
     capsys.readouterr()
     folder = tmp_path / "folder.html"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vzip.analysis.kept_patches import KeptMap
+from vzip.analysis.kept_map import KeptMap
 from vzip.errors import ImageError
 from vzip.report.view.pictures import MOST_IMAGES, SIDE, add_pictures
 
@@ -67,7 +67,8 @@ class Keeper:
 
     def __call__(self, image: Image.Image, question: str) -> KeptMap:
         self.asked.append(question)
-        return KeptMap(image, (2, 3), [0, 5], [(4, [1, 4]), (None, [2])])
+        kept = np.array([[True, False, False], [False, False, True]])
+        return KeptMap(image, kept, np.array([[-1, 0, 1], [-1, 0, -1]]), [4, -1])
 
 
 def test_kept_patches_are_computed_once_an_image_and_of_text_aware_methods_once_a_question() -> None:

@@ -3,6 +3,7 @@
 const content = JSON.parse(document.getElementById("content").textContent);
 const { runs, base, samples, images } = content;
 const ROW = 56, SPARE = 6; // pixels of a row; rows drawn beyond what is visible
+const NUM_COLOURS = 5; // more colours than these are noise: all smaller groups are grey
 const OVERLAYS = [["kept", "kept patches"], ["groups", "merge groups"], ["none", "image alone"]];
 const pair = runs.length === 2;
 const other = pair ? 1 - base : 0;
@@ -208,19 +209,15 @@ function picture(image, kept, sample, name) {
         drawn("path", { class: "frame", d: cells(kept.kept, columns) }));
     } else {
       layer.append(drawn("path", { class: "dim", d: cells([...Array(all).keys()].filter((patch) => !inside.has(patch) && !merged.has(patch)), columns) }));
-      kept.groups.forEach(([, members], group) => {
-        // Neighbours in number are far apart in hue.
-        const tint = drawn("path", { class: "tint", d: cells(members, columns) });
-        tint.style.fill = `hsl(${Math.round(group * 137.508) % 360} 80% 50%)`;
-        layer.append(tint);
-      });
+      const bySize = [...kept.groups].sort((a, b) => b[1].length - a[1].length);
+      bySize.forEach(([, members], place) => layer.append(drawn("path", { class: `tint tint-${Math.min(place, NUM_COLOURS)}`, d: cells(members, columns) })));
       layer.append(drawn("path", { class: "edge", d: cells(kept.groups.map(([target]) => target).filter((target) => target >= 0), columns) }));
     }
     box.append(layer);
     const dropped = all - new Set([...kept.kept, ...merged]).size;
     told = state.o === "kept"
       ? `${kept.kept.length} of ${all} patches kept (framed); the others dimmed`
-      : `${merged.size} patches merged into ${kept.groups.length} tokens: one colour a token, the patch whose place it takes outlined; ${kept.kept.length} kept as they are; ${dropped} dropped (dimmed)`;
+      : `${merged.size} patches merged into ${kept.groups.length} tokens: the ${Math.min(NUM_COLOURS, kept.groups.length)} largest groups have a colour each, the patch whose place a token takes is outlined; ${kept.kept.length} kept as they are; ${dropped} dropped (dimmed)`;
   }
   return element("figure", {}, box, element("figcaption", {}, [name, told].filter(Boolean).join(": ")));
 }

@@ -8,13 +8,14 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
 from vzip.errors import VzipError
 from vzip.progress import Progress
 
 if TYPE_CHECKING:
-    from vzip.analysis.kept_patches import KeptMap
+    from vzip.analysis.kept_map import KeptMap
 
 SIDE = 384  # pixels of a thumbnail's longer side at most
 MOST_IMAGES = 4  # of a question; the page says how many more there are
@@ -104,9 +105,10 @@ def _view(
 
 
 def _kept_entry(kept: KeptMap, gallery: Gallery) -> dict[str, Any]:
+    group = kept.group.flatten()
     return {
-        "image": gallery.add(kept.seen),
-        "grid": list(kept.grid),
-        "kept": kept.kept,
-        "groups": [[-1 if target is None else target, members] for target, members in kept.groups],
+        "image": gallery.add(kept.image),
+        "grid": list(kept.kept.shape),
+        "kept": np.flatnonzero(kept.kept).tolist(),
+        "groups": [[target, np.flatnonzero(group == number).tolist()] for number, target in enumerate(kept.targets)],
     }
