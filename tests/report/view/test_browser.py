@@ -166,6 +166,7 @@ def test_a_phone_shows_the_list_then_the_question_and_never_scrolls_sideways(pag
             browser.key(*key)
             assert browser.run("document.documentElement.scrollWidth") <= 390
         browser.click("#back")
+        assert browser.run("document.querySelector('#scores td').clientWidth") > 100
         assert browser.run(visible.format("'#list'"))
         dark = browser.run("getComputedStyle(document.body).backgroundColor")
         assert sum(int(part) for part in dark[4:-1].split(",")) < 3 * 60
