@@ -93,16 +93,17 @@ def test_weights_that_are_not_the_runs_draw_nothing(
 
 
 def test_images_that_are_not_at_hand_are_told_once(
-    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(vzip, "load_vlm", lambda **_: pytest.fail("loaded"))
     for run in runs:
         record = json.loads((run / "run.json").read_text()) | {"include_path": "/their/tasks"}
         (run / "run.json").write_text(json.dumps(record))
     out = tmp_path / "view.html"
-    assert cli.main(["view", *map(str, runs), "--out", str(out), "--no-kept"]) == 0
+    assert cli.main(["view", *map(str, runs), "--out", str(out)]) == 0
     told = capsys.readouterr().out
     assert told.count("its images are not at hand") == 1 and "Give --images DIR" in told
-    assert all("--images DIR" in one["note"] for one in written(out)["samples"])
+    assert not any(one["views"] for one in written(out)["samples"])
 
 
 def test_what_is_wrong_is_said_at_once_and_nothing_is_written(

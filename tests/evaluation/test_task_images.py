@@ -44,7 +44,7 @@ def test_the_image_is_that_of_the_question(tmp_path: Path, monkeypatch: pytest.M
     for row, told in (
         ({"doc_id": 1, "question": "q0"}, "another text"),
         ({"doc_id": 9, "question": "q9"}, "no question 9"),
-        ({"doc_id": 2, "question": "q2"}, "shows no image"),
+        ({"doc_id": 2, "question": "q2"}, "is about a video"),
     ):
         with pytest.raises(ImageError, match=told):
             images(row)

@@ -75,11 +75,11 @@ def main(args: argparse.Namespace) -> int:
     check_writable(out.parent)
     run, other = runs[0], runs[1] if len(runs) > 1 else None
     tasks, remarks = read_tasks(run, other)
-    keepers, about_kept = _keepers(runs, args.kept)
     source, tasks, about_images = _source(tasks, runs, None if args.images is None else expanded(args.images))
+    keepers, about_kept = ([None] * len(runs), []) if source is None else _keepers(runs, args.kept)
     content = build_content(run, other, tasks, [*remarks, *about_images, *about_kept])
     rows = [row for task in tasks for row in task.rows[0]]
-    num_shown = add_pictures(content, rows, source, keepers, args.limit)
+    num_shown = 0 if source is None else add_pictures(content, rows, source, keepers, args.limit)
     make_folder(out.parent)
     replace_file(out, render(content, " against ".join(title_of(one.record) for one in runs)))
     for remark in content["remarks"]:
@@ -115,8 +115,9 @@ def _told(content: Mapping[str, Any], num_shown: int, out: Path) -> str:
 
 def _source(
     tasks: Sequence[TaskRows], runs: Sequence[Run], folder: Path | None
-) -> tuple[Source, list[TaskRows], list[str]]:
-    """What opens a question's images; the tasks, of the built-in benchmark with the kinds of its questions; remarks."""
+) -> tuple[Source | None, list[TaskRows], list[str]]:
+    """What opens a question's images, None where none can be opened; the tasks, those of the built-in benchmark with
+    the kinds of their questions; remarks."""
     if folder is not None:
         return _of_folder(folder), list(tasks), []
     from vzip.demo.benchmark import TASK_NAMES
@@ -144,7 +145,7 @@ def _source(
             raise ImageError(f"give --images DIR (see the remarks beside the scores on {row['task']}).")
         return of_task[row["task"]](row)
 
-    return source, named, remarks
+    return source if of_task else None, named, remarks
 
 
 def _of_scenes(task: TaskRows, record: Mapping[str, Any]) -> tuple[Source, TaskRows]:

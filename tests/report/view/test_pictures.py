@@ -60,6 +60,16 @@ def test_an_image_that_is_not_there_is_told_and_ends_nothing() -> None:
     assert len(second["views"]) == MOST_IMAGES and f"The first {MOST_IMAGES} of {MOST_IMAGES + 2}" in second["note"]
 
 
+def test_a_method_that_fails_leaves_the_image_without_its_overlay() -> None:
+    def keeper(image: Image.Image, question: str) -> KeptMap:
+        raise ImageError("too oblong")
+
+    content = content_of("lost")
+    assert add_pictures(content, [{}], lambda row: [picture(1)], [keeper], 9) == 1
+    assert content["samples"][0]["views"] == [{"image": 0, "kept": [None]}]
+    assert content["samples"][0]["note"] == "Kept patches are not drawn: too oblong"
+
+
 class Keeper:
     def __init__(self, reads_text: bool) -> None:
         self.reads_text = reads_text

@@ -20,6 +20,7 @@ const $ = (id) => document.getElementById(id);
 const FRESH = { f: "", t: "", c: "", q: "", qmin: "", qmax: "", amin: "", amax: "" };
 let state = { ...FRESH, s: "", o: "kept" };
 let shown = [];
+let waiting;
 
 for (const sample of samples) {
   sample.text = [sample.question, sample.target, ...sample.answers, sample.task, sample.id, sample.key, sample.category].join("\n").toLowerCase();
@@ -62,9 +63,11 @@ function address(of = state) {
 function set(changes) {
   const filters = Object.keys(changes).some((key) => key in FRESH);
   state = { ...state, ...changes };
-  history.replaceState(null, "", address());
   if (filters) filter();
   draw();
+  // Not at every press of a held key: browsers refuse addresses that change too often.
+  clearTimeout(waiting);
+  waiting = setTimeout(() => history.replaceState(null, "", address()), 250);
 }
 
 function passes(sample) {
@@ -279,7 +282,7 @@ function toggleScores() {
 }
 
 async function copy() {
-  const text = location.href;
+  const text = location.href.split("#")[0] + address();
   try {
     await navigator.clipboard.writeText(text);
     $("copy").textContent = "copied";
