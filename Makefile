@@ -12,7 +12,7 @@ comma := ,
 STAMP  = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo gallery docs test test-all check test-floor test-latest lock tiny clean
+.PHONY: help install demo page browser gallery docs test test-all check test-floor test-latest lock tiny clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -49,7 +49,13 @@ docs: install  ## the pages of docs/ as a site in site/, offline; a link or an o
 test: install  ## the fast tests
 	$(VENV)/bin/python -m pytest
 
-test-all: install  ## what the fast tests leave out: the wheel, every command and notebook of README and docs, the site
+# The pages are tested in it. As root it is installed where there is apt-get; else what to do is said.
+browser:  ## see that Chromium is there, and install it if that can be done
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -qy chromium; \
+	  else echo "Chromium is not installed, and the pages are tested in it: sudo apt-get install chromium"; exit 1; fi; }
+
+test-all: install browser  ## what the fast tests leave out: the wheel, every command and notebook of README and docs, the site, pages in Chromium
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m whole -n 2 --dist loadfile --durations 20
 
 check: install  ## ruff, format, types, and that what is installed is what lock.txt says

@@ -72,9 +72,9 @@ def test_packed_units_are_patches_of_their_crops() -> None:
 
     shape = VisionShape("image", 2, (1, 3), True, 7, num_added=1)
     packing = torch.tensor([0, 1, 2, -1, 3, 4, 5])  # a newline between the crops
-    assert _of_whole(packing, 7, shape) == [0, 1, 2, None, 3, 4, 5]
+    assert _of_whole(torch.tensor([1, 3, 4]), packing, 7, shape) == {1, 3}
     with_cls = VisionShape("image", 2, (1, 3), True, 8)
-    assert _of_whole(None, 8, with_cls) == [None, 0, 1, 2, None, 3, 4, 5], "CLS of each crop is no patch"
+    assert _of_whole(torch.tensor([0, 1, 4, 7]), None, 8, with_cls) == {0, 5}, "CLS of each crop is no patch"
 
 
 def test_what_is_wrong_is_said_before_loading(

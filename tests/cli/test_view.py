@@ -8,13 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from tests.report.view.view_runs import COMPRESSED, VANILLA, put, row
 
 import vzip
 from vzip import cli
-from vzip.analysis.kept_patches import kept_map
+from vzip.analysis.kept_map import kept_map
 from vzip.config.build import recorded_method
 from vzip.errors import ConfigError
 from vzip.results.record import read_record
@@ -60,9 +61,11 @@ def test_images_by_name_with_the_runs_own_kept_patches(
     assert of_vanilla is None and "32" not in str(compressor.budget.num_dominant)
     vlm = vzip.load_vlm(**arguments, compressor=compressor)
     with Image.open(SCENE) as image:
-        expected = kept_map(vlm, image.convert("RGB"), compressor)
-    assert kept["kept"] == expected.kept and kept["grid"] == [24, 24]
-    assert [tuple(group) for group in kept["groups"]] == expected.groups
+        expected = kept_map(vlm, image.convert("RGB"))
+    assert kept["kept"] == np.flatnonzero(expected.kept).tolist() and kept["grid"] == [24, 24]
+    assert [target for target, _ in kept["groups"]] == expected.targets and len(expected.targets) == 5
+    for number, (_, members) in enumerate(kept["groups"]):
+        assert members == np.flatnonzero(expected.group == number).tolist()
 
 
 def test_without_kept_no_model_is_loaded(
@@ -90,16 +93,17 @@ def test_weights_that_are_not_the_runs_draw_nothing(
 
 
 def test_images_that_are_not_at_hand_are_told_once(
-    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(vzip, "load_vlm", lambda **_: pytest.fail("loaded"))
     for run in runs:
         record = json.loads((run / "run.json").read_text()) | {"include_path": "/their/tasks"}
         (run / "run.json").write_text(json.dumps(record))
     out = tmp_path / "view.html"
-    assert cli.main(["view", *map(str, runs), "--out", str(out), "--no-kept"]) == 0
+    assert cli.main(["view", *map(str, runs), "--out", str(out)]) == 0
     told = capsys.readouterr().out
     assert told.count("its images are not at hand") == 1 and "Give --images DIR" in told
-    assert all("--images DIR" in one["note"] for one in written(out)["samples"])
+    assert not any(one["views"] for one in written(out)["samples"])
 
 
 def test_what_is_wrong_is_said_at_once_and_nothing_is_written(
@@ -118,7 +122,8 @@ def test_what_is_wrong_is_said_at_once_and_nothing_is_written(
     (there := tmp_path / "there.html").write_text("mine")
     assert cli.main(["view", run, "--out", str(there)]) == 2
     assert "--overwrite" in capsys.readouterr().err and there.read_text() == "mine"
-    assert cli.main(["view", run, "--out", str(there), "--overwrite", "--no-kept"]) == 0
+    words = ["--overwrite", "--no-kept", "--images", str(tmp_path)]
+    assert cli.main(["view", run, "--out", str(there), *words]) == 0
     assert there.read_text() != "mine"
     capsys.readouterr()
     folder = tmp_path / "folder.html"

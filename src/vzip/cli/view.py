@@ -32,7 +32,7 @@ from vzip.results.files import check_writable, make_folder, replace_file
 from vzip.results.record import Run, is_vanilla, read_record, record_path, title_of
 
 if TYPE_CHECKING:
-    from vzip.analysis.kept_patches import KeptMap
+    from vzip.analysis.kept_map import KeptMap
     from vzip.compressors import Compressor
     from vzip.models.vlm import CompressedVlm
 
@@ -75,11 +75,11 @@ def main(args: argparse.Namespace) -> int:
     check_writable(out.parent)
     run, other = runs[0], runs[1] if len(runs) > 1 else None
     tasks, remarks = read_tasks(run, other)
-    keepers, about_kept = _keepers(runs, args.kept)
     source, tasks, about_images = _source(tasks, runs, None if args.images is None else expanded(args.images))
+    keepers, about_kept = ([None] * len(runs), []) if source is None else _keepers(runs, args.kept)
     content = build_content(run, other, tasks, [*remarks, *about_images, *about_kept])
     rows = [row for task in tasks for row in task.rows[0]]
-    num_shown = add_pictures(content, rows, source, keepers, args.limit)
+    num_shown = 0 if source is None else add_pictures(content, rows, source, keepers, args.limit)
     make_folder(out.parent)
     replace_file(out, render(content, " against ".join(title_of(one.record) for one in runs)))
     for remark in content["remarks"]:
@@ -115,8 +115,9 @@ def _told(content: Mapping[str, Any], num_shown: int, out: Path) -> str:
 
 def _source(
     tasks: Sequence[TaskRows], runs: Sequence[Run], folder: Path | None
-) -> tuple[Source, list[TaskRows], list[str]]:
-    """What opens a question's images; the tasks, of the built-in benchmark with the kinds of its questions; remarks."""
+) -> tuple[Source | None, list[TaskRows], list[str]]:
+    """What opens a question's images, None where none can be opened; the tasks, those of the built-in benchmark with
+    the kinds of their questions; remarks."""
     if folder is not None:
         return _of_folder(folder), list(tasks), []
     from vzip.demo.benchmark import TASK_NAMES
@@ -144,7 +145,7 @@ def _source(
             raise ImageError(f"give --images DIR (see the remarks beside the scores on {row['task']}).")
         return of_task[row["task"]](row)
 
-    return source, named, remarks
+    return source if of_task else None, named, remarks
 
 
 def _of_scenes(task: TaskRows, record: Mapping[str, Any]) -> tuple[Source, TaskRows]:
@@ -194,9 +195,10 @@ class _OfRun:
         self.vlm, self.compressor, self.reads_text = vlm, compressor, compressor.reads_text
 
     def __call__(self, image: Image.Image, question: str) -> KeptMap:
-        from vzip.analysis.kept_patches import kept_map
+        from vzip.analysis.kept_map import kept_map
 
-        return kept_map(self.vlm, image, self.compressor, question if self.reads_text else None)
+        self.vlm.compressor = self.compressor  # both runs may share a model
+        return kept_map(self.vlm, image, question if self.reads_text else None)
 
 
 def _keepers(runs: Sequence[Run], asked: bool | None) -> tuple[list[Keeper | None], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -15,11 +16,17 @@ from vzip.media.images import load_image
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
-def task_images(task: str) -> Callable[[Mapping[str, Any]], Sequence[Image.Image]]:
-    """What opens the images of a row of ``samples.jsonl`` of a task of lmms-eval's or vzip's.
+def task_images(
+    task: str, include_path: str | Path | None = None
+) -> Callable[[Mapping[str, Any]], Sequence[Image.Image]]:
+    """What opens the images of a row of ``samples.jsonl`` of a task.
 
     Nothing is downloaded. It raises ImageError for a question that has another text in the data, or shows no image
     (but a video).
+
+    Args:
+        task: lmms-eval's name.
+        include_path: a folder of task files of one's own; the code that they name is run.
 
     Raises:
         MissingPackageError, ConfigError, UnsupportedModelError: as ``find_tasks``.
@@ -38,7 +45,7 @@ def task_images(task: str) -> Callable[[Mapping[str, Any]], Sequence[Image.Image
     from tenacity import RetryError
 
     with quiet_logger():
-        manager = find_tasks([task], None)
+        manager = find_tasks([task], include_path)
         if not constants.HF_HUB_OFFLINE and is_remote(task_config(manager, task)):
             raise ManifestError(
                 f"task {task}: its data is on the hub; with HF_HUB_OFFLINE=1 this cache is looked into."
@@ -51,12 +58,19 @@ def task_images(task: str) -> Callable[[Mapping[str, Any]], Sequence[Image.Image
             raise ManifestError(f"task {task}: its data is not at hand: {cause}") from error
 
     def images(row: Mapping[str, Any]) -> Sequence[Image.Image]:
-        doc = found.eval_docs[row["doc_id"]]
-        if str(found.doc_to_text(doc)) != row["question"]:
-            raise ImageError(f"task {task}, question {row['doc_id']}: has another text in the data that is here.")
-        shown = [one for one in found.doc_to_visual(doc) if isinstance(one, Image.Image)]
+        number = row["doc_id"]
+        if not isinstance(number, int) or not 0 <= number < len(found.eval_docs):
+            raise ImageError(f"task {task}: the data that is here has no question {number}.")
+        doc = found.eval_docs[number]
+        if str(found.doc_to_text(doc)).strip() not in row["question"]:
+            raise ImageError(f"task {task}, question {number}: has another text in the data that is here.")
+        try:
+            visuals = found.doc_to_visual(doc)
+        except SystemExit as error:  # what several of lmms-eval's tasks do where a video is missing
+            raise ImageError(f"task {task}, question {number}: {error}") from error
+        shown = [one for one in visuals if isinstance(one, Image.Image)]
         if not shown:
-            raise ImageError("shows no image.")
+            raise ImageError(f"the question is about {'a video' if visuals else 'no image'}.")
         return [load_image(one) for one in shown]
 
     return images

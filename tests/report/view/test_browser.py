@@ -125,6 +125,7 @@ def test_a_link_opens_the_same_question_with_the_same_filters(page: Path, browse
     browser.open(page)
     browser.key("1", "j", "j", "j", "o")
     question, count = browser.text("#detail h2"), browser.text("#count")
+    browser.wait("location.hash.includes('f=lost') && location.hash.includes('o=groups')")
     fragment = browser.run("location.hash")
     browser.open(page, fragment)
     assert (browser.text("#detail h2"), browser.text("#count")) == (question, count)
@@ -166,6 +167,7 @@ def test_a_phone_shows_the_list_then_the_question_and_never_scrolls_sideways(pag
             browser.key(*key)
             assert browser.run("document.documentElement.scrollWidth") <= 390
         browser.click("#back")
+        assert browser.run("document.querySelector('#scores td').clientWidth") > 100
         assert browser.run(visible.format("'#list'"))
         dark = browser.run("getComputedStyle(document.body).backgroundColor")
         assert sum(int(part) for part in dark[4:-1].split(",")) < 3 * 60
@@ -185,6 +187,7 @@ def test_texts_of_data_and_models_are_shown_and_never_run(tmp_path: Path, browse
     browser.key("j", "s")
     assert browser.text("#detail h2") == NASTY == browser.text(".answer-0 .answer") == browser.text("#detail dd.target")
     assert browser.run(f"[...document.querySelectorAll('#category option')].some(o => o.value === {json.dumps(NASTY)})")
+    browser.wait("location.hash.includes('s=')")
     browser.open(out, browser.run("location.hash"))
     assert browser.text("#detail h2") == NASTY
     time.sleep(0.3)  # for what might run after a failed load of an image

@@ -11,6 +11,7 @@ import pytest
 from tests.records import record
 
 from vzip.errors import ManifestError
+from vzip.report.two_runs import compare_runs
 from vzip.report.view.content import build_content, question_scores, read_tasks
 from vzip.results.record import Run
 
@@ -69,6 +70,13 @@ def test_what_only_one_run_answers_rightly_and_mcnemar_by_category(tmp_path: Pat
         assert group["scores"] == pytest.approx(means)
         assert group["retention"][0] == pytest.approx(means[0] / means[1])
         assert group["same"] == pytest.approx(sum(ours[n] == base[n] for n in chosen) / len(chosen))
+
+    (pair,) = compare_runs(run, vanilla)  # what `python -m vzip compare` prints
+    assert pair.paired is not None
+    expected = (pair.paired.retention, pair.paired.low, pair.paired.high, pair.paired.p_value)
+    whole = task["groups"][0]
+    assert (*whole["retention"], whole["p"]) == pytest.approx(expected)
+    assert whole["outside_noise"] == pair.paired.outside_noise
 
     turned = content_of(vanilla, run)  # vanilla is what is held against, whichever comes first
     assert turned["base"] == 0 and turned["tasks"][0]["groups"][0]["lost"] == task["groups"][0]["lost"]

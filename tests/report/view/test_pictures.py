@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vzip.analysis.kept_patches import KeptMap
+from vzip.analysis.kept_map import KeptMap
 from vzip.errors import ImageError
 from vzip.report.view.pictures import MOST_IMAGES, SIDE, add_pictures
 
@@ -60,6 +60,16 @@ def test_an_image_that_is_not_there_is_told_and_ends_nothing() -> None:
     assert len(second["views"]) == MOST_IMAGES and f"The first {MOST_IMAGES} of {MOST_IMAGES + 2}" in second["note"]
 
 
+def test_a_method_that_fails_leaves_the_image_without_its_overlay() -> None:
+    def keeper(image: Image.Image, question: str) -> KeptMap:
+        raise ImageError("too oblong")
+
+    content = content_of("lost")
+    assert add_pictures(content, [{}], lambda row: [picture(1)], [keeper], 9) == 1
+    assert content["samples"][0]["views"] == [{"image": 0, "kept": [None]}]
+    assert content["samples"][0]["note"] == "Kept patches are not drawn: too oblong"
+
+
 class Keeper:
     def __init__(self, reads_text: bool) -> None:
         self.reads_text = reads_text
@@ -67,7 +77,8 @@ class Keeper:
 
     def __call__(self, image: Image.Image, question: str) -> KeptMap:
         self.asked.append(question)
-        return KeptMap(image, (2, 3), [0, 5], [(4, [1, 4]), (None, [2])])
+        kept = np.array([[True, False, False], [False, False, True]])
+        return KeptMap(image, kept, np.array([[-1, 0, 1], [-1, 0, -1]]), [4, -1])
 
 
 def test_kept_patches_are_computed_once_an_image_and_of_text_aware_methods_once_a_question() -> None:

@@ -54,6 +54,10 @@ def read_tasks(run: Run, other: Run | None) -> tuple[list[TaskRows], list[str]]:
         by_id = {_key(row): row for row in theirs[task]}
         pairs = [(row, by_id[_key(row)]) for row in ours[task] if _key(row) in by_id]
         same = [(a, b) for a, b in pairs if (a["question"], a["target"]) == (b["question"], b["target"])]
+        # In the order of ``paired.match``, by which the bootstrap of `compare` draws.
+        same.sort(
+            key=lambda pair: (isinstance(pair[0]["doc_id"], str), pair[0]["doc_id"], pair[0].get("filter_index", 0))
+        )
         if same:
             rows = ([a for a, _ in same], [b for _, b in same])
             found.append(TaskRows(task, rows, (ours[task], theirs[task])))
@@ -79,6 +83,8 @@ def _answers(run: Run) -> dict[str, list[dict[str, Any]]]:
     for task, rows in answers.items():
         check_answers(run.path, rows, {"doc_id": object, "question": object, "target": object, "answer": object})
         check_answers(run.path, rows, {"scores": dict})
+        if wrong := next((row for row in rows if not isinstance(row["doc_id"], int | str)), None):
+            raise ManifestError(f"{run.path}: {task}: doc_id {wrong['doc_id']!r:.60} is no number and no text.")
         if len({_key(row) for row in rows}) < len(rows):
             raise ManifestError(f"{run.path}: {task}: a question id stands more than once in samples.jsonl.")
     if not answers:
@@ -240,7 +246,7 @@ def _samples(runs: Sequence[Run], task: TaskRows, base: int) -> list[dict[str, A
                 "scores": own,
                 "outcome": outcome_of(own, base),
                 "same": same[number],
-                "num_tokens": [row.get("num_visual_tokens") for row in rows],
+                "num_tokens": [_counts(row.get("num_visual_tokens")) for row in rows],
                 "views": [],
                 "note": "",
             }
@@ -297,6 +303,10 @@ def category_of(row: Row) -> str:
             if isinstance(entry.get(key), str | int) and entry[key] != "":
                 return str(entry[key])
     return ""
+
+
+def _counts(value: Any) -> list[int]:
+    return [count for count in value if isinstance(count, int)] if isinstance(value, list) else []
 
 
 def _finite(value: float | None) -> float | None:

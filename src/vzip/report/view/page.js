@@ -3,6 +3,7 @@
 const content = JSON.parse(document.getElementById("content").textContent);
 const { runs, base, samples, images } = content;
 const ROW = 56, SPARE = 6; // pixels of a row; rows drawn beyond what is visible
+const NUM_COLOURS = 5; // more colours than these are noise: all smaller groups are grey
 const OVERLAYS = [["kept", "kept patches"], ["groups", "merge groups"], ["none", "image alone"]];
 const pair = runs.length === 2;
 const other = pair ? 1 - base : 0;
@@ -19,6 +20,7 @@ const $ = (id) => document.getElementById(id);
 const FRESH = { f: "", t: "", c: "", q: "", qmin: "", qmax: "", amin: "", amax: "" };
 let state = { ...FRESH, s: "", o: "kept" };
 let shown = [];
+let waiting;
 
 for (const sample of samples) {
   sample.text = [sample.question, sample.target, ...sample.answers, sample.task, sample.id, sample.key, sample.category].join("\n").toLowerCase();
@@ -61,9 +63,11 @@ function address(of = state) {
 function set(changes) {
   const filters = Object.keys(changes).some((key) => key in FRESH);
   state = { ...state, ...changes };
-  history.replaceState(null, "", address());
   if (filters) filter();
   draw();
+  // Not at every press of a held key: browsers refuse addresses that change too often.
+  clearTimeout(waiting);
+  waiting = setTimeout(() => history.replaceState(null, "", address()), 250);
 }
 
 function passes(sample) {
@@ -208,19 +212,15 @@ function picture(image, kept, sample, name) {
         drawn("path", { class: "frame", d: cells(kept.kept, columns) }));
     } else {
       layer.append(drawn("path", { class: "dim", d: cells([...Array(all).keys()].filter((patch) => !inside.has(patch) && !merged.has(patch)), columns) }));
-      kept.groups.forEach(([, members], group) => {
-        // Neighbours in number are far apart in hue.
-        const tint = drawn("path", { class: "tint", d: cells(members, columns) });
-        tint.style.fill = `hsl(${Math.round(group * 137.508) % 360} 80% 50%)`;
-        layer.append(tint);
-      });
+      const bySize = [...kept.groups].sort((a, b) => b[1].length - a[1].length);
+      bySize.forEach(([, members], place) => layer.append(drawn("path", { class: `tint tint-${Math.min(place, NUM_COLOURS)}`, d: cells(members, columns) })));
       layer.append(drawn("path", { class: "edge", d: cells(kept.groups.map(([target]) => target).filter((target) => target >= 0), columns) }));
     }
     box.append(layer);
     const dropped = all - new Set([...kept.kept, ...merged]).size;
     told = state.o === "kept"
       ? `${kept.kept.length} of ${all} patches kept (framed); the others dimmed`
-      : `${merged.size} patches merged into ${kept.groups.length} tokens: one colour a token, the patch whose place it takes outlined; ${kept.kept.length} kept as they are; ${dropped} dropped (dimmed)`;
+      : `${merged.size} patches merged into ${kept.groups.length} tokens: the ${Math.min(NUM_COLOURS, kept.groups.length)} largest groups have a colour each, the patch whose place a token takes is outlined; ${kept.kept.length} kept as they are; ${dropped} dropped (dimmed)`;
   }
   return element("figure", {}, box, element("figcaption", {}, [name, told].filter(Boolean).join(": ")));
 }
@@ -282,7 +282,7 @@ function toggleScores() {
 }
 
 async function copy() {
-  const text = location.href;
+  const text = location.href.split("#")[0] + address();
   try {
     await navigator.clipboard.writeText(text);
     $("copy").textContent = "copied";

@@ -8,13 +8,14 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
 from vzip.errors import VzipError
 from vzip.progress import Progress
 
 if TYPE_CHECKING:
-    from vzip.analysis.kept_patches import KeptMap
+    from vzip.analysis.kept_map import KeptMap
 
 SIDE = 384  # pixels of a thumbnail's longer side at most
 MOST_IMAGES = 4  # of a question; the page says how many more there are
@@ -66,21 +67,23 @@ def add_pictures(
     """
     gallery, samples = Gallery(), content["samples"]
     order = sorted(range(len(samples)), key=lambda number: _ORDER.index(samples[number]["outcome"]))
-    known: dict[Any, dict[str, Any]] = {}
+    known: dict[Any, tuple[dict[str, Any], str]] = {}
     num_shown = 0
     with Progress("opening images", "questions", min(limit, len(order))) as progress:
         for number in progress.track(order[:limit]):
             sample, row = samples[number], rows[number]
             try:
                 images = source(row)
-                views = [_view(image, sample["question"], gallery, keepers, known) for image in images[:MOST_IMAGES]]
             except (VzipError, OSError) as error:
                 sample["note"] = f"The image is not at hand: {error}"
                 continue
-            sample["views"] = views
-            num_shown += bool(views)
-            if len(images) > MOST_IMAGES:
-                sample["note"] = f"The first {MOST_IMAGES} of {len(images)} images."
+            notes = [f"The first {MOST_IMAGES} of {len(images)} images."] if len(images) > MOST_IMAGES else []
+            for image in images[:MOST_IMAGES]:
+                view, problem = _view(image, sample["question"], gallery, keepers, known)
+                sample["views"].append(view)
+                notes += [problem] if problem else []
+            sample["note"] = " ".join(dict.fromkeys(notes))
+            num_shown += bool(images)
     for number in order[limit:]:
         samples[number]["note"] = f"The image was left out: --limit {limit}."
     content["images"] = gallery.images
@@ -89,24 +92,28 @@ def add_pictures(
 
 def _view(
     image: Image.Image, question: str, gallery: Gallery, keepers: Sequence[Keeper | None], known: dict[Any, Any]
-) -> dict[str, Any]:
-    """An image and, for each run, what it keeps of it; the image as the tower sees it, where a run's is drawn."""
+) -> tuple[dict[str, Any], str]:
+    """An image and, for each run, what it keeps of it, the image as its tower sees it; and why that is not known."""
     reads_text = any(getattr(keeper, "reads_text", False) for keeper in keepers)
     pixels = image.convert("RGB")
     key = (hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest(), question if reads_text else "")
     if key not in known:
-        kept = [None if keeper is None else keeper(pixels, question) for keeper in keepers]
-        known[key] = {
-            "image": gallery.add(pixels),
-            "kept": [None if own is None else _kept_entry(own, gallery) for own in kept],
-        }
+        kept, problem = [], ""
+        for keeper in keepers:
+            try:
+                own = None if keeper is None else keeper(pixels, question)
+            except VzipError as error:
+                own, problem = None, f"Kept patches are not drawn: {error}"
+            kept.append(None if own is None else _kept_entry(own, gallery))
+        known[key] = {"image": gallery.add(pixels), "kept": kept}, problem
     return known[key]
 
 
 def _kept_entry(kept: KeptMap, gallery: Gallery) -> dict[str, Any]:
+    group = kept.group.flatten()
     return {
-        "image": gallery.add(kept.seen),
-        "grid": list(kept.grid),
-        "kept": kept.kept,
-        "groups": [[-1 if target is None else target, members] for target, members in kept.groups],
+        "image": gallery.add(kept.image),
+        "grid": list(kept.kept.shape),
+        "kept": np.flatnonzero(kept.kept).tolist(),
+        "groups": [[target, np.flatnonzero(group == number).tolist()] for number, target in enumerate(kept.targets)],
     }
