@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
@@ -37,7 +39,7 @@ def draw_kept(vlm: CompressedVlm, image: Image.Image, question: str | None = Non
     }
     visual = vlm.asked(adapter.read_inputs(**moved), None if question is None else [question])
     visual = adapter.viewed(visual, vlm.compressor)
-    seen = _as_image(adapter.shown(visual), vlm)
+    seen = as_image(adapter.shown(visual), vlm.processor.image_processor)  # type: ignore[union-attr]
     if vlm.compressor.scope == "image":
         return seen
     reads = of_tower(vlm.compressor.reads())
@@ -48,9 +50,9 @@ def draw_kept(vlm: CompressedVlm, image: Image.Image, question: str | None = Non
     )
 
 
-def _as_image(crop: Tensor, vlm: CompressedVlm) -> Image.Image:
-    """``[3, h, w]``, as the processor normalised it, back to 8-bit RGB."""
-    processor = vlm.processor.image_processor  # type: ignore[union-attr]
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+def as_image(crop: Tensor, image_processor: Any) -> Image.Image:
+    """``[3, h, w]``, as the image processor normalised it, back to 8-bit RGB."""
+    given = ((image_processor.image_mean, 0.0), (image_processor.image_std, 1.0))  # None: it does not normalise
+    mean, std = (torch.tensor([usual] * 3 if own is None else own).view(3, 1, 1) for own, usual in given)
     pixels = (crop.float().cpu() * std + mean).clamp(0, 1) * 255
     return Image.fromarray(pixels.round().permute(1, 2, 0).numpy().astype(np.uint8))
