@@ -15,7 +15,10 @@ from vzip.results.stats import mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.image import AxesImage
 
+SCALE = (0.1, 100.0)  # of the maps' colours: times what a patch would have if all had the same
 SOURCE = "arXiv 2412.04467"
 
 
@@ -95,11 +98,25 @@ def show_image(axes: Axes, image: Image.Image, grid: tuple[int, int], title: str
     axes.set_title(title, fontsize=9)
 
 
-def show_map(axes: Axes, image: Image.Image, weights: Tensor, grid: tuple[int, int], title: str = "") -> None:
-    """Shares of the attention as colours over the image, in grey; the highest is the brightest."""
-    show_image(axes, image.convert("L").convert("RGB"), grid, title)
-    values = weights.double().cpu().reshape(grid).numpy()
-    axes.imshow(values, cmap="inferno", alpha=0.75, vmin=0.0, vmax=float(values.max()), interpolation="nearest")
+def show_map(axes: Axes, image: Image.Image, weights: Tensor, grid: tuple[int, int], title: str = "") -> AxesImage:
+    """Shares of the attention as colours over the image, in grey: how many times as much as if all had the same.
+
+    One scale for all maps, so that images and layers can be compared; returns what ``color_bar`` takes.
+    """
+    from matplotlib.colors import LogNorm
+
+    pale = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "white"), 0.4)
+    show_image(axes, pale, grid, title)
+    values = weights.numel() * weights.double().cpu().reshape(grid).numpy()
+    norm = LogNorm(*SCALE, clip=True)
+    return axes.imshow(values, cmap="inferno", alpha=0.7, norm=norm, interpolation="nearest")
+
+
+def color_bar(figure: Figure | SubFigure, shown: AxesImage, axes: Any) -> None:
+    """The scale of ``show_map`` beside some panels."""
+    bar = figure.colorbar(shown, ax=axes, shrink=0.8, aspect=30, extend="both")
+    bar.set_label("times the even share", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
 
 
 def mark(axes: Axes, patch: tuple[int, int], color: str, label: str | None = None) -> None:

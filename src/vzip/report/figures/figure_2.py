@@ -11,7 +11,7 @@ from torch import Tensor
 from vzip.analysis.attention import CLS, EDGES, TOP_SHARES, each_layer, histogram, num_top, top_mass
 from vzip.progress import Progress
 
-from .attention import SOURCE, Mean, Subject, map_rows, short, show_image, show_map, table, what_was_seen
+from .attention import SOURCE, Mean, Subject, color_bar, map_rows, short, show_image, show_map, table, what_was_seen
 from .drawing import Drawing
 
 KEYS = ("part", "score", "image", "row", "column", "from", "to", "num_patches", "value", "low", "high")
@@ -73,7 +73,8 @@ def draw(subject: Subject, seen: Seen) -> Drawing:
         show_image(own[0], picture, subject.grid, short(name))
         for axes, score in zip(own[1:], scores, strict=True):
             tenth = 100 * float(top_mass(maps[score], 0.10))
-            show_map(axes, picture, maps[score], subject.grid, f"{LABELS[score]}\ntop 10 % have {tenth:.0f} %")
+            shown = show_map(axes, picture, maps[score], subject.grid, f"{LABELS[score]}\ntop 10 % have {tenth:.0f} %")
+    color_bar(left, shown, panels)
     if right is not None:
         upper, lower = right.subplots(2, 1)
         _draw_histogram(upper, seen, subject.num_patches)
@@ -84,13 +85,14 @@ def draw(subject: Subject, seen: Seen) -> Drawing:
 
 def _draw_histogram(axes, seen: Seen, num_patches: int) -> None:  # type: ignore[no-untyped-def]
     for score, (counts, _) in seen.bins.items():
-        shares = (100 * counts / counts.sum()).tolist()
+        percent = (100 * counts / counts.sum()).tolist()
         look = {"color": COLORS[score], "alpha": 0.35, "label": LABELS[score]}
-        axes.stairs(shares, EDGES.tolist(), fill=True, **look)
-        axes.stairs(shares, EDGES.tolist(), color=COLORS[score])
+        axes.stairs(percent, EDGES.tolist(), fill=True, **look)
+        axes.stairs(percent, EDGES.tolist(), color=COLORS[score])
     axes.axvline(1 / num_patches, color="0.4", linestyle="--", linewidth=1, label="if all had the same")
     axes.set_xscale("log")
-    filled = torch.stack([counts for counts, _ in seen.bins.values()]).sum(dim=0).nonzero().flatten()
+    shares = torch.stack([counts / counts.sum() for counts, _ in seen.bins.values()])
+    filled = (shares > 5e-4).any(dim=0).nonzero().flatten()
     axes.set_xlim(float(EDGES[int(filled[0])]) / 1.5, min(1.0, 1.5 * float(EDGES[int(filled[-1]) + 1])))
     axes.set_xlabel("a patch's share of the image's attention")
     axes.set_ylabel("patches, %")
@@ -150,7 +152,7 @@ def _caption(subject: Subject, seen: Seen) -> str:
         f"Figure {subject.number} of {SOURCE}, measured: {what_was_seen(subject, seen.num_images)}. Attention in layer"
         f" {layer}, the select layer, mean over heads, as each patch's share of what goes to patches:"
         + (" that of the CLS token, and" if has_cls else " (the tower has no CLS token)")
-        + " that received, the mean over all tokens. Maps: the brightest patch is the highest of the image. 95 %:"
+        + " that received, the mean over all tokens. Maps: colours say how many times as much a patch has as if all had the same. 95 %:"
         " bootstrap over images."
     ]
     if subject.number == 2:

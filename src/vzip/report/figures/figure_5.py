@@ -11,7 +11,7 @@ from torch import Tensor
 from vzip.analysis.attention import CLS, RECEIVED, each_layer, entropy, num_top, top_mass
 from vzip.progress import Progress
 
-from .attention import SOURCE, Mean, Subject, curve, map_rows, short, show_image, show_map, table, what_was_seen
+from .attention import SOURCE, Mean, Subject, color_bar, curve, map_rows, short, show_image, show_map, table, what_was_seen
 from .drawing import Drawing
 from .figure_2 import COLORS, LABELS
 
@@ -70,8 +70,8 @@ def draw(subject: Subject, found: Layers) -> Drawing:
     num_columns = min(NUM_COLUMNS, 1 + len(layers))
     num_rows = math.ceil((1 + len(layers)) / num_columns)
     width, height = max(8.0, 1.6 * num_columns), 1.8 * num_rows
-    figure = Figure(figsize=(width, height + 3.6), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[height, 3.2])
+    figure = Figure(figsize=(width, height + 3.9), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[height, 3.5])
     panels = upper.subplots(num_rows, num_columns, squeeze=False).flatten()
     for axes in panels[1 + len(layers) :]:
         axes.set_axis_off()
@@ -79,7 +79,8 @@ def draw(subject: Subject, found: Layers) -> Drawing:
     for axes, layer in zip(panels[1:], layers, strict=False):
         is_selected = ", select" if layer == subject.tower.select_layer else ""
         tenth = 100 * float(top_mass(found.maps[layer], 0.10))
-        show_map(axes, found.picture, found.maps[layer], subject.grid, f"layer {layer}{is_selected}\n{tenth:.0f} %")
+        shown = show_map(axes, found.picture, found.maps[layer], subject.grid, f"layer {layer}{is_selected}\n{tenth:.0f} %")
+    color_bar(upper, shown, panels)
     first, second = lower.subplots(1, 2)
     for score in found.scores:
         of_score = {m: [Mean.of(found.values[score, m, layer]) for layer in layers] for m in MEASURES}
@@ -97,7 +98,7 @@ def draw(subject: Subject, found: Layers) -> Drawing:
         axes.set_xticks([layer for layer in layers if len(layers) <= 14 or layer % 2 == 0])
         axes.set_xlabel("layer of the vision tower (grey: select layer)")
         axes.grid(alpha=0.3)
-    first.legend(fontsize=8, frameon=False)
+    lower.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     figure.suptitle(f"{subject.tower.name}: {LABELS[CLS if CLS in found.scores else RECEIVED]}, layer by layer")
     return Drawing(figure, _rows(subject, found), _caption(subject, found))
 
@@ -119,8 +120,8 @@ def _caption(subject: Subject, found: Layers) -> str:
     lines = [
         f"Figure {subject.number} of {SOURCE}, measured: {what_was_seen(subject, found.num_images)}. Attention of each"
         " layer, mean over heads, as each patch's share of what goes to patches; maps of one image with what the top"
-        f" tenth of patches ({num_top(subject.num_patches, 0.10)}) has, the brightest patch being the highest of the"
-        " layer. Curves: means over all images with 95 % bootstrap intervals over images; received is the mean over all"
+        f" tenth of patches ({num_top(subject.num_patches, 0.10)}) has; colours say how many times as much a patch has as if"
+        " all had the same. Curves: means over all images with 95 % bootstrap intervals over images; received is the mean over all"
         " tokens. Dashed: if all patches had the same."
     ]
     for score in found.scores:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vzip.analysis.attention import chance_distance, distances, each_layer, softmax_slope
 from vzip.progress import Progress
 
-from .attention import SOURCE, Mean, Subject, curve, map_rows, mark, short, show_image, show_map, table, what_was_seen
+from .attention import SOURCE, Mean, Subject, color_bar, curve, map_rows, mark, short, show_image, show_map, table, what_was_seen
 from .drawing import Drawing
 
 KEYS = ("part", "image", "layer", "row", "column", "z", "softmax", "slope", "from", "to", "value", "low", "high")
@@ -79,27 +79,31 @@ def draw(subject: Subject, found: Misaligned) -> Drawing:
 
     assert subject.patch is not None
     if subject.number == 6:
-        figure = Figure(figsize=(11, 7.6), layout="constrained")
-        panels = figure.subplots(2, 2)
+        figure = Figure(figsize=(11, 9), layout="constrained")
+        panels = figure.subplots(2, 2, height_ratios=[3.4, 5])
         _draw_slope(panels[0, 0], subject.num_patches)
         _draw_bins(panels[0, 1], subject, found)
-        _draw_chosen(panels[1, 0], panels[1, 1], subject, *found.maps[0])
-        panels[1, 0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), fontsize=8, frameon=False)
+        shown = _draw_chosen(panels[1, 0], panels[1, 1], subject, *found.maps[0])
+        color_bar(figure, shown, panels[1, 1])
+        handles = panels[1, 0].get_legend_handles_labels()
     else:
         num = len(found.maps)
         width = max(9.0, 2.7 * num)
         figure = Figure(figsize=(width, 9.2), layout="constrained")
         upper, lower = figure.subfigures(2, 1, height_ratios=[5.7, 3.5])
         panels = upper.subplots(2, num, squeeze=False)
-        for own, shown in zip(panels.T, found.maps, strict=True):
-            _draw_chosen(*own, subject, *shown)
+        for own, of_image in zip(panels.T, found.maps, strict=True):
+            shown = _draw_chosen(*own, subject, *of_image)
+        color_bar(upper, shown, panels)
+        handles = panels[0, 0].get_legend_handles_labels()
         _draw_layers(*lower.subplots(1, 2), subject, found)
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
     at, (row, column) = subject.tower.select_layer, subject.patch
     figure.suptitle(f"{subject.tower.name}: where patch {row},{column} attends to in layer {at} of the vision tower")
     return Drawing(figure, _rows(subject, found), _caption(subject, found))
 
 
-def _draw_chosen(left, right, subject: Subject, name: str, picture: Image.Image, weights: Tensor) -> None:  # type: ignore[no-untyped-def]
+def _draw_chosen(left, right, subject: Subject, name: str, picture: Image.Image, weights: Tensor):  # type: ignore[no-untyped-def]
     grid, patch = subject.grid, subject.patch
     assert patch is not None
     show_image(left, picture, grid, short(name))
@@ -107,12 +111,13 @@ def _draw_chosen(left, right, subject: Subject, name: str, picture: Image.Image,
     number = patch[0] * grid[1] + patch[1]
     top = weights.argmax().item()
     far = float(distances(grid)[number, int(top)])
-    show_map(right, picture, weights, grid, f"its attention; proxy has {100 * float(weights.max()):.1f} %, {far:.1f} away")
+    shown = show_map(right, picture, weights, grid, f"its attention: its proxy, {far:.1f}\npatches away, has {100 * float(weights.max()):.1f} %")
     mark(right, patch, "red")
     for place, proxy in enumerate(weights.topk(NUM_PROXIES).indices.tolist()):
         where = divmod(proxy, grid[1])
         mark(left, where, "cyan", None if place else f"the {NUM_PROXIES} patches that it attends to most")
         mark(right, where, "cyan")
+    return shown
 
 
 def _draw_slope(axes, num_patches: int) -> None:  # type: ignore[no-untyped-def]
@@ -151,7 +156,9 @@ def _draw_layers(first, second, subject: Subject, found: Misaligned) -> None:  #
     first.set_ylim(bottom=0)
     first.set_ylabel("mean distance, patches")
     curve(second, layers, [Mean.of(found.values[NUM_DISTINCT, layer]) for layer in layers], "", "C2")
-    second.set_yscale("log")
+    second.set_yscale("log", base=2)
+    second.yaxis.set_major_formatter("{x:g}")
+    second.set_ylim(bottom=1)
     second.set_ylabel(f"different proxies of {subject.num_patches} patches")
     for axes in (first, second):
         axes.axvline(subject.tower.select_layer, color="0.8", linewidth=4, zorder=0)
