@@ -39,9 +39,7 @@ def test_layer_by_layer_as_hugging_faces_eager_maps(kind):
         ours = one.maps()
         assert set(ours) == ({CLS, RECEIVED} if first else {RECEIVED})
         close = {"rtol": 1e-4, "atol": 1e-7}
-        torch.testing.assert_close(
-            ours[RECEIVED].double(), received / received.sum(dim=1, keepdim=True), **close
-        )
+        torch.testing.assert_close(ours[RECEIVED].double(), received / received.sum(dim=1, keepdim=True), **close)
         if first:
             cls = mean[:, 0, 1:]
             torch.testing.assert_close(ours[CLS].double(), cls / cls.sum(dim=1, keepdim=True), **close)

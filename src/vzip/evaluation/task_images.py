@@ -10,9 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from vzip.errors import ConfigError, ImageError
+from vzip.errors import ConfigError
 from vzip.media.images import load_image
 
+from .answering.questions import UNUSABLE
 from .lmms_eval.harness import check_lmms_eval, quiet_logger
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def open_tasks(tasks: Sequence[str], include_path: str | Path | None) -> Iterato
     Several questions about one image count once, which its content tells.
 
     Returns:
-        names, as ``task textvqa_val, question 3``, and images as RGB.
+        names, as ``textvqa_val, question 3``, and images as RGB.
 
     Raises:
         ManifestError: the data cannot be had: no network, not in the cache, not whole.
@@ -47,7 +48,8 @@ def open_tasks(tasks: Sequence[str], include_path: str | Path | None) -> Iterato
         except RetryError as error:  # lmms-eval wraps data loading in retries, which hide what went wrong
             cause = error.last_attempt.exception()
             raise cause if cause is not None else error from error
-    return _images(found)
+    order = sorted(found, key=lambda name: tasks.index(name) if name in tasks else len(tasks))  # lmms-eval has its own
+    return _images({name: found[name] for name in order})
 
 
 def _single(tasks: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
@@ -63,19 +65,20 @@ def _images(tasks: Mapping[str, Any]) -> Iterator[Named]:
     seen: set[bytes] = set()
     for task_name, task in tasks.items():
         for number, doc in enumerate(task.eval_docs):
-            name = f"task {task_name}, question {number}"
-            shown = task.doc_to_visual(doc)
-            for visual in shown if isinstance(shown, list | tuple) else [shown]:
-                if not isinstance(visual, Image.Image):
+            name = f"{task_name}, question {number}"
+            try:
+                shown = task.doc_to_visual(doc)
+                visuals = shown if isinstance(shown, list | tuple) else [shown]
+                if not all(isinstance(visual, Image.Image) for visual in visuals):
                     raise ConfigError(
-                        f"{name} shows a {type(visual).__name__}: only images can be shown to a vision tower alone."
-                        " Give another task by eval.tasks=[...], or a folder by --images DIR."
+                        f"task {name} shows something else than images, which a vision tower alone is not given. Give"
+                        " another task by eval.tasks=[...], or a folder by --images DIR."
                     )
-                try:
-                    image = load_image(visual)
-                except ImageError as error:
-                    logger.warning("left out: %s: %s", name, error)
-                    continue
+                images = [load_image(visual) for visual in visuals]
+            except UNUSABLE as error:
+                logger.warning("left out: task %s: %s", name, error)
+                continue
+            for image in images:
                 digest = hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=16).digest()
                 if digest not in seen:
                     seen.add(digest)

@@ -11,7 +11,19 @@ from torch import Tensor
 from vzip.analysis.attention import CLS, RECEIVED, each_layer, entropy, num_top, top_mass
 from vzip.progress import Progress
 
-from .attention import SOURCE, Mean, Subject, color_bar, curve, map_rows, short, show_image, show_map, table, what_was_seen
+from .attention import (
+    SOURCE,
+    Mean,
+    Subject,
+    color_bar,
+    curve,
+    map_rows,
+    short,
+    show_image,
+    show_map,
+    table,
+    what_was_seen,
+)
 from .drawing import Drawing
 from .figure_2 import COLORS, LABELS
 
@@ -79,7 +91,9 @@ def draw(subject: Subject, found: Layers) -> Drawing:
     for axes, layer in zip(panels[1:], layers, strict=False):
         is_selected = ", select" if layer == subject.tower.select_layer else ""
         tenth = 100 * float(top_mass(found.maps[layer], 0.10))
-        shown = show_map(axes, found.picture, found.maps[layer], subject.grid, f"layer {layer}{is_selected}\n{tenth:.0f} %")
+        shown = show_map(
+            axes, found.picture, found.maps[layer], subject.grid, f"layer {layer}{is_selected}\n{tenth:.0f} %"
+        )
     color_bar(upper, shown, panels)
     first, second = lower.subplots(1, 2)
     for score in found.scores:

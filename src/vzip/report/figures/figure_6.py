@@ -14,7 +14,20 @@ from torch import Tensor
 from vzip.analysis.attention import chance_distance, distances, each_layer, softmax_slope
 from vzip.progress import Progress
 
-from .attention import SOURCE, Mean, Subject, color_bar, curve, map_rows, mark, short, show_image, show_map, table, what_was_seen
+from .attention import (
+    SOURCE,
+    Mean,
+    Subject,
+    color_bar,
+    curve,
+    map_rows,
+    mark,
+    short,
+    show_image,
+    show_map,
+    table,
+    what_was_seen,
+)
 from .drawing import Drawing
 
 KEYS = ("part", "image", "layer", "row", "column", "z", "softmax", "slope", "from", "to", "value", "low", "high")
@@ -111,7 +124,13 @@ def _draw_chosen(left, right, subject: Subject, name: str, picture: Image.Image,
     number = patch[0] * grid[1] + patch[1]
     top = weights.argmax().item()
     far = float(distances(grid)[number, int(top)])
-    shown = show_map(right, picture, weights, grid, f"its attention: its proxy, {far:.1f}\npatches away, has {100 * float(weights.max()):.1f} %")
+    shown = show_map(
+        right,
+        picture,
+        weights,
+        grid,
+        f"its attention: its proxy, {far:.1f}\npatches away, has {100 * float(weights.max()):.1f} %",
+    )
     mark(right, patch, "red")
     for place, proxy in enumerate(weights.topk(NUM_PROXIES).indices.tolist()):
         where = divmod(proxy, grid[1])
@@ -126,7 +145,7 @@ def _draw_slope(axes, num_patches: int) -> None:  # type: ignore[no-untyped-def]
     axes.plot(z.tolist(), share.tolist(), color="0.5", linestyle="--", label="softmax s")
     axes.plot(z.tolist(), slope.tolist(), color="C3", label="slope ds/dz = s (1 - s)")
     axes.set_xlabel(f"logit z of one of {num_patches} patches, the others' being 0")
-    axes.set_title("(a) the more a patch has, the more it gains", fontsize=10)
+    axes.set_title("(a) softmax and its slope", fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     axes.grid(alpha=0.3)
 
@@ -196,7 +215,7 @@ def _caption(subject: Subject, found: Misaligned) -> str:
     if subject.number == 6:
         text += (
             f"(a) Analytic: the softmax s of one of {subject.num_patches} patches with logit z, the others' being 0, and"
-            " its slope s (1 - s). (b) How far it is from each patch to its proxy, the patch that it attends to most by"
+            " its slope s (1 - s): up to s = 1/2 a patch gains the more of a higher logit, the more it has already. (b) How far it is from each patch to its proxy, the patch that it attends to most by"
             " the mean over heads. "
         )
     text += (
