@@ -68,11 +68,11 @@ def test_a_bare_tower_is_the_saved_one(kind, whole, tmp_path, capfd) -> None:
 
 
 def test_what_is_no_tower_is_refused(tmp_path) -> None:
-    model, processor = build("llava")
+    model, _ = build("llava")
     model.save_pretrained(tmp_path / "llava")
-    with pytest.raises(ConfigError, match="of type llava.*model=llava_local model.name_or_path="):
+    with pytest.raises(ConfigError, match=r"of type llava.*model=llava_local model\.name_or_path="):
         seeing.check_bare(str(tmp_path / "llava"))
-    with pytest.raises(CheckpointError, match="holds no config.json"):
+    with pytest.raises(CheckpointError, match="holds no config"):
         (tmp_path / "empty").mkdir()
         seeing.check_bare(str(tmp_path / "empty"))
     folder = save(tower("clip"), tmp_path / "clip")

@@ -1,4 +1,4 @@
-"""Small CLIP and SigLIP towers as checkpoints of their own, one of them with a sink whose attention is known by hand."""
+"""Small CLIP and SigLIP towers as checkpoints of their own; one has a sink whose attention is known by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m vzip figure 2` and its kin: the built-in model by default, and what is refused before a model is loaded."""
+"""`python -m vzip figure 2` and its kin: the built-in model by default, and what is refused before loading."""
 
 from __future__ import annotations
 

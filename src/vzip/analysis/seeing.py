@@ -77,7 +77,7 @@ class SeeingTower:
         if number == 0:
             most = self.tower.geometry.num_layers
             raise ConfigError(
-                f"--layer {layer}: the vision tower of {self.name} has attention in layers 1 to {most} (-1 is the last)."
+                f"--layer {layer}: the vision tower of {self.name} has attention in layers 1 to {most} (-1: the last)."
             )
         return SeeingTower(self.name, self.tower, number, self.prepare, self.image_processor)
 
@@ -105,7 +105,7 @@ def of_vlm(vlm: CompressedVlm, name: str) -> SeeingTower:
         return adapter.image_pixels(visual)[adapter.overview_index(visual.images[0])][None]
 
     layer = adapter.geometry.num_layers_to_run(adapter.select_layer)
-    return SeeingTower(name, adapter.tower, layer, prepare, processor.image_processor)  # type: ignore[attr-defined]
+    return SeeingTower(name, adapter.tower, layer, prepare, processor.image_processor)
 
 
 def check_bare(name: str) -> Path | str:

@@ -82,8 +82,8 @@ def figure(number: int, configured: Callable[[Sequence[str]], dict[str, Any]], a
     is_built_in = bare is None and config["model"]["name"] == "tiny"
     names_tasks = any(word.split("=", 1)[0].split(".")[0] == "eval" for word in words)
     if args.images is not None:
-        images: Iterator[Named] = _of_files(paths)
-        where, total = f"the folder {expanded(args.images).name}", len(paths)
+        total: int | None = len(paths)
+        images, where = _of_files(paths), f"the folder {expanded(args.images).name}"
     else:
         tasks = config["eval"]["tasks"] if is_built_in or names_tasks else [USUAL_TASK]
         images, where, total = _of_tasks(list(tasks), config["eval"]["include_path"])

@@ -95,7 +95,7 @@ def test_figures_6_and_14_find_the_sink_as_everyones_proxy(sink, photos, tmp_pat
 
 
 def test_figure_2_counts_and_the_maps_of_9_are_other_images_than_10s(sink, photos, tmp_path):
-    rows, caption = drawn(2, sink, photos, tmp_path)
+    rows, _ = drawn(2, sink, photos, tmp_path)
     other = (1 - SINK_SHARE) / 64
     p, q = (share / (SINK_SHARE + 63 * other) for share in (SINK_SHARE, other))
     tops = {row["part"]: row for row in rows if row["score"] == "CLS" and row["part"].startswith("top")}

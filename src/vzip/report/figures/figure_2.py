@@ -1,8 +1,9 @@
-"""Figures 2, 9, 10 and 11: attention at the select layer over images; over a data set how few patches have most of it."""
+"""Figures 2, 9, 10 and 11: attention at the select layer over images; over a data set how few patches have most."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from PIL import Image
@@ -65,7 +66,9 @@ def draw(subject: Subject, seen: Seen) -> Drawing:
     width = (2.4 if with_counts else 2.6) * (1 + len(scores)) if with_counts else 2.6 * num_shown
     height = 2.6 * num_shown if with_counts else 2.7 * (1 + len(scores))
     figure = Figure(figsize=(width + (5 if with_counts else 0.3), max(5.0, height) + 0.5), layout="constrained")
-    left, right = (*figure.subfigures(1, 2, width_ratios=[width, 5]),) if with_counts else (figure, None)
+    left: Any = figure
+    if with_counts:
+        left, right = figure.subfigures(1, 2, width_ratios=[width, 5], squeeze=False)[0]
     shape = (num_shown, 1 + len(scores)) if with_counts else (1 + len(scores), num_shown)
     panels = left.subplots(*shape, squeeze=False)
     panels = panels if with_counts else panels.T  # a line an image, or a column
@@ -75,7 +78,7 @@ def draw(subject: Subject, seen: Seen) -> Drawing:
             tenth = 100 * float(top_mass(maps[score], 0.10))
             shown = show_map(axes, picture, maps[score], subject.grid, f"{LABELS[score]}\ntop 10 % have {tenth:.0f} %")
     color_bar(left, shown, panels)
-    if right is not None:
+    if with_counts:
         upper, lower = right.subplots(2, 1)
         _draw_histogram(upper, seen, subject.num_patches)
         _draw_masses(lower, seen, subject.num_patches)
@@ -152,8 +155,8 @@ def _caption(subject: Subject, seen: Seen) -> str:
         f"Figure {subject.number} of {SOURCE}, measured: {what_was_seen(subject, seen.num_images)}. Attention in layer"
         f" {layer}, the select layer, mean over heads, as each patch's share of what goes to patches:"
         + (" that of the CLS token, and" if has_cls else " (the tower has no CLS token)")
-        + " that received, the mean over all tokens. Maps: colours say how many times as much a patch has as if all had the same. 95 %:"
-        " bootstrap over images."
+        + " that received, the mean over all tokens. Maps: colours say how many times as much a patch has as if"
+        " all had the same. 95 %: bootstrap over images."
     ]
     if subject.number == 2:
         lines[0] += (

@@ -83,7 +83,7 @@ def draw(subject: Subject, found: Layers) -> Drawing:
     num_rows = math.ceil((1 + len(layers)) / num_columns)
     width, height = max(8.0, 1.6 * num_columns), 1.8 * num_rows
     figure = Figure(figsize=(width, height + 3.9), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[height, 3.5])
+    upper, lower = figure.subfigures(2, 1, height_ratios=[height, 3.5], squeeze=False)[:, 0]
     panels = upper.subplots(num_rows, num_columns, squeeze=False).flatten()
     for axes in panels[1 + len(layers) :]:
         axes.set_axis_off()
@@ -134,9 +134,9 @@ def _caption(subject: Subject, found: Layers) -> str:
     lines = [
         f"Figure {subject.number} of {SOURCE}, measured: {what_was_seen(subject, found.num_images)}. Attention of each"
         " layer, mean over heads, as each patch's share of what goes to patches; maps of one image with what the top"
-        f" tenth of patches ({num_top(subject.num_patches, 0.10)}) has; colours say how many times as much a patch has as if"
-        " all had the same. Curves: means over all images with 95 % bootstrap intervals over images; received is the mean over all"
-        " tokens. Dashed: if all patches had the same."
+        f" tenth of patches ({num_top(subject.num_patches, 0.10)}) has; colours say how many times as much a patch has"
+        " as if all had the same. Curves: means over all images with 95 % bootstrap intervals over images; received is"
+        " the mean over all tokens. Dashed: if all patches had the same."
     ]
     for score in found.scores:
         layers = sorted(found.maps)

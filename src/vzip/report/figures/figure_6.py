@@ -103,13 +103,13 @@ def draw(subject: Subject, found: Misaligned) -> Drawing:
         num = len(found.maps)
         width = max(9.0, 2.7 * num)
         figure = Figure(figsize=(width, 9.2), layout="constrained")
-        upper, lower = figure.subfigures(2, 1, height_ratios=[5.7, 3.5])
+        upper, lower = figure.subfigures(2, 1, height_ratios=[5.7, 3.5], squeeze=False)[:, 0]
         panels = upper.subplots(2, num, squeeze=False)
         for own, of_image in zip(panels.T, found.maps, strict=True):
-            shown = _draw_chosen(*own, subject, *of_image)
+            shown = _draw_chosen(own[0], own[1], subject, *of_image)
         color_bar(upper, shown, panels)
         handles = panels[0, 0].get_legend_handles_labels()
-        _draw_layers(*lower.subplots(1, 2), subject, found)
+        _draw_layers(lower.subplots(1, 2), subject, found)
     figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
     at, (row, column) = subject.tower.select_layer, subject.patch
     figure.suptitle(f"{subject.tower.name}: where patch {row},{column} attends to in layer {at} of the vision tower")
@@ -164,8 +164,9 @@ def _draw_bins(axes, subject: Subject, found: Misaligned) -> None:  # type: igno
     axes.legend(fontsize=8, frameon=False)
 
 
-def _draw_layers(first, second, subject: Subject, found: Misaligned) -> None:  # type: ignore[no-untyped-def]
+def _draw_layers(panels, subject: Subject, found: Misaligned) -> None:  # type: ignore[no-untyped-def]
     layers = sorted({layer for _, layer in found.values})
+    first, second = panels
     for measured, label, color in (
         (DISTANCE, "to the patch attended to most (proxy)", "C0"),
         (SPREAD, "to all patches, by attention", "C1"),
@@ -194,8 +195,8 @@ def _rows(subject: Subject, found: Misaligned) -> list[dict[str, object]]:
         mean = Mean.of(values)
         rows.append(line(part=measured, layer=layer, value=mean.value, low=mean.low, high=mean.high))
     rows.append(line(part="distance_by_chance", value=chance_distance(subject.grid)))
-    for part, values in (("histogram", found.bins / found.bins.sum()), ("by_chance", chance_bins(subject.grid))):
-        for start, value in enumerate(values.tolist()):
+    for part, bins in (("histogram", found.bins / found.bins.sum()), ("by_chance", chance_bins(subject.grid))):
+        for start, value in enumerate(bins.tolist()):
             of_bin = {"from": start, "to": start + 1}
             rows.append(line(part=part, layer=at if part == "histogram" else "", value=value, **of_bin))
     if subject.number == 6:
@@ -214,8 +215,9 @@ def _caption(subject: Subject, found: Misaligned) -> str:
     text = f"Figure {subject.number} of {SOURCE}, measured: {what_was_seen(subject, found.num_images)}. "
     if subject.number == 6:
         text += (
-            f"(a) Analytic: the softmax s of one of {subject.num_patches} patches with logit z, the others' being 0, and"
-            " its slope s (1 - s): up to s = 1/2 a patch gains the more of a higher logit, the more it has already. (b) How far it is from each patch to its proxy, the patch that it attends to most by"
+            f"(a) Analytic: the softmax s of one of {subject.num_patches} patches with logit z, the others' being 0,"
+            " and its slope s (1 - s): up to s = 1/2 a patch gains the more of a higher logit, the more it has already."
+            " (b) How far it is from each patch to its proxy, the patch that it attends to most by"
             " the mean over heads. "
         )
     text += (
