@@ -64,7 +64,7 @@ def test_what_is_wrong_is_said_before_loading(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one.txt").write_text(json.dumps("What?"))
     refused = {
-        "There are: 4, 7": ["99"],
+        "There are: 2, 4, 5": ["99"],
         "python eval.py -m model=tiny compressor": ["4"],
         "no option of figure 4": ["4", "--limit", "3"],
         "no option of figure 7": ["7", "--runs", "runs"],

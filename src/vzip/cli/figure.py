@@ -4,9 +4,14 @@
   python -m vzip figure 4 model=mini_gemini_7b 'eval.tasks=[pope_splits,textvqa_val_ocr,gqa]'     the paper's
   python -m vzip figure 7                                   two questions about an image, one after the other
   python -m vzip figure 7 model=llava15_7b --images photos --prompts questions.txt
+  python -m vzip figure 2                                   attention over images; how few patches have most of it
+  python -m vzip figure 5 model=clip_directory --images photos      attention layer by layer, of a bare CLIP or SigLIP
+  python -m vzip figure 6 --patch 12,7                      where the attention of a patch goes, and how far
 
 4 reads the records of finished runs. 7 asks: vanilla, VisionZip, and FastV and SparseVLM, which choose by the question;
-on images of one's own --prompts has the first question and the second, a line each, then further pairs.
+on images of one's own --prompts has the first question and the second, a line each, then further pairs. 2, 5, 6 and 9
+to 14 show the vision tower's attention: on --images, on the tasks of eval=NAME, or else on TextVQA's validation set, the
+built-in model on its own benchmark.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
 
+from vzip.cli import attention_figures
 from vzip.cli.fidelity import image_files, read_prompts
 from vzip.config.build import chat_plan, resolved
 from vzip.config.options import config_dir
@@ -51,8 +57,7 @@ TWO_TURNS: Mapping[str, tuple[str, ...]] = {
 FEW_LAYERS = {"SparseVLM": ("pruner.layers=[0,1,2]",)}  # the built-in model has five, the published rule's are 2, 6, 15
 BUILT_IN = "vzip/tiny"
 NUM_DIALOGUES = 40
-ALL_OPTIONS = ("runs", "images", "prompts", "limit", "max_new_tokens")
-SET_HERE = ("compressor", "budget", "pruner")
+ALL_OPTIONS = ("runs", "images", "prompts", "limit", "max_new_tokens", "layer", "patch", "pixel")
 
 
 @dataclass(frozen=True)
@@ -64,13 +69,17 @@ class FigureCommand:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("number", help=f"of the paper's figure: {', '.join(FIGURES)}")
+    parser.add_argument("number", help=f"of the paper's figure: {', '.join(sorted(FIGURES, key=int))}")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as for eval.py: model=NAME eval=NAME ...")
     parser.add_argument("--runs", type=Path, help="4: where the records are (runs)")
-    parser.add_argument("--images", metavar="DIR", help="7: a folder of images (default: the built-in benchmark's)")
+    parser.add_argument("--images", metavar="DIR", help="all but 4: a folder of images")
     parser.add_argument("--prompts", metavar="FILE", help="7: a first question and a second, a line each")
-    parser.add_argument("--limit", type=int, help=f"7: dialogues at most ({NUM_DIALOGUES})")
+    limits = f"7: dialogues at most ({NUM_DIALOGUES}); attention: images at most ({attention_figures.NUM_IMAGES})"
+    parser.add_argument("--limit", type=int, help=limits)
     parser.add_argument("--max-new-tokens", type=int, help="7: most tokens of an answer (32)")
+    parser.add_argument("--layer", type=int, help="attention: as in hidden_states (default: the model's select layer)")
+    parser.add_argument("--patch", metavar="ROW,COLUMN", help="6, 14: the chosen patch, from 0 (default: the middle)")
+    parser.add_argument("--pixel", metavar="X,Y", help="6, 14: the same by a pixel of what the vision tower sees")
     parser.add_argument("--out", type=Path, default=Path("runs/figures"), metavar="DIR", help="(runs/figures)")
     parser.add_argument("--overwrite", action="store_true", help="replace a figure that is there")
 
@@ -78,11 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Draws and writes; what can be wrong is checked before a model is loaded."""
     if args.number not in FIGURES:
-        raise ConfigError(f"figure {args.number}: not drawn here. There are: {', '.join(FIGURES)}.")
+        raise ConfigError(f"figure {args.number}: not drawn here. There are: {', '.join(sorted(FIGURES, key=int))}.")
     command = FIGURES[args.number]
-    given = [
-        name for name in ("runs", "images", "prompts", "limit", "max_new_tokens") if getattr(args, name) is not None
-    ]
+    given = [name for name in ALL_OPTIONS if getattr(args, name) is not None]
     if wrong := [f"--{name.replace('_', '-')}" for name in given if name not in command.options]:
         raise ConfigError(f"{', '.join(wrong)}: no option of figure {args.number}; python -m vzip figure --help.")
     name, out = f"figure_{args.number}", expanded(str(args.out))
@@ -206,4 +213,10 @@ def _built_in_dialogues() -> list[Dialogue]:
 FIGURES: Mapping[str, FigureCommand] = {
     "4": FigureCommand(figure_4, frozenset({"runs"})),
     "7": FigureCommand(figure_7, frozenset({"images", "prompts", "limit", "max_new_tokens"})),
+    **{
+        str(number): FigureCommand(
+            partial(attention_figures.figure, number, _config), attention_figures.options_of(number)
+        )
+        for number in attention_figures.NUMBERS
+    },
 }

@@ -133,9 +133,9 @@ def _source(
                 # Its files name code that would be run; a record may come from elsewhere.
                 raise ManifestError(f"task {task.name} is one of your own ({runs[0].record['include_path']})")
             else:
-                from vzip.evaluation.task_images import task_images
+                from vzip.evaluation.sample_images import sample_images
 
-                of_task[task.name] = task_images(task.name)
+                of_task[task.name] = sample_images(task.name)
         except (VzipError, OSError) as error:
             remarks.append(f"{task.name}: its images are not at hand: {error} Give --images DIR.")
         named.append(task)

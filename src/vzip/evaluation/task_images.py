@@ -1,76 +1,85 @@
-"""The images of lmms-eval's questions, opened again after a run by who looks at its answers."""
+"""The images of lmms-eval's tasks by themselves, each once, without a model and without an answer."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vzip.errors import ImageError, ManifestError
+from vzip.errors import ConfigError
 from vzip.media.images import load_image
 
-_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+from .answering.questions import UNUSABLE
+from .lmms_eval.harness import check_lmms_eval, quiet_logger
+
+logger = logging.getLogger(__name__)
+
+Named = tuple[str, Image.Image]
 
 
-def task_images(
-    task: str, include_path: str | Path | None = None
-) -> Callable[[Mapping[str, Any]], Sequence[Image.Image]]:
-    """What opens the images of a row of ``samples.jsonl`` of a task.
+def open_tasks(tasks: Sequence[str], include_path: str | Path | None) -> Iterator[Named]:
+    """Loads the tasks' data and returns an iterator over their images; one is decoded at a time.
 
-    Nothing is downloaded. It raises ImageError for a question that has another text in the data, or shows no image
-    (but a video).
+    Several questions about one image count once, which its content tells.
 
-    Args:
-        task: lmms-eval's name.
-        include_path: a folder of task files of one's own; the code that they name is run.
+    Returns:
+        names, as ``textvqa_val, question 3``, and images as RGB.
 
     Raises:
-        MissingPackageError, ConfigError, UnsupportedModelError: as ``find_tasks``.
-        ManifestError: the data is not on this machine.
+        ManifestError: the data cannot be had: no network, not in the cache, not whole.
+        ConfigError, UnsupportedModelError, MissingPackageError: as ``find_tasks``; a task without images.
     """
-    if not {"huggingface_hub", "datasets"} & sys.modules.keys():  # they read it when they are imported
-        os.environ.update(dict.fromkeys(_OFFLINE, "1"))
-    from huggingface_hub import constants
-
-    from vzip.evaluation.benchmarks.catalog import find_tasks, task_config
-    from vzip.evaluation.benchmarks.task_data import is_remote, naming_data_errors
-    from vzip.evaluation.lmms_eval.harness import check_lmms_eval, quiet_logger
-
     check_lmms_eval()
     from lmms_eval.tasks import get_task_dict
     from tenacity import RetryError
 
-    with quiet_logger():
-        manager = find_tasks([task], include_path)
-        if not constants.HF_HUB_OFFLINE and is_remote(task_config(manager, task)):
-            raise ManifestError(
-                f"task {task}: its data is on the hub; with HF_HUB_OFFLINE=1 this cache is looked into."
-            )
+    from .benchmarks.catalog import find_tasks
+    from .benchmarks.task_data import check_data, naming_data_errors
+
+    with quiet_logger(), naming_data_errors(tasks):
+        manager = find_tasks(tasks, include_path)
+        check_data(manager, tasks)
         try:
-            with naming_data_errors([task]):
-                found = get_task_dict([task], manager, "chat")[task]
-        except RetryError as error:
+            found = dict(_single(get_task_dict(list(tasks), manager, "chat")))
+        except RetryError as error:  # lmms-eval wraps data loading in retries, which hide what went wrong
             cause = error.last_attempt.exception()
-            raise ManifestError(f"task {task}: its data is not at hand: {cause}") from error
+            raise cause if cause is not None else error from error
+    order = sorted(found, key=lambda name: tasks.index(name) if name in tasks else len(tasks))  # lmms-eval has its own
+    return _images({name: found[name] for name in order})
 
-    def images(row: Mapping[str, Any]) -> Sequence[Image.Image]:
-        number = row["doc_id"]
-        if not isinstance(number, int) or not 0 <= number < len(found.eval_docs):
-            raise ImageError(f"task {task}: the data that is here has no question {number}.")
-        doc = found.eval_docs[number]
-        if str(found.doc_to_text(doc)).strip() not in row["question"]:
-            raise ImageError(f"task {task}, question {number}: has another text in the data that is here.")
-        try:
-            visuals = found.doc_to_visual(doc)
-        except SystemExit as error:  # what several of lmms-eval's tasks do where a video is missing
-            raise ImageError(f"task {task}, question {number}: {error}") from error
-        shown = [one for one in visuals if isinstance(one, Image.Image)]
-        if not shown:
-            raise ImageError(f"the question is about {'a video' if visuals else 'no image'}.")
-        return [load_image(one) for one in shown]
 
-    return images
+def _single(tasks: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Tasks by name, those of groups among them."""
+    for name, task in tasks.items():
+        if isinstance(task, Mapping):
+            yield from _single(task)
+        else:
+            yield str(name), task
+
+
+def _images(tasks: Mapping[str, Any]) -> Iterator[Named]:
+    seen: set[bytes] = set()
+    for task_name, task in tasks.items():
+        for number, doc in enumerate(task.eval_docs):
+            name = f"{task_name}, question {number}"
+            try:
+                shown = task.doc_to_visual(doc)
+                visuals = shown if isinstance(shown, list | tuple) else [shown]
+                if not all(isinstance(visual, Image.Image) for visual in visuals):
+                    raise ConfigError(
+                        f"task {name} shows something else than images, which a vision tower alone is not given. Give"
+                        " another task by eval.tasks=[...], or a folder by --images DIR."
+                    )
+                images = [load_image(visual) for visual in visuals]
+            except UNUSABLE as error:
+                logger.warning("left out: task %s: %s", name, error)
+                continue
+            for image in images:
+                digest = hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=16).digest()
+                if digest not in seen:
+                    seen.add(digest)
+                    yield name, image

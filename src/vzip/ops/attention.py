@@ -82,6 +82,23 @@ def received_attention(
     return torch.cat(received).unflatten(0, (-1, num_heads)).mean(dim=1) / num_queries
 
 
+def query_rows(queries: Tensor, keys: Tensor, num_heads: int, scale: float, query_index: Tensor) -> Tensor:
+    """Where some tokens' attention goes: their softmax rows, mean over heads.
+
+    Args:
+        queries, keys: ``[N, L, H * d]``, unscaled.
+        num_heads: H.
+        scale: factor on the products.
+        query_index: int64 ``[Q]``, rows of ``queries``; with a CLS token the first patch is row 1.
+
+    Returns:
+        ``[N, Q, L]``; each row sums to 1.
+    """
+    query = split_heads(at_least_float32(queries[:, query_index]) * scale, num_heads)
+    key = split_heads(at_least_float32(keys), num_heads)
+    return torch.softmax(query @ key.transpose(-1, -2), dim=-1).mean(dim=1)
+
+
 def causal_rows(queries: Tensor, keys: Tensor, query_index: Tensor, scale: float) -> Tensor:
     """Softmax rows of some queries of a causal language model, over the tokens up to each query's own.
 
