@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from tests import tiny
 from tests.llava_layout import CLIP, parts_of, save_all
 from tests.mgm_layout import VOCABULARY
-from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 import vzip
 from vzip import cli
@@ -91,6 +92,68 @@ def test_a_directory_written_by_hand_is_the_model_it_was_made_from(checkpoint, m
         torch.tensor([[5, *[VOCABULARY] * 64, 6, 6, 6]]), pixel_values=tiny.llava_inputs(1)["pixel_values"]
     )
     assert torch.equal(vlm.forward(ids, **tiny.llava_inputs(1)).logits, stock.logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("llava-v1.5-tiny", "openai/clip-tiny/pytorch_model.bin"),
+        ("llava-v1.5-tiny", "llava-v1.5-tiny/model.safetensors"),
+        ("llava-v1.5-tiny-pretrain", "llava-v1.5-tiny-pretrain/mm_projector.bin"),
+        ("llava-v1.5-tiny-pretrain", "vicuna-tiny/pytorch_model.bin"),
+        ("llava-v1.5-tiny-lora", "llava-v1.5-tiny-lora/adapter_model.bin"),
+        ("llava-v1.5-tiny-lora", "llava-v1.5-tiny-lora/non_lora_trainables.bin"),
+        ("llava-v1.5-tiny-lora", "llava-v1.5-tiny-lora/adapter_config.json"),
+        ("llava-v1.5-tiny-lora", "vicuna-tiny/pytorch_model.bin"),
+    ],
+)
+def test_a_records_digest_is_of_all_that_decides_the_weights(theirs, tmp_path, name, changed):
+    root = tmp_path / "llava"
+    shutil.copytree(theirs, root)
+    before = weights_sha256(str(root / name))
+    assert before == weights_sha256(str(theirs / name)) is not None
+    file = root / changed
+    file.write_bytes(_another(file))
+    assert weights_sha256(str(root / name)) != before
+
+
+def _another(file):
+    """The file with another weight, or another scale of its LoRA layers."""
+    if file.suffix == ".json":
+        return json.dumps(json.loads(file.read_text()) | {"lora_alpha": 99}).encode()
+    state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    state[min(state)] = state[min(state)] + 1
+    if file.suffix == ".safetensors":
+        return save(state)
+    torch.save(state, written := io.BytesIO())
+    return written.getvalue()
+
+
+def test_an_unused_tower_inside_is_not_in_the_digest_and_one_that_is_trained_alone_is(model, tmp_path):
+    for unfreeze in (False, True):
+        directory = save_all(model, tmp_path / str(unfreeze), tower_inside=True, unfreeze_mm_vision_tower=unfreeze)
+        before = weights_sha256(str(directory))
+        beside = directory.parents[1] / CLIP / "pytorch_model.bin"
+        beside.write_bytes(_another(beside))
+        assert (weights_sha256(str(directory)) == before) is unfreeze
+
+
+@torch.no_grad()
+def test_images_that_llava_does_not_pad_are_cropped_as_it_crops_them(model, checkpoint, tmp_path, caplog):
+    """CLIP's processor alone makes them; also of what is merged from such a checkpoint, which says so in its config."""
+    square = save_all(model, tmp_path, image_aspect_ratio="square")
+    image = Image.effect_noise((90, 50), 80).convert("RGB")
+    clip = CLIPImageProcessor.from_pretrained(square.parents[1] / CLIP)
+    vlm = vzip.load_vlm(square)
+    assert vlm.preprocess == "hf" and vzip.load_vlm(checkpoint).preprocess == "llava" and not caplog.records
+    expected = clip(images=[image], return_tensors="pt")["pixel_values"]
+    assert torch.equal(vlm.preprocess_images([image])["pixel_values"], expected)
+    vlm.model.save_pretrained(tmp_path / "merged")
+    vlm.processor.save_pretrained(tmp_path / "merged")
+    assert torch.equal(vzip.load_vlm(tmp_path / "merged").preprocess_images([image])["pixel_values"], expected)
+    padded = vzip.load_vlm(square, preprocess="llava")
+    assert padded.preprocess == "llava" and len(caplog.records) == 1
+    assert "model.preprocess=llava pads images" in caplog.text and "image_aspect_ratio=square" in caplog.text
 
 
 @pytest.mark.parametrize("unfreeze", [False, True])

@@ -52,9 +52,9 @@ class ModelSettings:
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = key("attention of the language model")
     quantization: Literal["8bit", "4bit"] | None = key("of the language model alone (bitsandbytes); null: none")
-    preprocess: Literal["llava", "hf"] = key(
+    preprocess: Literal["llava", "hf"] | None = key(
         "llava: pad to a square (LLaVA-NeXT: the scripts' tiles), as the published scripts; hf: the checkpoint's own"
-        " processor (crops; LLaVA-NeXT: other tiles on small images)"
+        " processor (crops; LLaVA-NeXT: other tiles on small images); null: as the checkpoint was trained"
     )
     drop_padding: bool = key("LLaVA-NeXT: patches of mere padding are never selected; as published they are")
     row_newline: bool = key("LLaVA-NeXT: the newline token after each row, on top of the budget; published: none")

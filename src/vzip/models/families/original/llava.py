@@ -7,7 +7,6 @@ Source: haotian-liu/LLaVA c121f04, ``builder.py``, ``llava_arch.py``, ``mm_utils
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -23,12 +22,10 @@ from vzip.errors import CheckpointError, UnsupportedModelError
 from vzip.json_files import read_json
 
 from ...hub import is_hub_id
-from .checkpoint import OriginalCheckpoint, find_folder
+from .checkpoint import CROPPED, OriginalCheckpoint, find_folder
 from .names import TOWER, rename_clip, rename_llava
 from .tensors import CHECKPOINT_FILES, renamed_tensors, weight_files
 from .tokenizer import llama_tokenizer, vicuna_template
-
-logger = logging.getLogger(__name__)
 
 PROJECTOR_NAME = "mm_projector.bin"
 LORA_CONFIG, NON_LORA_NAME = "adapter_config.json", "non_lora_trainables.bin"
@@ -145,7 +142,22 @@ class OriginalLlava(OriginalCheckpoint):
         if self.has_tiles:
             settings["image_grid_pinpoints"] = self._pinpoints()
             return LlavaNextConfig(**settings, architectures=["LlavaNextForConditionalGeneration"])
+        if self.fields.get("image_aspect_ratio") != "pad":  # LLaVA's code pads for this word alone
+            settings["image_aspect_ratio"] = CROPPED
         return LlavaConfig(**settings, architectures=["LlavaForConditionalGeneration"])
+
+    def own_files(self) -> list[Path]:
+        files = weight_files(self.base(weights=True), CHECKPOINT_FILES)
+        if self.is_projector:
+            files.append(self.source / PROJECTOR_NAME)
+        if self.is_lora:
+            files += [self.source / LORA_CONFIG, *self._lora_files(), *weight_files(self.source, [NON_LORA_NAME])]
+        return files
+
+    def files(self) -> list[Path]:
+        if self.fields.get("unfreeze_mm_vision_tower"):
+            return super().files()
+        return [*self.own_files(), *self.tower_files("mm_vision_tower")]
 
     def tensors(self, config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
         tensors = renamed_tensors(weight_files(self.base(weights=True), CHECKPOINT_FILES), rename_llava, self.family)
@@ -157,8 +169,7 @@ class OriginalLlava(OriginalCheckpoint):
             tensors |= renamed_tensors(weight_files(self.source, [NON_LORA_NAME]), _rename_peft, self.family)
             self._merge_lora(tensors, dtype)
         if not any(name.startswith(TOWER) for name in tensors):
-            files = weight_files(self.folder_of("mm_vision_tower", weights=True), CHECKPOINT_FILES)
-            tensors |= renamed_tensors(files, rename_clip, self.family)
+            tensors |= renamed_tensors(self.tower_files("mm_vision_tower"), rename_clip, self.family)
         for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
             if name in tensors and len(tensors[name]) == self.fields["vocab_size"]:
                 tensors[name] = with_rows(tensors[name], config.text_config.vocab_size)
@@ -181,13 +192,6 @@ class OriginalLlava(OriginalCheckpoint):
             "chat_template": self._template(tokenizer),
         }
         if not self.has_tiles:
-            if (aspect := self.fields.get("image_aspect_ratio", "square")) != "pad":
-                logger.warning(
-                    "%s: image_aspect_ratio=%s, so LLaVA's code cuts the centre out of an image: set"
-                    " model.preprocess=hf; model.preprocess=llava pads.",
-                    self.source,
-                    aspect,
-                )
             return LlavaProcessor(clip, tokenizer, **settings)
         tiles = LlavaNextImageProcessor(
             size=clip.size,
@@ -232,10 +236,12 @@ class OriginalLlava(OriginalCheckpoint):
             return _MISTRAL_TEMPLATE
         return _CHATML_TEMPLATE if "<|im_start|>" in tokenizer.get_vocab() else vicuna_template(SYSTEM_PROMPT)
 
+    def _lora_files(self) -> list[Path]:
+        return weight_files(self.source, ["adapter_model.safetensors", "adapter_model.bin"])
+
     def _merge_lora(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Adds B x A x alpha / r to the weights that the layers stand beside, in float32."""
-        files = weight_files(self.source, ["adapter_model.safetensors", "adapter_model.bin"])
-        layers = renamed_tensors(files, _lora_name, self.family)
+        layers = renamed_tensors(self._lora_files(), _lora_name, self.family)
         for name in sorted({_without_side(name) for name in layers}):
             down, up = (layers.get(f"{name}.lora_{side}.weight") for side in "AB")
             if f"{name}.weight" not in tensors or down is None or up is None:

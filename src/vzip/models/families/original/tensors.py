@@ -75,6 +75,16 @@ def renamed_tensors(files: Sequence[Path], rename: Callable[[str], str | None], 
     return tensors
 
 
+def names_in(file: Path) -> list[str]:
+    """The names of a file's tensors; none of a file of settings (``.json``)."""
+    if file.suffix == ".json":
+        return []
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    return [name for name, _ in _tensors_in(file)]
+
+
 def _tensors_in(file: Path) -> Iterator[tuple[str, Tensor]]:
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
