@@ -265,7 +265,7 @@ class Adapter(ABC):
         """The way to prepare images that is meant; ConfigError for one that the family has not.
 
         Args:
-            preprocess: None: as the model was trained, which is the family's usual way unless ``config`` says otherwise.
+            preprocess: None: as the model was trained, the family's usual way unless ``config`` says otherwise.
             config: the model's configuration, as far as it is known.
         """
         is_cropped = getattr(config, "image_aspect_ratio", None) == CROPPED and "hf" in cls.preprocesses
