@@ -164,12 +164,14 @@ def test_a_tower_inside_is_used_where_it_was_trained(model, tmp_path, unfreeze):
     assert torch.equal(read, model.state_dict()[name] + unfreeze)
 
 
+@pytest.mark.parametrize("as_text", [False, True])
 @torch.no_grad()
-def test_tiles_are_read_height_first(tmp_path):
+def test_tiles_are_read_height_first(as_text, tmp_path):
+    """Also where LLaVA's training wrote its own option down: "[(336, 672), ...]"."""
     next_model = tiny.llava_next(vocab_size=VOCABULARY)
     tiles = {
         "image_aspect_ratio": "anyres",
-        "image_grid_pinpoints": WIDTH_FIRST,
+        "image_grid_pinpoints": str(list(map(tuple, WIDTH_FIRST))) if as_text else WIDTH_FIRST,
         "mm_patch_merge_type": "spatial_unpad",
     }
     vlm = vzip.load_vlm(save_all(next_model, tmp_path, **tiles))
@@ -220,6 +222,10 @@ def test_more_than_a_projector_is_not_written_as_one(checkpoint, tmp_path, capsy
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end=True"),
         ({"model_type": "llava_mpt"}, "model_type='llava_mpt'.*llava_mistral"),
         ({"image_aspect_ratio": "anyres"}, "mm_patch_merge_type='flat' with image_aspect_ratio='anyres'"),
+        (
+            {"vocab_size": "320", "mm_vision_select_layer": [-2]},
+            r"_select_layer=\[-2\] in.*vocab_size='320' in",
+        ),
         ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature='cls'"),
     ],
 )
@@ -233,6 +239,24 @@ def test_a_setting_that_is_not_served_is_refused(model, tmp_path, changes, messa
     [
         (lambda d: shutil.rmtree(d.parents[1] / CLIP), "mm_vision_tower=openai/clip-tiny.*beside the checkpoint"),
         (lambda d: (d.parents[1] / CLIP / "pytorch_model.bin").unlink(), "clip-tiny: holds no weights"),
+        (
+            lambda d: (d.parents[1] / CLIP / "config.json").unlink(),
+            "clip-tiny: holds no config.json, and is the vision",
+        ),
+        (
+            lambda d: (d.parents[1] / CLIP / "preprocessor_config.json").unlink(),
+            "clip-tiny: holds no preprocessor_conf",
+        ),
+        (
+            lambda d: _halve(d.parents[1] / CLIP / "pytorch_model.bin"),
+            r"clip-tiny/pytorch_model\.bin: cannot be read as",
+        ),
+        (lambda d: _halve(d / "pytorch_model-00001-of-00003.bin"), r"-00001-of-00003\.bin: .*It is cut short, damaged"),
+        (lambda d: torch.save([1], d / "pytorch_model-00001-of-00003.bin"), "-00001-of-00003.bin: cannot be read as"),
+        (
+            lambda d: torch.save({"lm_head.weight": 3}, d / "pytorch_model-00002-of-00003.bin"),
+            "head.weight is a int, not",
+        ),
         (lambda d: (d / "tokenizer.model").write_bytes(b"x"), "cannot be loaded"),
         (lambda d: (d / "pytorch_model-00002-of-00003.bin").unlink(), "1 of 3 weight files are missing"),
         (lambda d: _change(d, hidden_size=64), "of another size"),
@@ -246,6 +270,10 @@ def test_damage_is_named(model, tmp_path, damage, message):
     damage(directory)
     with pytest.raises(CheckpointError, match=message):
         vzip.load_vlm(directory)
+
+
+def _halve(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def _change(directory, **fields):
@@ -286,6 +314,9 @@ def test_lora_layers_that_do_not_fit_are_named(theirs, tmp_path):
     with pytest.raises(CheckpointError, match="up_proj is not whole"):
         vzip.load_vlm(directory)
     settings = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps(settings | {"r": 0}))
+    with pytest.raises(CheckpointError, match=r"r=0, lora_alpha=.*numbers above 0"):
+        vzip.load_vlm(directory)
     (directory / "adapter_config.json").write_text(json.dumps(settings | {"use_rslora": True}))
     with pytest.raises(UnsupportedModelError, match="use_rslora=True"):
         vzip.load_vlm(directory)

@@ -33,6 +33,8 @@ HUB_REVISIONS = {
 # ``image_aspect_ratio`` of a configuration whose images are not padded: the short side is resized, the centre cut out.
 CROPPED = "square"
 _TOWER_OWNERS = ("openai/", "laion/", "LanguageBind/")
+_WHOLE = {"vocab_size", "hidden_size", "num_hidden_layers", "mm_vision_select_layer"}
+_WHOLE |= {"mm_hidden_size_aux", "image_size_aux"}
 _NOT_OF_TEXT = {"model_type", "architectures", "dtype", "transformers_version", "_name_or_path"}
 
 
@@ -140,7 +142,11 @@ class OriginalCheckpoint(ABC):
         absent = [key for key in needed if self.fields.get(key) is None]
         if absent:
             raise CheckpointError(f"{self.source}: config.json has no {', '.join(absent)}, which {self.family} needs.")
-        told = []
+        told = [
+            f"{key}={self.fields[key]!r:.80} in config.json; a whole number is read"
+            for key in needed
+            if key in _WHOLE and type(self.fields[key]) is not int
+        ]
         for key, (wanted, default) in required.items():
             if (value := self.fields.get(key, default)) != wanted:
                 missing = "" if key in self.fields else " (what a missing key stands for)"
