@@ -7,7 +7,7 @@ import copy
 import functools
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,16 @@ def read_yaml(text: str) -> Any:
 def _parsed(text: str) -> Any:
     """Of each text once: a command reads the same hundred files many times."""
     return yaml.load(text, _Loader)
+
+
+# What a budget says: counts, or fractions of the patches.
+COUNTS = ("num_dominant", "num_contextual")
+FRACTIONS = ("dominant", "contextual")
+
+
+def is_fraction(budget: Mapping[str, Any]) -> bool:
+    """Whether a budget is given in fractions; ``full`` is given in nothing."""
+    return any(key in budget for key in FRACTIONS)
 
 
 _COUNT = re.compile(r"([1-9]\d*)tok")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import make_random_model
 from tests.writing import held
 
 import vzip
@@ -56,6 +57,7 @@ def test_values_are_read() -> None:
         ("budget=full", "methods=vanilla"),
         ("budget=0+0", "keeps no visual token"),
         ("budget=1.5+2", "budget=1.5+2: must be"),
+        ("budget=1.5+0.2", "budget.dominant=1.5: must be a fraction kept"),
         ("budget=-1+2", "budget=-1+2: must be"),
         ("dtype=fp16", "did you mean 'float16'?"),
         ("device=tpu", "must be auto, cpu, cuda or cuda:N"),
@@ -122,6 +124,40 @@ def test_budgets_are_those_of_the_configuration_and_any_number_of_tokens() -> No
     assert settings.out_directory().name == "vzip-48tok-float32-cpu"
     with pytest.raises(ConfigError, match=r"budget=48: must be auto, one of 192tok"):
         parse(["budget=48"])
+
+
+def test_budgets_in_fractions_and_of_whole_videos() -> None:
+    model = shapes.resolve("qwen2_5_vl_3b")
+    words = ["budget=fraction", "budget.dominant=0.65", "budget.contextual=0.05"]
+    for given in (words, ["budget=0.65+0.05"]):
+        settings = parse([*given, "budget.scope=video", "model=qwen2_5_vl_3b", "device=cpu"])
+        budget = vzip.FractionBudget(0.65, 0.05, "video")
+        assert settings.token_budget(model) == ("0.65+0.05_scope-video", budget)
+        assert settings.method(model).budget == budget
+        assert settings.out_directory().name == "vzip-0.65+0.05_scope-video-float32-cpu"
+    assert parse(["budget=64tok", "budget.scope=video"]).token_budget(model)[1] == vzip.TokenBudget(54, 10, "video")
+    for wrong, message in (
+        (["budget.scope=clip"], "budget.scope=clip: must be one of crop, video"),
+        (["budget.scop=video"], "unknown key 'budget.scop' (did you mean 'scope'?)"),
+        (words[:2], "budget=fraction: needs fractions"),
+        ([*words[:2], "budget.contextual=5"], "budget=fraction: needs fractions"),
+        (words[1:], "budget.contextual: goes with budget=fraction alone"),
+        (["budget=0.9+0.2"], "together they must be above 0 and at most 1"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            parse(wrong)
+        assert message in str(error.value)
+
+
+def test_what_fractions_keep_of_a_video_is_measured(tmp_path: Path) -> None:
+    make_random_model.save("qwen2_5_vl", tmp_path / "model")
+    words = ["budget=fraction", "budget.dominant=0.25", "budget.contextual=0.125", "budget.scope=video", "num_crops=2"]
+    fast = ["repeats=1", "warmup=0", "num_new_tokens=1", "methods=vanilla,vzip"]
+    assert run(f"model={tmp_path / 'model'}", *words, *fast, f"out={tmp_path / 'out'}") == 0
+    written = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert (written["resolved"]["dominant"], written["resolved"]["scope"]) == (0.25, "video")
+    vanilla, ours = (written["methods"][name]["num_visual_tokens"] for name in ("vanilla", "vzip"))
+    assert ours == vanilla // 4 + vanilla // 8
 
 
 def test_the_names_of_shapes_are_known_without_them() -> None:

@@ -13,10 +13,11 @@ from hydra import compose, initialize_config_dir
 import vzip
 from vzip.cli.prefetch import composed
 from vzip.config.build import evaluation_plan, model_plan, resolved
+from vzip.config.full_budget import full_is_vanilla
 from vzip.config.memory_plan import memory_plan
 from vzip.config.options import config_dir, option_values
 from vzip.config.overrides import check_overrides
-from vzip.config.run_directory import run_directory, training_directory
+from vzip.config.run_directory import recipe_changes, run_directory, training_directory
 from vzip.errors import ConfigError
 from vzip.option_files import counted_budget
 from vzip.report.table_files import read_table
@@ -91,6 +92,53 @@ def test_refusals(line: str, said: str) -> None:
         check_overrides(shlex.split(line), config_dir(), "eval")
     assert said in str(caught.value)
     assert "needs a budget" not in str(caught.value), "said once"
+
+
+FRACTIONS = ["budget=fraction", "budget.dominant=0.25", "budget.contextual=0.125"]
+
+
+def test_fractions_wherever_a_budget_is_named(tmp_path: Path) -> None:
+    assert model_plan(["model=tiny", *FRACTIONS])[1].budget == vzip.FractionBudget(0.25, 0.125)
+    of_video = model_plan(["model=tiny", *FRACTIONS, "budget.scope=video"])[1]
+    assert of_video.budget == vzip.FractionBudget(0.25, 0.125, "video")
+    assert memory_plan(["model=tiny", *FRACTIONS], inference=True).num_visual == 576 // 4 + 576 // 8
+    (config,) = composed(["model=tiny", *FRACTIONS])
+    assert run_directory(config, config_dir()).parent.name == "visionzip-0.25+0.125"
+    assert training_directory(config, config_dir()).parent.name == "visionzip-0.25+0.125"
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("eval", [*FRACTIONS, f"paths.runs_dir={tmp_path}"])
+    evaluation = evaluation_plan(cfg).evaluation
+    of_record = {"num_dominant": None, "num_contextual": None, "scope": "crop", "dominant": 0.25, "contextual": 0.125}
+    assert evaluation["resolved_config"]["budget"] == {"name": "0.25+0.125", **of_record}
+    config["budget"] |= {"dominant": 1, "contextual": 0}
+    assert run_directory(config, config_dir()).parent.name == "visionzip-1.0+0.0", "not one token, as 1+0"
+    other = {**config, "budget": {**config["budget"], "dominant": 0.5}}
+    assert recipe_changes(config, other) == ["budget.dominant=1 (recipe: 0.5)"]
+
+
+def test_a_sweep_over_fractions_and_full_has_one_vanilla_run() -> None:
+    jobs = [["budget=full"], FRACTIONS, [*FRACTIONS[:2], "budget.contextual=0.0"]]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        configs = [full_is_vanilla(resolved(compose("eval", words)), config_dir()) for words in jobs]
+    assert [config["compressor"]["name"] for config in configs] == ["none", "visionzip", "visionzip"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("budget=fraction budgt=1", "budget.dominant=null: must be a fraction of the patches, 0 to 1, as"),
+        ("budget=fraction budget.dominant=2 budget.contextual=0 budgt=1", "budget.dominant=2: must be a fraction"),
+        ("budget=fraction budget.dominant=0.9 budget.contextual=0.3 budgt=1", "at most 1, the fraction"),
+        ("budget.dominant=0.5", "options of budget that have it: fraction"),
+        (" ".join([*FRACTIONS, "budget.num_dominant=3", "budgt=1"]), "budget.num_dominant"),
+        (" ".join([*FRACTIONS, "compressor=none", "budgt=1"]), "set budget=full, or a compressor that takes a budget"),
+        (" ".join([*FRACTIONS, "compressor=none", "pruner=fastv", "budgt=1"]), "it is pruner.keep=0.5"),
+    ],
+)
+def test_fractions_that_are_refused(line: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_overrides(shlex.split(line), config_dir(), "eval")
+    assert str(caught.value).count(said) == 1, "once"
 
 
 def test_without_a_compressor_the_budget_is_the_pruners_average() -> None:

@@ -53,6 +53,21 @@ PLANS = {
         "2,048 = 64 frames x 32, of 16,448 a video",
         "judge          not needed",
     ],
+    # 27 x 27 patches, pooled to 14 x 14; 10 crops of an image, not 64
+    "model=llava_video_7b eval=video_choice eval.tasks=[nextqa_mc_test]": [
+        "4,097 of 12,545 a video of 64 frames; 640 = 10 crops x 64 an image, of up to 7,290",
+    ],
+    "model=llava_onevision_7b eval=video_choice eval.tasks=[nextqa_mc_test] compressor=none budget=full": [
+        "visual tokens  1,569 a video of 8 frames; up to 7,290 = 10 crops x 729 an image"
+    ],
+    "model=qwen2_5_vl_3b eval=video_choice eval.tasks=[nextqa_mc_test]": [
+        "up to 128 of an image's (a video: each temporal step's), which vary"
+    ],
+    "model=qwen2_5_vl_3b budget=fraction budget.dominant=0.65 budget.contextual=0.05": [
+        "visionzip, 65 % of the patches of a crop dominant + 5 % contextual",
+        "70 % of an image's",
+        "record         runs/paper_no_judge/qwen2_5_vl_3b/visionzip-0.65+0.05/seed0/run.json",
+    ],
     "": ["tiny (vzip/tiny)", "4 with 1,600 questions: scenes_existence 400", "runs/scenes/tiny/"],
     "eval.tasks=[scenes_reading] eval.limit=7 model=mini_gemini_7b eval=scenes": ["1 with 7 questions"],
     "model=llava_local model.name_or_path=org/unknown": ["64 of each crop; how many there are, its config.json"],

@@ -173,3 +173,10 @@ def test_what_scoring_needs_is_asked_for_first(monkeypatch):
 def test_what_lmms_eval_judges_or_decodes_by_itself_is_refused(task, instead):
     with pytest.raises(UnsupportedModelError, match=rf"task {task}: .*Use eval.tasks=\[{instead}\]"):
         catalog.find_tasks([task], None)
+
+
+@pytest.mark.parametrize(("task", "metric"), [("videochatgpt", "gpt_eval_score_"), ("mia_bench", "gpt_eval_score")])
+def test_a_task_whose_metric_is_a_judges_is_refused_and_one_by_rules_is_not(task, metric):
+    with pytest.raises(UnsupportedModelError, match=rf"its metric {metric}.* is a judge model's"):
+        catalog.find_tasks([task], None)
+    assert "vizwiz_vqa_val" in catalog.find_tasks(["vizwiz_vqa_val", "docvqa_val"], None).all_tasks

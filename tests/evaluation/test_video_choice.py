@@ -11,6 +11,7 @@ import pytest
 from lmms_eval.tasks.egoschema import utils as egoschema
 from lmms_eval.tasks.mvbench import utils as mvbench
 from rich.console import Console
+from scripts.make_random_model import build
 from tests import tiny
 from tests.media.clips import write
 
@@ -118,8 +119,9 @@ def model():
     return tiny.video_llava(vocab_size=320, video_token=5)
 
 
-def test_longer_video_at_equal_cost(model, tmp_path, write_parquet, make_image, monkeypatch):
-    """Video-MME's own files in lmms-eval's place, 2 frames of 65 visual tokens against 16 frames of 8."""
+@pytest.fixture
+def own_videomme(tmp_path, write_parquet, make_image, monkeypatch):
+    """Four questions of Video-MME's form about three clips, in lmms-eval's place; the clips' folder, the tasks'."""
     from lmms_eval.tasks.videomme import utils
 
     monkeypatch.setattr(utils, "base_cache_dir", str(tmp_path))
@@ -135,12 +137,18 @@ def test_longer_video_at_equal_cost(model, tmp_path, write_parquet, make_image, 
         f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'data.parquet'}}}}}\n"
     )
     monkeypatch.setitem(PROTOCOLS, "own_videomme", PROTOCOLS["videomme_frames"])
+    return clips, tmp_path / "tasks"
+
+
+def test_longer_video_at_equal_cost(model, tmp_path, own_videomme):
+    """Video-MME's own files in lmms-eval's place, 2 frames of 65 visual tokens against 16 frames of 8."""
+    clips, tasks = own_videomme
     counts = {}
     methods = {2: vzip.Identity(), 16: vzip.VisionZip(vzip.TokenBudget(num_dominant=6, num_contextual=2))}
     for num_frames, method in methods.items():
         vlm = vzip.CompressedVlm(model, method, tiny.video_processor(), num_frames=num_frames)
         run_dir = tmp_path / str(num_frames)
-        asked = {"tasks": ["own_videomme"], "include_path": tmp_path / "tasks", "gen_kwargs": {"max_new_tokens": 2}}
+        asked = {"tasks": ["own_videomme"], "include_path": tasks, "gen_kwargs": {"max_new_tokens": 2}}
         record = evaluate(vlm, **asked, run_dir=run_dir, progress=False)
         assert set(record["tasks"]["own_videomme"]["groups"]) == {"short", "medium", "long"}
         counts[num_frames] = record["visual_tokens"]["measured_max"]
@@ -151,3 +159,35 @@ def test_longer_video_at_equal_cost(model, tmp_path, write_parquet, make_image, 
     ):
         evaluate(vlm, **asked, run_dir=tmp_path / "missing", progress=False)
     assert not (Path(tmp_path) / "missing" / "run.json").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_onevision", "video_llava_published"])
+def test_every_family_with_videos_end_to_end(family, tmp_path, own_videomme):
+    """Files to scores by length, on a small random model: all tokens, fractions of each step, of the whole video."""
+    model, processor = build(family)
+    num_frames, measured = 8, {}
+    for name, method in {
+        "all": vzip.Identity(),
+        "crop": vzip.VisionZip(vzip.FractionBudget(0.25, 0.125)),
+        "video": vzip.VisionZip(vzip.FractionBudget(0.25, 0.125, scope="video")),
+    }.items():
+        vlm = vzip.CompressedVlm(model, method, processor, num_frames=num_frames)
+        record = evaluate(
+            vlm,
+            tasks=["own_videomme"],
+            include_path=own_videomme[1],
+            gen_kwargs={"max_new_tokens": 2},
+            run_dir=tmp_path / name,
+            progress=False,
+        )
+        entry, counts = record["tasks"]["own_videomme"], record["visual_tokens"]
+        assert set(entry["groups"]) == {"short", "medium", "long"} and entry["num_samples"] == 4
+        assert counts["measured_min"] == counts["measured_max"] and counts["num_images"] == 4
+        measured[name] = counts["measured_max"]
+    pixels = vlm.preprocess_videos([str(own_videomme[0] / "a.mp4")])
+    (shape,) = vlm.adapter.read_inputs(**pixels).shapes
+    steps, patches = shape.num_crops, shape.num_patches
+    assert measured["all"] == shape.num_vanilla
+    added = shape.num_added
+    assert measured["crop"] == steps * (patches // 4 + max(patches // 8, 1)) + added
+    assert measured["video"] == steps * patches // 4 + max(steps * patches // 8, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from tests import tiny
 from tests.llava_layout import CLIP, parts_of, save_all
 from tests.mgm_layout import VOCABULARY
-from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 import vzip
 from vzip import cli
@@ -93,6 +94,68 @@ def test_a_directory_written_by_hand_is_the_model_it_was_made_from(checkpoint, m
     assert torch.equal(vlm.forward(ids, **tiny.llava_inputs(1)).logits, stock.logits)
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("llava-v1.5-tiny", "openai/clip-tiny/pytorch_model.bin"),
+        ("llava-v1.5-tiny", "llava-v1.5-tiny/model.safetensors"),
+        ("llava-v1.5-tiny-pretrain", "llava-v1.5-tiny-pretrain/mm_projector.bin"),
+        ("llava-v1.5-tiny-pretrain", "vicuna-tiny/pytorch_model.bin"),
+        ("llava-v1.5-tiny-lora", "llava-v1.5-tiny-lora/adapter_model.bin"),
+        ("llava-v1.5-tiny-lora", "llava-v1.5-tiny-lora/non_lora_trainables.bin"),
+        ("llava-v1.5-tiny-lora", "llava-v1.5-tiny-lora/adapter_config.json"),
+        ("llava-v1.5-tiny-lora", "vicuna-tiny/pytorch_model.bin"),
+    ],
+)
+def test_a_records_digest_is_of_all_that_decides_the_weights(theirs, tmp_path, name, changed):
+    root = tmp_path / "llava"
+    shutil.copytree(theirs, root)
+    before = weights_sha256(str(root / name))
+    assert before == weights_sha256(str(theirs / name)) is not None
+    file = root / changed
+    file.write_bytes(_another(file))
+    assert weights_sha256(str(root / name)) != before
+
+
+def _another(file):
+    """The file with another weight, or another scale of its LoRA layers."""
+    if file.suffix == ".json":
+        return json.dumps(json.loads(file.read_text()) | {"lora_alpha": 99}).encode()
+    state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    state[min(state)] = state[min(state)] + 1
+    if file.suffix == ".safetensors":
+        return save(state)
+    torch.save(state, written := io.BytesIO())
+    return written.getvalue()
+
+
+def test_an_unused_tower_inside_is_not_in_the_digest_and_one_that_is_trained_alone_is(model, tmp_path):
+    for unfreeze in (False, True):
+        directory = save_all(model, tmp_path / str(unfreeze), tower_inside=True, unfreeze_mm_vision_tower=unfreeze)
+        before = weights_sha256(str(directory))
+        beside = directory.parents[1] / CLIP / "pytorch_model.bin"
+        beside.write_bytes(_another(beside))
+        assert (weights_sha256(str(directory)) == before) is unfreeze
+
+
+@torch.no_grad()
+def test_images_that_llava_does_not_pad_are_cropped_as_it_crops_them(model, checkpoint, tmp_path, caplog):
+    """CLIP's processor alone makes them; also of what is merged from such a checkpoint, which says so in its config."""
+    square = save_all(model, tmp_path, image_aspect_ratio="square")
+    image = Image.effect_noise((90, 50), 80).convert("RGB")
+    clip = CLIPImageProcessor.from_pretrained(square.parents[1] / CLIP)
+    vlm = vzip.load_vlm(square)
+    assert vlm.preprocess == "hf" and vzip.load_vlm(checkpoint).preprocess == "llava" and not caplog.records
+    expected = clip(images=[image], return_tensors="pt")["pixel_values"]
+    assert torch.equal(vlm.preprocess_images([image])["pixel_values"], expected)
+    vlm.model.save_pretrained(tmp_path / "merged")
+    vlm.processor.save_pretrained(tmp_path / "merged")
+    assert torch.equal(vzip.load_vlm(tmp_path / "merged").preprocess_images([image])["pixel_values"], expected)
+    padded = vzip.load_vlm(square, preprocess="llava")
+    assert padded.preprocess == "llava" and len(caplog.records) == 1
+    assert "model.preprocess=llava pads images" in caplog.text and "image_aspect_ratio=square" in caplog.text
+
+
 @pytest.mark.parametrize("unfreeze", [False, True])
 def test_a_tower_inside_is_used_where_it_was_trained(model, tmp_path, unfreeze):
     directory = save_all(model, tmp_path, "safetensors", tower_inside=True, unfreeze_mm_vision_tower=unfreeze)
@@ -101,12 +164,14 @@ def test_a_tower_inside_is_used_where_it_was_trained(model, tmp_path, unfreeze):
     assert torch.equal(read, model.state_dict()[name] + unfreeze)
 
 
+@pytest.mark.parametrize("as_text", [False, True])
 @torch.no_grad()
-def test_tiles_are_read_height_first(tmp_path):
+def test_tiles_are_read_height_first(as_text, tmp_path):
+    """Also where LLaVA's training wrote its own option down: "[(336, 672), ...]"."""
     next_model = tiny.llava_next(vocab_size=VOCABULARY)
     tiles = {
         "image_aspect_ratio": "anyres",
-        "image_grid_pinpoints": WIDTH_FIRST,
+        "image_grid_pinpoints": str(list(map(tuple, WIDTH_FIRST))) if as_text else WIDTH_FIRST,
         "mm_patch_merge_type": "spatial_unpad",
     }
     vlm = vzip.load_vlm(save_all(next_model, tmp_path, **tiles))
@@ -157,6 +222,10 @@ def test_more_than_a_projector_is_not_written_as_one(checkpoint, tmp_path, capsy
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end=True"),
         ({"model_type": "llava_mpt"}, "model_type='llava_mpt'.*llava_mistral"),
         ({"image_aspect_ratio": "anyres"}, "mm_patch_merge_type='flat' with image_aspect_ratio='anyres'"),
+        (
+            {"vocab_size": "320", "mm_vision_select_layer": [-2]},
+            r"_select_layer=\[-2\] in.*vocab_size='320' in",
+        ),
         ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature='cls'"),
     ],
 )
@@ -170,6 +239,24 @@ def test_a_setting_that_is_not_served_is_refused(model, tmp_path, changes, messa
     [
         (lambda d: shutil.rmtree(d.parents[1] / CLIP), "mm_vision_tower=openai/clip-tiny.*beside the checkpoint"),
         (lambda d: (d.parents[1] / CLIP / "pytorch_model.bin").unlink(), "clip-tiny: holds no weights"),
+        (
+            lambda d: (d.parents[1] / CLIP / "config.json").unlink(),
+            "clip-tiny: holds no config.json, and is the vision",
+        ),
+        (
+            lambda d: (d.parents[1] / CLIP / "preprocessor_config.json").unlink(),
+            "clip-tiny: holds no preprocessor_conf",
+        ),
+        (
+            lambda d: _halve(d.parents[1] / CLIP / "pytorch_model.bin"),
+            r"clip-tiny/pytorch_model\.bin: cannot be read as",
+        ),
+        (lambda d: _halve(d / "pytorch_model-00001-of-00003.bin"), r"-00001-of-00003\.bin: .*It is cut short, damaged"),
+        (lambda d: torch.save([1], d / "pytorch_model-00001-of-00003.bin"), "-00001-of-00003.bin: cannot be read as"),
+        (
+            lambda d: torch.save({"lm_head.weight": 3}, d / "pytorch_model-00002-of-00003.bin"),
+            "head.weight is a int, not",
+        ),
         (lambda d: (d / "tokenizer.model").write_bytes(b"x"), "cannot be loaded"),
         (lambda d: (d / "pytorch_model-00002-of-00003.bin").unlink(), "1 of 3 weight files are missing"),
         (lambda d: _change(d, hidden_size=64), "of another size"),
@@ -183,6 +270,10 @@ def test_damage_is_named(model, tmp_path, damage, message):
     damage(directory)
     with pytest.raises(CheckpointError, match=message):
         vzip.load_vlm(directory)
+
+
+def _halve(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def _change(directory, **fields):
@@ -223,6 +314,9 @@ def test_lora_layers_that_do_not_fit_are_named(theirs, tmp_path):
     with pytest.raises(CheckpointError, match="up_proj is not whole"):
         vzip.load_vlm(directory)
     settings = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps(settings | {"r": 0}))
+    with pytest.raises(CheckpointError, match=r"r=0, lora_alpha=.*numbers above 0"):
+        vzip.load_vlm(directory)
     (directory / "adapter_config.json").write_text(json.dumps(settings | {"use_rslora": True}))
     with pytest.raises(UnsupportedModelError, match="use_rslora=True"):
         vzip.load_vlm(directory)

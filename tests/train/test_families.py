@@ -29,6 +29,11 @@ FAMILIES = {
     "llava_next": (tiny.llava_next, tiny.next_processor, 3),
     "llava_onevision": (lambda **size: tiny.llava_onevision(video_token=5, **size), tiny.onevision_processor, 3),
     "video_llava": (lambda **size: tiny.video_llava(video_token=5, **size), tiny.video_processor, 1),
+    "video_llava_published": (
+        lambda **size: tiny.build("video_llava_published", video_token_index=5, **size),
+        tiny.video_processor,
+        1,
+    ),
     "mini_gemini": (tiny_mini_gemini.mini_gemini, tiny_mini_gemini.processor, 1),
 }
 
@@ -89,15 +94,23 @@ def video_llava(precision: str = "float32") -> vzip.CompressedVlm:
     return vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), processor, num_frames=2)
 
 
-def test_videos_are_learned_from(videos: Path, plan: Any, tmp_path: Path) -> None:
+def published(precision: str = "float32") -> vzip.CompressedVlm:
+    """As its authors published it: the frames of a clip know of each other, so there are eight."""
+    processor = tiny.video_processor()
+    model = tiny.build("video_llava_published", vocab_size=len(processor.tokenizer), video_token_index=5)
+    return vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), processor)
+
+
+@pytest.mark.parametrize(("load", "num_frames"), [(video_llava, 2), (published, 8)])
+def test_videos_are_learned_from(load: Any, num_frames: int, videos: Path, plan: Any, tmp_path: Path) -> None:
     """The first step's loss is that of the public forward over the samples one by one."""
     data = LlavaSet(videos, cache=tmp_path / "cache")
-    final = train(plan(load_data=lambda: data, load_model=video_llava, num_steps=1))
+    final = train(plan(load_data=lambda: data, load_model=load, num_steps=1))
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert row["num_visual_tokens"] == 9 * (2 * 4 + 4)  # two frames of four videos, four images
-    assert set(read_tensors(final)) == {n for n in video_llava().model.state_dict() if "multi_modal_projector" in n}
+    assert row["num_visual_tokens"] == 9 * (num_frames * 4 + 4)  # the frames of four videos, four images
+    assert set(read_tensors(final)) == {n for n in load().model.state_dict() if "multi_modal_projector" in n}
 
-    vlm, nats, num_targets = video_llava(), 0.0, 0
+    vlm, nats, num_targets = load(), 0.0, 0
     for index in range(len(data)):
         sample = data[index]
         words = "".join(f"USER: {turn.text} ASSISTANT:" if turn.role == "user" else "" for turn in sample.dialogues[0])
@@ -136,8 +149,11 @@ def test_a_video_that_does_not_fit_is_cut_off_whole(videos: Path, tmp_path: Path
     assert AnswerLoss(vlm).prepare(batch).num_visual_tokens == [9]
 
 
-def test_every_part_runs_on_every_batch_where_processes_share_the_weights(videos: Path, tmp_path: Path) -> None:
-    vlm, data = video_llava(), LlavaSet(videos, cache=tmp_path / "cache")
+@pytest.mark.parametrize("load", [video_llava, published])
+def test_every_part_runs_on_every_batch_where_processes_share_the_weights(
+    load: Any, videos: Path, tmp_path: Path
+) -> None:
+    vlm, data = load(), LlavaSet(videos, cache=tmp_path / "cache")
     adapter: Any = vlm.adapter
     collate = Collator(vlm.processor, ModelView(vlm), vicuna_v1, None, adapter.image_token_id, 200, video_token_id=5)
     ran: list[str] = []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -45,6 +46,13 @@ RATIO_WORDS = {
 }
 
 
+def _budget_words(resolved: Mapping[str, Any]) -> str:
+    of_what = "video" if resolved["scope"] == "video" else "crop"
+    if "dominant" in resolved:
+        return f"{resolved['dominant']:g}+{resolved['contextual']:g} of a {of_what}'s patches"
+    return f"{resolved['num_dominant']}+{resolved['num_contextual']} a {of_what}"
+
+
 def print_result(result: BenchResult | SideResult, console: Console) -> None:
     """Prints the table, the ratios and what was checked."""
     if not isinstance(result, BenchResult):
@@ -55,7 +63,7 @@ def print_result(result: BenchResult | SideResult, console: Console) -> None:
         f"{r['num_parameters'] / 1e6:.1f} M parameters, {r['weights']} weights",
         f"{r['dtype']} on {r['device']} ({e['processor']}, {e['num_threads']} threads)",
         f"batch of {result.settings['batch_size']}: {r['prompt']} a prompt",
-        f"budget {r['num_dominant']}+{r['num_contextual']} a crop",
+        f"budget {_budget_words(r)}",
         f"{result.settings['repeats']} interleaved repeats",
         f"torch {e['torch']}, transformers {e['transformers']}",
     )

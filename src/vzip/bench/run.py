@@ -271,8 +271,8 @@ def resolved_settings(settings: BenchSettings, model: shapes.BenchModel, built: 
         "device": str(settings.torch_device),
         "dtype": str(settings.torch_dtype).removeprefix("torch."),
         "budget": name,
-        "num_dominant": budget.num_dominant,
-        "num_contextual": budget.num_contextual,
+        **{key: value for key, value in asdict(budget).items() if key != "scope"},
+        "scope": budget.scope,
         "weights": settings.weights_of(model),
         "num_parameters": sum(p.numel() for p in built.parameters()),
     }

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.installed import checkout
-from vzip.keys import SEED, Rule, check_value, key, keys_of, one_of, raise_all, show
+from vzip.keys import SEED, SHARE, Rule, check_value, key, keys_of, one_of, raise_all, show
 from vzip.methods import budgets, find_budget, find_method, method_names
-from vzip.option_files import options, read_yaml
+from vzip.option_files import FRACTIONS, options, read_yaml
 
 if TYPE_CHECKING:  # torch and transformers take seconds, which --help and a refused key need not wait for
     import torch
     from transformers import PretrainedConfig
 
     from vzip.bench.shapes import BenchModel
-    from vzip.compressors import Compressor, TokenBudget
+    from vzip.compressors import Compressor, FractionBudget, TokenBudget
     from vzip.pruners import Pruner
 
 _NO_SHAPES = ("llava_local", "tiny")  # of configs/model: directories
@@ -35,6 +35,8 @@ NO_PRUNER = "none"
 DEFAULT_METHODS = ("vanilla", "vzip", "eager_maps")
 METHODS = (*DEFAULT_METHODS, *PRUNERS)
 DTYPES = ("float32", "bfloat16", "float16")
+FRACTION = "fraction"
+_COUNTED = r"\d+\+\d+|\d*\.\d+\+\d*\.\d+"
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class BenchSettings:
     """One measurement.
 
     Attributes:
-        method_settings: of compressor and pruner, where they are not the file's: ``compressor.merge_rule=mean``.
+        method_settings: of compressor and pruner, where they are not the file's: ``compressor.merge_rule=mean``; of the
+            budget its ``scope``.
     """
 
     model: str = key(
@@ -105,11 +108,11 @@ class BenchSettings:
         default=DEFAULT_COMPRESSOR,
     )
     budget: str = key(
-        "tokens a crop; auto: 64tok (LLaVA-NeXT: 32tok, Video-LLaVA: 17tok)",
+        "tokens a crop; auto: 64tok (LLaVA-NeXT: 32tok, Video-LLaVA: 17tok); budget.scope=video: of all its frames",
         rule=Rule(
-            f"auto, one of {', '.join(BUDGETS)}, any number as 48tok, or counts a crop as DOMINANT+CONTEXTUAL, such as"
-            " 54+10 (all tokens: methods=vanilla)",
-            lambda v: v == "auto" or find_budget(v) is not None or re.fullmatch(r"\d+\+\d+", v) is not None,
+            f"auto, one of {', '.join(BUDGETS)}, any number as 48tok, counts a crop as DOMINANT+CONTEXTUAL, such as"
+            " 54+10, or fractions of its patches likewise, as 0.65+0.05 (all tokens: methods=vanilla)",
+            lambda v: v == "auto" or find_budget(v) is not None or re.fullmatch(_COUNTED, v) is not None,
             tuple(BUDGETS),
         ),
         default="auto",
@@ -164,18 +167,15 @@ class BenchSettings:
         dtype: torch.dtype = getattr(torch, usual if self.dtype == "auto" else self.dtype)
         return dtype
 
-    def token_budget(self, model: BenchModel) -> tuple[str, TokenBudget]:
-        """Returns the budget's name and counts per crop."""
-        from vzip.compressors import TokenBudget
-
+    def token_budget(self, model: BenchModel) -> tuple[str, TokenBudget | FractionBudget]:
+        """Returns the budget's name and what it keeps of a crop."""
         name = model.default_budget if self.budget == "auto" else self.budget
-        return name, TokenBudget(*(find_budget(name) or map(int, name.split("+"))))
+        scope = self.method_settings.get("budget", {}).get("scope", "crop")
+        return name + ("" if scope == "crop" else f"_scope-{scope}"), _budget_of(name, scope)
 
     def method(self, model: BenchModel | None = None) -> Compressor:
         """What the method ``vzip`` compresses by (by default with any budget); ConfigError for wrong settings."""
-        from vzip.compressors import TokenBudget
-
-        budget = TokenBudget(*next(iter(BUDGETS.values()))) if model is None else self.token_budget(model)[1]
+        budget = _budget_of(next(iter(BUDGETS)), "crop") if model is None else self.token_budget(model)[1]
         built: Compressor = find_method(self.compressor).build(budget, **self.method_settings.get("compressor", {}))
         return built
 
@@ -250,7 +250,7 @@ def parse(words: Sequence[str], mode: Mode = PASSES) -> BenchSettings:
         ConfigError: with every mistake of the line.
     """
     given: dict[str, Any] = {}
-    of_methods: dict[str, dict[str, Any]] = {"compressor": {}, "pruner": {}}
+    of_methods: dict[str, dict[str, Any]] = {"compressor": {}, "pruner": {}, "budget": {}}
     problems: list[str] = []
     for word in words:
         name, separator, value = word.partition("=")
@@ -269,6 +269,7 @@ def parse(words: Sequence[str], mode: Mode = PASSES) -> BenchSettings:
                 values[own] = read_yaml(value) if dot else _value(name, value)
             except ConfigError as error:
                 problems.append(f"{name}={value}: {error}")
+    _read_budget(given, of_methods["budget"], problems)
     for name in list(given):
         if wrong := _problems_of(name, given[name], mode.rules.get(name, KEYS[name].rule)):
             problems += wrong
@@ -278,7 +279,7 @@ def parse(words: Sequence[str], mode: Mode = PASSES) -> BenchSettings:
     given.setdefault("pruner", named[0] if named else NO_PRUNER)
     given["method_settings"] = {group: values for group, values in of_methods.items() if values}
     settings = BenchSettings(**{**mode.defaults, **given})
-    if any(of_methods.values()) or not problems:  # their classes bring torch along
+    if of_methods.get("compressor") or of_methods.get("pruner") or not problems:  # their classes bring torch along
         for build in (settings.method, settings.built_pruner):
             try:
                 build()
@@ -296,6 +297,37 @@ def parse(words: Sequence[str], mode: Mode = PASSES) -> BenchSettings:
             f" compressor={settings.labels()[0]}."
         )
     return settings
+
+
+def _budget_of(name: str, scope: Any) -> TokenBudget | FractionBudget:
+    """What a budget's name, counts or fractions stand for; ConfigError as its class."""
+    from vzip.compressors import FractionBudget, TokenBudget
+
+    if "." in name:
+        return FractionBudget(*map(float, name.split("+")), scope=scope)
+    return TokenBudget(*(find_budget(name) or map(int, name.split("+"))), scope=scope)
+
+
+def _read_budget(given: dict[str, Any], own: dict[str, Any], problems: list[str]) -> None:
+    """Takes out of ``own`` what eval.py's words say of a budget: ``budget=fraction budget.dominant=0.65 ...``."""
+    fractions = {part: own.pop(part) for part in FRACTIONS if part in own}
+    if given.get("budget") == FRACTION:
+        if len(fractions) == len(FRACTIONS) and all(map(SHARE.allows, fractions.values())):
+            given["budget"] = "+".join(f"{float(fractions[part]):f}".rstrip("0").ljust(3, "0") for part in FRACTIONS)
+            return
+        given["budget"] = "auto"
+        problems.append(
+            "budget=fraction: needs fractions of a crop's patches, as budget.dominant=0.65 budget.contextual=0.05"
+        )
+    elif fractions:
+        problems.append(f"budget.{min(fractions)}: goes with budget=fraction alone")
+    for name, value in own.items():
+        if name != "scope":
+            problems.append(f"unknown key 'budget.{name}'{nearest(name, ('scope',))}; a budget has scope here")
+        else:
+            problems.extend(check_value("budget.scope", value, one_of("crop", "video")))
+    if problems:
+        own.clear()
 
 
 def _value(name: str, value: str) -> Any:
@@ -319,10 +351,7 @@ def _problems_of(name: str, value: Any, rule: Rule) -> list[str]:
 
             shapes.resolve(value)
         elif name == "budget" and "+" in value:
-            from vzip.compressors import TokenBudget
-
-            num_dominant, num_contextual = map(int, value.split("+"))
-            TokenBudget(num_dominant, num_contextual)
+            _budget_of(value, "crop")
     except VzipError as error:
         return [f"budget={value}: {error}" if name == "budget" else str(error)]
     if name == "device" and value.startswith("cuda"):

@@ -38,6 +38,7 @@ from vzip.config.validate import (
 from vzip.errors import CheckpointError, ConfigError, RunExistsError, nearest
 from vzip.evaluation.benchmarks.task_names import refuse_unknown
 from vzip.installed import check_quantization, program
+from vzip.option_files import FRACTIONS, is_fraction
 from vzip.paths import expanded
 from vzip.results.files import check_writable
 from vzip.results.record import RECORD_NAME
@@ -180,8 +181,9 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
     config["recipe"] = unchanged_recipe(config, "eval")
     config["paths"]["run_dir"] = str(run_dir)
     # A changed budget must not stand in the record under the name of the file it started from.
-    counts_and_scope = {key: value_of(config, "budget", key) for key in RESULT_KEYS["budget"]}
-    config["budget"] = {"name": budget_label(config["budget"], directory), **counts_and_scope}
+    keys = [key for key in RESULT_KEYS["budget"] if key not in FRACTIONS or is_fraction(config["budget"])]
+    budget = {key: value_of(config, "budget", key) for key in keys}
+    config["budget"] = {"name": budget_label(config["budget"], directory), **budget}
     model, evaluation = config["model"], config["eval"]
     model |= tuned_record(projector) | adapter_record(model["adapter_path"])
     finished = None

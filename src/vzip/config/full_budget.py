@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vzip.config.options import option_values
-from vzip.config.validate import COUNTS
+from vzip.option_files import COUNTS, is_fraction
 
 
 def full_is_vanilla(config: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -25,6 +25,6 @@ def full_is_vanilla(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     compressor, budget = config.get("compressor"), config.get("budget")
     if not isinstance(compressor, dict) or not isinstance(budget, dict) or "budget" not in compressor:
         return config
-    if any(budget.get(key) is not None for key in COUNTS):
+    if is_fraction(budget) or any(budget.get(key) is not None for key in COUNTS):
         return config
     return {**config, "compressor": option_values(directory, "compressor", "none")}

@@ -20,7 +20,11 @@ def absent_settings(overrides: Sequence[Override], directory: Path, config_name:
 
     Without this, Hydra would tell to append the setting with ``+``, which no option would understand.
     """
-    always = [*schema.TOP, *(f"{group}.{key}" for group, keys in schema.GROUPS.items() for key in keys)]
+    of_all = {
+        group: [key for key in keys if all(key in own for own in schema.KINDS.get(group, {}).values())]
+        for group, keys in schema.GROUPS.items()
+    }
+    always = [*schema.TOP, *(f"{group}.{key}" for group, keys in of_all.items() for key in keys)]
     known = groups(directory)
     settings = [
         override

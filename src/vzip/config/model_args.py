@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import vzip
 from vzip import log
 from vzip.config.schema import OPEN_GROUPS
-from vzip.config.validate import COUNTS
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.evaluation.answering.batching import check_batch_size
 from vzip.evaluation.lmms_eval.model import VzipLmms
 from vzip.keys import raise_all
 from vzip.methods import MethodFile, method_files
 from vzip.models.load import load_vlm
+from vzip.option_files import COUNTS, FRACTIONS
 
 if TYPE_CHECKING:
     from vzip.compressors import Compressor
@@ -57,7 +57,7 @@ def build_compressor(args: Mapping[str, Any]) -> Compressor:
             does not have; or what its class refuses.
     """
     known = method_files()
-    counts = {key: args[key] for key in COUNTS if key in args}
+    counts = {key: args[key] for key in (*COUNTS, *FRACTIONS) if key in args}
     name = args.get("compressor", DEFAULT_COMPRESSOR if counts else None)
     if name not in known:
         unknown = f"={name!r} is not known{nearest(str(name), known)}"
@@ -71,7 +71,8 @@ def build_compressor(args: Mapping[str, Any]) -> Compressor:
     elsewhere -= _settings_of("pruner", args.get("pruner"))
     for key in sorted(elsewhere & args.keys()):
         problems.append(f"model_args: {key}={args[key]!r} has no meaning for compressor={name}; take it out.")
-    missing = [key for key in COUNTS if key not in counts]
+    names = FRACTIONS if counts.keys() & set(FRACTIONS) else COUNTS
+    missing = [key for key in names if key not in counts]
     if not entry.has_budget and "scope" in args:
         problems.append(f"model_args: scope={args['scope']!r}: compressor={name} has no budget; take it out.")
     if not entry.has_budget and counts:
@@ -79,12 +80,17 @@ def build_compressor(args: Mapping[str, Any]) -> Compressor:
     elif entry.has_budget and missing:
         problems.append(
             f"model_args: compressor={name} needs {' and '.join(missing)}, e.g. num_dominant=54,num_contextual=10 for"
-            " 64 visual tokens a crop."
+            " 64 visual tokens a crop, or dominant=0.65,contextual=0.05 for 70 % of any image's."
+        )
+    elif both := counts.keys() - set(names):
+        problems.append(
+            f"model_args: {', '.join(sorted(both))} beside {' and '.join(names)}: give counts or fractions."
         )
     raise_all(problems)
     if "scope" in args:
         counts["scope"] = args["scope"]
-    return entry.build(vzip.TokenBudget(**counts) if entry.has_budget else None, **_given(entry, args))
+    kind = vzip.FractionBudget if names is FRACTIONS else vzip.TokenBudget
+    return entry.build(kind(**counts) if entry.has_budget else None, **_given(entry, args))
 
 
 def _settings_of(group: str, name: Any) -> set[str]:
@@ -146,7 +152,7 @@ def load_from_arg_string(arg_string: str, from_command_line: Mapping[str, Any]) 
     outside = {key: value for key, value in from_command_line.items() if value is not None}
     of_loader = [key for key in inspect.signature(load_vlm).parameters if key not in ("name_or_path", *OPEN_GROUPS)]
     of_methods = [key for group in OPEN_GROUPS for file in method_files(group).values() for key in file.settings]
-    allowed = ("pretrained", *OPEN_GROUPS, *COUNTS, "scope", *of_methods, *of_loader, *_OF_ADAPTER)
+    allowed = ("pretrained", *OPEN_GROUPS, *COUNTS, *FRACTIONS, "scope", *of_methods, *of_loader, *_OF_ADAPTER)
     problems = [
         f"model_args: {key}={value!r} is not known{nearest(key, allowed)}; allowed are {', '.join(allowed)}."
         for key, value in args.items()

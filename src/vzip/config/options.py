@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.conf import HydraConf
 from hydra.core.config_search_path import ConfigSearchPath
@@ -14,7 +15,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from vzip.errors import ConfigError, nearest
 from vzip.installed import checkout
-from vzip.option_files import header, option_values, options, own_folder, reading_beside, split_of
+from vzip.option_files import (
+    COUNTS,
+    FRACTIONS,
+    header,
+    is_fraction,
+    option_values,
+    options,
+    own_folder,
+    reading_beside,
+    split_of,
+)
 
 __all__ = ["RECIPE_GROUP", "config_dir", "groups", "header", "option_values", "options"]
 
@@ -30,6 +41,17 @@ def _half(which: str, num_tokens: object) -> int | None:
 
 
 OmegaConf.register_new_resolver("half", _half, replace=True)
+
+
+def _kept(budget: DictConfig) -> dict[str, Any]:
+    """In configs/compressor_base.yaml: the class that holds the budget, with its arguments, by the keys it has."""
+    names = FRACTIONS if is_fraction(budget) else COUNTS
+    # A budget file of one's own may leave the scope out.
+    arguments = {**{name: budget.get(name) for name in names}, "scope": budget.get("scope", "crop")}
+    return {"_target_": f"vzip.{'FractionBudget' if names is FRACTIONS else 'TokenBudget'}", **arguments}
+
+
+OmegaConf.register_new_resolver("kept", _kept, replace=True)
 
 
 def _average_budget(*, _root_: DictConfig) -> int | None:

@@ -6,7 +6,7 @@ import logging
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from vzip.errors import UnsupportedModelError, VzipError
 from vzip.evaluation.benchmarks.judged import JUDGED_TASKS
 from vzip.evaluation.benchmarks.protocols import protocol_of
 from vzip.evaluation.benchmarks.question_counts import known_counts, num_questions
+from vzip.option_files import FRACTIONS, is_fraction
 from vzip.results.record import RECORD_NAME
 
 if TYPE_CHECKING:
@@ -80,11 +81,16 @@ def brief(plan: EvaluationPlan) -> str:
 def _method(plan: EvaluationPlan) -> str:
     config = plan.evaluation["resolved_config"]
     label, budget = methods_label(config, config_dir()), config["budget"]
+    of_what = "a video (an image: a crop)" if plan.compressor.joins_frames else "a crop"
+    if is_fraction(budget):
+        shares = [f"{100 * budget[key]:g} %" for key in FRACTIONS]
+        if plan.compressor.splits_budget:
+            return f"{label}, {shares[0]} of the patches of {of_what} dominant + {shares[1]} contextual"
+        return f"{label}, {100 * sum(budget[key] for key in FRACTIONS):g} % of the patches of {of_what}"
     if budget["num_dominant"] is None:
         return f"{label}, every visual token{'' if plan.pruner is None else ' enters the language model'}"
     if plan.compressor.is_vanilla and plan.pruner is not None:
         return f"{label}, every visual token enters the language model, {plan.pruner.budget} of an image on average"
-    of_what = "a video (an image: a crop)" if plan.compressor.joins_frames else "a crop"
     if plan.compressor.splits_budget:
         return f"{label}, {budget['num_dominant']} dominant + {budget['num_contextual']} contextual tokens {of_what}"
     number = budget["num_dominant"] + budget["num_contextual"]
@@ -114,24 +120,34 @@ def visual_tokens(plan: EvaluationPlan) -> str:
     shape = _shape(plan.model)
     if shape is None:
         return f"{_varying(compressor)} of each crop; how many there are, its config.json will say"
+    from vzip.media.video import DEFAULT_NUM_FRAMES
     from vzip.models.families import adapter_class_for_config
+    from vzip.models.families.llava_onevision.adapter import video_shape
 
     adapter = adapter_class_for_config(shape.config)
     geometry = adapter.check_config(shape.config)
     _check_family(plan, shape.config)
     if geometry is None:
-        return f"{_varying(compressor)} of an image's, which vary with its size"
+        steps = " (a video: each temporal step's)" if adapter.has_video and not compressor.joins_frames else ""
+        return f"{_varying(compressor)} of an image's{steps}, which vary with its size"
     if compressor.joins_frames:
         return f"{_varying(compressor)} of a video's"
     units = geometry.shape().num_patches
     kept = None if compressor.is_vanilla else compressor.num_tokens(geometry.shape())
     if adapter.has_tiles:
-        crops, full = shape.num_crops, shape.num_crops * units
+        crops = replace(shape, medium="image").num_crops
+        full = crops * units
         if kept is None:
             besides = " (newline tokens besides, padding cut off)" if geometry.unit_side == 1 else ""
-            return f"up to {full:,} = {crops} crops x {units} an image{besides}"
-        newlines = " and newline tokens" if plan.model["row_newline"] else ""
-        return f"{kept * crops:,} = {crops} crops x {kept} an image{newlines}, of up to {full:,}"
+            image = f"up to {full:,} = {crops} crops x {units} an image{besides}"
+        else:
+            newlines = " and newline tokens" if plan.model["row_newline"] else ""
+            image = f"{kept * crops:,} = {crops} crops x {kept} an image{newlines}, of up to {full:,}"
+        if not adapter.has_video:
+            return image
+        video = video_shape(geometry.grid, plan.model["num_frames"] or DEFAULT_NUM_FRAMES)
+        counted = f"{compressor.num_visual_tokens(video):,} of " if kept is not None else ""
+        return f"{counted}{video.num_vanilla:,} a video of {video.num_crops} frames; {image}"
     image = _of(kept, units)
     if not adapter.has_video:
         return f"{image} an image"
@@ -158,7 +174,8 @@ def _check_family(plan: EvaluationPlan, config: Any) -> None:
         raise UnsupportedModelError(
             f"model={plan.evaluation['resolved_config']['model']['name']} takes no videos as files, and"
             f" {', '.join(about_videos[:3])}{' and others' if len(about_videos) > 3 else ''} of eval.tasks ask about"
-            " videos. Choose model=video_llava_7b, or benchmarks of images (python -m vzip list eval)."
+            " videos. Choose a model that does (model=video_llava_7b, qwen2_5_vl_7b, llava_onevision_7b ...), or"
+            " benchmarks of images (python -m vzip list eval)."
         )
 
 

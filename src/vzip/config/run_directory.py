@@ -17,12 +17,14 @@ from vzip.config.options import option_values
 from vzip.config.schema import GROUPS, NOT_RESULTS, OPEN_GROUPS
 from vzip.config.validate import TRAINED
 from vzip.keys import show
+from vzip.option_files import COUNTS, FRACTIONS, is_fraction
 
 TUNED = "_tuned"  # ends the name of a recipe that evaluates what its namesake trains
 
 # Settings that change results, by group; all of ``OPEN_GROUPS`` do.
 RESULT_KEYS: Mapping[str, tuple[str, ...]] = {
-    group: tuple(key for key in GROUPS[group] if key not in NOT_RESULTS) for group in ("model", "budget", "eval")
+    group: tuple(key for key in (*GROUPS[group], *own) if key not in NOT_RESULTS)
+    for group, own in {"model": (), "budget": FRACTIONS, "eval": ()}.items()
 }
 
 
@@ -124,8 +126,11 @@ def _method_label(value: Any) -> str:
 def budget_label(budget: Mapping[str, Any], directory: Path) -> str:
     name = f"{budget['num_tokens']}tok" if "num_tokens" in budget else budget["name"]
     usual = option_values(directory, "budget", name)
-    counts = [budget[key] == usual.get(key) for key in ("num_dominant", "num_contextual")]
-    label = str(name) if all(counts) else f"{budget['num_dominant']}+{budget['num_contextual']}"
+    if is_fraction(budget):  # each with a point: 1.0+0.0 are no counts
+        keys, own_label = FRACTIONS, "+".join(str(float(budget[key])) for key in FRACTIONS)
+    else:
+        keys, own_label = COUNTS, f"{budget['num_dominant']}+{budget['num_contextual']}"
+    label = str(name) if all(budget[key] == usual.get(key) for key in keys) else own_label
     scope, own = (value_of({"budget": given}, "budget", "scope") for given in (budget, usual))
     return label + ("" if scope == own else f"_scope-{scope}")
 

@@ -10,7 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vzip.keys import SEED, Key, Rule, key, keys_of, number, once_each, one_of, optional, text, texts, whole_number
+from vzip.keys import (
+    SEED,
+    SHARE,
+    Key,
+    Rule,
+    key,
+    keys_of,
+    number,
+    once_each,
+    one_of,
+    optional,
+    text,
+    texts,
+    whole_number,
+)
 from vzip.train.settings import LaunchSettings, TrainSettings
 
 AUTO = "auto"  # of launcher
@@ -52,9 +66,9 @@ class ModelSettings:
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = key("attention of the language model")
     quantization: Literal["8bit", "4bit"] | None = key("of the language model alone (bitsandbytes); null: none")
-    preprocess: Literal["llava", "hf"] = key(
+    preprocess: Literal["llava", "hf"] | None = key(
         "llava: pad to a square (LLaVA-NeXT: the scripts' tiles), as the published scripts; hf: the checkpoint's own"
-        " processor (crops; LLaVA-NeXT: other tiles on small images)"
+        " processor (crops; LLaVA-NeXT: other tiles on small images); null: as the checkpoint was trained"
     )
     drop_padding: bool = key("LLaVA-NeXT: patches of mere padding are never selected; as published they are")
     row_newline: bool = key("LLaVA-NeXT: the newline token after each row, on top of the budget; published: none")
@@ -95,15 +109,33 @@ def _tokens(minimum: int) -> Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetSettings:
-    """The ``budget`` group."""
+class ScopedSettings:
+    """What every ``budget`` has."""
 
-    num_dominant: int | None = key("dominant tokens: kept by their scores, CLS among them", rule=_tokens(1))
-    num_contextual: int | None = key("contextual tokens: what the others are merged into", rule=_tokens(0))
     scope: Literal["crop", "video"] = key(
         "of a video: crop: a budget for each frame (Qwen: temporal step); video: one for all of them together",
         default="crop",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSettings(ScopedSettings):
+    """The ``budget`` group."""
+
+    num_dominant: int | None = key("dominant tokens: kept by their scores, CLS among them", rule=_tokens(1))
+    num_contextual: int | None = key("contextual tokens: what the others are merged into", rule=_tokens(0))
+
+
+def _fraction(name: str) -> Rule:
+    return Rule(f"a fraction of the patches, 0 to 1, as budget.{name}=0.05", SHARE.allows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FractionBudgetSettings(ScopedSettings):
+    """The ``budget`` group for fractions of what a crop has."""
+
+    dominant: float = key("of budget=fraction: share of the patches that are dominant", rule=_fraction("dominant"))
+    contextual: float = key("of budget=fraction: contextual, likewise", rule=_fraction("contextual"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +241,10 @@ def _kind(name: str, settings: type) -> Mapping[str, Key]:
 # Groups whose options are of different kinds, with keys of their own; an option without a kind has a name only.
 KINDS: Mapping[str, Mapping[str, Mapping[str, Key]]] = {
     "data": {"llava_json": _kind("llava_json", LlavaJsonSettings), "scenes": _kind("scenes", ScenesSettings)},
-    "budget": {"counted": _kind("counted", CountedBudgetSettings)},
+    "budget": {
+        "counted": _kind("counted", CountedBudgetSettings),
+        "fraction": _kind("fraction", FractionBudgetSettings),
+    },
     "train": {"tune": _kind("tune", TrainSettings)},
 }
 

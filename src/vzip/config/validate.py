@@ -12,13 +12,13 @@ from typing import Any
 from vzip.config import schema
 from vzip.config.options import config_dir, option_values, options
 from vzip.errors import ConfigError, VzipError, nearest
-from vzip.keys import check_group, check_value, raise_all, show
+from vzip.keys import SHARE, check_group, check_value, raise_all, show
+from vzip.option_files import COUNTS, FRACTIONS, is_fraction
 from vzip.paths import expanded, is_file, is_folder
 
 BUILT_IN = "built-in"
 VIDEO = "video"  # of eval.include_path: the benchmarks in paths.video_root
 TRAINED = "trained"
-COUNTS = ("num_dominant", "num_contextual")
 _PATH_STARTS = ("/", "./", "../", "~")
 
 
@@ -36,7 +36,8 @@ def find_problems(config: Mapping[str, Any], deeply: bool = True) -> list[str]:
     problems, is_whole = _key_problems(config)
     if deeply and is_whole and isinstance(config["compressor"], Mapping):
         problems += _check_compressor(_with_usable_seed(config), config["budget"], config["pruner"])
-        problems += _check_budget_fits(config["model"], config["compressor"], config["budget"])
+        unfit = _check_budget_fits(config["model"], config["compressor"], config["budget"])
+        problems += [problem for problem in unfit if problem not in problems]
         problems += _check_family(config["model"], config["compressor"])
         problems += _check_pruner(config["model"], config["pruner"])
         problems += _check_paths(config["model"], config["eval"])
@@ -82,24 +83,31 @@ def _check_compressor(compressor: Mapping[str, Any], budget: Mapping[str, Any], 
     if not isinstance(target, str):
         return [f"compressor={show(name)}: the file must name its class in _target_, as vzip.VisionZip."]
     problems = _check_arguments("compressor", target, compressor) or check_name("compressor", compressor)
-    counts = (budget.get("num_dominant"), budget.get("num_contextual"))
+    names = FRACTIONS if is_fraction(budget) else COUNTS
+    counts = [budget.get(key) for key in names]
     if "budget" not in compressor:
         takes_it = isinstance(pruner, Mapping) and pruner.get("budget") is not None  # as its average over the layers
-        if any(count is not None for count in counts) and not takes_it:
+        if names is FRACTIONS:
+            problems.append(
+                f"compressor={name} keeps every visual token, but budget={budget.get('name')} asks for fractions of"
+                " them: set budget=full, or a compressor that takes a budget. A pruner's average over the layers is a"
+                " number of tokens (budget=64tok); in fractions it is pruner.keep=0.5."
+            )
+        elif any(count is not None for count in counts) and not takes_it:
             problems.append(
                 f"compressor={name} keeps every visual token, but budget={budget.get('name')} asks for"
                 f" {show(counts[0])} dominant + {show(counts[1])} contextual: set budget=full, or choose a compressor"
                 " (one that takes a budget, as configs/compressor/visionzip.yaml) or a pruner (as pruner=fastv, whose"
                 " average over the layers it then is)."
             )
-    elif any(count is None for count in counts) and "num_tokens" in budget:
+    elif any(count is None for count in counts) and (names is FRACTIONS or "num_tokens" in budget):
         return problems  # reported already: the counts follow from it
     elif any(count is None for count in counts):
         problems.append(
             f"compressor={name} needs a budget, but budget={budget.get('name')} names no counts: set budget=64tok (or"
             " another), or compressor=none for a run without compression."
         )
-    return problems or _check_construction(compressor, counts)
+    return problems or _check_construction(compressor, budget)
 
 
 def check_name(group: str, method: Mapping[str, Any]) -> list[str]:
@@ -119,10 +127,11 @@ def check_name(group: str, method: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _check_construction(compressor: Mapping[str, Any], counts: tuple[Any, Any]) -> list[str]:
+def _check_construction(compressor: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:
     """Builds the compressor, which is cheap, so that what its class refuses is reported with everything else."""
-    keys = schema.GROUPS["budget"]
-    if "budget" in compressor and not all(keys[key].rule.allows(v) for key, v in zip(COUNTS, counts, strict=True)):
+    keys = schema.keys_in("budget")
+    names = FRACTIONS if is_fraction(budget) else COUNTS
+    if "budget" in compressor and not all(keys[key].rule.allows(budget.get(key)) for key in names):
         return []  # reported already, as a value of the budget
     try:
         build_compressor(compressor)
@@ -232,13 +241,14 @@ def _check_set_by_budget(pruner: Mapping[str, Any]) -> list[str]:
 
 def _check_budget_fits(model: Mapping[str, Any], compressor: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:
     """Holds the budget against the vision tower: by the option's own fact, or by the checkpoint's configuration."""
-    counts = [budget.get(key) for key in COUNTS]
-    if "budget" not in compressor or not all(isinstance(count, int) for count in counts):
+    in_fractions = is_fraction(budget)
+    counts = [budget.get(key) for key in (FRACTIONS if in_fractions else COUNTS)]
+    if "budget" not in compressor or not all(SHARE.allows(c) if in_fractions else isinstance(c, int) for c in counts):
         return []
     if budget.get("scope") == "video":
         return []  # of all frames: how many these have, the videos will say
     available, total = model.get("num_tower_tokens"), sum(count for count in counts if isinstance(count, int))
-    if isinstance(available, int):
+    if isinstance(available, int) and not in_fractions:
         if total <= available:
             return []
         return [

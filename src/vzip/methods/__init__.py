@@ -14,7 +14,7 @@ from vzip.keys import show
 from vzip.option_files import counted_budget, option_values, options
 
 if TYPE_CHECKING:
-    from vzip.compressors import TokenBudget
+    from vzip.compressors import FractionBudget, TokenBudget
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class MethodFile:
     settings: Mapping[str, Any]
     has_budget: bool
 
-    def build(self, budget: TokenBudget | None = None, **settings: Any) -> Any:
+    def build(self, budget: TokenBudget | FractionBudget | None = None, **settings: Any) -> Any:
         """The method with this budget, and these settings in place of the file's.
 
         Raises:
@@ -71,7 +71,7 @@ def budgets() -> dict[str, tuple[int, int]]:
 
     Those without counts of their own, as ``budget=full``, are left out.
     """
-    counts = {name: (own["num_dominant"], own["num_contextual"]) for name, own in _values("budget").items()}
+    counts = {name: (own.get("num_dominant"), own.get("num_contextual")) for name, own in _values("budget").items()}
     found = {name: pair for name, pair in counts.items() if isinstance(pair[0], int)}
     return dict(sorted(found.items(), key=lambda item: -sum(item[1])))
 

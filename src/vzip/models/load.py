@@ -76,7 +76,8 @@ def load_vlm(
         quantization: None, ``8bit`` or ``4bit``: the language model only, through bitsandbytes; the rest is in
             ``dtype``. With ``device_map=None`` it goes to the first GPU where there is one.
         compressor: the method; None is ``Identity()``.
-        preprocess: ``llava`` or ``hf``; None: the first of these that the family has.
+        preprocess: ``llava`` or ``hf``; None: as the model was trained (the first of these that the family has, but
+            ``hf`` of a LLaVA with ``image_aspect_ratio: square``).
         drop_padding, row_newline: as for ``CompressedVlm``: options of LLaVA-NeXT.
         num_frames: as for ``CompressedVlm``: frames taken of a video.
         drop_cls: as for ``CompressedVlm``: an option of Mini-Gemini.

@@ -110,7 +110,7 @@ class CompressedVlm(InputBuilder, TrainerModel):
         of_videos = (fps, min_frame_pixels, max_frame_pixels)
         options = FamilyOptions(drop_padding, row_newline, drop_cls, positions, *of_videos)
         self.adapter = adapter_for_model(hf_model, options)
-        self.preprocess = self.adapter.check_preprocess(preprocess)
+        self.preprocess = self.adapter.check_preprocess(preprocess, hf_model.config)
         if num_frames is not None:
             check_num_frames(num_frames)
         self.adapter.check_options(self.adapter.options, num_frames)

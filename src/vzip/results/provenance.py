@@ -132,12 +132,19 @@ def peak_memory_gib() -> dict[str, float | None]:
 def weights_sha256(name_or_path: str) -> str | None:
     """Digest of a small local checkpoint's weights, which has no revision to be told by; None for a hub name.
 
-    Above 256 MiB it is None too: reading many GiB for a record takes minutes.
+    Of one in its authors' layout the parts that lie elsewhere, as a language model or a tower, are among them. Above
+    256 MiB it is None too: reading many GiB for a record takes minutes.
     """
     folder = Path(name_or_path)
     if not name_or_path or not folder.is_dir():
         return None
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    from vzip.models.families import original_checkpoint  # only here: commands that only read records do without
+
+    original = original_checkpoint(folder) if (folder / "config.json").is_file() else None
+    if original is not None:
+        files = original.files()
+    else:
+        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files or sum(file.stat().st_size for file in files) > 256 * 2**20:
         return None
     return hashlib.sha256("".join(_sha256(file) for file in files).encode()).hexdigest()

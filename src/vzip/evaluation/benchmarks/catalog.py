@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,8 @@ _JUDGED_BY_LMMS_EVAL = {
         "mathvista_rules",
     ),
 }
+# Of tasks that are in no list: metrics that lmms-eval names after the judge.
+_OF_JUDGE = re.compile(r"gpt4?_|llm_(as_judge|match)|llmms_eval|\w*_llm_judge")
 # Their files cannot be read without packages that decode videos, which vzip does by itself -> what to run instead.
 _DECODED_BY_LMMS_EVAL = {"videomme": "videomme_frames", "longvideobench_val_v": "longvideobench_frames"}
 # What lmms-eval reads captions with, by package: name and place among its data.
@@ -111,6 +114,7 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> TaskMan
     else:
         manager = built_in_tasks()
     _check_generative(manager, tasks)
+    _check_not_judged(manager, [name for name in tasks if name not in ours | theirs])
     return manager
 
 
@@ -170,14 +174,14 @@ def _has_data(place: str) -> bool:
     return True
 
 
-def task_config(manager: TaskManager, name: str) -> dict[str, Any]:
-    """The task's file with its includes, functions resolved. Empty for tags and tasks made by Python classes."""
+def task_config(manager: TaskManager, name: str, mode: str = "full") -> dict[str, Any]:
+    """The task's file with its includes, functions resolved (``simple``: not). Empty for tags and Python's tasks."""
     from lmms_eval.utils import load_yaml_config
 
     entry = manager.task_index[name]
     if entry["type"] != "task":
         return {}
-    return load_yaml_config(entry["yaml_path"], mode="full")
+    return load_yaml_config(entry["yaml_path"], mode=mode)
 
 
 def shown_file(path: str | Path) -> str:
@@ -188,6 +192,23 @@ def shown_file(path: str | Path) -> str:
         if Path(path).is_relative_to(folder):
             return f"{whose}: {Path(path).relative_to(folder).as_posix()}"
     return Path(path).name
+
+
+def _check_not_judged(manager: TaskManager, tasks: Sequence[str]) -> None:
+    """Refuses lmms-eval's tasks, alone or in a group, whose metrics are a judge's by their names."""
+    for name in tasks:
+        members = manager.task_index[name].get("task")
+        if isinstance(members, list):
+            _check_not_judged(manager, [member for member in members if member in manager.task_index])
+            continue
+        listed = task_config(manager, name, "simple").get("metric_list") or []
+        judged = [str(entry.get("metric")) for entry in listed if _OF_JUDGE.match(str(entry.get("metric")))]
+        if judged:
+            raise UnsupportedModelError(
+                f"task {name}: its metric {judged[0]} is a judge model's, which lmms-eval asks while it scores, with a"
+                " score even where the call failed. Choose another (python -m vzip list eval), or write a task of your"
+                " own with the same questions and a metric by rules (eval.include_path=DIR)."
+            )
 
 
 def _check_generative(manager: TaskManager, tasks: Sequence[str]) -> None:

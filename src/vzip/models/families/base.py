@@ -7,6 +7,7 @@ file.
 from __future__ import annotations
 
 import itertools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,9 +33,11 @@ from ..towers.structure import Tower, TowerGeometry
 from ..towers.text import TextEncoder, check_text_encoder
 from .decoder import LlamaDecoder
 from .options import FamilyOptions, check_fit
-from .original.checkpoint import OriginalCheckpoint
+from .original.checkpoint import CROPPED, OriginalCheckpoint
 from .places import VisualTokens
 from .questions import beside, check_questions, missing_questions, need_tokenizer, read_text
+
+logger = logging.getLogger(__name__)
 
 # Runs a tower: the tower, pixels ``[N, 3, h, w]``, signals to record, the first row that the unmodified model uses.
 TowerRun = Callable[[Tower, Tensor, frozenset[Signal], int], VisionOutput]
@@ -258,13 +261,26 @@ class Adapter(ABC):
             )
 
     @classmethod
-    def check_preprocess(cls, preprocess: str | None) -> Preprocess:
-        """The way to prepare images that is meant; None: the family's usual one. ConfigError for one it has not."""
-        chosen = cls.preprocesses[0] if preprocess is None else preprocess
+    def check_preprocess(cls, preprocess: str | None, config: Any = None) -> Preprocess:
+        """The way to prepare images that is meant; ConfigError for one that the family has not.
+
+        Args:
+            preprocess: None: as the model was trained, the family's usual way unless ``config`` says otherwise.
+            config: the model's configuration, as far as it is known.
+        """
+        is_cropped = getattr(config, "image_aspect_ratio", None) == CROPPED and "hf" in cls.preprocesses
+        chosen = preprocess or ("hf" if is_cropped else cls.preprocesses[0])
         if chosen not in cls.preprocesses:
             raise ConfigError(
                 f"model.preprocess={preprocess!r}: of {cls.model_class.__name__} must be one of"
                 f" {', '.join(cls.preprocesses)}{nearest(str(preprocess), cls.preprocesses)}."
+            )
+        if is_cropped and chosen != "hf":
+            logger.warning(
+                "model.preprocess=%s pads images, but the model was trained on their centres (image_aspect_ratio=%s in"
+                " config.json): model.preprocess=null or hf cuts them out, as LLaVA's code does.",
+                chosen,
+                CROPPED,
             )
         return cast(Preprocess, chosen)
 

@@ -74,8 +74,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     @property
     def pooled_grid(self) -> Grid:
         """(rows, cols) of a frame's pooled patches."""
-        rows, cols = self.geometry.grid
-        return math.ceil(rows / 2), math.ceil(cols / 2)
+        return pooled_grid(self.geometry.grid)
 
     def prepare_images(
         self, images: Sequence[Image.Image], image_processor: Any, preprocess: Preprocess
@@ -205,11 +204,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
             return []
         check_pixel_values(frames, 5, "[videos, frames, 3, height, width]", "pixel_values_videos")
         num_videos, num_frames = frames.shape[:2]
-        (rows, cols), num_added = self.pooled_grid, 1
-        num_vanilla = num_frames * rows * cols + num_added
-        # Not fixed: a budget for images, whose crops have four times as many units, may keep all of a frame.
-        shape = VisionShape("video", num_frames, (rows, cols), False, num_vanilla, num_added, fixed=False)
-        return [shape] * num_videos
+        return [video_shape(self.geometry.grid, num_frames)] * num_videos
 
     def video_pixels(self, visual: VisualInputs) -> Tensor:
         return visual.tensors["pixel_values_videos"].flatten(0, 1)
@@ -257,6 +252,20 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return super().encode(visual, compressor, run, stage)
 
 
+def video_shape(grid: Grid, num_frames: int) -> VisionShape:
+    """A video's, for a tower of that grid."""
+    (rows, cols), num_added = pooled_grid(grid), 1
+    num_vanilla = num_frames * rows * cols + num_added
+    # Not fixed: a budget for images, whose crops have four times as many units, may keep all of a frame.
+    return VisionShape("video", num_frames, (rows, cols), False, num_vanilla, num_added, fixed=False)
+
+
+def pooled_grid(grid: Grid) -> Grid:
+    """Rows and columns of a frame's units."""
+    rows, cols = (math.ceil(side / 2) for side in grid)
+    return rows, cols
+
+
 def _scaled(number: Tensor, new: int, old: int) -> Tensor:
     """Which of ``new`` equal parts of a line the middle of one of its ``old`` parts is in."""
     return (2 * number + 1) * new // (2 * old)
@@ -265,7 +274,7 @@ def _scaled(number: Tensor, new: int, old: int) -> Tensor:
 def _pool(rows: Tensor, grid: Grid) -> Tensor:
     """``[N, P, E]`` of a grid -> ``[N, P', E]``: half as many rows and columns, bilinear, as the unmodified model."""
     cells = rows.view(len(rows), *grid, -1).permute(0, 3, 1, 2).contiguous()
-    halved = functional.interpolate(cells, [math.ceil(side / 2) for side in grid], mode="bilinear")
+    halved = functional.interpolate(cells, pooled_grid(grid), mode="bilinear")
     return halved.permute(0, 2, 3, 1).flatten(1, 2)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,7 +47,10 @@ class PublishedCheckpoint(OriginalCheckpoint):
     """A published checkpoint of Mini-Gemini."""
 
     family = "Mini-Gemini"
-    towers: ClassVar[tuple[str, ...]] = ("mm_vision_tower", "mm_vision_tower_aux")
+    towers: ClassVar[Mapping[str, str]] = {
+        "mm_vision_tower": "model.vision_tower.vision_tower.",
+        "mm_vision_tower_aux": "model.vision_tower_aux.",
+    }
 
     def config(self) -> MiniGeminiConfig:
         """The configuration; the depths of the high-resolution tower are ``convnext_large``'s until weights are read.
@@ -104,16 +107,17 @@ class PublishedCheckpoint(OriginalCheckpoint):
         Towers inside the checkpoint come before those beside it, as in MGM.
         """
 
-        def read(folder: Path, files: tuple[str, ...], rename: Any) -> dict[str, Tensor]:
-            return renamed_tensors(weight_files(folder, files), rename, self.family)
-
-        tensors = read(self.source, CHECKPOINT_FILES, rename_checkpoint)
+        tensors = renamed_tensors(self.own_files(), rename_checkpoint, self.family)
         if not any(name.startswith(LOW_RES) for name in tensors):
-            tensors |= read(self.folder_of("mm_vision_tower", weights=True), CHECKPOINT_FILES, rename_clip)
+            tensors |= renamed_tensors(self.tower_files("mm_vision_tower"), rename_clip, self.family)
         if not any(name.startswith(HIGH_RES) for name in tensors):
-            tensors |= read(self.folder_of("mm_vision_tower_aux", weights=True), OPENCLIP_FILES, rename_openclip)
+            tensors |= renamed_tensors(self.tower_files("mm_vision_tower_aux"), rename_openclip, self.family)
         config.high_res_config.depths = _depths(tensors)
         return tensors
+
+    def tower_files(self, key: str) -> list[Path]:
+        names = OPENCLIP_FILES if key == "mm_vision_tower_aux" else CHECKPOINT_FILES
+        return weight_files(self.folder_of(key, weights=True), names)
 
 
 def find_published(source: Path) -> PublishedCheckpoint | None:

@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 from vzip.errors import CheckpointError, UnsupportedModelError
 
 from ...hub import Checkpoint, is_hub_id
+from .tensors import CHECKPOINT_FILES, names_in, weight_files
 
 # Where a tower comes from, by the folder's name in the published config.json (JIA-Lab-research/MGM issue 51).
 HUB_IDS = {
@@ -29,7 +30,11 @@ HUB_REVISIONS = {
     "openai/clip-vit-large-patch14-336": "ce19dc912ca5cd21c8a653c79e251e808ccabcd1",
     "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup": "39918dfbdf69ccd2172e6510a430e92337ee23e1",
 }
+# ``image_aspect_ratio`` of a configuration whose images are not padded: the short side is resized, the centre cut out.
+CROPPED = "square"
 _TOWER_OWNERS = ("openai/", "laion/", "LanguageBind/")
+_WHOLE = {"vocab_size", "hidden_size", "num_hidden_layers", "mm_vision_select_layer"}
+_WHOLE |= {"mm_hidden_size_aux", "image_size_aux"}
 _NOT_OF_TEXT = {"model_type", "architectures", "dtype", "transformers_version", "_name_or_path"}
 
 
@@ -41,13 +46,14 @@ class OriginalCheckpoint(ABC):
         source: its directory.
         fields: its ``config.json``.
         family: its name, for messages.
-        towers: the keys of ``config.json`` that name its vision towers.
+        towers: the keys of ``config.json`` that name its vision towers, and the beginning of the names that a tower's
+            tensors have where they are in the checkpoint itself.
     """
 
     source: Path
     fields: Mapping[str, Any]
     family: ClassVar[str]
-    towers: ClassVar[tuple[str, ...]] = ("mm_vision_tower",)
+    towers: ClassVar[Mapping[str, str]] = {"mm_vision_tower": "model.vision_tower.vision_tower."}
 
     @abstractmethod
     def config(self) -> Any:
@@ -69,6 +75,25 @@ class OriginalCheckpoint(ABC):
     @abstractmethod
     def processor(self) -> Any:
         """Images and prompts as the authors' scripts make them; raises CheckpointError."""
+
+    def files(self) -> list[Path]:
+        """All files that decide its weights, wherever they are: its own first, then those of towers beside it.
+
+        Raises:
+            CheckpointError: files that are missing.
+        """
+        own = self.own_files()
+        inside = [name for file in own for name in names_in(file)]
+        beside = [key for key, start in self.towers.items() if not any(name.startswith(start) for name in inside)]
+        return [*own, *(file for key in beside for file in self.tower_files(key))]
+
+    def own_files(self) -> list[Path]:
+        """Those of ``files`` that hold no tower, or one inside."""
+        return weight_files(self.source, CHECKPOINT_FILES)
+
+    def tower_files(self, key: str) -> list[Path]:
+        """The weights of a tower beside it."""
+        return weight_files(self.folder_of(key, weights=True), CHECKPOINT_FILES)
 
     def tokenizer_folder(self) -> Path:
         """The directory with its tokenizer's files, where there are any."""
@@ -117,7 +142,11 @@ class OriginalCheckpoint(ABC):
         absent = [key for key in needed if self.fields.get(key) is None]
         if absent:
             raise CheckpointError(f"{self.source}: config.json has no {', '.join(absent)}, which {self.family} needs.")
-        told = []
+        told = [
+            f"{key}={self.fields[key]!r:.80} in config.json; a whole number is read"
+            for key in needed
+            if key in _WHOLE and type(self.fields[key]) is not int
+        ]
         for key, (wanted, default) in required.items():
             if (value := self.fields.get(key, default)) != wanted:
                 missing = "" if key in self.fields else " (what a missing key stands for)"

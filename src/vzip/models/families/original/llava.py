@@ -7,7 +7,8 @@ Source: haotian-liu/LLaVA c121f04, ``builder.py``, ``llava_arch.py``, ``mm_utils
 
 from __future__ import annotations
 
-import logging
+import ast
+import contextlib
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -21,14 +22,13 @@ from transformers.models.clip import CLIPImageProcessor  # AutoImageProcessor of
 
 from vzip.errors import CheckpointError, UnsupportedModelError
 from vzip.json_files import read_json
+from vzip.keys import POSITIVE
 
 from ...hub import is_hub_id
-from .checkpoint import OriginalCheckpoint, find_folder
+from .checkpoint import CROPPED, OriginalCheckpoint, find_folder
 from .names import TOWER, rename_clip, rename_llava
 from .tensors import CHECKPOINT_FILES, renamed_tensors, weight_files
 from .tokenizer import llama_tokenizer, vicuna_template
-
-logger = logging.getLogger(__name__)
 
 PROJECTOR_NAME = "mm_projector.bin"
 LORA_CONFIG, NON_LORA_NAME = "adapter_config.json", "non_lora_trainables.bin"
@@ -100,10 +100,12 @@ class OriginalLlava(OriginalCheckpoint):
         path = self.source / LORA_CONFIG
         try:
             settings: dict[str, Any] = dict(read_json(path))
-            if not isinstance(settings["r"], int) or not isinstance(settings["lora_alpha"], int | float):
+            if not POSITIVE.allows(settings["r"]) or not POSITIVE.allows(settings["lora_alpha"]):
                 raise ValueError(f"r={settings['r']!r}, lora_alpha={settings['lora_alpha']!r}")
         except (ValueError, LookupError, TypeError) as error:
-            raise CheckpointError(f"{path}: not readable ({error}); r and lora_alpha are needed.") from error
+            raise CheckpointError(
+                f"{path}: not readable ({error}); r and lora_alpha are needed, numbers above 0."
+            ) from error
         given = [f"{key}={settings[key]}" for key in _LORA_OFF if settings.get(key)]
         if given or settings.get("peft_type", "LORA") != "LORA":
             raise UnsupportedModelError(
@@ -131,7 +133,7 @@ class OriginalLlava(OriginalCheckpoint):
         # Rows for the placeholder and the padding, up to a multiple of 64, as in the checkpoints of llava-hf.
         text = self.text_config(kind, vocab_size=-(-(first + 2) // 64) * 64, pad_token_id=first + 1)
         settings = {
-            "vision_config": CLIPVisionConfig.from_pretrained(self.folder_of("mm_vision_tower")),
+            "vision_config": CLIPVisionConfig.from_pretrained(self._tower_folder()),
             "text_config": text,
             "image_token_index": first,
             "vision_feature_layer": self.fields["mm_vision_select_layer"],
@@ -145,7 +147,22 @@ class OriginalLlava(OriginalCheckpoint):
         if self.has_tiles:
             settings["image_grid_pinpoints"] = self._pinpoints()
             return LlavaNextConfig(**settings, architectures=["LlavaNextForConditionalGeneration"])
+        if self.fields.get("image_aspect_ratio") != "pad":  # LLaVA's code pads for this word alone
+            settings["image_aspect_ratio"] = CROPPED
         return LlavaConfig(**settings, architectures=["LlavaForConditionalGeneration"])
+
+    def own_files(self) -> list[Path]:
+        files = weight_files(self.base(weights=True), CHECKPOINT_FILES)
+        if self.is_projector:
+            files.append(self.source / PROJECTOR_NAME)
+        if self.is_lora:
+            files += [self.source / LORA_CONFIG, *self._lora_files(), *weight_files(self.source, [NON_LORA_NAME])]
+        return files
+
+    def files(self) -> list[Path]:
+        if self.fields.get("unfreeze_mm_vision_tower"):
+            return super().files()
+        return [*self.own_files(), *self.tower_files("mm_vision_tower")]
 
     def tensors(self, config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
         tensors = renamed_tensors(weight_files(self.base(weights=True), CHECKPOINT_FILES), rename_llava, self.family)
@@ -157,8 +174,7 @@ class OriginalLlava(OriginalCheckpoint):
             tensors |= renamed_tensors(weight_files(self.source, [NON_LORA_NAME]), _rename_peft, self.family)
             self._merge_lora(tensors, dtype)
         if not any(name.startswith(TOWER) for name in tensors):
-            files = weight_files(self.folder_of("mm_vision_tower", weights=True), CHECKPOINT_FILES)
-            tensors |= renamed_tensors(files, rename_clip, self.family)
+            tensors |= renamed_tensors(self.tower_files("mm_vision_tower"), rename_clip, self.family)
         for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
             if name in tensors and len(tensors[name]) == self.fields["vocab_size"]:
                 tensors[name] = with_rows(tensors[name], config.text_config.vocab_size)
@@ -171,7 +187,7 @@ class OriginalLlava(OriginalCheckpoint):
         """LLaVA's image processor and conversation, the language model's tokenizer with a placeholder."""
         from transformers import LlavaNextImageProcessor, LlavaNextProcessor, LlavaProcessor  # they warn of torchvision
 
-        folder = self.folder_of("mm_vision_tower")
+        folder = self._tower_folder()
         clip, vision = CLIPImageProcessor.from_pretrained(folder), CLIPVisionConfig.from_pretrained(folder)
         tokenizer = llama_tokenizer(self.tokenizer_folder(), self.fields["vocab_size"], [IMAGE_TOKEN], PAD_TOKEN)
         settings = {
@@ -181,13 +197,6 @@ class OriginalLlava(OriginalCheckpoint):
             "chat_template": self._template(tokenizer),
         }
         if not self.has_tiles:
-            if (aspect := self.fields.get("image_aspect_ratio", "square")) != "pad":
-                logger.warning(
-                    "%s: image_aspect_ratio=%s, so LLaVA's code cuts the centre out of an image: set"
-                    " model.preprocess=hf; model.preprocess=llava pads.",
-                    self.source,
-                    aspect,
-                )
             return LlavaProcessor(clip, tokenizer, **settings)
         tiles = LlavaNextImageProcessor(
             size=clip.size,
@@ -221,7 +230,10 @@ class OriginalLlava(OriginalCheckpoint):
     def _pinpoints(self) -> list[list[int]]:
         """The resolutions as (height, width); LLaVA writes (width, height)."""
         given = self.fields.get("image_grid_pinpoints")
-        if not isinstance(given, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in given):
+        if isinstance(given, str):  # as LLaVA's training takes it from the command line: "[(336, 672), ...]"
+            with contextlib.suppress(ValueError, SyntaxError):
+                given = ast.literal_eval(given)
+        if not isinstance(given, list) or not given or not all(map(_is_size, given)):
             raise UnsupportedModelError(
                 f"{self.source}: image_grid_pinpoints={given!r:.80} in config.json; a list of (width, height) is read."
             )
@@ -232,10 +244,23 @@ class OriginalLlava(OriginalCheckpoint):
             return _MISTRAL_TEMPLATE
         return _CHATML_TEMPLATE if "<|im_start|>" in tokenizer.get_vocab() else vicuna_template(SYSTEM_PROMPT)
 
+    def _tower_folder(self) -> Path:
+        """The tower's small files: its configuration and how images enter it."""
+        folder = self.folder_of("mm_vision_tower")
+        absent = [name for name in ("config.json", "preprocessor_config.json") if not (folder / name).is_file()]
+        if absent:
+            raise CheckpointError(
+                f"{folder}: holds no {' and no '.join(absent)}, and is the vision tower of {self.source}. Copy the"
+                " whole repository."
+            )
+        return folder
+
+    def _lora_files(self) -> list[Path]:
+        return weight_files(self.source, ["adapter_model.safetensors", "adapter_model.bin"])
+
     def _merge_lora(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Adds B x A x alpha / r to the weights that the layers stand beside, in float32."""
-        files = weight_files(self.source, ["adapter_model.safetensors", "adapter_model.bin"])
-        layers = renamed_tensors(files, _lora_name, self.family)
+        layers = renamed_tensors(self._lora_files(), _lora_name, self.family)
         for name in sorted({_without_side(name) for name in layers}):
             down, up = (layers.get(f"{name}.lora_{side}.weight") for side in "AB")
             if f"{name}.weight" not in tensors or down is None or up is None:
@@ -307,6 +332,10 @@ def with_rows(weight: Tensor, num_rows: int) -> Tensor:
     """A text embedding or head with rows for new words; each is the others' mean, which is never the likeliest word."""
     mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
     return torch.cat([weight, mean.expand(num_rows - len(weight), -1)])
+
+
+def _is_size(pair: Any) -> bool:
+    return isinstance(pair, list | tuple) and len(pair) == 2 and all(type(side) is int and side > 0 for side in pair)
 
 
 def _rename_peft(name: str) -> str | None:

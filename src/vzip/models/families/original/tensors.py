@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vzip.errors import CheckpointError
 
-from ...hub import shards_of
+from ...hub import READ_ERRORS, shards_of
 from .names import UnexpectedName
 
 # In order of preference; a directory may hold both formats.
@@ -75,7 +75,32 @@ def renamed_tensors(files: Sequence[Path], rename: Callable[[str], str | None], 
     return tensors
 
 
+def names_in(file: Path) -> list[str]:
+    """The names of a file's tensors; none of a file of settings (``.json``)."""
+    if file.suffix == ".json":
+        return []
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    return [name for name, _ in _tensors_in(file)]
+
+
 def _tensors_in(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Raises CheckpointError for a file that cannot be read, or that holds something else than named tensors."""
+    try:
+        for name, tensor in _read(file):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name!s:.80} is a {type(tensor).__name__}, not a tensor")
+            yield name, tensor
+    except READ_ERRORS as error:
+        said = str(error).strip().splitlines() or [""]
+        raise CheckpointError(
+            f"{file}: cannot be read as weights ({type(error).__name__}: {said[0]}). It is cut short, damaged or of"
+            " another program: copy or download it again."
+        ) from error
+
+
+def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a mapping)

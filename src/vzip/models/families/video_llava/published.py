@@ -23,7 +23,7 @@ from vzip.json_files import read_json
 from ..original.checkpoint import OriginalCheckpoint, local_folder
 from ..original.llava import with_rows
 from ..original.names import LANGUAGE, after, apply, is_buffer, rename_clip
-from ..original.tensors import CHECKPOINT_FILES, renamed_tensors, weight_files
+from ..original.tensors import renamed_tensors
 from ..original.tokenizer import llama_tokenizer, vicuna_template
 from .config import PublishedVideoLlavaConfig
 from .modeling import PublishedVideoLlavaForConditionalGeneration
@@ -63,7 +63,10 @@ class PublishedVideoLlava(OriginalCheckpoint):
     """A published checkpoint of Video-LLaVA."""
 
     family = "Video-LLaVA"
-    towers: ClassVar[tuple[str, ...]] = tuple(REPOSITORIES)
+    towers: ClassVar[Mapping[str, str]] = {
+        "mm_image_tower": "model.image_tower.image_tower.",
+        "mm_video_tower": "model.video_tower.video_tower.",
+    }
 
     def config(self) -> PublishedVideoLlavaConfig:
         needed = ("mm_image_tower", "mm_video_tower", "mm_vision_select_layer", "vocab_size", "hidden_size")
@@ -86,11 +89,10 @@ class PublishedVideoLlava(OriginalCheckpoint):
         )
 
     def tensors(self, config: PublishedVideoLlavaConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-        tensors = renamed_tensors(weight_files(self.source, CHECKPOINT_FILES), rename_checkpoint, self.family)
+        tensors = renamed_tensors(self.own_files(), rename_checkpoint, self.family)
         for key, prefix in zip(REPOSITORIES, (IMAGE_TOWER, VIDEO_TOWER), strict=True):
             if not any(name.startswith(prefix) for name in tensors):
-                files = weight_files(self.folder_of(key, weights=True), CHECKPOINT_FILES)
-                tensors |= renamed_tensors(files, partial(rename_clip, to=prefix), self.family)
+                tensors |= renamed_tensors(self.tower_files(key), partial(rename_clip, to=prefix), self.family)
         for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
             if name in tensors and len(tensors[name]) == self.fields["vocab_size"]:
                 tensors[name] = with_rows(tensors[name], config.text_config.vocab_size)
