@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 from scripts.make_random_model import build
-from tests.media.videos import write_video
+from tests.media.clips import write
 from tests.records import put, record
 
 import vzip
@@ -160,11 +160,17 @@ def test_all_draws_what_it_can_keeps_what_is_there_and_names_what_failed(
 
 @pytest.mark.slow
 def test_figure_8_on_a_video_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_video(tmp_path / "clip.mp4", 30)
+    write(tmp_path / "clip.mp4", 30)
     model, processor = build("video_llava")
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    words = ["figure", "8", "model=video_llava_7b_hf", f"model.name_or_path={tmp_path / 'model'}", "model.revision=null"]
+    words = [
+        "figure",
+        "8",
+        "model=video_llava_7b_hf",
+        f"model.name_or_path={tmp_path / 'model'}",
+        "model.revision=null",
+    ]
     words += ["model.num_tower_tokens=null", "--video", str(tmp_path / "clip.mp4"), "--prompt", "What happens?"]
     assert cli.main([*words, "--max-new-tokens", "3", "--out", str(tmp_path)]) == 0
     with (tmp_path / "figure_8.csv").open() as file:

@@ -75,8 +75,8 @@ def _built_in(args: argparse.Namespace, vanilla: Any, num_videos: int, max_new_t
     note = (
         f"{len(clips)} videos of {NUM_FRAMES} frames, each three of the built-in benchmark's generated scenes in turn;"
         " what is asked about, a sign, is in the last scene alone, so the only frame that vanilla can afford does not"
-        " show it. The model takes images, not videos, so its frames are several images of one prompt, which it was"
-        " not trained on: 3 frames it reads about as one, with more it fails more often"
+        " show it. The model takes images, not videos: frames are several images of one prompt, which it was not trained"
+        " on, so with many frames it may fail though it sees what is asked about"
     )
     return draw(arms, clips[0], asked, [measure(vlm, arm, clips[0]) for arm in arms], "built-in model", note)
 

@@ -105,9 +105,9 @@ def test_lines_and_bars_are_the_numbers() -> None:
     assert [tick.get_text() for tick in polar.get_xticklabels()] == ["a\n(80)", "b\n(50)", "c\n(40)"]
     assert [patch.get_height() for patch in prefill.patches] == [48, 6]
     assert [text.get_text() for text in prefill.texts] == ["48", "6\n8.0x"]
-    assert drawing.caption.endswith("No evaluation: do this.") and "Left out, since a benchmark is missing: DivPrune" in (
-        drawing.caption
-    )
+    assert drawing.caption.endswith(
+        "No evaluation: do this."
+    ) and "Left out, since a benchmark is missing: DivPrune" in (drawing.caption)
     assert "measured apart on a GPU" in drawing.caption and "wall time" not in drawing.caption
     found = {(row["what"], row["method"]): row["percent_of_vanilla"] for row in drawing.rows}
     assert found["c", "VisionZip"] == pytest.approx(50) and found["prefill", "vanilla"] is None

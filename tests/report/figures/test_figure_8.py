@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_the_drawing_has_a_row_an_arm_and_what_it_costs() -> None:
     reds = [int(np.asarray(image.get_array())[0, 0, 0]) for image in second.images]
     assert reds == [20 * n for n in sample_indices(12, 6)], "in their order"
     lefts = [image.get_extent()[0] for image in second.images]
-    assert all(b - a >= 1 / 9 - 1e-9 for a, b in zip(lefts, lefts[1:], strict=False)), "none over another"
+    assert all(b - a >= 1 / 9 - 1e-9 for a, b in pairwise(lefts)), "none over another"
     heights = [[patch.get_height() for patch in axes.patches] for axes in (tokens, cache, latency, right)]
     assert heights == [[576, 384], [4, 3], [20, 30], [0, 50]]
     assert "VisionZip, 6 frames: 384 visual tokens, 3.00 MiB, 30 ms; right 50.0 %" in drawing.caption

@@ -240,8 +240,8 @@ def _caption(
     lines = [
         f"Figure 1 of arXiv 2412.04467 from our own records: {model} with {radar.num_tokens:g} visual tokens an image"
         f" (measured; within {100 * SAME_BUDGET:g} %) in percent of its own score with all, on {counts}; in brackets"
-        f" the questions, and at the axes vanilla's scores. The middle of the radar is {_center(radar):g} %, not 0. In the"
-        " legend the mean over the benchmarks. Scores come with error; the CSV has their 95 % intervals."
+        f" the questions, and at the axes vanilla's scores. The middle of the radar is {_center(radar):g} %, not 0."
+        " In the legend the mean over the benchmarks. Scores come with error; the CSV has their 95 % intervals."
     ]
     if prefill:
         lines.append(
