@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pillow_heif
 import pytest
 from PIL import Image
 
 from vzip import cli, installed
+from vzip.analysis import kept
+from vzip.analysis.overlay import draw_overlay
 from vzip.config.options import config_dir
 from vzip.errors import ImageError
 from vzip.media.images import load_image
@@ -23,8 +27,10 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 
 @pytest.mark.parametrize("ending", ["gif", "webp"])
 def test_an_answer_without_marks_and_what_was_kept(
-    ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    drawings: list[Any] = []
+    monkeypatch.setattr(kept, "draw_overlay", lambda *given: drawings.append(given) or draw_overlay(*given))
     with Image.open(SCENE) as image:
         image.save(tmp_path / f"scene.{ending}", **({"lossless": True} if ending == "webp" else {}))
     words = ["ask", str(tmp_path / f"scene.{ending}"), QUESTION, "budget=64tok", "--max-new-tokens", "6"]
@@ -32,9 +38,11 @@ def test_an_answer_without_marks_and_what_was_kept(
     told = capsys.readouterr().out
     assert told == f"air\n(64 visual tokens, 576 without compression)\nwrote {tmp_path / 'out.png'}\n"
     with Image.open(tmp_path / "out.png") as drawn:
-        assert drawn.width == 2 * 336 + 8 and drawn.height > 336 + 40, "two panels; a line above, two below"
-        texts = [drawn.crop((0, 0, drawn.width, 20)), drawn.crop((0, drawn.height - 36, drawn.width, drawn.height))]
-        assert all(text.convert("L").getextrema()[0] < 60 for text in texts), "written in black"
+        assert drawn.width > 800 and np.asarray(drawn.convert("L")).min() < 60
+    ((sheets, words),) = drawings
+    assert (words.title, words.question, words.answer) == ("tiny, VisionZip", QUESTION, "air")
+    assert words.tokens == "64 of 576 visual tokens: 54 dominant + 10 contextual"
+    assert len(sheets) == 1 and len(np.unique(sheets[0].crops[0].group)) == 11
 
 
 def test_an_address_keeps_its_slashes_and_nothing_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import vzip
 from vzip import cli
-from vzip.analysis.kept_patches import _of_whole, kept_patches
+from vzip.analysis.kept_patches import kept_patches, patches_of_units
 from vzip.cli.overlap import expected
-from vzip.compressors.vision import VisionShape
+from vzip.compressors.vision import VisionOutput, VisionShape
 from vzip.config.build import model_plan
 from vzip.config.options import config_dir
 
@@ -68,13 +69,20 @@ def test_text_aware_methods_are_asked_and_methods_inside_the_tower_run_in_it(
 
 
 def test_packed_units_are_patches_of_their_crops() -> None:
-    import torch
-
     shape = VisionShape("image", 2, (1, 3), True, 7, num_added=1)
     packing = torch.tensor([0, 1, 2, -1, 3, 4, 5])  # a newline between the crops
-    assert _of_whole(torch.tensor([1, 3, 4]), packing, 7, shape) == {1, 3}
+    packed = VisionOutput(torch.zeros(1, 7, 2), False, (1, 7))
+    assert patches_of_units(packed, vzip.Identity(), shape, packing).tolist() == [[0, 1, 2, -1, 3, 4, 5]]
     with_cls = VisionShape("image", 2, (1, 3), True, 8)
-    assert _of_whole(torch.tensor([0, 1, 4, 7]), None, 8, with_cls) == {0, 5}, "CLS of each crop is no patch"
+    packed = VisionOutput(torch.zeros(1, 8, 2), False, (1, 8))
+    expected = [[-1, 0, 1, 2, -1, 3, 4, 5]]
+    assert patches_of_units(packed, vzip.Identity(), with_cls, None).tolist() == expected, "CLS is no patch"
+    crops, method = VisionOutput(torch.zeros(2, 4, 2), True, (1, 3)), vzip.VisionZip(vzip.TokenBudget(1, 1))
+    assert patches_of_units(crops, method, with_cls, None).tolist() == [[-1, 0, 1, 2], [-1, 3, 4, 5]]
+    frames = VisionShape("video", 2, (1, 3), True, 8)
+    method = vzip.VisionZip(vzip.TokenBudget(1, 1, scope="video"))
+    packed = VisionOutput(torch.zeros(1, 8, 2), False, (1, 8))
+    assert patches_of_units(packed, method, frames, None).tolist() == expected, "one budget for all frames"
 
 
 def test_what_is_wrong_is_said_before_loading(

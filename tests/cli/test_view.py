@@ -15,7 +15,7 @@ from tests.report.view.view_runs import COMPRESSED, VANILLA, put, row
 
 import vzip
 from vzip import cli
-from vzip.analysis.kept_map import kept_map
+from vzip.analysis.kept import kept_crop
 from vzip.config.build import recorded_method
 from vzip.errors import ConfigError
 from vzip.results.record import read_record
@@ -61,7 +61,7 @@ def test_images_by_name_with_the_runs_own_kept_patches(
     assert of_vanilla is None and "32" not in str(compressor.budget.num_dominant)
     vlm = vzip.load_vlm(**arguments, compressor=compressor)
     with Image.open(SCENE) as image:
-        expected = kept_map(vlm, image.convert("RGB"))
+        expected = kept_crop(vlm, image.convert("RGB"))
     assert kept["kept"] == np.flatnonzero(expected.kept).tolist() and kept["grid"] == [24, 24]
     assert [target for target, _ in kept["groups"]] == expected.targets and len(expected.targets) == 5
     for number, (_, members) in enumerate(kept["groups"]):

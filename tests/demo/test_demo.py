@@ -11,17 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 from tests.writing import held
 
 import vzip
 from vzip import cli
-from vzip.analysis.overlay import DIMMED, KEPT_COLOR, draw_overlay
 from vzip.analysis.plots import Point, plot_retention
 from vzip.cli import demo as run
-from vzip.compressors.base import CompressedTokens
 from vzip.config.options import config_dir
 from vzip.demo import benchmark, scoring, show
 from vzip.demo.questions import TASKS
@@ -95,21 +93,17 @@ def test_score_of_vanilla_against_itself_is_exactly_one():
     assert (got.retention, got.low, got.high) == (100.0, 100.0, 100.0)
 
 
-def test_overlay_frames_kept_patches_and_colours_groups():
-    picture = Image.new("RGB", (40, 40), (100, 100, 100))
-    # Rows of a 2 x 2 grid with CLS: CLS and patch 0 kept, patches 1 and 2 in group 0, patch 3 in group 1.
-    tokens = CompressedTokens(
-        tokens=torch.zeros(1, 4, 3),
-        source_index=torch.tensor([[0, 1]]),
-        merge_index=torch.tensor([[-1, -1, 0, 0, 1]]),
+def test_the_overlay_has_a_row_an_image(tiny, small_benchmark, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(show, "draw_overlay", lambda sheets, words: drawn.append((sheets, words)) or Figure())
+    show.write_overlay(tiny, small_benchmark, tmp_path / "overlay.png")
+    ((sheets, words),) = drawn
+    assert [sheet.name for sheet in sheets] == ["image 0", "image 1", "image 2"]
+    assert [int(sheet.crops[0].kept.sum()) for sheet in sheets] == [53] * 3
+    assert (
+        words.tokens == "64 of 576 visual tokens: 54 dominant + 10 contextual" and (tmp_path / "overlay.png").is_file()
     )
-    sheet = np.asarray(draw_overlay(picture, tokens, 0, (2, 2), has_cls=True))
-    assert sheet.shape == (40, 88, 3)
-    assert tuple(sheet[0, 5]) == KEPT_COLOR and tuple(sheet[10, 10]) == (100, 100, 100)
-    assert tuple(sheet[10, 30]) == (int(100 * DIMMED),) * 3
-    right = sheet[:, 48:]
-    assert tuple(right[10, 10]) == (100, 100, 100)  # kept, so in no group
-    assert tuple(right[10, 30]) == tuple(right[30, 10]) != tuple(right[30, 30])
+    tiny.compressor = vzip.Identity()
 
 
 def test_plot_is_written(tmp_path):

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tests.evaluation.conftest import IMAGE_SIZE, picture
+from tests.evaluation.conftest import picture
 from tests.records import COMPRESSED, VANILLA, put, record
 
-import vzip
 from vzip.analysis.plots import plot_retention
 from vzip.errors import ImageError, MissingPackageError
 from vzip.evaluation import tracking
@@ -85,7 +84,7 @@ def test_what_is_told(fake: FakeWandb, vlm: Any, include_path: Path, tmp_path: P
     assert len(content["samples"]) == 2, "two a task, and none of a task without pictures"
     for shown in content["samples"]:
         assert shown.caption in captions
-        assert shown.source.size == (2 * IMAGE_SIZE + 8, IMAGE_SIZE), "kept patches and merge groups, side by side"
+        assert shown.source.width > 1000 > shown.source.height, "kept patches and merge groups, side by side"
 
 
 def refused() -> None:
@@ -149,8 +148,9 @@ def test_an_image_that_cannot_be_drawn_is_left_out(
 
     asked: list[str] = []
 
-    def draw(vlm: Any, image: Image.Image, question: str) -> Image.Image:
+    def draw(vlm: Any, image: Image.Image, question: str, *, answer: str) -> Image.Image:
         asked.append(question)  # what text-aware methods read
+        assert answer == "b"
         if image.height == 40:
             raise ImageError("too dark")
         return image
@@ -161,8 +161,3 @@ def test_an_image_that_cannot_be_drawn_is_left_out(
     )
     assert [sample.question for sample in found] == ["q1"] and "too dark" in caplog.text
     assert asked == ["q0", "q1"]
-
-
-def test_vanilla_shows_what_the_tower_sees(vlm: Any) -> None:
-    shown = tracking.draw_kept(vzip.CompressedVlm(vlm.model, vzip.Identity(), vlm.processor), picture(3))
-    assert shown.size == (IMAGE_SIZE, IMAGE_SIZE)

@@ -19,17 +19,17 @@ class Watched(Wrapper):
     """A compressor that remembers what it kept; everything else is that of the one inside.
 
     Attributes:
-        kept: of each call what it was given, and the units kept.
+        kept: of each call what it was given, and what came of it.
     """
 
-    kept: list[tuple[VisionOutput, Tensor]] = field(default_factory=list)
+    kept: list[tuple[VisionOutput, CompressedTokens]] = field(default_factory=list)
 
     def select(self, vision: VisionOutput) -> Selection:
         return self.of.select(vision)
 
     def compress(self, vision: VisionOutput) -> CompressedTokens:
         result = self.of.compress(vision)
-        self.kept.append((vision, result.source_index))
+        self.kept.append((vision, result))
         return result
 
 
@@ -55,23 +55,32 @@ def kept_patches(
     num_patches = shape.num_crops * shape.num_patches
     adapter.encode(visual, watched)
     kept: set[int] = set()
-    for vision, index in watched.kept:
-        if compressor.scope == "image":
-            kept |= _of_whole(index[0].cpu(), adapter.whole_index(shape), vision.num_rows, shape)
-        else:
-            for crop, own in enumerate(index.tolist()):
-                kept |= {crop * shape.num_patches + unit - vision.has_cls for unit in own if unit >= vision.has_cls}
-    return kept, num_patches
+    for vision, made in watched.kept:
+        places = patches_of_units(vision, compressor, shape, adapter.whole_index(shape))
+        kept |= set(places.to(made.source_index.device).gather(1, made.source_index).flatten().tolist())
+    return kept - {-1}, num_patches
 
 
-def _of_whole(index: Tensor, packing: Tensor | None, num_rows: int, shape: VisionShape) -> set[int]:
-    """Units of a packed image as patches of its crops."""
-    rows = index if packing is None else packing[index]
-    num_all = num_rows if packing is None else int(packing.max()) + 1
-    has_cls = max(0, num_all // shape.num_crops - shape.num_patches)  # where the unmodified model passes it on
-    width = shape.num_patches + has_cls
-    return {
-        row // width * shape.num_patches + row % width - has_cls
-        for row in rows.tolist()
-        if row % width >= has_cls <= row
-    }
+def patches_of_units(
+    vision: VisionOutput, compressor: Compressor, shape: VisionShape, packing: Tensor | None
+) -> Tensor:
+    """Which patch each unit is that a method was given: int64 ``[N, U]`` on the CPU, crops counted through.
+
+    CLS and newlines are none: -1.
+
+    Args:
+        vision: what the method was given: crops, or the whole as the unmodified model packs it.
+        compressor: the method.
+        shape: of the image (or video).
+        packing: ``Adapter.whole_index(shape)``.
+    """
+    num_patches = shape.num_patches
+    if compressor.scope == "crop" and not compressor.joins(shape):
+        crop, unit = torch.arange(len(vision.hidden))[:, None], torch.arange(vision.num_rows) - int(vision.has_cls)
+        return (crop * num_patches + unit).where(unit >= 0, -1)
+    row = torch.arange(vision.num_rows) if packing is None else packing
+    num_all = len(row) if packing is None else int(packing.max()) + 1
+    has_cls = max(0, num_all // shape.num_crops - num_patches)  # where the unmodified model passes it on
+    width = num_patches + has_cls
+    patch = row % width - has_cls
+    return (row // width * num_patches + patch).where((row >= 0) & (patch >= 0), -1)[None]

@@ -21,7 +21,7 @@ from vzip.models.load import check_complete, reach, read_config, resolve_checkpo
 from vzip.models.towers.structure import Tower, find_tower, geometry_from_config
 from vzip.models.vlm import CompressedVlm
 
-from .kept import as_image
+from .kept import seen_image
 
 # By the type that config.json names: a whole model, or its image half alone.
 BARE: Mapping[str, type[PreTrainedModel]] = {
@@ -59,7 +59,7 @@ class SeeingTower:
         """
         pixels = self.prepare(image)
         dtype = next(self.tower.embeddings.parameters()).dtype
-        return pixels.to(dtype), as_image(pixels[0], self.image_processor)
+        return pixels.to(dtype), seen_image(pixels[0], self.image_processor)
 
     def with_layer(self, layer: int | None) -> SeeingTower:
         """The same with another select layer, counted as in the tower's hidden states; None: as it is.

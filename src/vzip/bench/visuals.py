@@ -190,7 +190,7 @@ class AnySize(Images):
         Visuals.__init__(self, adapter.vision_tower, num_crops)
         self.adapter = adapter
         self.num_placeholders, self.placeholder = 1, adapter.image_token_id
-        *_, height, width = adapter.shown(adapter.read_inputs(**adapter.blank_images(1))).shape
+        *_, height, width = adapter.shown(adapter.read_inputs(**adapter.blank_images(1)))[0].shape
         self.image_size = (width, height)
 
     def describe(self) -> str:

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overlay",
         type=Path,
         metavar="FILE",
-        help="draw what was kept (left, framed) and merged (right, a colour a group), with question and answer",
+        help="draw what was kept (left) and what merges into what (right), with question, answer and tokens",
     )
 
 
@@ -58,8 +58,6 @@ def main(arguments: argparse.Namespace) -> int:
     videos: list[VideoSource] = []
     if is_image(file):
         images = [load_image(file)]
-    elif arguments.overlay is not None:
-        raise ConfigError(f"--overlay {arguments.overlay}: draws over an image, and {file} is none. Leave it out.")
     else:
         check_video(file)
         videos = [file]
@@ -86,8 +84,13 @@ def main(arguments: argparse.Namespace) -> int:
         counts += f"; {sum(layers) / len(layers):.1f} on average over the language model's layers"
     print(f"({counts})")
     if arguments.overlay is not None:
-        title = f"{arguments.model}, {type(compressor).__name__}, {num_tokens} of {shape.num_vanilla} visual tokens"
-        _draw(vlm, images[0], questions[0], title, answer, arguments.overlay)
+        from vzip.analysis.kept import draw_kept
+        from vzip.results.files import naming_the_file
+
+        title = f"{arguments.model}, {type(compressor).__name__}"
+        drawn = draw_kept(vlm, images[0] if images else file, questions[0], title=title, answer=answer or "(no words)")
+        with naming_the_file(arguments.overlay):
+            drawn.save(arguments.overlay)
         print(f"wrote {arguments.overlay}")
     return 0
 
@@ -107,15 +110,6 @@ def _check_overlay(path: Path | None) -> None:
         raise ConfigError(f"--overlay {path}: must end in one of {', '.join(_OVERLAY_FORMATS)}.")
     if not path.parent.is_dir():
         raise ConfigError(f"--overlay {path}: no folder {path.parent}. Make it, or name another.")
-
-
-def _draw(vlm: CompressedVlm, image: Image.Image, question: str, title: str, answer: str, path: Path) -> None:
-    from vzip.analysis.kept import draw_kept
-    from vzip.analysis.overlay import with_text
-    from vzip.results.files import naming_the_file
-
-    with naming_the_file(path):
-        with_text(draw_kept(vlm, image, question), title, f"{question}\n{answer}").save(path)
 
 
 def build_inputs(

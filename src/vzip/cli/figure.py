@@ -1,5 +1,7 @@
 """A figure of the paper from what is measured here: PNG, SVG, the numbers behind it (CSV) and its caption (TXT).
 
+  python -m vzip figure all                                 every one of them, one after the other
+  python -m vzip figure 1                                   what each benchmark keeps, and the time saved: from runs/
   python -m vzip figure 4                                   score against tokens: what runs/ holds of the built-in model
   python -m vzip figure 4 model=mini_gemini_7b 'eval.tasks=[pope_splits,textvqa_val_ocr,gqa]'     the paper's
   python -m vzip figure 7                                   two questions about an image, one after the other
@@ -7,17 +9,21 @@
   python -m vzip figure 2                                   attention over images; how few patches have most of it
   python -m vzip figure 5 model=clip_directory --images photos      attention layer by layer, of a bare CLIP or SigLIP
   python -m vzip figure 6 --patch 12,7                      where the attention of a patch goes, and how far
+  python -m vzip figure 8                                   more frames of a video for as many visual tokens
+  python -m vzip figure 8 model=video_llava_7b --video clip.mp4 --prompt "What happens?"
 
-4 reads the records of finished runs. 7 asks: vanilla, VisionZip, and FastV and SparseVLM, which choose by the question;
-on images of one's own --prompts has the first question and the second, a line each, then further pairs. 2, 5, 6 and 9
-to 14 show the vision tower's attention: on --images, on the tasks of eval=NAME, or else on TextVQA's validation set, the
-built-in model on its own benchmark.
+1 and 4 read the records of finished runs. 7 asks: vanilla, VisionZip, and FastV and SparseVLM, which choose by the
+question; on images of one's own --prompts has the first question and the second, a line each, then further pairs.
+2, 5, 6 and 9 to 14 show the vision tower's attention: on --images, on the tasks of eval=NAME, or else on TextVQA's
+validation set, the built-in model on its own benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,20 +32,20 @@ from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
 
-from vzip.cli import attention_figures
+from vzip.cli import attention_figures, video_figure
 from vzip.cli.fidelity import image_files, read_prompts
 from vzip.config.build import chat_plan, resolved
 from vzip.config.options import config_dir
 from vzip.config.overrides import check_overrides
 from vzip.config.validate import validate
-from vzip.errors import ConfigError, ImageError, ManifestError, MissingPackageError
+from vzip.errors import ConfigError, ImageError, ManifestError, MissingPackageError, RunExistsError, VzipError
 from vzip.keys import raise_all
 from vzip.media.images import load_image
 from vzip.paths import expanded
 from vzip.progress import Progress
 from vzip.report.figures.drawing import Drawing, check_free, write_drawing
 from vzip.results.files import check_writable
-from vzip.results.record import find_runs
+from vzip.results.record import Run, find_runs
 
 if TYPE_CHECKING:
     from vzip.report.figures.figure_7 import Asked, Dialogue
@@ -57,7 +63,7 @@ TWO_TURNS: Mapping[str, tuple[str, ...]] = {
 FEW_LAYERS = {"SparseVLM": ("pruner.layers=[0,1,2]",)}  # the built-in model has five, the published rule's are 2, 6, 15
 BUILT_IN = "vzip/tiny"
 NUM_DIALOGUES = 40
-ALL_OPTIONS = ("runs", "images", "prompts", "limit", "max_new_tokens", "layer", "patch", "pixel")
+ALL_OPTIONS = ("runs", "images", "prompts", "video", "prompt", "limit", "max_new_tokens", "layer", "patch", "pixel")
 
 
 @dataclass(frozen=True)
@@ -69,14 +75,19 @@ class FigureCommand:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("number", help=f"of the paper's figure: {', '.join(sorted(FIGURES, key=int))}")
+    parser.add_argument("number", help=f"of the paper's figure, or all: {', '.join(sorted(FIGURES, key=int))}")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as for eval.py: model=NAME eval=NAME ...")
-    parser.add_argument("--runs", type=Path, help="4: where the records are (runs)")
-    parser.add_argument("--images", metavar="DIR", help="all but 4: a folder of images")
+    parser.add_argument("--runs", type=Path, help="1, 4: where the records are (runs)")
+    parser.add_argument("--images", metavar="DIR", help="7 and attention: a folder of images")
     parser.add_argument("--prompts", metavar="FILE", help="7: a first question and a second, a line each")
-    limits = f"7: dialogues at most ({NUM_DIALOGUES}); attention: images at most ({attention_figures.NUM_IMAGES})"
+    parser.add_argument("--video", metavar="FILE", help="8: a video (default: made of the built-in benchmark's scenes)")
+    parser.add_argument("--prompt", metavar="TEXT", help="8: what is asked about it")
+    limits = (
+        f"7: dialogues at most ({NUM_DIALOGUES}); 8: videos at most ({video_figure.NUM_VIDEOS}); "
+        f"attention: images at most ({attention_figures.NUM_IMAGES})"
+    )
     parser.add_argument("--limit", type=int, help=limits)
-    parser.add_argument("--max-new-tokens", type=int, help="7: most tokens of an answer (32)")
+    parser.add_argument("--max-new-tokens", type=int, help="7, 8: most tokens of an answer (32, 64)")
     parser.add_argument("--layer", type=int, help="attention: as in hidden_states (default: the model's select layer)")
     parser.add_argument("--patch", metavar="ROW,COLUMN", help="6, 14: the chosen patch, from 0 (default: the middle)")
     parser.add_argument("--pixel", metavar="X,Y", help="6, 14: the same by a pixel of what the vision tower sees")
@@ -86,6 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Draws and writes; what can be wrong is checked before a model is loaded."""
+    if args.number == "all":
+        return _all(args)
     if args.number not in FIGURES:
         raise ConfigError(f"figure {args.number}: not drawn here. There are: {', '.join(sorted(FIGURES, key=int))}.")
     command = FIGURES[args.number]
@@ -101,12 +114,30 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def figure_4(args: argparse.Namespace) -> Drawing:
-    """Score against visual tokens, from records."""
-    from vzip.report.figures.figure_4 import draw, points_of
+def _all(args: argparse.Namespace) -> int:
+    """Every figure of ``FIGURES``: what is there is kept, what fails is named at the end; 1 where something failed."""
+    failed: dict[str, VzipError] = {}
+    num_kept = 0
+    for place, number in enumerate(sorted(FIGURES, key=int), start=1):
+        print(f"figure {number} ({place} of {len(FIGURES)})", file=sys.stderr, flush=True)
+        options = FIGURES[number].options
+        unused = {name: None for name in ALL_OPTIONS if name not in options}
+        try:
+            main(argparse.Namespace(**{**vars(args), **unused, "number": number}))
+        except RunExistsError as error:
+            num_kept += 1
+            print(f"kept: {error}")
+        except VzipError as error:
+            failed[number] = error
+            logger.warning("figure %s: not drawn", number)
+    print(f"{len(FIGURES) - len(failed) - num_kept} figures drawn, {num_kept} kept, {len(failed)} not drawn")
+    for number, why in failed.items():
+        print(f"figure {number}: {why}", file=sys.stderr)
+    return 1 if failed else 0
 
-    config = _config(args.settings)
-    model, tasks = config["model"], list(config["eval"]["tasks"])
+
+def _records(args: argparse.Namespace, model: Mapping[str, Any]) -> tuple[Path, list[Run]]:
+    """The finished evaluations of a model, and where they lie."""
     folder = Path("runs") if args.runs is None else expanded(str(args.runs))
     if args.runs is not None and not folder.is_dir():
         raise ConfigError(f"--runs {folder}: no such folder.")
@@ -116,7 +147,51 @@ def figure_4(args: argparse.Namespace) -> Drawing:
     for message in unreadable:
         logger.warning("left out: %s", message)
     named = [((run.record.get("config") or {}).get("model") or {}, run) for run in found]
-    runs = [run for chosen, run in named if chosen.get("name_or_path") == model["name_or_path"]]
+    return folder, [run for chosen, run in named if chosen.get("name_or_path") == model["name_or_path"]]
+
+
+def figure_1(args: argparse.Namespace) -> Drawing:
+    """Retention of each benchmark and the time saved, from records."""
+    from vzip.report.costs import find_benches
+    from vzip.report.figures.figure_1 import MIN_TASKS, draw, evaluation_times, prefill_times, radar_of
+    from vzip.report.figures.figure_4 import points_of
+
+    config = _config(args.settings)
+    model, tasks = config["model"], list(config["eval"]["tasks"])
+    folder, runs = _records(args, model)
+    points, num_left_out = points_of(runs, tasks)
+    words = shlex.join(args.settings or ["model=tiny"])
+    radar = radar_of(points, tasks)
+    if radar is None:
+        raise ManifestError(
+            f"{folder}: figure 1 needs {model['name']} without compression and with a method, each on the same"
+            f" {MIN_TASKS} or more of {', '.join(tasks)}. This makes such records:\n"
+            f"  python eval.py -m {words} compressor=visionzip,random budget=full,64tok"
+        )
+    prefill, machine = prefill_times(find_benches(folder), model["name"], radar.num_tokens)
+    evaluation = evaluation_times(radar, runs)
+    missing = []
+    if not prefill:
+        missing.append(
+            f"No prefill at {radar.num_tokens:g} tokens is measured; this does:"
+            f" python -m vzip bench model={model['name']} budget={radar.num_tokens:.0f}tok"
+        )
+    if len(evaluation) < 2:
+        evaluation = []
+        missing.append(
+            "No two evaluations have a time of their own (a sweep's jobs take the vision tower's outputs over); each"
+            f" alone has: python eval.py {words} budget=full overwrite=true, then with the budget"
+        )
+    return draw(radar, prefill, machine, evaluation, model["name"], num_left_out, missing)
+
+
+def figure_4(args: argparse.Namespace) -> Drawing:
+    """Score against visual tokens, from records."""
+    from vzip.report.figures.figure_4 import draw, points_of
+
+    config = _config(args.settings)
+    model, tasks = config["model"], list(config["eval"]["tasks"])
+    folder, runs = _records(args, model)
     points, num_left_out = points_of(runs, tasks)
     if not points:
         words = " ".join(args.settings or ["model=tiny"])
@@ -211,8 +286,10 @@ def _built_in_dialogues() -> list[Dialogue]:
 
 
 FIGURES: Mapping[str, FigureCommand] = {
+    "1": FigureCommand(figure_1, frozenset({"runs"})),
     "4": FigureCommand(figure_4, frozenset({"runs"})),
     "7": FigureCommand(figure_7, frozenset({"images", "prompts", "limit", "max_new_tokens"})),
+    "8": FigureCommand(video_figure.figure, video_figure.OPTIONS),
     **{
         str(number): FigureCommand(
             partial(attention_figures.figure, number, _config), attention_figures.options_of(number)

@@ -32,7 +32,7 @@ from vzip.results.files import check_writable, make_folder, replace_file
 from vzip.results.record import Run, is_vanilla, read_record, record_path, title_of
 
 if TYPE_CHECKING:
-    from vzip.analysis.kept_map import KeptMap
+    from vzip.analysis.overlay import Crop
     from vzip.compressors import Compressor
     from vzip.models.vlm import CompressedVlm
 
@@ -194,11 +194,11 @@ class _OfRun:
     def __init__(self, vlm: CompressedVlm, compressor: Compressor) -> None:
         self.vlm, self.compressor, self.reads_text = vlm, compressor, compressor.reads_text
 
-    def __call__(self, image: Image.Image, question: str) -> KeptMap:
-        from vzip.analysis.kept_map import kept_map
+    def __call__(self, image: Image.Image, question: str) -> Crop:
+        from vzip.analysis.kept import kept_crop
 
         self.vlm.compressor = self.compressor  # both runs may share a model
-        return kept_map(self.vlm, image, question if self.reads_text else None)
+        return kept_crop(self.vlm, image, question if self.reads_text else None)
 
 
 def _keepers(runs: Sequence[Run], asked: bool | None) -> tuple[list[Keeper | None], list[str]]:

@@ -12,7 +12,8 @@ import transformers
 from PIL import Image
 from rich.console import Console
 
-from vzip.analysis.kept import draw_kept
+from vzip.analysis.kept import kept_sheets
+from vzip.analysis.overlay import Words, as_image, draw_overlay
 from vzip.analysis.plots import Point, plot_retention
 from vzip.compressors.budget import TokenBudget
 from vzip.compressors.visionzip import VisionZip
@@ -61,12 +62,12 @@ def lay_out(
 def write_overlay(vlm: CompressedVlm, folder: Path, out: Path) -> None:
     """Draws what VisionZip keeps and merges at 64 tokens on the benchmark's first images, one below the other."""
     vlm.compressor = VisionZip(TokenBudget(54, 10))
-    panels = [draw_kept(vlm, Image.open(folder / f"images/{index:04d}.png")) for index in range(OVERLAY_IMAGES)]
-    sheet = Image.new("RGB", (panels[0].width, sum(p.height + 8 for p in panels) - 8), "white")
-    for row, panel in enumerate(panels):
-        sheet.paste(panel, (0, row * (panel.height + 8)))
+    sheets, tokens = [], ""
+    for index in range(OVERLAY_IMAGES):
+        ((sheet,), tokens) = kept_sheets(vlm, Image.open(folder / f"images/{index:04d}.png"))
+        sheets.append(replace(sheet, name=f"image {index}"))
     with written_aside(out) as aside:
-        sheet.save(aside)
+        as_image(draw_overlay(sheets, Words("built-in model, VisionZip", tokens))).save(aside)
 
 
 def show(out: Path, limit: int | None, batch_size: int) -> None:

@@ -86,7 +86,7 @@ def shown_samples(
         if row is None:
             continue
         try:
-            drawn = draw_kept(vlm, image, row["question"])
+            drawn = draw_kept(vlm, image, row["question"], answer=str(row["answer"]))
         except VzipError as error:
             logger.warning("task %s, question %d: no overlay (%s)", task, doc_id, error)
             continue

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vzip.analysis.kept_map import KeptMap
+from vzip.analysis.overlay import Crop
 from vzip.errors import ImageError
 from vzip.report.view.pictures import MOST_IMAGES, SIDE, add_pictures
 
@@ -61,7 +61,7 @@ def test_an_image_that_is_not_there_is_told_and_ends_nothing() -> None:
 
 
 def test_a_method_that_fails_leaves_the_image_without_its_overlay() -> None:
-    def keeper(image: Image.Image, question: str) -> KeptMap:
+    def keeper(image: Image.Image, question: str) -> Crop:
         raise ImageError("too oblong")
 
     content = content_of("lost")
@@ -75,10 +75,10 @@ class Keeper:
         self.reads_text = reads_text
         self.asked: list[str] = []
 
-    def __call__(self, image: Image.Image, question: str) -> KeptMap:
+    def __call__(self, image: Image.Image, question: str) -> Crop:
         self.asked.append(question)
         kept = np.array([[True, False, False], [False, False, True]])
-        return KeptMap(image, kept, np.array([[-1, 0, 1], [-1, 0, -1]]), [4, -1])
+        return Crop(image, kept, np.array([[-1, 0, 1], [-1, 0, -1]]), [4, -1])
 
 
 def test_kept_patches_are_computed_once_an_image_and_of_text_aware_methods_once_a_question() -> None:

@@ -503,9 +503,16 @@ class Adapter(ABC):
         """Which crop of an image shows the whole of it."""
         return 0
 
+    def num_tile_columns(self, shape: VisionShape) -> int | None:
+        """How many tiles of an image lie side by side; None where its shape does not say."""
+        return None
+
     @abstractmethod
-    def shown(self, visual: VisualInputs) -> Tensor:
-        """The crop of the first image that shows the whole of it, as the tower sees it, normalised: ``[3, h, w]``."""
+    def shown(self, visual: VisualInputs) -> list[Tensor]:
+        """The crops of the first image (or video), as the tower sees them, normalised: each ``[3, h, w]``.
+
+        Of a temporal step of several frames the first one.
+        """
 
     @abstractmethod
     def blank_images(self, num_images: int) -> dict[str, Tensor]:

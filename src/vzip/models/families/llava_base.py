@@ -84,8 +84,9 @@ class LlavaBase(Adapter):
         """Side in pixels of a crop as the processor makes it."""
         return self.geometry.image_size
 
-    def shown(self, visual: VisualInputs) -> Tensor:
-        return self.image_crops(visual)[self.overview_index(visual.images[0])]
+    def shown(self, visual: VisualInputs) -> list[Tensor]:
+        pixels = self.image_crops(visual) if visual.images else self.video_pixels(visual)
+        return list(pixels[: visual.shapes[0].num_crops])
 
     def blank_images(self, num_images: int) -> dict[str, Tensor]:
         return {"pixel_values": torch.ones(num_images, 3, self.image_side, self.image_side)}

@@ -15,7 +15,7 @@ from vzip.errors import VzipError
 from vzip.progress import Progress
 
 if TYPE_CHECKING:
-    from vzip.analysis.kept_map import KeptMap
+    from vzip.analysis.overlay import Crop
 
 SIDE = 384  # pixels of a thumbnail's longer side at most
 MOST_IMAGES = 4  # of a question; the page says how many more there are
@@ -26,7 +26,7 @@ Row = Mapping[str, Any]
 # A question's images; VzipError or OSError where they are not to be had.
 Source = Callable[[Row], Sequence[Image.Image]]
 # What a run keeps of an image, asked that question; None where it keeps all of it.
-Keeper = Callable[[Image.Image, str], "KeptMap | None"]
+Keeper = Callable[[Image.Image, str], "Crop | None"]
 
 
 class Gallery:
@@ -109,7 +109,7 @@ def _view(
     return known[key]
 
 
-def _kept_entry(kept: KeptMap, gallery: Gallery) -> dict[str, Any]:
+def _kept_entry(kept: Crop, gallery: Gallery) -> dict[str, Any]:
     group = kept.group.flatten()
     return {
         "image": gallery.add(kept.image),

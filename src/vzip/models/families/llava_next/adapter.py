@@ -144,6 +144,9 @@ class LlavaNextAdapter(LlavaBase):
             self._check_crops(pixel_values, [self._layout(shape) for shape in visual.images], needed)
         return torch.cat([own[:count] for own, count in zip(pixel_values, needed, strict=True)])
 
+    def num_tile_columns(self, shape: VisionShape) -> int | None:
+        return self._layout(shape)[1][1]
+
     def whole_index(self, shape: VisionShape) -> Tensor | None:
         """As Hugging Face packs: the base crop, then the tiles stitched, their padding cut off, a newline a line."""
         num_patches, (tile_rows, tile_cols) = self.geometry.num_patches, self.geometry.grid

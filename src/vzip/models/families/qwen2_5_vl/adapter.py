@@ -124,12 +124,13 @@ class Qwen2_5VlAdapter(Adapter):
     ) -> dict[str, Tensor]:
         return prepare_images(images, image_processor)
 
-    def shown(self, visual: VisualInputs) -> Tensor:
-        config, merge = self.model.config.vision_config, self.tower.merge_size
-        rows, cols = visual.images[0].grid
-        own = visual.tensors["pixel_values"][: rows * cols * merge**2]
+    def shown(self, visual: VisualInputs) -> list[Tensor]:
+        config, merge, shape = self.model.config.vision_config, self.tower.merge_size, visual.shapes[0]
+        rows, cols = shape.grid
+        pixels = visual.tensors["pixel_values" if visual.images else "pixel_values_videos"]
         # Each merge unit's patches follow one another; an image fills the temporal steps of a patch with itself.
-        patches = own.view(
+        patches = pixels[: shape.num_crops * rows * cols * merge**2].view(
+            shape.num_crops,
             rows,
             cols,
             merge,
@@ -139,7 +140,8 @@ class Qwen2_5VlAdapter(Adapter):
             config.patch_size,
             config.patch_size,
         )[..., 0, :, :]
-        return patches.permute(4, 0, 2, 5, 1, 3, 6).reshape(config.in_channels, *self._pixels(rows, cols))
+        height, width = self._pixels(rows, cols)
+        return list(patches.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(-1, config.in_channels, height, width))
 
     def _pixels(self, rows: int, cols: int) -> tuple[int, int]:
         side = self.tower.merge_size * self.model.config.vision_config.patch_size
