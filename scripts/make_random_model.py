@@ -4,7 +4,7 @@ It answers nonsense, but in the true class, through the true processor and with 
 seconds and without a download: for trying commands, and for tests.
 
 python scripts/make_random_model.py video_llava runs/random/video_llava
-python eval.py model=llava_local model.name_or_path=runs/random/video_llava budget=17tok eval.limit=8
+python eval.py model=llava_local model.name_or_path=runs/random/video_llava budget=17tok eval=scenes eval.limit=8
 python -m vzip ask clip.mp4 "What happens?" --model llava_local model.name_or_path=runs/random/video_llava budget=17tok
 """
 

@@ -49,8 +49,7 @@ def page(folder: Path) -> str:
         listed = "".join(f"- {finding}\n" for finding in findings)
         parts.append(
             f"## The paper's Figure {number}\n\n![Figure {number}]({folder.name}/{path.stem}.png)\n\n{first}"
-            f" By `make gallery`; [numbers]({folder.name}/{path.stem}.csv).\n"
-            + (f"\n{listed}" if listed else "")
+            f" By `make gallery`; [numbers]({folder.name}/{path.stem}.csv).\n" + (f"\n{listed}" if listed else "")
         )
     return "\n".join(parts)
 
