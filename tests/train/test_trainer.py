@@ -302,7 +302,7 @@ def test_what_cannot_be_collated_is_refused() -> None:
     vlm = load_model()
     with pytest.raises(ConfigError, match="has no processor"):
         vzip.TrainerCollator(vzip.CompressedVlm(vlm.model, vlm.compressor))
-    with pytest.raises(ConfigError, match="train.template=vicuna"):
+    with pytest.raises(ConfigError, match=r"train\.template=vicuna"):
         vzip.TrainerCollator(vlm, "vicuna")
     frames = [Image.new("RGB", (40, 40))] * 2
     sample = TrainingSample("v", [], [[Turn("user", "<video> a"), Turn("assistant", "b")]], [frames])

@@ -26,7 +26,7 @@ from typing import Any
 
 from vzip.errors import CheckpointError, ConfigError, ManifestError
 from vzip.json_files import read_json
-from vzip.paths import expanded, is_folder, shown
+from vzip.paths import expanded, is_file, is_folder, shown
 from vzip.results.record import RECORD_NAME, read_record, record_path
 
 
@@ -113,7 +113,7 @@ def find_tuned(run: str) -> Found:
             " an evaluation with tuned weights."
         )
     folder = folder.absolute()  # "." has a name too
-    if (folder / "tuned.json").is_file():
+    if is_file(folder / "tuned.json"):
         return Found(folder, _training(folder))
     if (folder / RECORD_NAME).is_file():
         record = read_record(folder)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from vzip.compressors.base import Compressor
 from vzip.errors import CheckpointError
 from vzip.json_files import read_json
-from vzip.paths import expanded, is_folder, shown
+from vzip.paths import expanded, is_file, is_folder, shown
 
 from ..families import Adapter
 from ..hub import TUNED_HEADER, TUNED_LORA, Checkpoint, is_hub_id
@@ -180,7 +180,7 @@ def read_header(source: str | Path) -> tuple[Path, dict[str, Any]]:
     else:
         directory = expanded(source)
     path = directory / HEADER_NAME
-    if not path.is_file() or not (directory / WEIGHTS_NAME).is_file():
+    if not is_file(path) or not is_file(directory / WEIGHTS_NAME):
         what = "directory" if hosted is None else "repository"
         raise CheckpointError(
             f"model.projector={shown(source)}: no {HEADER_NAME} and {WEIGHTS_NAME} there. It must be a directory that"
