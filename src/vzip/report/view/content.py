@@ -89,7 +89,8 @@ def _answers(run: Run) -> dict[str, list[dict[str, Any]]]:
             raise ManifestError(f"{run.path}: {task}: a question id stands more than once in samples.jsonl.")
     if not answers:
         raise ManifestError(f"{run.path}: its samples.jsonl holds no answer.")
-    return answers
+    asked = [task for task in run.record["tasks"] if task in answers]
+    return {task: answers[task] for task in dict.fromkeys([*asked, *answers])}
 
 
 def _key(row: Row) -> tuple[str, Any]:
@@ -122,7 +123,7 @@ def build_content(run: Run, other: Run | None, tasks: Sequence[TaskRows], remark
         "remarks": [
             *remarks,
             *(
-                f"{name}: provisional: {why}"
+                why if other is None else f"{name}: {why}"
                 for one, name in zip(runs, names, strict=True)
                 for why in _provisional(one)
             ),
@@ -144,7 +145,7 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 
 def _provisional(run: Run) -> list[str]:
-    return [str(why) for why in run.record.get("provisional_reasons") or []]
+    return [f"provisional: {why}" for why in run.record.get("provisional_reasons") or []]
 
 
 def _run_entry(run: Run, name: str) -> dict[str, Any]:
