@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class SeeingTower:
         select_layer: from 0 (the input of the first layer) to the number of layers.
         prepare: an image -> ``[1, 3, h, w]``, the crop that shows all of it.
         image_processor: which normalises.
+        layer_is: what the select layer is, for captions: ``select layer`` where a model says so.
     """
 
     name: str
@@ -50,6 +51,7 @@ class SeeingTower:
     select_layer: int
     prepare: Callable[[Image.Image], Tensor]
     image_processor: Any
+    layer_is: str
 
     def see(self, image: Image.Image) -> tuple[Tensor, Image.Image]:
         """What the tower takes, ``[1, 3, h, w]``, and the same to look at.
@@ -79,7 +81,7 @@ class SeeingTower:
             raise ConfigError(
                 f"--layer {layer}: the vision tower of {self.name} has attention in layers 1 to {most} (-1: the last)."
             )
-        return SeeingTower(self.name, self.tower, number, self.prepare, self.image_processor)
+        return replace(self, select_layer=number, layer_is=self.layer_is if layer is None else "chosen layer")
 
 
 def of_vlm(vlm: CompressedVlm, name: str) -> SeeingTower:
@@ -105,7 +107,7 @@ def of_vlm(vlm: CompressedVlm, name: str) -> SeeingTower:
         return adapter.image_pixels(visual)[adapter.overview_index(visual.images[0])][None]
 
     layer = adapter.geometry.num_layers_to_run(adapter.select_layer)
-    return SeeingTower(name, adapter.tower, layer, prepare, processor.image_processor)
+    return SeeingTower(name, adapter.tower, layer, prepare, processor.image_processor, "select layer")
 
 
 def check_bare(name: str) -> Path | str:
@@ -157,4 +159,6 @@ def load_bare(source: Path | str) -> SeeingTower:
         return prepare_images([image], processor, "llava")["pixel_values"]
 
     name = source if isinstance(source, str) else source.resolve().name
-    return SeeingTower(name, tower, tower.geometry.num_layers_to_run(USUAL_LAYER), prepare, processor)
+    return SeeingTower(
+        name, tower, tower.geometry.num_layers_to_run(USUAL_LAYER), prepare, processor, "second-last layer"
+    )

@@ -15,7 +15,7 @@
 1 and 4 read the records of finished runs. 7 asks: vanilla, VisionZip, and FastV and SparseVLM, which choose by the
 question; on images of one's own --prompts has the first question and the second, a line each, then further pairs.
 2, 5, 6 and 9 to 14 show the vision tower's attention: on --images, on the tasks of eval=NAME, or else on TextVQA's
-validation set, the built-in model on its own benchmark.
+validation set, the built-in model's on its own benchmark.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def test_figure_5_shows_the_sink_from_its_layer_on(sink, photos, tmp_path):
         }
         assert len(shown) == 64
         assert shown[SINK] == pytest.approx(p if layer >= FIRST_LAYER else 1 / 64, rel=1e-4)
-    assert "5 images of the folder" in caption and "layer 4, the select layer" in caption
+    assert "5 images of the folder" in caption and "layer 4, the second-last layer" in caption
 
 
 def test_figures_6_and_14_find_the_sink_as_everyones_proxy(sink, photos, tmp_path):
@@ -83,7 +83,7 @@ def test_figures_6_and_14_find_the_sink_as_everyones_proxy(sink, photos, tmp_pat
     bins = {int(row["from"]): float(row["value"]) for row in rows if row["part"] == "histogram"}
     assert all(bins[start] == pytest.approx(sum(int(d) == start for d in far) / 64) for start in bins)
     rows, caption = drawn(6, sink, photos, tmp_path, "--pixel", "15,0", "--layer", "5")
-    assert "patch 0,1 (row, column" in caption and "in layer 5" in caption  # patches of 14 pixels
+    assert "patch 0,1 (row, column" in caption and "in layer 5, the chosen layer" in caption  # patches of 14 pixels
     slopes = [row for row in rows if row["part"] == "slope"]
     for row in slopes[::40]:
         share = math.exp(float(row["z"])) / (math.exp(float(row["z"])) + 63)

@@ -153,9 +153,11 @@ def _caption(subject: Subject, seen: Seen) -> str:
     layer, has_cls = subject.tower.select_layer, CLS in seen.masses
     lines = [
         f"Figure {subject.number} of {SOURCE}, measured: {what_was_seen(subject, seen.num_images)}. Attention in layer"
-        f" {layer}, the select layer, mean over heads, as each patch's share of what goes to patches:"
-        + (" that of the CLS token, and" if has_cls else " (the tower has no CLS token)")
-        + " that received, the mean over all tokens. Maps: colours say how many times as much a patch has as if"
+        f" {layer}, the {subject.tower.layer_is}, mean over heads, as each patch's share of what goes to patches:"
+        + (" that of the CLS token, and" if has_cls else "")
+        + " that received, the mean over all tokens"
+        + ("." if has_cls else " (the tower has no CLS token).")
+        + " Maps: colours say how many times as much a patch has as if"
         " all had the same. 95 %: bootstrap over images."
     ]
     if subject.number == 2:

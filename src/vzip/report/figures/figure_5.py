@@ -30,7 +30,7 @@ from .figure_2 import COLORS, LABELS
 KEYS = ("part", "score", "image", "layer", "row", "column", "value", "low", "high")
 SHOWN = {5: 0, 12: 1, 13: 2}  # the image whose maps are drawn
 MEASURES = ("entropy_nats", "top_10_percent")
-NUM_COLUMNS = 8
+MOST_COLUMNS = 10
 
 
 @dataclass
@@ -79,8 +79,8 @@ def draw(subject: Subject, found: Layers) -> Drawing:
 
     assert found.picture is not None
     layers = sorted(found.maps)
-    num_columns = min(NUM_COLUMNS, 1 + len(layers))
-    num_rows = math.ceil((1 + len(layers)) / num_columns)
+    num_rows = math.ceil((1 + len(layers)) / MOST_COLUMNS)
+    num_columns = math.ceil((1 + len(layers)) / num_rows)
     width, height = max(8.0, 1.6 * num_columns), 1.8 * num_rows
     figure = Figure(figsize=(width, height + 3.9), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[height, 3.5], squeeze=False)[:, 0]
@@ -89,7 +89,7 @@ def draw(subject: Subject, found: Layers) -> Drawing:
         axes.set_axis_off()
     show_image(panels[0], found.picture, subject.grid, short(found.name))
     for axes, layer in zip(panels[1:], layers, strict=False):
-        is_selected = ", select" if layer == subject.tower.select_layer else ""
+        is_selected = f", {subject.tower.layer_is.split()[0]}" if layer == subject.tower.select_layer else ""
         tenth = 100 * float(top_mass(found.maps[layer], 0.10))
         shown = show_map(
             axes, found.picture, found.maps[layer], subject.grid, f"layer {layer}{is_selected}\n{tenth:.0f} %"
@@ -110,7 +110,7 @@ def draw(subject: Subject, found: Layers) -> Drawing:
     for axes in (first, second):
         axes.axvline(subject.tower.select_layer, color="0.8", linewidth=4, zorder=0)
         axes.set_xticks([layer for layer in layers if len(layers) <= 14 or layer % 2 == 0])
-        axes.set_xlabel("layer of the vision tower (grey: select layer)")
+        axes.set_xlabel(f"layer of the vision tower (grey: {subject.tower.layer_is})")
         axes.grid(alpha=0.3)
     lower.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     figure.suptitle(f"{subject.tower.name}: {LABELS[CLS if CLS in found.scores else RECEIVED]}, layer by layer")
@@ -145,6 +145,6 @@ def _caption(subject: Subject, found: Layers) -> str:
         at = subject.tower.select_layer
         lines.append(
             f"{LABELS[score]}: the top tenth has {tenths[layers[0]].text(100)} % in layer 1, most in layer {most}"
-            f" ({tenths[most].text(100)} %), {tenths[at].text(100)} % in layer {at}, the select layer."
+            f" ({tenths[most].text(100)} %), {tenths[at].text(100)} % in layer {at}, the {subject.tower.layer_is}."
         )
     return "\n".join(lines)

@@ -183,7 +183,7 @@ def _draw_layers(panels, subject: Subject, found: Misaligned) -> None:  # type: 
     for axes in (first, second):
         axes.axvline(subject.tower.select_layer, color="0.8", linewidth=4, zorder=0)
         axes.set_xticks([layer for layer in layers if len(layers) <= 14 or layer % 2 == 0])
-        axes.set_xlabel("layer of the vision tower (grey: select layer)")
+        axes.set_xlabel(f"layer of the vision tower (grey: {subject.tower.layer_is})")
         axes.grid(alpha=0.3)
     first.legend(fontsize=8, frameon=False)
 
@@ -221,8 +221,8 @@ def _caption(subject: Subject, found: Misaligned) -> str:
             " the mean over heads. "
         )
     text += (
-        f"Maps: the attention of patch {row},{column} (row, column, from 0; red) in layer {at}, the select layer, mean"
-        f" over heads, what goes to CLS left out; cyan: the {NUM_PROXIES} patches that it attends to most. Distances"
+        f"Maps: the attention of patch {row},{column} (row, column, from 0; red) in layer {at}, the"
+        f" {subject.tower.layer_is}, mean over heads, of what goes to patches; cyan: the {NUM_PROXIES} patches that it attends to most. Distances"
         " between middles of patches. Chance is the mean distance from a patch to where even attention would go, itself"
         " among it, computed exactly. 95 %: bootstrap over images, each the mean over all its patches."
     )
