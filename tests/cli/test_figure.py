@@ -117,7 +117,10 @@ def test_figure_1_reads_records_and_says_what_is_missing(tmp_path: Path, capsys:
     assert cli.main(words) == 0
     told = capsys.readouterr().out
     assert "tiny with 64 visual tokens" in told and "scenes_reading (50)" in told
-    assert "python -m vzip bench model=tiny budget=64tok" in told and "python eval.py model=tiny budget=full" in told
+    assert (
+        "python -m vzip bench model=tiny budget=64tok" in told
+        and "python eval.py model=tiny compressor=none budget=full" in told
+    )
     with (tmp_path / "out" / "figure_1.csv").open() as file:
         kept = [float(row["percent_of_vanilla"]) for row in csv.DictReader(file) if row["method"] == "VisionZip"]
     assert kept == pytest.approx([100, 50, 100, 50])

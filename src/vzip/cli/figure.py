@@ -180,7 +180,7 @@ def figure_1(args: argparse.Namespace) -> Drawing:
         evaluation = []
         missing.append(
             "No two evaluations have a time of their own (a sweep's jobs take the vision tower's outputs over); each"
-            f" alone has: python eval.py {words} budget=full overwrite=true, then with the budget"
+            f" alone has: python eval.py {words} compressor=none budget=full overwrite=true, then with the budget"
         )
     return draw(radar, prefill, machine, evaluation, model["name"], num_left_out, missing)
 

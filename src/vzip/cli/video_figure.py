@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OPTIONS = frozenset({"video", "prompt", "limit", "max_new_tokens"})
 NUM_VIDEOS = 12
 # Of the built-in model: frames and tokens of each, 576 in all.
-BUILT_IN_ARMS = ((3, "budget=192tok"), (9, "budget=64tok"))
+BUILT_IN_ARMS = ((3, 192), (9, 64))
 NUM_FRAMES = 9  # of a built-in video: three scenes, three frames each
 VANILLA = ("compressor=none", "budget=full")
 BUILT_IN = "vzip/tiny"
@@ -64,9 +64,10 @@ def _built_in(args: argparse.Namespace, vanilla: Any, num_videos: int, max_new_t
     from vzip.report.figures.figure_8 import Arm, ask, draw, measure
 
     arguments, compressor, _ = vanilla
-    plans = [(num, chat_plan([*args.settings, "compressor=visionzip", budget])[1]) for num, budget in BUILT_IN_ARMS]
+    methods = [chat_plan([*args.settings, "compressor=visionzip", f"budget={num}tok"])[1] for _, num in BUILT_IN_ARMS]
     vlm = vzip.load_vlm(**arguments, compressor=compressor)
-    arms = [Arm("vanilla", compressor, 1), *(Arm(f"VisionZip {num}", method, num) for num, method in plans)]
+    arms = [Arm("vanilla", compressor, 1)]
+    arms += [Arm(f"VisionZip-{num}", m, few) for (few, num), m in zip(BUILT_IN_ARMS, methods, strict=True)]
     clips = scene_videos(num_videos)
     asked = []
     with Progress(f"{len(arms)} ways to see a video", "videos", len(clips)) as progress:
@@ -75,8 +76,8 @@ def _built_in(args: argparse.Namespace, vanilla: Any, num_videos: int, max_new_t
     note = (
         f"{len(clips)} videos of {NUM_FRAMES} frames, each three of the built-in benchmark's generated scenes in turn;"
         " what is asked about, a sign, is in the last scene alone, so the only frame that vanilla can afford does not"
-        " show it. The model takes images, not videos: frames are several images of one prompt, which it was not trained"
-        " on, so with many frames it may fail though it sees what is asked about"
+        " show it. The model takes images, not videos: frames are several images of one prompt, which it was not"
+        " trained on, so with many frames it may fail though it sees what is asked about"
     )
     return draw(arms, clips[0], asked, [measure(vlm, arm, clips[0]) for arm in arms], "built-in model", note)
 

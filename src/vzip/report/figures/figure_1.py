@@ -161,8 +161,10 @@ def draw(
     _draw_radar(figure.add_subplot(grid[0], projection="polar"), radar, colors)
     for number, bars in enumerate(panels, start=1):
         axes = figure.add_subplot(grid[number])
-        spread = [[bar.value - (bar.value if end is None else end) for bar in bars for end in [bar.low]]]
-        spread.append([(bar.value if end is None else end) - bar.value for bar in bars for end in [bar.high]])
+        ends = [
+            (bar.value - bar.low, bar.high - bar.value) for bar in bars if bar.low is not None and bar.high is not None
+        ]
+        spread = list(zip(*ends, strict=True)) if len(ends) == len(bars) else None
         names = [bar.method.replace("+", "+\n") for bar in bars]
         drawn = axes.bar(
             names, [bar.value for bar in bars], yerr=spread, capsize=3, color=[colors.get(b.method, "C0") for b in bars]

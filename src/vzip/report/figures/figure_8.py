@@ -169,7 +169,11 @@ def draw(
     names = [f"{arm.name}\n{arm.num_frames} fr." for arm in arms]
     colors = [f"C{number}" for number in range(len(arms))]
     for axes, (title, values) in zip(all_axes, panels, strict=False):
-        axes.bar_label(axes.bar(names, values, color=colors), [f"{value:.4g}" for value in values], fontsize=8)
+        axes.bar_label(
+            axes.bar(names, values, color=colors),
+            [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in values],
+            fontsize=8,
+        )
         axes.set_title(title, fontsize=10)
     if known:
         found = [share_right(asked, arm.name) for arm in arms]
