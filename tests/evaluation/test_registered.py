@@ -13,6 +13,7 @@ import pytest
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.tasks import TaskManager
+from scripts import make_random_model
 
 import vzip
 from vzip.config import model_args
@@ -55,6 +56,26 @@ def test_registered_name_equals_instance(checkpoint, include_path, vlm, tmp_path
     assert by_name == by_instance and len(set(by_name.values())) > 1
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+def test_a_modern_family_in_fractions(family, include_path, tmp_path):
+    make_random_model.save(family, tmp_path / "model")
+    for manifest in manifests():
+        MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
+    output = simple_evaluate(
+        model="vzip",
+        model_args=f"pretrained={tmp_path / 'model'},dominant=0.25,contextual=0.125,dtype=float32",
+        tasks=["own_exact"],
+        batch_size=2,
+        task_manager=TaskManager(include_path=str(include_path), include_defaults=False),
+        verbosity="ERROR",
+    )
+    vlm = vzip.load_vlm(tmp_path / "model", compressor=vzip.VisionZip(vzip.FractionBudget(0.25, 0.125)))
+    evaluate(vlm, tasks=["own_exact"], include_path=include_path, run_dir=tmp_path / "run", progress=False)
+    by_instance = {row["doc_id"]: row["answer"] for row in read_samples(tmp_path / "run")["own_exact"]}
+    by_name = {sample["doc_id"]: sample["filtered_resps"][0] for sample in output["samples"]["own_exact"]}
+    assert by_name == by_instance and len(by_name) > 1
+
+
 def test_arguments_reach_the_loader(monkeypatch):
     seen = {}
 
@@ -85,6 +106,10 @@ def test_arguments_reach_the_loader(monkeypatch):
         ("pretrained=X,compressor=visionzap", {}, "did you mean 'visionzip'"),
         ("pretrained=X,compressor=none,num_dominant=5", {}, "keeps every token"),
         ("pretrained=X,compressor=visionzip,num_dominant=5", {}, "needs num_contextual"),
+        ("pretrained=X,dominant=0.5", {}, "needs contextual"),
+        ("pretrained=X,dominant=0.9,contextual=0.2", {}, "together they must be above 0 and at most 1"),
+        ("pretrained=X,dominant=0.5,contextual=0.1,num_dominant=5", {}, "give counts or fractions"),
+        ("pretrained=X,compressor=none,dominant=0.5,contextual=0.1", {}, "keeps every token"),
         ("pretrained=X,compressor=uniform,num_dominant=5,num_contextual=1,merge_rule=sum", {}, "no meaning"),
         ("pretrained=X,compressor=visionzip,num_dominant=0.5,num_contextual=1", {}, "whole number"),
         ("pretrained=X,compressor=none,pruner=fastw", {}, "pruner='fastw' is not known.*did you mean 'fastv'"),
