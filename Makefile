@@ -12,7 +12,7 @@ comma := ,
 STAMP  = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo gallery test test-all check test-floor test-latest lock tiny clean
+.PHONY: help install demo page browser gallery test test-all check test-floor test-latest lock tiny clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,23 @@ $(STAMP): pyproject.toml lock.txt
 demo: install  ## evaluate the built-in model on its benchmark and print the table (no network, no GPU)
 	$(VENV)/bin/python -m vzip demo
 
+# .venv with Gradio on top, and with the older Pillow that it wants; playwright is for the tests. A quarter of a gigabyte instead of two and a half.
+PAGE = .venv-demo
+page: $(PAGE)/.installed  ## the page where people try compression, with the built-in model, at http://127.0.0.1:7860
+	$(PAGE)/bin/python -m vzip demo serve
+
+$(PAGE)/.installed: $(STAMP) lock-demo.txt
+	test -x $(PAGE)/bin/python || $(VENV)/bin/python -m venv $(PAGE)
+	below=$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  echo "import site; site.addsitedir('$$below')" \
+	  > $$($(PAGE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	$(call pip,$(PAGE)) install -q -c lock-demo.txt gradio playwright
+	@touch $@
+
+browser:  ## Chromium for the tests of pages, from Debian's packages where there is none
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && apt-get install -y chromium; } || { \
+	  echo "the tests of pages need chromium: as root, apt-get install chromium"; exit 1; }
+
 # Run directories of an earlier call are taken over; remove runs/ to measure all anew. A tenth of the benchmark, said in the table.
 gallery: install  ## the leaderboard of docs/leaderboard.md: the built-in model, methods and floors at 64 and 32 tokens
 	$(VENV)/bin/python -m vzip leaderboard budgets=64,32 eval.limit=50
@@ -39,7 +56,7 @@ gallery: install  ## the leaderboard of docs/leaderboard.md: the built-in model,
 test: install  ## the fast tests
 	$(VENV)/bin/python -m pytest
 
-test-all: install  ## what the fast tests leave out and a person types: the wheel, every command of README and docs
+test-all: install $(PAGE)/.installed browser  ## what the fast tests leave out and a person types: the wheel, every command of README and docs
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m whole -n 2 --dist loadfile --durations 20
 
 check: install  ## ruff, format, types, and that what is installed is what lock.txt says
@@ -49,10 +66,15 @@ check: install  ## ruff, format, types, and that what is installed is what lock.
 	$(VENV)/bin/python scripts/check_lock.py lock.txt
 
 # Needs uv on its own, so that a broken .venv cannot hinder making the lock anew. No host and no path may enter the file.
-lock:  ## write lock.txt anew: the newest versions that pyproject.toml allows, for Python 3.11 to 3.13
+# Gradio wants an older Pillow: with it lock-demo.txt differs from lock.txt in that alone.
+uv = UV_CUSTOM_COMPILE_COMMAND='make lock' .venv-lock/bin/uv pip compile -q --upgrade --universal --python-version 3.11 \
+  --fork-strategy fewest --no-emit-index-url --no-emit-find-links
+extras = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"])
+lock:  ## write lock.txt and lock-demo.txt anew: the newest versions that pyproject.toml allows, for Python 3.11 to 3.13
 	test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && $(call pip,.venv-lock) install -q uv; }
-	UV_CUSTOM_COMPILE_COMMAND='make lock' .venv-lock/bin/uv pip compile -q --upgrade --universal --python-version 3.11 \
-	  --fork-strategy fewest --no-emit-index-url --no-emit-find-links --all-extras pyproject.toml -o lock.txt
+	$(uv) $(addprefix --extra ,$(filter-out demo,$(shell $(PYTHON) -c '$(extras)'))) pyproject.toml -o lock.txt
+	grep -v '^pillow==' lock.txt > .venv-lock/without-pillow.txt
+	echo playwright | $(uv) --no-annotate -c .venv-lock/without-pillow.txt --extra demo pyproject.toml - -o lock-demo.txt
 
 # Two environments beside .venv tell drift from breakage: the oldest transformers, and the newest of everything.
 # The locked versions do not hold in the first (that transformers needs an older hub client); only torch's does.

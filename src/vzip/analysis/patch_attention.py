@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -84,7 +85,8 @@ def patch_attention(vlm: CompressedVlm, image: Image.Image) -> PatchAttention:
     crop = adapter.shown(adapter.read_inputs(**inputs))
     tower = adapter.tower
     rows = attention_rows(tower, crop[None].to(vlm.model.dtype), adapter.select_layer)
-    return PatchAttention(as_image(crop, vlm), tower.geometry.grid, rows[0].float().cpu())
+    processor: Any = vlm.processor
+    return PatchAttention(as_image(crop, processor.image_processor), tower.geometry.grid, rows[0].float().cpu())
 
 
 def attention_rows(tower: Tower, pixel_values: Tensor, select_layer: int) -> Tensor:

@@ -36,9 +36,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: must be 1 or more.")
     _check_address(arguments.host, arguments.port)
-    from vzip.demo.page import widgets  # gradio, which may be missing
-
     from vzip.config.build import chat_plan
+    from vzip.demo.page import widgets  # gradio, which may be missing
 
     model, compressor, system_prompt = chat_plan([f"model={arguments.model}", *arguments.settings])
     import vzip

@@ -107,7 +107,8 @@ class Page:
         is_wanted = visit.begin()
         medium = read()
         visit.open(medium)
-        yield replace(self._dialogues(visit), question=question, status="", **self._plain(visit))
+        seen, caption = self._plain(visit)
+        yield replace(self._dialogues(visit), seen=seen, caption=caption, question=question, status="")
         yield from self._overlay(visit, choice, is_wanted)
 
     def ask(self, visit: Visit, question: str, choice: Choice) -> Iterator[View]:
@@ -167,7 +168,8 @@ class Page:
             found = visit.attention
             patch = patch_at(x, y, found.seen.size, found.grid)
             if patch == visit.patch:
-                yield View(status="", **self._plain(visit))
+                seen, caption = self._plain(visit)
+                yield View(seen=seen, caption=caption, status="")
                 return
             visit.patch = patch
             row, col = divmod(patch, found.grid[1])
@@ -182,13 +184,13 @@ class Page:
 
         return _in_sentences(clicked)
 
-    def _plain(self, visit: Visit) -> dict[str, Image.Image | str]:
-        """The image as it is seen, without anybody's attention."""
+    def _plain(self, visit: Visit) -> tuple[Image.Image, str]:
+        """The image as it is seen, without any patch's attention, and what to say of it."""
         visit.patch = None
         assert visit.medium is not None
         of_image = "The image as the vision tower sees it. Click a patch to see where it looks."
         caption = of_image if visit.medium.kind == "image" else "A frame from the middle of the video."
-        return {"seen": visit.medium.seen, "caption": caption}
+        return visit.medium.seen, caption
 
     def _overlay(self, visit: Visit, choice: Choice, is_wanted: Callable[[], bool]) -> Iterator[View]:
         if visit.medium is None or not is_wanted():

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
-from vzip.analysis.kept import as_image, draw_kept, draw_kept_frame
+from vzip.analysis.kept import as_image, draw_kept
+from vzip.analysis.kept_frame import draw_kept_frame
 from vzip.analysis.patch_attention import PatchAttention, patch_attention
 from vzip.compressors.base import Compressor
 from vzip.compressors.budget import TokenBudget
@@ -138,7 +139,9 @@ class Studio:
 
     def compressor(self, method: str, num_tokens: int) -> Compressor:
         """A method at a budget of each crop; ConfigError where it has no such budget."""
-        compressor: Compressor = find_method(method).build(TokenBudget(**split_of(num_tokens)))
+        split = split_of(num_tokens)
+        budget = TokenBudget(split["num_dominant"], split["num_contextual"])
+        compressor: Compressor = find_method(method).build(budget)
         return compressor
 
     def _wrapped(self, compressor: Compressor) -> CompressedVlm:
@@ -166,7 +169,9 @@ class Studio:
         """The same for an image that is read already."""
         with self._lock:
             inputs = self._vlm.preprocess_images([image])
-            seen = as_image(self._vlm.adapter.shown(self._vlm.adapter.read_inputs(**inputs)), self._vlm)
+            processor: Any = self._vlm.processor
+            crop = self._vlm.adapter.shown(self._vlm.adapter.read_inputs(**inputs))
+            seen = as_image(crop, processor.image_processor)
             return Medium("image", self._moved(inputs), seen, image)
 
     def _moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while it is imported
 
 import gradio as gr
 
-from .page import MAX_QUESTION, Choice, Page, View
+from .page import Choice, Page, View
 from .studio import MIN_TOKENS, Studio
 from .visits import Visits
 
@@ -26,10 +26,14 @@ SLIDER_STEP = 16
 FONT, MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 CSS = """
 .gradio-container {max-width: 1280px !important; margin: 0 auto !important}
-#status:not(:empty) {border-left: 4px solid #d97706; padding: 2px 10px}
+footer, #vanilla button[aria-label="Clear"], #compressed button[aria-label="Clear"] {display: none !important}
+#status:has(p) {border-left: 4px solid #d97706; padding: 2px 10px}
 .facts {font-size: 0.9em; min-height: 1.6em}
+#examples .grid-container {grid-template-columns: repeat(6, minmax(0, 1fr)) !important; gap: 6px; padding: 0}
+#examples .grid-wrap {overflow: hidden}
+#examples button {aspect-ratio: 1; height: auto !important}
 #seen img {cursor: crosshair}
-footer {display: none !important}
+@media (max-width: 800px) {.sides {flex-direction: column} .sides > * {min-width: 0 !important; width: 100%}}
 """
 
 
@@ -50,14 +54,15 @@ def build(studio: Studio, page: Page, title: str, method: str, num_tokens: int) 
             f"{' or a video' if studio.takes_videos else ''}, and with as many as you leave it."
         )
         status = gr.Markdown("", elem_id="status")
-        with gr.Row():
+        with gr.Row(elem_classes="sides"):
             with gr.Column(scale=2, min_width=320):
-                file = gr.File(label="Drop an image or a video", height=110, elem_id="file")
+                file = gr.File(label="Drop an image or a video", height=140, elem_id="file")
+                gr.Markdown("Or choose an example:")
                 shown = gr.Gallery(
                     [example.image for example in page.examples],
-                    label="Or choose an example",
+                    show_label=False,
                     columns=6,
-                    height=110,
+                    height=96,
                     object_fit="contain",
                     allow_preview=False,
                     interactive=False,
@@ -65,9 +70,7 @@ def build(studio: Studio, page: Page, title: str, method: str, num_tokens: int) 
                     format="png",
                     elem_id="examples",
                 )
-                seen = gr.Image(
-                    label="What the model sees", format="png", buttons=[], interactive=False, elem_id="seen"
-                )
+                seen = gr.Image(show_label=False, format="png", buttons=[], interactive=False, elem_id="seen")
                 caption = gr.Markdown("", elem_id="caption")
             with gr.Column(scale=3, min_width=320):
                 with gr.Row():
@@ -77,14 +80,14 @@ def build(studio: Studio, page: Page, title: str, method: str, num_tokens: int) 
                         studio.max_tokens,
                         value=num_tokens,
                         step=SLIDER_STEP,
-                        label="Visual tokens kept, of each crop",
+                        label="Visual tokens",
                         buttons=[],
                         elem_id="tokens",
                     )
                 overlay = gr.Image(
-                    label="Kept and merged", format="png", buttons=["fullscreen"], interactive=False, elem_id="overlay"
+                    show_label=False, format="png", buttons=["fullscreen"], interactive=False, elem_id="overlay"
                 )
-                with gr.Row():
+                with gr.Row(elem_classes="sides"):
                     vanilla, vanilla_facts = _side("Vanilla", "vanilla")
                     compressed, compressed_facts = _side("Compressed", "compressed")
                 with gr.Row(equal_height=True):
@@ -92,7 +95,7 @@ def build(studio: Studio, page: Page, title: str, method: str, num_tokens: int) 
                         label="Question", placeholder="Ask about it", scale=4, lines=1, max_lines=4, elem_id="question"
                     )
                     ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="ask")
-                    anew = gr.Button("Begin anew", scale=1, min_width=80, elem_id="anew")
+                    anew = gr.Button("Begin anew", scale=1, min_width=130, elem_id="anew")
         gr.Markdown(
             "First token: from the vision tower's output, which both sides share, to the first token of the answer."
             " KV memory: of the whole prompt, text included. Files are deleted as soon as they are read.",
