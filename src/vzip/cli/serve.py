@@ -16,6 +16,7 @@ import signal
 import socket
 from typing import Any
 
+from vzip.config.build import chat_plan
 from vzip.errors import ConfigError
 
 _LOG = logging.getLogger(__name__)
@@ -36,11 +37,9 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: must be 1 or more.")
     _check_address(arguments.host, arguments.port)
-    from vzip.config.build import chat_plan
-    from vzip.demo.page import widgets  # gradio, which may be missing
-
     model, compressor, system_prompt = chat_plan([f"model={arguments.model}", *arguments.settings])
     import vzip
+    from vzip.demo.page import widgets  # gradio, which may be missing
     from vzip.demo.page.page import Page, examples
     from vzip.demo.page.studio import MIN_TOKENS, Studio
     from vzip.methods import method_files

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts.make_random_model import build
+from tests.media.clips import write
 
 import vzip
 from vzip.demo.page.page import MAX_QUESTION, NO_MEDIUM, Choice, Page, View, examples, facts
 from vzip.demo.page.studio import Answer, Studio, SupersededError
 from vzip.demo.page.visits import Visit, Visits
 from vzip.methods import method_names
+from vzip.models.towers.cache import USUAL
 from vzip.option_files import split_of
 
 HERE = Choice("visionzip", 64)
@@ -106,7 +109,7 @@ def test_costs_are_measured(page, vlm) -> None:
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text.question}]}],
         add_generation_prompt=True,
     )
-    num_text = len(vlm.processor.tokenizer(prompt, add_special_tokens=False).input_ids) - 1
+    num_text = len(vlm.processor.tokenizer(prompt).input_ids) - 1  # BOS counted, the placeholder not
     assert text.compressed.kv_bytes == (64 + num_text) * per_token
 
 
@@ -248,3 +251,33 @@ def test_memory_that_does_not_suffice_is_a_sentence(page, monkeypatch) -> None:
 
     monkeypatch.setattr(page.studio, "overlay", fail)
     assert last(page.change(visit, HERE)).status.startswith("The device's memory does not suffice")
+
+
+def test_a_video_is_asked_about_frame_by_frame_and_its_middle_one_is_drawn(tmp_path: Path) -> None:
+    model, processor = build("video_llava")
+    vlm = vzip.CompressedVlm(model, vzip.Identity(), processor)
+    page, visit, path = Page(Studio(vlm, max_new_tokens=3), []), Visit(), write(tmp_path / "clip.mp4")
+    runs: list[int] = []
+    vlm.adapter.frame_tower.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    choice = Choice("visionzip", 16)
+    shown = last(page.open_file(visit, path, choice))
+    assert not path.exists() and visit.medium.kind == "video"
+    assert shown.caption == "A frame from the middle of the video." and shown.status == ""
+    last(page.ask(visit, "What is it?", choice))
+    num_frames = vlm.num_frames
+    assert visit.turns[0].compressed.num_visual_tokens == num_frames * 16
+    before = np.asarray(shown.overlay)
+    shown = last(page.change(visit, Choice("visionzip", 32)))
+    assert visit.turns[0].compressed.num_visual_tokens == num_frames * 32
+    assert (np.asarray(shown.overlay) != before).any() and len(runs) == 1
+    # What is bright is what is kept of the middle frame, by the compressor itself.
+    with torch.no_grad():
+        vlm.compressor = page.studio.compressor("visionzip", 32)
+        ((_, vision),) = vlm.adapter.video_outputs(vlm.adapter.read_inputs(**visit.medium.inputs), frozenset(USUAL))
+        kept = set((vlm.compressor(vision).source_index[num_frames // 2] - 1).tolist()) - {-1}
+    rows, cols = vision.grid
+    side = shown.overlay.height // rows
+    patches = np.asarray(shown.overlay, float)[:, : side * cols].reshape(rows, side, cols, side, 3)
+    inner = patches[:, 2:-2, :, 2:-2].mean(axis=(1, 3, 4)).reshape(-1)
+    assert min(inner[list(kept)]) > 100 > 60 > max(np.delete(inner, list(kept))), "of a bright clip"
+    assert "this is a video" in last(page.click(visit, 3, 3)).status

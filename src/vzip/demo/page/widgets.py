@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import tempfile
 import threading
@@ -53,7 +54,7 @@ def build(studio: Studio, page: Page, title: str, method: str, num_tokens: int) 
             f"## Fewer visual tokens, side by side\n`{title}` answers with all visual tokens of an image"
             f"{' or a video' if studio.takes_videos else ''}, and with as many as you leave it."
         )
-        status = gr.Markdown("", elem_id="status")
+        status = gr.HTML("", elem_id="status")
         with gr.Row(elem_classes="sides"):
             with gr.Column(scale=2, min_width=320):
                 file = gr.File(label="Drop an image or a video", height=140, elem_id="file")
@@ -170,15 +171,18 @@ def _side(label: str, name: str) -> tuple[gr.Chatbot, gr.Markdown]:
 
 def _outputs(view: View) -> list[Any]:
     """In the order of the widgets; what a view leaves alone stays."""
+    status = view.status and f'<p role="alert">{html.escape(view.status)}</p>'
     sides = [None if said is None else _messages(said) for said in (view.vanilla, view.compressed)]
     values = [view.seen, view.caption, view.overlay, *sides, view.vanilla_facts, view.compressed_facts, view.question]
-    return [gr.skip() if value is None else value for value in [*values, view.status]]
+    return [gr.skip() if value is None else value for value in [*values, status]]
 
 
 def _messages(said: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """As Gradio takes them: it would show HTML in a question or an answer, and fetch what that names."""
     messages = []
     for question, answer in said:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer or "…"}]
+        for role, text in (("user", question), ("assistant", answer or "…")):
+            messages.append({"role": role, "content": html.escape(text, quote=False)})
     return messages
 
 
