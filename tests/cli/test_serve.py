@@ -1,4 +1,4 @@
-"""`python -m vzip demo serve`: what is refused before gradio, torch and the model are there; `demo` stays what it is."""
+"""`python -m vzip demo serve`: what is refused before gradio and the model are loaded; `demo` stays."""
 
 from __future__ import annotations
 
