@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts.make_random_model import build
+from scripts.make_random_model import FAMILIES, build
 from tests.media.clips import write
 
 import vzip
@@ -291,3 +291,19 @@ def test_the_frame_that_is_drawn_is_the_middle_one_with_what_is_kept_of_it(monke
     assert grid == own.grid
     assert torch.equal(tokens.source_index[row], alone.source_index[0])
     assert torch.equal(tokens.merge_index[row], alone.merge_index[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str) -> None:
+    model, processor = build(family)
+    page = Page(Studio(vzip.CompressedVlm(model, vzip.Identity(), processor), max_new_tokens=3), examples(1))
+    visit, choice = Visit(), Choice("visionzip", 8)
+    assert {"visionzip", "divprune", "random"} <= set(page.studio.methods)
+    shown = last(page.open_example(visit, 0, choice))
+    assert shown.status == "" and shown.overlay is not None and shown.seen is not None
+    assert last(page.ask(visit, "What is it?", choice)).status == ""
+    turn = visit.turns[0]
+    assert turn.compressed.num_visual_tokens < turn.vanilla.num_visual_tokens
+    assert turn.compressed.kv_bytes < turn.vanilla.kv_bytes
+    shown = last(page.click(visit, 5, 5))
+    assert "the attention of a patch is shown for" in shown.status or shown.caption.startswith("Patch 1, 1")

@@ -197,7 +197,7 @@ class Page:
             return
         compressor = self.studio.compressor(choice.method, choice.num_tokens)
         try:
-            overlay = self.studio.overlay(visit.medium, compressor, visit.question)
+            overlay = self.studio.overlay(visit.medium, compressor, visit.question, is_wanted)
             why = "" if overlay else f"{choice.method} looks at the question: ask one to see what it keeps."
         except UnsupportedModelError as error:
             overlay, why = None, str(error)
@@ -220,9 +220,9 @@ class Page:
 
             last = Answer()
             for last in _streamed(run):
+                if not is_wanted():
+                    raise SupersededError
                 yield self._side(visit, turn, side, last)
-            if not is_wanted():
-                raise SupersededError
             setattr(turn, side, last)
             yield self._side(visit, turn, side, last)
 

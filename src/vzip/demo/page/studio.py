@@ -175,19 +175,28 @@ class Studio:
             return Medium("image", self._moved(inputs), seen, image)
 
     def _moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """In the model's type, as ``draw_kept`` has them: overlay and answers then find the same tower output."""
+        """Pixels in the type in which ``draw_kept`` has them: overlay and answers then find the same tower output."""
         device, dtype = self._vlm.device, self._vlm.model.dtype
-        return {n: value.to(device, dtype if value.is_floating_point() else None) for n, value in inputs.items()}
+        return {n: value.to(device, dtype if n.startswith("pixel") else None) for n, value in inputs.items()}
 
-    def overlay(self, medium: Medium, compressor: Compressor, question: str | None) -> Image.Image | None:
+    def overlay(
+        self,
+        medium: Medium,
+        compressor: Compressor,
+        question: str | None,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> Image.Image | None:
         """What the method keeps and merges; None where it depends on a question and there is none.
 
         Raises:
+            SupersededError: it is no longer wanted once it is its turn.
             as ``draw_kept`` and ``draw_kept_frame``.
         """
         if compressor.reads_text and question is None:
             return None
         with self._lock:
+            if not is_wanted():
+                raise SupersededError
             own = self._wrapped(compressor)
             if medium.image is None:
                 return draw_kept_frame(own, medium.inputs, question)

@@ -19,7 +19,9 @@ from .studio import MIN_TOKENS, Studio
 from .visits import Visits
 
 MAX_UPLOAD = "64mb"
-MAX_WAITING = 32  # acts of all visitors; further ones are told that the page is full
+MAX_WAITING = (
+    128  # acts of all visitors, each step of a slider that moves being one; further ones are told that the page is full
+)
 NUM_AT_ONCE = 8  # acts; the model answers one at a time
 UPLOADS_KEPT_S = 600
 SLIDER_STEP = 16
