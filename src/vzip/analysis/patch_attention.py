@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -82,11 +81,12 @@ def patch_attention(vlm: CompressedVlm, image: Image.Image) -> PatchAttention:
             " towers, whose crops are all of one size."
         )
     inputs = {name: value.to(vlm.device) for name, value in vlm.preprocess_images([image]).items()}
-    crop = adapter.shown(adapter.read_inputs(**inputs))
-    tower = adapter.tower
-    rows = attention_rows(tower, crop[None].to(vlm.model.dtype), adapter.select_layer)
-    processor: Any = vlm.processor
-    return PatchAttention(as_image(crop, processor.image_processor), tower.geometry.grid, rows[0].float().cpu())
+    visual = adapter.read_inputs(**inputs)
+    pixels = adapter.image_pixels(visual)[adapter.overview_index(visual.images[0])]  # Mini-Gemini shows finer ones
+    tower, processor = adapter.tower, vlm.processor
+    rows = attention_rows(tower, pixels[None].to(vlm.model.dtype), adapter.select_layer)
+    seen = as_image(adapter.shown(visual), processor.image_processor)  # type: ignore[union-attr]
+    return PatchAttention(seen, tower.geometry.grid, rows[0].float().cpu())
 
 
 def attention_rows(tower: Tower, pixel_values: Tensor, select_layer: int) -> Tensor:
