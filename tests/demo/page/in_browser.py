@@ -232,7 +232,7 @@ def test_what_is_wrong_is_a_sentence_and_the_page_goes_on(visit, server: Server,
     page = visit()
     page.locator("#question textarea").fill("What is it?")
     page.locator("#ask").click()
-    wait_for(page, "#status", "Drop an image or a video first, or choose an example.")
+    wait_for(page, "#status", "Nothing is open to ask about: drop a file, or choose an example.")
     (wrong := tmp_path / "wrong.png").write_text("<script>document.title = 'harmed'</script>")
     upload(page, wrong)
     wait_for(page, "#status", "wrong.png: no image that can be read, and this model takes images only.")

@@ -22,7 +22,7 @@ from .visits import Turn, Visit
 
 NUM_EXAMPLES = 6
 MAX_QUESTION = 1000  # characters
-NO_MEDIUM = "Drop an image or a video first, or choose an example."
+NO_MEDIUM = "Nothing is open to ask about: drop a file, or choose an example."
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def _in_sentences(act: Callable[[], Iterator[View]], path: Path | None = None) -
     except SupersededError:
         return
     except torch.OutOfMemoryError:
-        error = DeviceMemoryError("The device's memory does not suffice: try a smaller image, or begin anew.")
+        error = DeviceMemoryError("The device's memory does not suffice: try a smaller image, or reset the dialogue.")
         yield View(status=str(error))
     except VzipError as error:
         said = str(error)

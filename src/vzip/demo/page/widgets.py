@@ -48,18 +48,18 @@ def build(studio: Studio, page: Page, title: str, method: str, num_tokens: int) 
         title: the model's name.
         method, num_tokens: what the controls say at first.
     """
-    visits = Visits()
+    visits, or_a_video = Visits(), " or a video" if studio.takes_videos else ""
     with gr.Blocks(
         title=f"vzip: {title}", analytics_enabled=False, delete_cache=(UPLOADS_KEPT_S, UPLOADS_KEPT_S)
     ) as ui:
         gr.Markdown(
-            f"## Fewer visual tokens, side by side\n`{title}` answers with all visual tokens of an image"
-            f"{' or a video' if studio.takes_videos else ''}, and with as many as you leave it."
+            f"## Fewer visual tokens, side by side\n`{title}` answers with all visual tokens of an image{or_a_video}, and"
+            " with as many as you leave it."
         )
         status = gr.HTML("", elem_id="status")
         with gr.Row(elem_classes="sides"):
             with gr.Column(scale=2, min_width=320):
-                file = gr.File(label="Drop an image or a video", height=140, elem_id="file")
+                file = gr.File(label=f"Drop an image{or_a_video}", height=140, elem_id="file")
                 gr.Markdown("Or choose an example:")
                 shown = gr.Gallery(
                     [example.image for example in page.examples],
@@ -98,7 +98,7 @@ def build(studio: Studio, page: Page, title: str, method: str, num_tokens: int) 
                         label="Question", placeholder="Ask about it", scale=4, lines=1, max_lines=4, elem_id="question"
                     )
                     ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="ask")
-                    anew = gr.Button("Begin anew", scale=1, min_width=130, elem_id="anew")
+                    anew = gr.Button("Reset", scale=1, min_width=80, elem_id="anew")
         gr.Markdown(
             "First token: from the vision tower's output, which both sides share, to the first token of the answer."
             " KV memory: of the whole prompt, text included. Files are deleted as soon as they are read.",
