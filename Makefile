@@ -31,6 +31,19 @@ $(STAMP): pyproject.toml lock.txt
 demo: install  ## evaluate the built-in model on its benchmark and print the table (no network, no GPU)
 	$(VENV)/bin/python -m vzip demo
 
+# .venv with Gradio on top, and with the older Pillow that it wants; playwright is for the tests. A quarter of a gigabyte instead of two and a half.
+PAGE = .venv-demo
+page: $(PAGE)/.installed  ## the page where people try compression, with the built-in model, at http://127.0.0.1:7860
+	$(PAGE)/bin/python -m vzip demo serve
+
+$(PAGE)/.installed: $(STAMP) lock-demo.txt
+	test -x $(PAGE)/bin/python || $(VENV)/bin/python -m venv $(PAGE)
+	below=$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  echo "import site; site.addsitedir('$$below')" \
+	  > $$($(PAGE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	$(call pip,$(PAGE)) install -q -c lock-demo.txt gradio playwright
+	@touch $@
+
 # Run directories of an earlier call are taken over; remove runs/ to measure all anew. A part of the benchmark, said in table and captions.
 # FIGURES: the paper's that are drawn of the built-in model; each one's files in runs/figures come into docs/gallery.md.
 FIGURES ?= 4 7
@@ -55,7 +68,7 @@ browser:  ## see that Chromium is there, and install it if that can be done
 	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -qy chromium; \
 	  else echo "Chromium is not installed, and the pages are tested in it: sudo apt-get install chromium"; exit 1; fi; }
 
-test-all: install browser  ## what the fast tests leave out: the wheel, every command and notebook of README and docs, the site, pages in Chromium
+test-all: install $(PAGE)/.installed browser  ## what the fast tests leave out: the wheel, every command and notebook of README and docs, the site, pages in Chromium
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m whole -n 2 --dist loadfile --durations 20
 
 check: install  ## ruff, format, types, and that what is installed is what lock.txt says
@@ -65,10 +78,15 @@ check: install  ## ruff, format, types, and that what is installed is what lock.
 	$(VENV)/bin/python scripts/check_lock.py lock.txt
 
 # Needs uv on its own, so that a broken .venv cannot hinder making the lock anew. No host and no path may enter the file.
-lock:  ## write lock.txt anew: the newest versions that pyproject.toml allows, for Python 3.11 to 3.13
+# Gradio wants an older Pillow: with it lock-demo.txt differs from lock.txt in that alone.
+uv = UV_CUSTOM_COMPILE_COMMAND='make lock' .venv-lock/bin/uv pip compile -q --upgrade --universal --python-version 3.11 \
+  --fork-strategy fewest --no-emit-index-url --no-emit-find-links
+extras = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"])
+lock:  ## write lock.txt and lock-demo.txt anew: the newest versions that pyproject.toml allows, for Python 3.11 to 3.13
 	test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && $(call pip,.venv-lock) install -q uv; }
-	UV_CUSTOM_COMPILE_COMMAND='make lock' .venv-lock/bin/uv pip compile -q --upgrade --universal --python-version 3.11 \
-	  --fork-strategy fewest --no-emit-index-url --no-emit-find-links --all-extras pyproject.toml -o lock.txt
+	$(uv) $(addprefix --extra ,$(filter-out demo,$(shell $(PYTHON) -c '$(extras)'))) pyproject.toml -o lock.txt
+	grep -v '^pillow==' lock.txt > .venv-lock/without-pillow.txt
+	echo playwright | $(uv) --no-annotate -c .venv-lock/without-pillow.txt --extra demo pyproject.toml - -o lock-demo.txt
 
 # Two environments beside .venv tell drift from breakage: the oldest transformers, and the newest of everything.
 # The locked versions do not hold in the first (that transformers needs an older hub client); only torch's does.

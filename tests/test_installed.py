@@ -16,6 +16,7 @@ REQUIRES = [
     'loguru; extra == "eval"',
     'av>=15; extra == "video"',
     'lmms-eval==0.7.3; extra == "eval-full"',
+    'gradio>=6; extra == "demo"',
     'hydra-joblib-launcher>=1.2; python_version > "3" and extra == "sweep"',
 ]
 
@@ -73,6 +74,8 @@ def test_a_checkout_installs_as_a_checkout(of_a_wheel: Path, monkeypatch: pytest
         "x=[y] needs the package av, which is not installed: `make install`, or pip install -c lock.txt -e '.[video]',"
         " or leave it out."
     )
+    page = str(installed.missing_package("`demo serve`", "gradio", extra="demo"))
+    assert page.endswith("`make page`, or pip install -c lock-demo.txt -e '.[demo]'.")  # lock.txt's Pillow is too new
     monkeypatch.setattr(installed.metadata, "requires", lambda name: None)
     assert str(installed.missing_package("x", "av")).endswith("not installed: `make install`.")
 

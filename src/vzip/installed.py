@@ -18,6 +18,8 @@ _PACKAGE = Path(__file__).resolve().parent
 COPY = _PACKAGE / "_checkout"
 # lmms-eval's own pins clash with the rest: it is installed without them, after the extra that holds what it needs.
 _WITHOUT_ITS_PINS = {"lmms-eval": "eval"}
+# An extra with versions of its own: what installs it in a checkout, and the lock that has them.
+_OWN_LOCK = {"demo": ("make page", "lock-demo.txt")}
 # Imported by another name than the requirement has that brings it.
 _IMPORTED_AS = {"hydra": "hydra-core", "omegaconf": "hydra-core", "PIL": "pillow", "yaml": "pyyaml"}
 
@@ -104,11 +106,12 @@ def _command(package: str, extra: str | None) -> str:
     chosen = alone or (extra if extra in having else having[0])
     brackets = f"[{chosen}]" if chosen else ""
     in_checkout = not COPY.is_dir()
-    words = f"pip install -c lock.txt -e '.{brackets}'" if in_checkout else f"pip install 'vzip{brackets}'"
+    target, lock = _OWN_LOCK.get(chosen, ("make install", "lock.txt"))
+    words = f"pip install -c {lock} -e '.{brackets}'" if in_checkout else f"pip install 'vzip{brackets}'"
     if alone is not None:
         (line,) = of[package].values()
         words += f" && pip install --no-deps '{line}'"
-    return f"`make install`, or {words}" if in_checkout else words
+    return f"`{target}`, or {words}" if in_checkout else words
 
 
 def _distribution(module: str) -> str:

@@ -288,6 +288,28 @@ def test_words_are_streamed_as_they_come() -> None:
     assert "".join(pieces).strip() == answer and all(pieces)
 
 
+def test_each_token_is_told_and_at_the_first_the_cache_holds_the_prompt() -> None:
+    chat, lengths, num_bytes = llava().chat(), [], []
+
+    def on_token() -> None:
+        lengths.append(chat._cache.get_seq_length())
+        num_bytes.append(chat.cache_bytes)
+
+    chat.ask("i", [picture(0)], max_new_tokens=5, on_token=on_token)
+    assert lengths == list(range(lengths[0], lengths[0] + 5))
+    config = chat._vlm.model.config.text_config
+    heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    assert num_bytes == [length * 2 * 4 * config.num_hidden_layers * heads * width for length in lengths]
+    assert chat.num_cached_tokens == lengths[-1]
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chat.ask("l", max_new_tokens=5, on_token=stop)
+    assert len(chat.messages) == 2
+
+
 def test_what_fails_in_a_turn_leaves_the_dialogue_usable() -> None:
     vlm = llava()
     chat, undisturbed = vlm.chat(), vlm.chat()

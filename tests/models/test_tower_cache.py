@@ -10,7 +10,7 @@ import vzip
 from vzip.errors import ConfigError
 from vzip.models import model_cache as reuse
 from vzip.models.model_cache import ModelKeeper
-from vzip.models.towers.cache import BYTES_PER_GIB, TowerCache
+from vzip.models.towers.cache import BYTES_PER_GIB, NewestTowerCache, TowerCache
 
 BUDGET = vzip.TokenBudget(6, 2)
 METHODS = [
@@ -90,6 +90,25 @@ def test_a_full_cache_keeps_what_it_has() -> None:
     assert cache.counts == {"num_hits": 2, "num_misses": 4} and cache.num_bytes == 2 * one
     with pytest.raises(ConfigError, match="tower_cache_gib=-1"):
         TowerCache(-1)
+
+
+def test_the_cache_of_a_page_makes_room_for_what_is_new() -> None:
+    vlm = vzip.CompressedVlm(tiny.llava(), vzip.VisionZip(BUDGET))
+    pictures = list(tiny.llava_inputs(3)["pixel_values"].split(1))
+    vlm.adapter.tower_cache = cache = NewestTowerCache(1.0)
+    with torch.no_grad():
+        vlm.encode_images(pictures[0])
+        one = cache.num_bytes
+        vlm.adapter.tower_cache = cache = NewestTowerCache(2.5 * one / BYTES_PER_GIB)
+        for number in (0, 1, 2, 2, 1, 0):  # the first makes room for the third, and comes back for the second
+            vlm.encode_images(pictures[number])
+        assert cache.counts == {"num_hits": 2, "num_misses": 4} and cache.num_bytes == 2 * one
+        vlm.compressor = vzip.VisionZip(BUDGET, score="key_norms")  # a further signal: in place of what was kept
+        vlm.encode_images(pictures[0])
+        assert cache.counts["num_misses"] == 5 and one < cache.num_bytes <= 2.5 * one
+        cache.max_gib = 0.5 * one / BYTES_PER_GIB
+        vlm.encode_images(pictures[1])
+        assert cache.num_bytes == 0, "too large by itself"
 
 
 def test_nothing_is_kept_where_gradients_are_wanted() -> None:

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def pins() -> dict[str, str]:
-    return check_lock.locked_versions((ROOT / "lock.txt").read_text(encoding="utf-8"))
+def pins(lock: str = "lock.txt") -> dict[str, str]:
+    return check_lock.locked_versions((ROOT / lock).read_text(encoding="utf-8"))
 
 
 def requirements() -> list[Requirement]:
@@ -35,11 +35,18 @@ def test_importing_vzip_loads_nothing_heavy() -> None:
 
 
 def test_every_tested_version_is_in_the_range_it_is_declared_for() -> None:
-    pinned = pins()
+    pinned = {**pins("lock-demo.txt"), **pins()}
     wanted = [r for r in requirements() if r.marker is None or r.marker.evaluate()]
     assert len(wanted) >= 15
     for requirement in wanted:
         assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_page_has_the_locked_versions_but_for_pillow() -> None:
+    """Its environment is a layer over the usual one."""
+    usual, own = pins(), pins("lock-demo.txt")
+    assert {name for name in own.keys() & usual.keys() if own[name] != usual[name]} == {"pillow"}
+    assert own.keys() >= {"gradio", "playwright"} and "gradio" not in usual
 
 
 def test_a_drifted_installation_is_named() -> None:
@@ -52,8 +59,9 @@ def test_a_drifted_installation_is_named() -> None:
     assert [line.split()[0] for line in drifted] == ["a-b", "stranger", "torch"]
 
 
-def test_the_lock_names_no_host_and_no_path() -> None:
-    text = (ROOT / "lock.txt").read_text(encoding="utf-8")
+@pytest.mark.parametrize("lock", ["lock.txt", "lock-demo.txt"])
+def test_the_lock_names_no_host_and_no_path(lock: str) -> None:
+    text = (ROOT / lock).read_text(encoding="utf-8")
     assert not re.search(r"://|--index|--find-links|/", text)
 
 
@@ -79,6 +87,8 @@ def test_make_targets() -> None:
     for target in (
         "install",
         "demo",
+        "page",
+        "browser",
         "test",
         "check",
         "test-all",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from .overlay import Crop, Sheet, Words, as_image, draw_overlay
 
 def draw_kept(
     vlm: CompressedVlm,
-    image: Image.Image | VideoSource,
+    image: Image.Image | VideoSource | Mapping[str, Tensor],
     question: str | None = None,
     *,
     title: str | None = None,
@@ -32,7 +32,7 @@ def draw_kept(
 
     Args:
         vlm: the wrapper.
-        image: an image, or a video: a file, or its frames.
+        image: an image, or a video: a file, or its frames; or what ``preprocess_images`` (``_videos``) made of one.
         question: about it, for a text-aware method; written above.
         title: written above; None: the method's name.
         answer: likewise.
@@ -52,11 +52,14 @@ def draw_kept(
 
 @torch.inference_mode()
 def kept_sheets(
-    vlm: CompressedVlm, image: Image.Image | VideoSource, question: str | None = None
+    vlm: CompressedVlm, image: Image.Image | VideoSource | Mapping[str, Tensor], question: str | None = None
 ) -> tuple[list[Sheet], str]:
     """What to draw, and the tokens in words; see ``draw_kept``."""
     adapter, watched = vlm.adapter, Watched(vlm.compressor)
-    inputs = vlm.preprocess_images([image]) if isinstance(image, Image.Image) else vlm.preprocess_videos([image])
+    if isinstance(image, Mapping):
+        inputs = dict(image)
+    else:
+        inputs = vlm.preprocess_images([image]) if isinstance(image, Image.Image) else vlm.preprocess_videos([image])
     moved = {
         name: value.to(vlm.device, vlm.model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
@@ -150,7 +153,7 @@ def _in_words(vlm: CompressedVlm, made: CompressedTokens, visual: VisualInputs) 
 
 
 def seen_image(crop: Tensor, image_processor: Any, grid: tuple[int, int] | None = None) -> Image.Image:
-    """``[3, h, w]``, as the image processor normalised it, back to 8-bit RGB; of a grid without the edge no patch sees."""
+    """``[3, h, w]``, as the image processor normalised it, back to 8-bit RGB; of a grid without the edge none sees."""
     given = ((image_processor.image_mean, 0.0), (image_processor.image_std, 1.0))  # None: it does not normalise
     mean, std = (torch.tensor([usual] * 3 if own is None else own).view(3, 1, 1) for own, usual in given)
     if grid is not None:

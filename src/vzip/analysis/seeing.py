@@ -60,8 +60,8 @@ class SeeingTower:
             ImageError: an image that cannot be used.
         """
         pixels = self.prepare(image)
-        dtype = next(self.tower.embeddings.parameters()).dtype
-        return pixels.to(dtype), seen_image(pixels[0], self.image_processor)
+        weight = next(self.tower.embeddings.parameters())
+        return pixels.to(weight.device, weight.dtype), seen_image(pixels[0], self.image_processor)
 
     def with_layer(self, layer: int | None) -> SeeingTower:
         """The same with another select layer, counted as in the tower's hidden states; None: as it is.
@@ -78,8 +78,9 @@ class SeeingTower:
                 number = 0
         if number == 0:
             most = self.tower.geometry.num_layers
+            which = "vision_feature_layer=0" if layer is None else f"--layer {layer}"
             raise ConfigError(
-                f"--layer {layer}: the vision tower of {self.name} has attention in layers 1 to {most} (-1: the last)."
+                f"{which}: the vision tower of {self.name} has attention in layers 1 to {most} (-1: the last)."
             )
         return replace(self, select_layer=number, layer_is=self.layer_is if layer is None else "chosen layer")
 
@@ -95,7 +96,7 @@ def of_vlm(vlm: CompressedVlm, name: str) -> SeeingTower:
     if not isinstance(adapter, LlavaBase):
         raise UnsupportedModelError(
             f"model={name}: {type(adapter.model).__name__} has no vision tower of the CLIP or SigLIP kind, whose"
-            " attention this figure shows. Use a model of LLaVA, Mini-Gemini, Video-LLaVA or InternVL, or"
+            " attention is shown here. Use a model of LLaVA, Mini-Gemini, Video-LLaVA or InternVL, or"
             " model=DIR with a CLIP or SigLIP checkpoint."
         )
     processor = vlm.processor

@@ -44,6 +44,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "judge": Command("vzip.cli.judge", "a judge model's scores of answers: videos, MM-Vet, LLaVA-Bench", "eval"),
     "demo": Command("vzip.cli.demo", "the built-in model on its benchmark: every method and budget in one table"),
+    "demo serve": Command("vzip.cli.serve", "a page: vanilla and compressed answers side by side", "demo"),
     "ask": Command("vzip.cli.ask", "a question about an image file"),
     "chat": Command("vzip.cli.chat", "a dialogue about images in the terminal"),
     "bench": Command("vzip.cli.bench", "what compression costs and saves: time by stage, memory, FLOPs"),
@@ -100,6 +101,8 @@ def run(name: str, words: Sequence[str]) -> int:
         ConfigError: there is no such command.
         MissingPackageError: the command needs a package that is not installed.
     """
+    if words and f"{name} {words[0]}" in COMMANDS:  # a command of two words
+        name, words = f"{name} {words[0]}", words[1:]
     if name not in COMMANDS:
         known = [*COMMANDS, *PROGRAMS]
         raise ConfigError(f"'{name}': no such command{nearest(name, known)}; commands: {', '.join(known)}.")

@@ -100,6 +100,12 @@ class ChatSession:
         """Text and visual tokens of the dialogue that need not be computed again."""
         return len(self._cached_ids)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the keys and values that the dialogue holds at this moment, in bytes."""
+        held = (tensor for layer in self._cache.layers for tensor in (layer.keys, layer.values))
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
     @torch.no_grad()
     def add_image(self, image: Image.Image, num_images: int = 1) -> EncodedVisual:
         """Encodes an image for the next question (of a text-aware method once that is asked).
@@ -136,6 +142,7 @@ class ChatSession:
         *,
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         on_text: Callable[[str], None] | None = None,
+        on_token: Callable[[], None] | None = None,
         **settings: Any,
     ) -> str:
         """Asks; returns the answer, greedy unless asked otherwise.
@@ -146,6 +153,8 @@ class ChatSession:
             videos: videos that come with it, after those.
             max_new_tokens: most tokens of the answer.
             on_text: called with each further piece of the answer as soon as its words are complete.
+            on_token: called with each new token; what it raises ends the turn, which is then forgotten. At the first
+                the cache holds the dialogue up to the answer.
             **settings: of ``GENERATION_SETTINGS``, as for ``generate``.
 
         Raises:
@@ -170,7 +179,7 @@ class ChatSession:
         ids = self._layout.lay_out(messages, visuals)  # now it is known how many tokens each run of a video has
         if changed := [ids.index(number) for number in self._layout.numbers_shown(visuals)]:
             self._cached_ids = self._cached_ids[: min(changed)]
-        new_ids = self._generate(ids, visuals, on_text, {"max_new_tokens": max_new_tokens, **settings})
+        new_ids = self._generate(ids, visuals, (on_text, on_token), {"max_new_tokens": max_new_tokens, **settings})
         answer = self._layout.read(new_ids)
         self.messages = [*messages, message("assistant", answer)]
         self.visuals, self.pending = visuals, []
@@ -233,7 +242,7 @@ class ChatSession:
         self,
         ids: list[int],
         visuals: list[EncodedVisual],
-        on_text: Callable[[str], None] | None,
+        told: tuple[Callable[[str], None] | None, Callable[[], None] | None],
         settings: dict[str, Any],
     ) -> list[int]:
         """Continues ``ids`` and returns the new ones; the cache then holds all that was computed."""
@@ -256,7 +265,7 @@ class ChatSession:
                     inputs_embeds=embeddings,  # all of it: Hugging Face leaves out what the cache holds
                     attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device),
                     past_key_values=self._cache,
-                    streamer=None if on_text is None else _Streamer(self._tokenizer, on_text),
+                    streamer=_Streamer(self._tokenizer, *told) if any(told) else None,
                     **refusing_not_finite(self._vlm.model, settings),
                 )
                 new_ids: list[int] = only_new(output, len(ids))[0].tolist()
@@ -287,18 +296,27 @@ class ChatSession:
 
 
 class _Streamer(TextStreamer):
-    """Hands complete words on, from the first that is not blank."""
+    """Hands complete words on, from the first that is not blank, and tells of each token."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+    def __init__(
+        self, tokenizer: Any, on_text: Callable[[str], None] | None, on_token: Callable[[], None] | None
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
+        self._on_text, self._on_token = on_text, on_token
         self._begun = False
+
+    def put(self, value: Tensor) -> None:
+        is_prompt = self.next_tokens_are_prompt
+        super().put(value)
+        if self._on_token is not None and not is_prompt:
+            self._on_token()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         text = text if self._begun else text.lstrip()
         if text:
             self._begun = True
-            self._on_text(text)
+            if self._on_text is not None:
+                self._on_text(text)
 
 
 def _common_beginning(first: Sequence[int], second: Sequence[int]) -> int:

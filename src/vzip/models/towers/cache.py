@@ -97,6 +97,20 @@ class TowerCache:
             self._kept[key] = (_to(vision, torch.device("cpu")), vision.hidden.device)
 
 
+class NewestTowerCache(TowerCache):
+    """The same for people who look at one image for a while: once full, the oldest outputs make room for new ones."""
+
+    def _keep(self, key: Hashable, vision: VisionOutput) -> None:
+        self._drop(key)
+        while self._kept and self.num_bytes + _size(vision) > self.max_gib * BYTES_PER_GIB:
+            self._drop(next(iter(self._kept)))
+        super()._keep(key, vision)
+
+    def _drop(self, key: Hashable) -> None:
+        if (found := self._kept.pop(key, None)) is not None:
+            self.num_bytes -= _size(found[0])
+
+
 def _digest(pixel_values: Tensor) -> bytes:
     data = pixel_values.detach().cpu().contiguous().view(torch.uint8).numpy().data
     return hashlib.blake2b(data, digest_size=32).digest()

@@ -1,0 +1,63 @@
+"""`python -m vzip demo serve`: what is refused before gradio and the model are loaded; `demo` stays."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import pytest
+
+from vzip import cli
+from vzip.cli import serve
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--port", "0"], "--port=0: must be 1 to 65535"),
+        (["--max-new-tokens", "0"], "--max-new-tokens=0: must be 1 or more"),
+        (["--host", "203.0.113.7"], "nobody can listen there"),
+        (["--model", "tinny"], "did you mean 'tiny'?"),
+        (["budget=3toks"], "budget=3toks"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(capsys, monkeypatch, words, said) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setitem(sys.modules, "vzip.demo.page.widgets", None)
+    assert cli.main(["demo", "serve", *(words if "--port" in words else ["--port", _free(), *words])]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_named(capsys) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert cli.main(["demo", "serve", "--port", port]) == 2
+    error = capsys.readouterr().err
+    assert f"--host=127.0.0.1 --port={port}: nobody can listen there" in error and "Name another port" in error
+
+
+def test_without_gradio_it_says_what_installs_it(capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "vzip.demo.page.widgets", raising=False)
+    assert cli.main(["demo", "serve", "--port", _free()]) == 2
+    assert "`demo serve` needs the package gradio" in capsys.readouterr().err
+
+
+def test_others_than_this_machine_are_warned_of(monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(serve._LOG, "warning", lambda message, *values: said.append(message % values))
+    serve._check_address("127.0.0.1", int(_free()))
+    serve._check_address("localhost", int(_free()))
+    assert not said
+    serve._check_address("0.0.0.0", int(_free()))
+    assert "--host=0.0.0.0: everyone who reaches this machine can use the page" in said[0]
+
+
+def test_demo_without_serve_is_the_table(capsys) -> None:
+    assert cli.main(["demo", "--limit", "0"]) == 2
+    assert "--limit=0: must be 1 or more" in capsys.readouterr().err
+
+
+def _free() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
