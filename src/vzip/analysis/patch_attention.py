@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vzip.errors import ConfigError, UnsupportedModelError
+from vzip.models.families.base import VisualInputs
 from vzip.models.families.llava_base import LlavaBase
 from vzip.models.towers.structure import Tower
 from vzip.models.towers.tap import record_output
@@ -83,10 +85,17 @@ def patch_attention(vlm: CompressedVlm, image: Image.Image) -> PatchAttention:
     inputs = {name: value.to(vlm.device) for name, value in vlm.preprocess_images([image]).items()}
     visual = adapter.read_inputs(**inputs)
     pixels = adapter.image_pixels(visual)[adapter.overview_index(visual.images[0])]  # Mini-Gemini shows finer ones
-    tower, processor = adapter.tower, vlm.processor
+    tower = adapter.tower
     rows = attention_rows(tower, pixels[None].to(vlm.model.dtype), adapter.select_layer)
-    seen = as_image(adapter.shown(visual), processor.image_processor)  # type: ignore[union-attr]
-    return PatchAttention(seen, tower.geometry.grid, rows[0].float().cpu())
+    return PatchAttention(seen_by_tower(vlm, visual), tower.geometry.grid, rows[0].float().cpu())
+
+
+def seen_by_tower(vlm: CompressedVlm, visual: VisualInputs) -> Image.Image:
+    """The crop that shows the whole of the first image, as the vision tower sees it."""
+    processor: Any = vlm.processor
+    shown: Any = vlm.adapter.shown(visual)  # one crop, or all of them
+    crop = shown if isinstance(shown, Tensor) else shown[vlm.adapter.overview_index(visual.images[0])]
+    return as_image(crop, processor.image_processor)
 
 
 def attention_rows(tower: Tower, pixel_values: Tensor, select_layer: int) -> Tensor:

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
-from vzip.analysis.kept import as_image, draw_kept
+from vzip.analysis.kept import draw_kept
 from vzip.analysis.kept_frame import draw_kept_frame
-from vzip.analysis.patch_attention import PatchAttention, patch_attention
+from vzip.analysis.patch_attention import PatchAttention, patch_attention, seen_by_tower
 from vzip.compressors.base import Compressor
 from vzip.compressors.budget import TokenBudget
 from vzip.compressors.controls import Identity
@@ -169,9 +169,7 @@ class Studio:
         """The same for an image that is read already."""
         with self._lock:
             inputs = self._vlm.preprocess_images([image])
-            processor: Any = self._vlm.processor
-            crop = self._vlm.adapter.shown(self._vlm.adapter.read_inputs(**inputs))
-            seen = as_image(crop, processor.image_processor)
+            seen = seen_by_tower(self._vlm, self._vlm.adapter.read_inputs(**inputs))
             return Medium("image", self._moved(inputs), seen, image)
 
     def _moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
