@@ -72,7 +72,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             f"http://127.0.0.1:{port}", folder / "temporary", folder / "asked.txt", folder / "log.txt", process
         )
         try:
-            until(lambda: served.url in served.log.read_text() or process.poll() is not None, 120)
+            until(lambda: served.url in served.log.read_text() or process.poll() is not None, 300)
             assert process.poll() is None, served.log.read_text()
             yield served
         finally:

@@ -53,8 +53,8 @@ def build(studio: Studio, page: Page, title: str, method: str, num_tokens: int) 
         title=f"vzip: {title}", analytics_enabled=False, delete_cache=(UPLOADS_KEPT_S, UPLOADS_KEPT_S)
     ) as ui:
         gr.Markdown(
-            f"## Fewer visual tokens, side by side\n`{title}` answers with all visual tokens of an image{or_a_video}, and"
-            " with as many as you leave it."
+            f"## Fewer visual tokens, side by side\n`{title}` answers with all visual tokens of an image{or_a_video},"
+            " and with as many as you leave it."
         )
         status = gr.HTML("", elem_id="status")
         with gr.Row(elem_classes="sides"):
