@@ -84,6 +84,21 @@ def test_the_loss_is_that_of_our_own_loop(numbers: list[int]) -> None:
     assert output.logits.shape[0] == len(inputs["input_ids"])
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES, ids=str)
+def test_every_family_divides_by_the_tokens_of_the_step(family: tiny.Family) -> None:
+    tower, strategy = family.kinds[0]
+    hf_model = family.build(tower=tower, strategy=strategy)
+    vlm = vzip.CompressedVlm(hf_model, vzip.Identity()).train()
+    vzip.train_projector_only(hf_model)
+    ids = torch.tensor([[1, family.token, 8, 9, 10]])
+    labels = ids.masked_fill(ids < 9, -100)  # two targets
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **family.inputs(1)}
+    loss = vlm(**inputs).loss
+    torch.testing.assert_close(vlm(**inputs, num_items_in_batch=torch.tensor(8)).loss, loss * 2 / 8)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in vlm.adapter.projector.parameters())
+
+
 def test_only_the_projector_moves(tmp_path: Path) -> None:
     vlm = model()
     before = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
