@@ -38,6 +38,7 @@ READ_ERRORS = (
     UnpicklingError,
 )
 _SETTINGS = (".json", ".jinja", ".txt", ".model")
+_LLAVA_OWN = ("non_lora_trainables.bin", "mm_projector.bin")  # beside LoRA layers in either format
 _OPEN_CLIP = "open_clip_pytorch_model.bin"
 # By which a folder of the local cache is known; the hub's list of files is not there to tell what else it must have.
 _CONFIGS = ["config.json", "adapter_config.json", "open_clip_config.json"]
@@ -82,7 +83,7 @@ def needed_files(names: Iterable[str], weights: bool = True) -> list[str]:
     if _OPEN_CLIP in top:
         return [*settings, _OPEN_CLIP]
     ending = ".safetensors" if any(name.endswith(".safetensors") for name in top) else ".bin"
-    return [*settings, *(name for name in top if name.endswith(ending))]
+    return [*settings, *(name for name in top if name.endswith(ending) or name in _LLAVA_OWN)]
 
 
 class Checkpoint:
