@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 from tests.config.fake_hub import COMMIT, FakeHub, serving
 
+from vzip.cli import prefetch
+
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("lmms_eval")
 
@@ -158,6 +160,42 @@ def test_recipes_and_tables_say_what_they_need(capsys: pytest.CaptureFixture[str
     assert training.manifest.name == "llava_v1_5_mix665k" and training.root == tmp_path / "llava_v1_5_mix665k"
     assert training.command.startswith("python -m vzip data download llava_v1_5_mix665k --root")
     assert list(training_sets(composed(["+exp=tiny_64tok"]), None)) == []
+
+
+@pytest.mark.parametrize("adapter", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_what_llavas_layout_needs_beside_it(adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a repository and of a directory: the tower, and the language model that LoRA or a projector goes with."""
+    lora, projector = tmp_path / "lora", tmp_path / "projector"
+    for folder in (lora, projector):
+        folder.mkdir()
+        fields = {"model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
+        (folder / "config.json").write_text(json.dumps(fields | {"_name_or_path": "lmsys/vicuna-7b-v1.5"}))
+    (lora / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "lmsys/vicuna-13b-v1.5"}))
+    for file in (lora / adapter, lora / "non_lora_trainables.bin", projector / "mm_projector.bin"):
+        file.write_bytes(b"x")
+
+    class Served:
+        def files(self, kind: str, name: str, revision: str | None = None) -> dict[str, int | None]:
+            return {file.name: 1 for file in lora.iterdir()} if name == "own/lora" else {"config.json": 1}
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, revision: lora / file)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+
+    def needed(name: str) -> dict[str, set[str] | None]:
+        config = {"model": {"name_or_path": name, "revision": None, "adapter_path": None}, "compressor": {}}
+        found = prefetch.checkpoints([config], Served())  # type: ignore[arg-type]
+        return {item.name: None if item.files is None else set(item.files) for item in found}
+
+    clip = "openai/clip-vit-large-patch14-336"
+    of_hub = needed("own/lora")
+    assert of_hub.keys() == {"own/lora", clip, "lmsys/vicuna-13b-v1.5"}
+    assert of_hub["own/lora"] == {"config.json", "adapter_config.json", adapter, "non_lora_trainables.bin"}
+    assert needed(str(lora)).keys() == {clip, "lmsys/vicuna-13b-v1.5"}
+    assert needed(str(projector)).keys() == {clip, "lmsys/vicuna-7b-v1.5"}
+    (tmp_path / "vicuna-7b-v1.5").mkdir()
+    assert needed(str(projector)).keys() == {clip}, "the language model is beside it"
+    assert needed(str(tmp_path / "empty")) == {}
 
 
 def test_one_format_of_the_weights_is_fetched() -> None:

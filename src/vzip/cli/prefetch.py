@@ -20,7 +20,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -305,8 +305,12 @@ def checkpoints(configs: Sequence[Mapping[str, Any]], hub: Hub) -> list[Checkpoi
     wanted: dict[tuple[str, str | None], None] = {}
     for config in configs:
         model = config["model"]
-        if model["name_or_path"] != BUILT_IN_NAME and isinstance(resolve_checkpoint(model["name_or_path"]), str):
-            wanted[model["name_or_path"], model["revision"]] = None
+        if model["name_or_path"] != BUILT_IN_NAME:
+            source = resolve_checkpoint(model["name_or_path"])
+            if isinstance(source, str):
+                wanted[source, model["revision"]] = None
+            else:
+                wanted |= dict.fromkeys(_beside_directory(source))
         adapter = model["adapter_path"]
         if adapter is not None and not Path(adapter).expanduser().is_dir():
             wanted[adapter, None] = None
@@ -319,7 +323,7 @@ def checkpoints(configs: Sequence[Mapping[str, Any]], hub: Hub) -> list[Checkpoi
     for name, revision in wanted:
         try:
             found.append(Checkpoint(name, revision, _needed(hub.files("model", name, revision))))
-            found += _towers(name, revision, found[-1].files, hub)
+            found += _beside(name, revision, found[-1].files, hub)
         except CheckpointError:  # no such repository, or not for everybody: it fails when its turn comes
             found.append(Checkpoint(name, revision, None))
     return list({(item.name, item.revision): item for item in found}.values())
@@ -332,24 +336,54 @@ def _needed(files: Mapping[str, int | None] | None) -> dict[str, int | None] | N
     return None if files is None else {name: files[name] for name in needed_files(files)}
 
 
-def _towers(name: str, revision: str | None, files: Mapping[str, Any] | None, hub: Hub) -> Iterator[Checkpoint]:
-    """What a checkpoint in its authors' layout needs beside it: vision towers, which its ``config.json`` names."""
-    from vzip.models.families.original.checkpoint import HUB_REVISIONS, tower_hub_id
+def _beside(name: str, revision: str | None, files: Mapping[str, Any] | None, hub: Hub) -> Iterator[Checkpoint]:
+    """What a repository in its authors' layout needs beside it."""
+    from huggingface_hub import hf_hub_download
 
     if not files or "config.json" not in files:
         return
-    from huggingface_hub import hf_hub_download
-
-    path = Path(hf_hub_download(name, "config.json", revision=revision))
-    try:
-        fields = dict(read_json(path))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{name}: its config.json cannot be read ({error}).") from error
-    for key in ("mm_vision_tower", "mm_vision_tower_aux", "mm_image_tower", "mm_video_tower"):
-        hub_id = tower_hub_id(str(fields.get(key)))
+    for _, hub_id, commit in _parts(name, files, lambda file: Path(hf_hub_download(name, file, revision=revision))):
         if hub_id is not None:
-            commit = HUB_REVISIONS.get(hub_id)
             yield Checkpoint(hub_id, commit, _needed(hub.files("model", hub_id, commit)))
+
+
+def _beside_directory(source: Path) -> Iterator[tuple[str, str | None]]:
+    """What a directory in its authors' layout needs from the hub, by name and commit: what is not around it."""
+    from vzip.models.families.original.checkpoint import local_folder
+
+    names = [path.name for path in source.iterdir()]
+    for named, hub_id, commit in _parts(str(source), names, source.joinpath) if "config.json" in names else ():
+        if hub_id is not None and local_folder(source, named, hub_id) is None:
+            yield hub_id, commit
+
+
+def _parts(
+    name: str, files: Iterable[str], path_of: Callable[[str], Path]
+) -> Iterator[tuple[str, str | None, str | None]]:
+    """Vision towers, and the language model of LoRA layers or of a projector alone: as named, repository, commit."""
+    from vzip.models.families.original.checkpoint import HUB_REVISIONS, tower_hub_id
+    from vzip.models.families.original.llava import LORA_CONFIG, PROJECTOR_NAME
+    from vzip.models.families.original.tensors import CHECKPOINT_FILES
+    from vzip.models.hub import is_hub_id
+
+    def read(file: str) -> dict[str, Any]:
+        try:
+            return dict(read_json(path_of(file)))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{name}: its {file} cannot be read ({error}).") from error
+
+    fields, files = read("config.json"), set(files)
+    towers = ("mm_vision_tower", "mm_vision_tower_aux", "mm_image_tower", "mm_video_tower")
+    for named in (str(fields[key]) for key in towers if fields.get(key)):
+        hub_id = tower_hub_id(named)
+        yield named, hub_id, HUB_REVISIONS.get(hub_id or "")
+    base = None
+    if fields.get("mm_vision_tower") and LORA_CONFIG in files:
+        base = read(LORA_CONFIG).get("base_model_name_or_path")
+    elif fields.get("mm_vision_tower") and PROJECTOR_NAME in files and not files & set(CHECKPOINT_FILES):
+        base = fields.get("_name_or_path")
+    if base:
+        yield str(base), str(base) if is_hub_id(str(base)) else None, None
 
 
 def tasks(configs: Sequence[Mapping[str, Any]], hub: Hub) -> list[TaskData]:

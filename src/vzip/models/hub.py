@@ -40,6 +40,7 @@ READ_ERRORS = (
     UnpicklingError,
 )
 _SETTINGS = (".json", ".jinja", ".txt", ".model")
+_LLAVA_OWN = ("non_lora_trainables.bin", "mm_projector.bin")  # beside LoRA layers in either format
 _OPEN_CLIP = "open_clip_pytorch_model.bin"
 # Of a repository of tuned weights (vzip.models.weights.tuned): the file by which it is known, and its folder of LoRA.
 TUNED_HEADER, TUNED_LORA = "tuned.json", "lora"
@@ -101,7 +102,7 @@ def needed_files(names: Iterable[str], weights: bool = True) -> list[str]:
     if _OPEN_CLIP in top:
         return [*settings, _OPEN_CLIP]
     ending = ".safetensors" if any(name.endswith(".safetensors") for name in top) else ".bin"
-    return [*settings, *(name for name in top if name.endswith(ending))]
+    return [*settings, *(name for name in top if name.endswith(ending) or name in _LLAVA_OWN)]
 
 
 class Checkpoint:
