@@ -45,15 +45,13 @@ $(PAGE)/.installed: $(STAMP) lock-demo.txt
 	@touch $@
 
 # Run directories of an earlier call are taken over; remove runs/ to measure all anew. A part of the benchmark, said in table and captions.
-# FIGURES: the paper's that are drawn of the built-in model; each one's files in runs/figures come into docs/gallery.md.
-FIGURES ?= 4 7
 SCENES_50 = eval.limit=50 paths.runs_dir=runs/gallery
 
 gallery: install  ## docs/gallery.md and docs/leaderboard.md: the built-in model's figures, methods and floors at 64 and 32 tokens
 	$(VENV)/bin/python -m vzip leaderboard budgets=64,32 eval.limit=50
 	cp $(addprefix runs/leaderboard/tiny/scenes_limit-50/,leaderboard.md pareto.svg pareto.png) docs/
 	$(VENV)/bin/python eval.py -m compressor=visionzip,random budget=full,192tok,128tok,64tok $(SCENES_50)
-	$(foreach n,$(FIGURES),$(VENV)/bin/python -m vzip figure $(n) --overwrite $(if $(filter 4,$(n)),--runs runs/gallery) &&) true
+	$(VENV)/bin/python -m vzip figure all --overwrite --runs runs/gallery
 	$(VENV)/bin/python scripts/update_gallery.py
 
 docs: install  ## the pages of docs/ as a site in site/, offline; a link or an option that is wrong ends it
