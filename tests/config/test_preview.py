@@ -58,7 +58,7 @@ PLANS = {
         "4,097 of 12,545 a video of 64 frames; 640 = 10 crops x 64 an image, of up to 7,290",
     ],
     "model=llava_onevision_7b eval=video_choice eval.tasks=[nextqa_mc_test] compressor=none budget=full": [
-        "visual tokens  1,569 a video of 8 frames; up to 7,290 = 10 crops x 729 an image"
+        "visual tokens  6,273 a video of 32 frames; up to 7,290 = 10 crops x 729 an image"
     ],
     "model=qwen2_5_vl_3b eval=video_choice eval.tasks=[nextqa_mc_test]": [
         "up to 128 of an image's (a video: each temporal step's), which vary"

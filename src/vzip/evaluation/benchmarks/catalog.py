@@ -174,6 +174,20 @@ def _has_data(place: str) -> bool:
     return True
 
 
+def members_of(manager: TaskManager, name: str) -> list[str] | None:
+    """The tasks of a group or tag; None for a task."""
+    from lmms_eval.utils import load_yaml_config
+
+    entry = manager.task_index[name]
+    listed = entry.get("task")
+    if entry["type"] == "group" and not isinstance(listed, list):  # lmms-eval reads its file where it is asked for
+        listed = load_yaml_config(entry["yaml_path"], mode="simple").get("task")
+    if not isinstance(listed, list):
+        return None
+    names = [member.get("task") if isinstance(member, dict) else member for member in listed]
+    return [member for member in names if member in manager.task_index and member != name]
+
+
 def task_config(manager: TaskManager, name: str, mode: str = "full") -> dict[str, Any]:
     """The task's file with its includes, functions resolved (``simple``: not). Empty for tags and Python's tasks."""
     from lmms_eval.utils import load_yaml_config
@@ -197,9 +211,8 @@ def shown_file(path: str | Path) -> str:
 def _check_not_judged(manager: TaskManager, tasks: Sequence[str]) -> None:
     """Refuses lmms-eval's tasks, alone or in a group, whose metrics are a judge's by their names."""
     for name in tasks:
-        members = manager.task_index[name].get("task")
-        if isinstance(members, list):
-            _check_not_judged(manager, [member for member in members if member in manager.task_index])
+        if (members := members_of(manager, name)) is not None:
+            _check_not_judged(manager, members)
             continue
         listed = task_config(manager, name, "simple").get("metric_list") or []
         judged = [str(entry.get("metric")) for entry in listed if _OF_JUDGE.match(str(entry.get("metric")))]

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from vzip.errors import ManifestError
 from vzip.models.hub import HUB_ID, TIMEOUT_S, HttpError
 
-from .catalog import task_config
+from .catalog import members_of, task_config
 
 if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
@@ -90,9 +90,8 @@ def naming_data_errors(tasks: Sequence[str]) -> Iterator[None]:
 def _configs(manager: TaskManager, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each task's file; groups by their tasks."""
     for name in names:
-        members = manager.task_index[name].get("task")
-        if isinstance(members, list):
-            yield from _configs(manager, [member for member in members if member in manager.task_index])
+        if (members := members_of(manager, name)) is not None:
+            yield from _configs(manager, members)
         else:
             yield name, task_config(manager, name)
 
