@@ -11,7 +11,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from tests import tiny
+
+from vzip.models.hub import needed_files
+from vzip.models.weights.tuned import save_tuned
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -76,11 +80,11 @@ def hub(tmp_path):
     server.server_close()
 
 
-def load(endpoint: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def load(endpoint: str, cache: Path, code: str = LOAD, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "PYTHONPATH": str(SRC), "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run(
-        [sys.executable, "-c", LOAD], capture_output=True, text=True, env={**kept, **settings, **environment}
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**kept, **settings, **environment}
     )
 
 
@@ -97,6 +101,39 @@ def test_a_checkpoint_is_fetched_once_and_then_needs_no_hub(hub, tmp_path):
     for offline in ({}, {"HF_HUB_OFFLINE": "1"}):  # the hub gone; said to be gone
         again = load(endpoint, cache, **offline)
         assert again.stdout.strip().splitlines()[-1:] == [expected], again.stderr
+
+
+LOAD_TUNED = """
+from vzip.models.weights.tuned import read_header, read_tensors
+folder, header = read_header("org/tiny@main")
+print(folder.name, header["step"], sum(read_tensors(folder)["projector.weight"].tolist()))
+"""
+
+
+@pytest.mark.whole
+def test_tuned_weights_are_fetched_once_and_then_need_no_hub(hub, tmp_path):
+    Hub.folder = tmp_path / "tuned"
+    base = {"name_or_path": "org/base", "revision": None, "model_class": "L", "probe": [1.0]}
+    header = {"format": "vzip-tuned-1", "base": base, "compressor": "Identity()", "step": 7}
+    save_tuned(Hub.folder, {"projector.weight": torch.tensor([1.0, 2.5])}, header)
+    (Hub.folder / "README.md").write_text("# card")
+    endpoint, cache = f"http://127.0.0.1:{hub.server_port}", tmp_path / "cache"
+    first = load(endpoint, cache, LOAD_TUNED)
+    assert first.stdout.strip().splitlines()[-1:] == [f"{COMMIT} 7 3.5"], first.stderr
+    assert not [path for path in Hub.asked if path.endswith("README.md")]
+    hub.shutdown()
+    hub.server_close()
+    for offline in ({}, {"HF_HUB_OFFLINE": "1"}):
+        again = load(endpoint, cache, LOAD_TUNED, **offline)
+        assert again.stdout.strip().splitlines()[-1:] == [f"{COMMIT} 7 3.5"], again.stderr
+
+
+def test_of_a_repository_what_is_read_is_fetched():
+    tuned = ["README.md", "digests.json", "tuned.json", "tuned.safetensors"]
+    lora = ["lora/adapter_config.json", "lora/adapter_model.safetensors"]
+    assert set(needed_files([*tuned, *lora])) == {*tuned[1:], *lora}
+    whole = ["config.json", "model.safetensors", "pytorch_model.bin", "lora/adapter_config.json"]
+    assert set(needed_files(whole)) == {"config.json", "model.safetensors"}
 
 
 @pytest.mark.whole
