@@ -71,8 +71,10 @@ def budgets() -> dict[str, tuple[int, int]]:
 
     Those without counts of their own, as ``budget=full``, are left out.
     """
-    counts = {name: (own.get("num_dominant"), own.get("num_contextual")) for name, own in _values("budget").items()}
-    found = {name: pair for name, pair in counts.items() if isinstance(pair[0], int)}
+    counted = {name: own for name, own in _values("budget").items() if isinstance(own.get("num_dominant"), int)}
+    found: dict[str, tuple[int, int]] = {
+        name: (own["num_dominant"], own["num_contextual"]) for name, own in counted.items()
+    }
     return dict(sorted(found.items(), key=lambda item: -sum(item[1])))
 
 

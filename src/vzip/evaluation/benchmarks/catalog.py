@@ -185,7 +185,7 @@ def members_of(manager: TaskManager, name: str) -> list[str] | None:
     if not isinstance(listed, list):
         return None
     names = [member.get("task") if isinstance(member, dict) else member for member in listed]
-    return [member for member in names if member in manager.task_index and member != name]
+    return [str(member) for member in names if member in manager.task_index and member != name]
 
 
 def task_config(manager: TaskManager, name: str, mode: str = "full") -> dict[str, Any]:
