@@ -352,7 +352,9 @@ def _beside_directory(source: Path) -> Iterator[tuple[str, str | None]]:
     from vzip.models.families.original.checkpoint import local_folder
 
     names = [path.name for path in source.iterdir()]
-    for named, hub_id, commit in _parts(str(source), names, source.joinpath) if "config.json" in names else ():
+    if "config.json" not in names:
+        return
+    for named, hub_id, commit in _parts(str(source), names, source.joinpath):
         if hub_id is not None and local_folder(source, named, hub_id) is None:
             yield hub_id, commit
 
