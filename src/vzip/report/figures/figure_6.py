@@ -224,7 +224,7 @@ def _caption(subject: Subject, found: Misaligned) -> str:
         f"Maps: the attention of patch {row},{column} (row, column, from 0; red) in layer {at}, the"
         f" {subject.tower.layer_is}, mean over heads, of what goes to patches; cyan: the {NUM_PROXIES} patches that it"
         " attends to most. Distances between middles of patches. Chance is the mean distance from a patch to where even"
-        " attention would go, itself too, computed exactly. 95 %: bootstrap over images, each the mean over its patches."
+        " attention would go, itself too, exact. 95 %: bootstrap over images, each the mean over its patches."
     )
     return (
         f"{text}\nLayer {at}: from a patch to its proxy {of[DISTANCE].text()} patches, by attention to all"
