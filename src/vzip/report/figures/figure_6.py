@@ -222,10 +222,9 @@ def _caption(subject: Subject, found: Misaligned) -> str:
         )
     text += (
         f"Maps: the attention of patch {row},{column} (row, column, from 0; red) in layer {at}, the"
-        f" {subject.tower.layer_is}, mean over heads, of what goes to patches; cyan: the {NUM_PROXIES}"
-        " patches that it attends to most. Distances"
-        " between middles of patches. Chance is the mean distance from a patch to where even attention would go, itself"
-        " among it, computed exactly. 95 %: bootstrap over images, each the mean over all its patches."
+        f" {subject.tower.layer_is}, mean over heads, of what goes to patches; cyan: the {NUM_PROXIES} patches that it"
+        " attends to most. Distances between middles of patches. Chance is the mean distance from a patch to where even"
+        " attention would go, itself too, exact. 95 %: bootstrap over images, each the mean over its patches."
     )
     return (
         f"{text}\nLayer {at}: from a patch to its proxy {of[DISTANCE].text()} patches, by attention to all"
