@@ -181,4 +181,4 @@ def test_figure_8_on_a_video_of_ones_own(tmp_path: Path, capsys: pytest.CaptureF
     assert [row["arm"] for row in rows] == ["vanilla", "VisionZip, as few", "VisionZip"]
     tokens = [int(row["num_visual_tokens"]) for row in rows]
     assert tokens[1] == 8 * 17 and tokens[0] - 17 < tokens[2] <= tokens[0]
-    assert "clip.mp4, one video, one question" in capsys.readouterr().out
+    assert "clip.mp4 of 30 frames, one question" in capsys.readouterr().out

@@ -171,7 +171,14 @@ def _of_file(args: argparse.Namespace, vanilla: Any, max_new_tokens: int) -> Dra
     with Progress(f"{len(arms)} ways to see {path.name}", "answers", len(arms)) as progress:
         asked = [ask(vlm, arm, clip, max_new_tokens) for arm in progress.track(arms)]
     costs = [measure(vlm, arm, clip) for arm in arms]
-    return draw(arms, clip, asked, costs, Path(arguments["name_or_path"]).name, f"{path.name}, one video, one question")
+    return draw(
+        arms,
+        clip,
+        asked,
+        costs,
+        Path(arguments["name_or_path"]).name,
+        f"{path.name} of {num_available} frames, one question",
+    )
 
 
 def frames_at_equal_cost(vlm: CompressedVlm, method: Any, num_frames: int) -> int:
