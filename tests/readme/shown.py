@@ -30,6 +30,7 @@ class Entry:
         where: what stands in place of a placeholder (RUN, DIR, FILE).
         instead: the command in full where adding and replacing do not do.
         first: a shell command that prepares what it needs.
+        part: of commands.yaml in which it stands.
     """
 
     command: str
@@ -40,6 +41,7 @@ class Entry:
     where: dict[str, str] = field(default_factory=dict)
     instead: str = ""
     first: str = ""
+    part: str = ""
 
     @property
     def line(self) -> str:
@@ -64,12 +66,12 @@ def shown_commands(text: str) -> list[str]:
 
 def entries() -> list[Entry]:
     """The entries of commands.yaml, in the order in which they are run."""
-    listed = yaml.safe_load((Path(__file__).parent / "commands.yaml").read_text(encoding="utf-8"))
+    parts = yaml.safe_load((Path(__file__).parent / "commands.yaml").read_text(encoding="utf-8"))
     return [
-        Entry(**{**entry, "says": tuple(entry.get("says", ()))})
-        if isinstance(entry.get("says", []), list)
-        else Entry(**{**entry, "says": (entry["says"],)})
+        Entry(**{**entry, "part": part, "says": tuple([says] if isinstance(says, str) else says)})
+        for part, listed in parts.items()
         for entry in listed
+        for says in [entry.get("says", ())]
     ]
 
 

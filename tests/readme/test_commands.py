@@ -74,9 +74,11 @@ def environment(checkout: Path) -> Mapping[str, str]:
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.command[:80])
+@pytest.mark.parametrize(
+    "entry", [pytest.param(e, marks=pytest.mark.xdist_group(e.part), id=e.command[:80]) for e in ENTRIES]
+)
 def test_the_command_does_what_the_page_says(entry: Entry, checkout: Path, environment: Mapping[str, str]) -> None:
-    """One after the other, in one process (--dist loadfile): some use what earlier ones have written."""
+    """Those of a part one after the other, in one process: some use what earlier ones have written."""
 
     def run(line: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
