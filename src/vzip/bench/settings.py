@@ -304,8 +304,10 @@ def _budget_of(name: str, scope: Any) -> TokenBudget | FractionBudget:
     from vzip.compressors import FractionBudget, TokenBudget
 
     if "." in name:
-        return FractionBudget(*map(float, name.split("+")), scope=scope)
-    return TokenBudget(*(find_budget(name) or map(int, name.split("+"))), scope=scope)
+        dominant, contextual = map(float, name.split("+"))
+        return FractionBudget(dominant, contextual, scope)
+    num_dominant, num_contextual = find_budget(name) or map(int, name.split("+"))
+    return TokenBudget(num_dominant, num_contextual, scope)
 
 
 def _read_budget(given: dict[str, Any], own: dict[str, Any], problems: list[str]) -> None:
