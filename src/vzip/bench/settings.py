@@ -305,9 +305,9 @@ def _budget_of(name: str, scope: Any) -> TokenBudget | FractionBudget:
 
     if "." in name:
         dominant, contextual = map(float, name.split("+"))
-        return FractionBudget(dominant, contextual, scope=scope)
+        return FractionBudget(dominant, contextual, scope)
     num_dominant, num_contextual = find_budget(name) or map(int, name.split("+"))
-    return TokenBudget(num_dominant, num_contextual, scope=scope)
+    return TokenBudget(num_dominant, num_contextual, scope)
 
 
 def _read_budget(given: dict[str, Any], own: dict[str, Any], problems: list[str]) -> None:

@@ -145,9 +145,9 @@ def visual_tokens(plan: EvaluationPlan) -> str:
             image = f"{kept * crops:,} = {crops} crops x {kept} an image{newlines}, of up to {full:,}"
         if not adapter.has_video:
             return image
-        clip = video_shape(geometry.grid, plan.model["num_frames"] or DEFAULT_NUM_FRAMES)
-        counted = f"{compressor.num_visual_tokens(clip):,} of " if kept is not None else ""
-        return f"{counted}{clip.num_vanilla:,} a video of {clip.num_crops} frames; {image}"
+        whole = video_shape(geometry.grid, plan.model["num_frames"] or DEFAULT_NUM_FRAMES)
+        counted = f"{compressor.num_visual_tokens(whole):,} of " if kept is not None else ""
+        return f"{counted}{whole.num_vanilla:,} a video of {whole.num_crops} frames; {image}"
     image = _of(kept, units)
     if not adapter.has_video:
         return f"{image} an image"

@@ -184,8 +184,8 @@ def members_of(manager: TaskManager, name: str) -> list[str] | None:
         listed = load_yaml_config(entry["yaml_path"], mode="simple").get("task")
     if not isinstance(listed, list):
         return None
-    names = [member.get("task") if isinstance(member, dict) else member for member in listed]
-    return [str(member) for member in names if member in manager.task_index and member != name]
+    names = [str(member.get("task")) if isinstance(member, dict) else str(member) for member in listed]
+    return [member for member in names if member in manager.task_index and member != name]
 
 
 def task_config(manager: TaskManager, name: str, mode: str = "full") -> dict[str, Any]:
