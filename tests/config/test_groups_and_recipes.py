@@ -152,8 +152,9 @@ def test_every_option_composes_and_is_valid(group: str, option: str) -> None:
         ("pruner", option): "model=llava15_7b",  # the built-in model has fewer layers than most cut at
     }.get((group, option))
     values = {"llava_local": "model.name_or_path=org/some-model", "llava_json": "data.json=FILE"}
-    needed = (values | {"tokens": "budget.num_tokens=48"}).get(option)
-    config = composed(f"{group}={option}", *filter(None, (partner, needed)))
+    values |= {"tokens": "budget.num_tokens=48", "fraction": "budget.dominant=0.65 budget.contextual=0.05"}
+    needed = values.get(option, "").split()
+    config = composed(f"{group}={option}", *filter(None, [partner]), *needed)
     assert find_problems(config) == []
     assert config[group].get("name", option) == option
     assert header(CONFIGS / group / f"{option}.yaml"), "the first line says what the option is"

@@ -396,7 +396,8 @@ def recorded_method(record: Mapping[str, Any]) -> tuple[dict[str, Any], Compress
     if not config:
         raise ConfigError("its record holds no configuration, so what it ran is not known.")
     files = [option_values(directory, "compressor", name) for name in options(directory, "compressor")]
-    unknown = set(_targets(config.get("compressor"))) - {target for file in files for target in _targets(file)}
+    known = {"vzip.TokenBudget", "vzip.FractionBudget", *(target for file in files for target in _targets(file))}
+    unknown = set(_targets(config.get("compressor"))) - known
     if unknown:
         raise ConfigError(f"its method is {', '.join(sorted(unknown))}, which no file of configs/compressor names.")
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.conf import HydraConf
 from hydra.core.config_search_path import ConfigSearchPath
@@ -43,12 +42,15 @@ def _half(which: str, num_tokens: object) -> int | None:
 OmegaConf.register_new_resolver("half", _half, replace=True)
 
 
-def _kept(budget: DictConfig) -> dict[str, Any]:
+def _kept(budget: DictConfig) -> DictConfig:
     """In configs/compressor_base.yaml: the class that holds the budget, with its arguments, by the keys it has."""
     names = FRACTIONS if is_fraction(budget) else COUNTS
     # A budget file of one's own may leave the scope out.
     arguments = {**{name: budget.get(name) for name in names}, "scope": budget.get("scope", "crop")}
-    return {"_target_": f"vzip.{'FractionBudget' if names is FRACTIONS else 'TokenBudget'}", **arguments}
+    # As a DictConfig: OmegaConf.resolve (--resolve) cannot put a plain dict in an interpolation's place.
+    return OmegaConf.create(
+        {"_target_": f"vzip.{'FractionBudget' if names is FRACTIONS else 'TokenBudget'}", **arguments}
+    )
 
 
 OmegaConf.register_new_resolver("kept", _kept, replace=True)
