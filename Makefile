@@ -67,7 +67,7 @@ browser:  ## see that Chromium is there, and install it if that can be done
 	  else echo "Chromium is not installed, and the pages are tested in it: sudo apt-get install chromium"; exit 1; fi; }
 
 test-all: install $(PAGE)/.installed browser  ## what the fast tests leave out: the wheel, every command and notebook of README and docs, the site, pages in Chromium
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m whole -n 2 --dist loadgroup --durations 20
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m whole -n 2 --dist loadfile --durations 20
 
 check: install  ## ruff, format, types, and that what is installed is what lock.txt says
 	$(VENV)/bin/ruff check .

@@ -157,6 +157,7 @@ def ask(page: Page, question: str, turns: int = 1) -> tuple[str, str]:
 
 def click_patch(page: Page, row: int, col: int, grid: int = 24) -> None:
     """Clicks the middle of a patch where it is displayed, whatever the size of the widget around it."""
+    page.wait_for_function("() => (document.querySelector('#seen img')?.naturalWidth ?? 0) > 0")
     page.locator("#seen img").scroll_into_view_if_needed()
     x, y, width, height = page.evaluate(
         """() => {
