@@ -182,7 +182,7 @@ def draw(
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     provisional = any(point.provisional for own in radar.points.values() for point in own)
     words = f"{model}: {radar.num_tokens:g} visual tokens against vanilla" + (" (provisional)" if provisional else "")
-    figure.suptitle(words)
+    figure.suptitle(words, parse_math=False)
     rows: list[dict[str, Any]] = []
     for method, points in radar.points.items():
         for point, kept in zip(points, radar.retention[method], strict=True):
