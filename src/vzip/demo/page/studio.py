@@ -170,8 +170,9 @@ class Studio:
             inputs = self._vlm.preprocess_images([image])
             processor: Any = self._vlm.processor
             visual = self._vlm.adapter.read_inputs(**inputs)
-            crop = self._vlm.adapter.shown(visual)[self._vlm.adapter.overview_index(visual.images[0])]
-            seen = seen_image(crop, processor.image_processor)
+            (shape,) = visual.images
+            crop = self._vlm.adapter.shown(visual)[self._vlm.adapter.overview_index(shape)]
+            seen = seen_image(crop, processor.image_processor, shape.grid)
             return Medium("image", self._moved(inputs), seen, image)
 
     def _moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

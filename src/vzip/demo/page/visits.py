@@ -49,7 +49,7 @@ class Visit:
         return lambda: own == self._wish
 
     def begin_opening(self) -> Callable[[], bool]:
-        """The same of what is to be opened: another file or example ends it, a control that moves meanwhile does not."""
+        """The same of what is to be opened: another file or example ends it, a control that moves does not."""
         self.begin()  # nobody waits for what is asked about what was open
         with self._lock:
             self._opening += 1
