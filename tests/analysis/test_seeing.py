@@ -33,7 +33,8 @@ def test_what_a_model_of_any_family_sees(family: str) -> None:
     seen = seeing.of_vlm(vlm, family)
     pixels, picture = seen.see(PICTURE)
     geometry = seen.tower.geometry
-    assert picture.size == (geometry.image_size, geometry.image_size) and len(pixels) == 1
+    rows, cols = geometry.grid
+    assert picture.size == (cols * geometry.patch_size, rows * geometry.patch_size) and len(pixels) == 1
     (attention,) = each_layer(seen.tower, pixels, {seen.select_layer})
     ours = attention.maps()[RECEIVED]
     signal = Signal("received_attention")
