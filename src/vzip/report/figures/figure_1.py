@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vzip.report.costs import Bench, machine_of, took_something_over
+from vzip.report.costs import Bench, is_of_visionzip, machine_of, took_something_over
 from vzip.results.record import Run
 
 from .drawing import Drawing
@@ -122,6 +122,8 @@ def prefill_times(benches: Sequence[Bench], model: str, num_tokens: float) -> tu
     for bench in reversed(benches):
         methods = bench.content["methods"]
         if bench.content["model"] != model or not {VANILLA, "vzip"} <= set(methods):
+            continue
+        if not is_of_visionzip(bench.content):
             continue
         if abs(methods["vzip"]["num_visual_tokens"] - num_tokens) > SAME_BUDGET * num_tokens:
             continue
