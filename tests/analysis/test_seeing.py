@@ -8,13 +8,15 @@ import torch
 from PIL import Image
 from scripts.make_random_model import FAMILIES, build
 from tests.analysis.towers import save, tower
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+from tests.tiny import IMAGE_SIZE, vision_config
+from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipVisionModel
 
 import vzip
 from vzip.analysis import seeing
 from vzip.analysis.attention import RECEIVED, each_layer
 from vzip.compressors.vision import Signal
 from vzip.errors import CheckpointError, ConfigError, UnsupportedModelError
+from vzip.models.towers.structure import find_tower
 from vzip.ops.grid import in_squares
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 100, 3), dtype=np.uint8))
@@ -31,7 +33,8 @@ def test_what_a_model_of_any_family_sees(family: str) -> None:
     seen = seeing.of_vlm(vlm, family)
     pixels, picture = seen.see(PICTURE)
     geometry = seen.tower.geometry
-    assert picture.size == (geometry.image_size, geometry.image_size) and len(pixels) == 1
+    rows, cols = geometry.grid
+    assert picture.size == (cols * geometry.patch_size, rows * geometry.patch_size) and len(pixels) == 1
     (attention,) = each_layer(seen.tower, pixels, {seen.select_layer})
     ours = attention.maps()[RECEIVED]
     signal = Signal("received_attention")
@@ -84,3 +87,20 @@ def test_what_is_no_tower_is_refused(tmp_path) -> None:
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         seeing.load_bare(folder)
+
+
+def test_an_edge_that_no_patch_covers_is_not_shown() -> None:
+    """As of SigLIP at 384: 27 patches of 14 pixels, and six pixels that a click or a map would be shifted by."""
+    config = SiglipVisionModel(vision_config("siglip")).config
+    config.image_size = IMAGE_SIZE + 5
+    found = find_tower(SiglipVisionModel(config).eval())
+    assert found.geometry.grid == (8, 8)
+    processor = SiglipImageProcessor(size={"height": config.image_size, "width": config.image_size})
+
+    def prepare(image: Image.Image) -> torch.Tensor:
+        return processor(image, return_tensors="pt")["pixel_values"]
+
+    pixels, picture = seeing.SeeingTower("siglip", found, 3, prepare, processor, "select layer").see(PICTURE)
+    assert pixels.shape[-1] == IMAGE_SIZE + 5 and picture.size == (IMAGE_SIZE, IMAGE_SIZE)
+    whole = seeing.seen_image(pixels[0], processor)
+    assert (np.asarray(picture) == np.asarray(whole)[:IMAGE_SIZE, :IMAGE_SIZE]).all()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 import sys
+import types
 
 import pytest
 
 from vzip import cli
 from vzip.cli import serve
+from vzip.demo import page as demo_page
 
 
 @pytest.mark.parametrize(
@@ -19,6 +21,8 @@ from vzip.cli import serve
         (["--host", "203.0.113.7"], "nobody can listen there"),
         (["--model", "tinny"], "did you mean 'tiny'?"),
         (["budget=3toks"], "budget=3toks"),
+        (["compressor=none", "budget=full"], "compressor=none: the page has the model without compression"),
+        (["compressor.merge_rule=mean"], "compressor.merge_rule=mean: the page has methods as their files set them"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(capsys, monkeypatch, words, said) -> None:
@@ -41,6 +45,26 @@ def test_without_gradio_it_says_what_installs_it(capsys, monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "vzip.demo.page.widgets", raising=False)
     assert cli.main(["demo", "serve", "--port", _free()]) == 2
     assert "`demo serve` needs the package gradio" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "method", "num_tokens"),
+    [
+        ([], "visionzip", 64),
+        (["compressor=merge_dropped", "budget=128tok"], "merge_dropped", 128),
+        (["budget=fraction", "budget.dominant=0.25", "budget.contextual=0.05"], "visionzip", 144 + 28),
+        (["compressor=cdpruner", "budget=32tok"], "visionzip", 32),  # CLIP's text model is not at hand
+    ],
+)
+def test_the_controls_stand_where_the_settings_say(monkeypatch, words, method, num_tokens) -> None:
+    shown: list[object] = []
+    widgets = types.ModuleType("widgets")
+    widgets.serve = lambda studio, page, title, *controls: shown.extend(controls[:2])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vzip.demo.page.widgets", widgets)
+    monkeypatch.setattr(demo_page, "widgets", widgets, raising=False)
+    monkeypatch.setattr(serve, "_until_terminated", lambda: None)
+    assert cli.main(["demo", "serve", "--port", _free(), *words]) == 0
+    assert shown == [method, num_tokens]
 
 
 def test_others_than_this_machine_are_warned_of(monkeypatch) -> None:

@@ -36,6 +36,20 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
     return put(tmp_path / "runs/a", COMPRESSED, rows), put(tmp_path / "runs/b", VANILLA, other)
 
 
+def test_a_dot_in_an_id_is_no_ending(tmp_path: Path) -> None:
+    images, rows = tmp_path / "images", [row(n, True, question_id=f"1.{n}") for n in range(3)]
+    images.mkdir()
+    Image.new("RGB", (20, 20)).save(images / "1.png")
+    Image.new("RGB", (30, 20)).save(images / "1.2.png")
+    out = tmp_path / "view.html"
+    command = ["view", str(put(tmp_path / "runs/a", VANILLA, rows)), "--out", str(out), "--images", str(images)]
+    assert cli.main(command) == 0
+    content = written(out)
+    # Of question 1.1 there is none but by its doc_id, 1.
+    assert [len(one["views"]) for one in content["samples"]] == [0, 1, 1]
+    assert [image["width"] for image in content["images"]] == [20, 30]
+
+
 def test_images_by_name_with_the_runs_own_kept_patches(
     runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,11 +62,16 @@ def put_bench(
     processor: str = "H200",
     time: str = "2026-01-01",
     pruner: dict[str, Any] | None = None,
+    compressor: str = "visionzip",
 ) -> None:
     content = {
         "model": "m",
         "environment": {"time": time, "processor": processor, "code": {"commit": "c", "dirty": processor == "dirty"}},
-        "settings": {"batch_size": 1, "method_settings": {"pruner": pruner} if pruner else {}},
+        "settings": {
+            "batch_size": 1,
+            "compressor": compressor,
+            "method_settings": {"pruner": pruner} if pruner else {},
+        },
         "methods": {
             k: {"num_visual_tokens": n, "stages": {"prefill": {"median_ms": t}}} for k, (n, t) in stages.items()
         },
@@ -150,6 +155,8 @@ def test_the_newest_measurements_of_one_machine_are_a_pair(
     assert (prefill().ours, prefill().ratio, prefill().machine) == (20, 2, "A800, batches of 1")
     put_bench(tmp_path, "e", {"vzip": (64, 15.0), "vanilla": (576, 60.0)}, "A800", "2025-12-31")
     assert (prefill().ours, prefill().ratio) == (15, 4), "one measurement of both goes before two"
+    put_bench(tmp_path, "g", {"vzip": (64, 2.0), "vanilla": (576, 60.0)}, "A800", "2026-01-05", compressor="divprune")
+    assert prefill().ours == 15, "another method's is not VisionZip's"
     put_bench(tmp_path, "f", {"vzip": (64, 1.0)}, "dirty", "2027-01-01")
     assert prefill().ours == 15, "what is provisional comes last"
     (tmp_path / "runs/bench/a/z/bench.json").write_text("{}")

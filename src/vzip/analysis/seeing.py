@@ -54,14 +54,15 @@ class SeeingTower:
     layer_is: str
 
     def see(self, image: Image.Image) -> tuple[Tensor, Image.Image]:
-        """What the tower takes, ``[1, 3, h, w]``, and the same to look at.
+        """What the tower takes, ``[1, 3, h, w]``, and the same to look at, without an edge that no patch covers.
 
         Raises:
             ImageError: an image that cannot be used.
         """
         pixels = self.prepare(image)
         weight = next(self.tower.embeddings.parameters())
-        return pixels.to(weight.device, weight.dtype), seen_image(pixels[0], self.image_processor)
+        picture = seen_image(pixels[0], self.image_processor, self.tower.geometry.grid)
+        return pixels.to(weight.device, weight.dtype), picture
 
     def with_layer(self, layer: int | None) -> SeeingTower:
         """The same with another select layer, counted as in the tower's hidden states; None: as it is.

@@ -14,10 +14,14 @@ import ipaddress
 import logging
 import signal
 import socket
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vzip.config.build import chat_plan
 from vzip.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vzip.compressors.base import Compressor
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,23 +42,27 @@ def main(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: must be 1 or more.")
     _check_address(arguments.host, arguments.port)
     model, compressor, system_prompt = chat_plan([f"model={arguments.model}", *arguments.settings])
+    method = _method(arguments.settings, compressor)
     import vzip
     from vzip.demo.page import widgets  # gradio, which may be missing
     from vzip.demo.page.page import Page, examples
     from vzip.demo.page.studio import MIN_TOKENS, Studio
-    from vzip.methods import method_files
 
     studio = Studio(vzip.load_vlm(**model), system_prompt, arguments.max_new_tokens)
-    named = {entry.method: name for name, entry in method_files().items() if name in studio.methods}
-    budget: Any = getattr(compressor, "budget", None)
-    num_tokens = max(MIN_TOKENS, min(studio.max_tokens, getattr(budget, "num_tokens", studio.max_tokens)))
+    if method not in studio.methods:
+        usual = "visionzip" if "visionzip" in studio.methods else studio.methods[0]
+        _LOG.warning(
+            "compressor=%s: not to be had with model=%s here; it starts with %s.", method, arguments.model, usual
+        )
+        method = usual
+    num_tokens = max(MIN_TOKENS, min(studio.max_tokens, compressor.num_tokens(studio.shape)))
     _until_terminated()
     try:
         widgets.serve(
             studio,
             Page(studio, examples()),
             arguments.model,
-            named.get(type(compressor), studio.methods[0]),
+            method,
             num_tokens,
             arguments.host,
             arguments.port,
@@ -63,6 +71,26 @@ def main(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nended; uploads are deleted", flush=True)
     return 0
+
+
+def _method(words: Sequence[str], compressor: Compressor) -> str:
+    """The name of the method that the page starts with.
+
+    Raises:
+        ConfigError: none, or one with settings of its own, which the page's controls do not have.
+    """
+    from vzip.methods import method_files
+
+    if own := [word for word in words if word.startswith("compressor.")]:
+        raise ConfigError(f"{' '.join(own)}: the page has methods as their files set them; leave it out.")
+    given = [word.partition("=")[2] for word in words if word.startswith("compressor=")]
+    name = given[-1] if given else next(n for n, file in method_files().items() if file.method is type(compressor))
+    if name == "none":
+        raise ConfigError(
+            "compressor=none: the page has the model without compression on its left side always. Name the method"
+            " that the other side starts with, or leave it out."
+        )
+    return name
 
 
 def _until_terminated() -> None:

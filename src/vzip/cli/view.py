@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from vzip.cli.fidelity import ENDINGS
 from vzip.errors import ConfigError, ImageError, ManifestError, MissingPackageError, RunExistsError, VzipError
 from vzip.keys import raise_all
 from vzip.media.images import load_image
@@ -178,7 +179,9 @@ def _of_folder(folder: Path) -> Source:
             files.setdefault((path.parent.name if path.parent != folder else "", path.stem), path)
 
     def source(row: Mapping[str, Any]) -> Sequence[Image.Image]:
-        stems = [Path(str(row[key])).stem for key in ("question_id", "cluster", "doc_id") if row.get(key) is not None]
+        names = [Path(str(row[key])) for key in ("question_id", "cluster", "doc_id") if row.get(key) is not None]
+        # An id may have a dot of its own: 1.2 is not image 1.
+        stems = [name.stem if name.suffix.lower() in ENDINGS else name.name for name in names]
         for place in (row["task"], ""):
             for stem in stems:
                 if (place, stem) in files:

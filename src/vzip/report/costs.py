@@ -114,6 +114,13 @@ def find_benches(folder: Path) -> list[Bench]:
     return [bench for *_, bench in sorted(found, key=lambda entry: entry[:2])]
 
 
+def is_of_visionzip(content: Mapping[str, Any]) -> bool:
+    """Whether what a measurement calls ``vzip`` is VisionZip as its file sets it, and no other compressor."""
+    settings = content.get("settings") or {}
+    changed = (settings.get("method_settings") or {}).get("compressor")
+    return settings.get("compressor", "visionzip") == "visionzip" and not changed
+
+
 def cost_of_bench(benches: Iterable[Bench], row: Row, column: Column) -> list[Cost]:
     """The stage's median in ms in every measurement of the row's model at its number of tokens, the newest last.
 
@@ -125,6 +132,8 @@ def cost_of_bench(benches: Iterable[Bench], row: Row, column: Column) -> list[Co
         content = bench.content
         entry = content["methods"].get("vanilla" if is_vanilla else pruner or "vzip")
         if entry is None or content["model"] != bench_model(row) or column.bench not in entry["stages"]:
+            continue
+        if not is_vanilla and pruner is None and not is_of_visionzip(content):
             continue
         if pruner is not None:
             if (content["settings"].get("method_settings") or {}).get("pruner", {}) != settings:

@@ -16,7 +16,7 @@ from tests.media.clips import write
 
 import vzip
 from vzip.demo.page.page import MAX_QUESTION, NO_MEDIUM, Choice, Page, View, examples, facts
-from vzip.demo.page.studio import Answer, Studio, SupersededError
+from vzip.demo.page.studio import Answer, Medium, Studio, SupersededError
 from vzip.demo.page.visits import Visit, Visits
 from vzip.methods import method_names
 from vzip.option_files import split_of
@@ -208,6 +208,45 @@ def test_a_new_wish_ends_the_last_and_both_answers_come_in_the_end(page) -> None
     assert shown.vanilla[0][1] and shown.compressed_facts.startswith("128 ")
     assert not [view for view in asking if view.compressed_facts or view.vanilla_facts]
     assert visit.turns[0].compressed.num_visual_tokens == 128
+
+
+def test_a_file_that_is_read_slowly_does_not_take_the_place_of_what_was_opened_since(
+    page, tmp_path, monkeypatch
+) -> None:
+    visit, path, read = Visit(), tmp_path / "scene.png", page.studio.open_file
+    page.examples[1].image.save(path)
+
+    def slowly(given: Path) -> object:
+        medium = read(given)
+        last(page.open_example(visit, 0, HERE))
+        return medium
+
+    monkeypatch.setattr(page.studio, "open_file", slowly)
+    assert not list(page.open_file(visit, path, HERE))
+    assert visit.medium.image is page.examples[0].image and not path.exists()
+
+    def meanwhile(given: Path) -> object:  # the slider moves
+        list(page.change(visit, Choice("visionzip", 128)))
+        return read(given)
+
+    monkeypatch.setattr(page.studio, "open_file", meanwhile)
+    page.examples[1].image.save(path)
+    shown = last(page.open_file(visit, path, HERE))
+    assert shown.overlay is not None and visit.medium.image is not page.examples[0].image
+
+
+def test_the_attention_of_an_image_is_not_kept_for_the_one_opened_meanwhile(page, monkeypatch) -> None:
+    visit, attention = Visit(), page.studio.attention
+    last(page.open_example(visit, 0, HERE))
+
+    def slowly(medium: Medium) -> object:
+        found = attention(medium)
+        last(page.open_example(visit, 1, HERE))
+        return found
+
+    monkeypatch.setattr(page.studio, "attention", slowly)
+    assert not list(page.click(visit, 3, 3))
+    assert visit.attention is None and visit.patch is None
 
 
 def test_visitors_at_once_have_each_their_own_answers(page) -> None:

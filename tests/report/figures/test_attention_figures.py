@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -118,3 +119,15 @@ def test_siglip_has_no_cls(photos, tmp_path):
     assert {row["score"] for row in rows} == {"received"} and "CLS" not in caption
     assert {row["image"] for row in rows if row["part"] == "map"} == {"1.png"}
     assert "the tower has no CLS token" in drawn(9, siglip, photos, tmp_path)[1]
+
+
+@pytest.mark.parametrize("number", [2, 5, 6])
+def test_names_are_no_formulas(sink, photos, tmp_path, number, recwarn):
+    model = tmp_path / "$\\sink$"
+    shutil.copytree(sink, model)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    shutil.copy(photos / "0.png", folder / "$\\foo$ 猫.png")
+    rows, _ = drawn(number, model, folder, tmp_path / "out")
+    assert {row["image"] for row in rows if row["part"] == "map"} == {"$\\foo$ 猫.png"}
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

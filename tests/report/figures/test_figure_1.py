@@ -90,6 +90,10 @@ def test_prefill_is_the_newest_of_the_model_at_that_budget() -> None:
         ("VisionZip", 6, 5, 8),
     ]
     assert machine == "a GPU" and prefill_times([bench(7, 192)], "m", 64.0) == ([], "")
+    for settings in ({"compressor": "divprune"}, {"method_settings": {"compressor": {"merge_rule": "mean"}}}):
+        other = bench(4)
+        other.content["settings"] = settings
+        assert prefill_times([bench(6), other], "m", 64.0)[0] == bars, "another method is no VisionZip"
 
 
 def test_lines_and_bars_are_the_numbers() -> None:

@@ -104,8 +104,11 @@ class Page:
         )
 
     def _open(self, visit: Visit, read: Callable[[], Medium], choice: Choice, question: str) -> Iterator[View]:
-        is_wanted = visit.begin()
+        is_latest = visit.begin_opening()
         medium = read()
+        if not is_latest():
+            return  # another was chosen while this one was read
+        is_wanted = visit.begin()
         visit.open(medium)
         seen, caption = self._plain(visit)
         yield replace(self._dialogues(visit), seen=seen, caption=caption, question=question, status="")
@@ -161,11 +164,14 @@ class Page:
         """A point of the image as the tower sees it: the attention of that patch, or, a second time, the image."""
 
         def clicked() -> Iterator[View]:
-            if visit.medium is None:
+            medium, found = visit.medium, visit.attention
+            if medium is None:
                 raise ImageError(NO_MEDIUM)
-            if visit.attention is None:
-                visit.attention = self.studio.attention(visit.medium)
-            found = visit.attention
+            if found is None:
+                found = self.studio.attention(medium)
+                if visit.medium is not medium:
+                    return  # another was opened meanwhile
+                visit.attention = found
             patch = patch_at(x, y, found.seen.size, found.grid)
             if patch == visit.patch:
                 seen, caption = self._plain(visit)

@@ -106,6 +106,7 @@ class Studio:
         cache_gib: memory for the tower's outputs.
 
     Attributes:
+        shape: of an image of one crop, by which tokens are counted.
         methods: names of all methods that the model can take.
         max_tokens: visual tokens of a crop (of a large image, where they vary in size) without compression.
     """
@@ -121,7 +122,7 @@ class Studio:
         self._lock = threading.Lock()
         self.cache = vlm.adapter.tower_cache = NewestTowerCache(cache_gib)
         (shape,) = vlm.adapter.read_inputs(**vlm.adapter.blank_images(1)).images
-        self.max_tokens = shape.num_patches
+        self.shape, self.max_tokens = shape, shape.num_patches
         self.methods = tuple(name for name in method_names() if self._can_take(name))
 
     @property
@@ -170,8 +171,9 @@ class Studio:
             inputs = self._vlm.preprocess_images([image])
             processor: Any = self._vlm.processor
             visual = self._vlm.adapter.read_inputs(**inputs)
-            crop = self._vlm.adapter.shown(visual)[self._vlm.adapter.overview_index(visual.images[0])]
-            seen = seen_image(crop, processor.image_processor)
+            (shape,) = visual.images
+            crop = self._vlm.adapter.shown(visual)[self._vlm.adapter.overview_index(shape)]
+            seen = seen_image(crop, processor.image_processor, shape.grid)
             return Medium("image", self._moved(inputs), seen, image)
 
     def _moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

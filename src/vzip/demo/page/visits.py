@@ -38,6 +38,7 @@ class Visit:
     attention: PatchAttention | None = None
     patch: int | None = None
     _wish: int = 0
+    _opening: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def begin(self) -> Callable[[], bool]:
@@ -46,6 +47,14 @@ class Visit:
             self._wish += 1
             own = self._wish
         return lambda: own == self._wish
+
+    def begin_opening(self) -> Callable[[], bool]:
+        """The same of what is to be opened: another file or example ends it, a control that moves does not."""
+        self.begin()  # nobody waits for what is asked about what was open
+        with self._lock:
+            self._opening += 1
+            own = self._opening
+        return lambda: own == self._opening
 
     def open(self, medium: Medium) -> None:
         """Another image or video, and so another dialogue."""

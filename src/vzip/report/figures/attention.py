@@ -95,7 +95,7 @@ def show_image(axes: Axes, image: Image.Image, grid: tuple[int, int], title: str
     axes.imshow(image, extent=(-0.5, cols - 0.5, rows - 0.5, -0.5))
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=9, parse_math=False)  # names of files are no formulas
 
 
 def show_map(axes: Axes, image: Image.Image, weights: Tensor, grid: tuple[int, int], title: str = "") -> AxesImage:

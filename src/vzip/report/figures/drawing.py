@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,12 @@ def write_drawing(drawing: Drawing, folder: Path, name: str) -> list[Path]:
 
     make_folder(folder)
     paths = [folder / f"{name}.{ending}" for ending in ENDINGS]
-    with matplotlib.rc_context({"svg.hashsalt": name}):  # the same numbers give the same file
+    with (
+        matplotlib.rc_context({"svg.hashsalt": name}),  # the same numbers give the same file
+        warnings.catch_warnings(),
+    ):
+        # A file's name may be in a script that the font lacks; boxes are drawn then.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
         for path, metadata in zip(paths[:2], ({}, {"Date": None}), strict=True):
             with written_aside(path) as aside:
                 drawing.figure.savefig(aside, dpi=150, metadata=metadata)

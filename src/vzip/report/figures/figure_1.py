@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vzip.report.costs import Bench, machine_of, took_something_over
+from vzip.report.costs import Bench, is_of_visionzip, machine_of, took_something_over
 from vzip.results.record import Run
 
 from .drawing import Drawing
@@ -123,6 +123,8 @@ def prefill_times(benches: Sequence[Bench], model: str, num_tokens: float) -> tu
         methods = bench.content["methods"]
         if bench.content["model"] != model or not {VANILLA, "vzip"} <= set(methods):
             continue
+        if not is_of_visionzip(bench.content):
+            continue
         if abs(methods["vzip"]["num_visual_tokens"] - num_tokens) > SAME_BUDGET * num_tokens:
             continue
         bars = []
@@ -182,7 +184,7 @@ def draw(
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     provisional = any(point.provisional for own in radar.points.values() for point in own)
     words = f"{model}: {radar.num_tokens:g} visual tokens against vanilla" + (" (provisional)" if provisional else "")
-    figure.suptitle(words)
+    figure.suptitle(words, parse_math=False)
     rows: list[dict[str, Any]] = []
     for method, points in radar.points.items():
         for point, kept in zip(points, radar.retention[method], strict=True):

@@ -82,7 +82,9 @@ def draw(subject: Subject, seen: Seen) -> Drawing:
         upper, lower = right.subplots(2, 1)
         _draw_histogram(upper, seen, subject.num_patches)
         _draw_masses(lower, seen, subject.num_patches)
-    figure.suptitle(f"{subject.tower.name}: attention in layer {subject.tower.select_layer} of the vision tower")
+    figure.suptitle(
+        f"{subject.tower.name}: attention in layer {subject.tower.select_layer} of the vision tower", parse_math=False
+    )
     return Drawing(figure, _rows(subject, seen), _caption(subject, seen))
 
 

@@ -114,7 +114,7 @@ def draw(points: Sequence[Point], model: str, num_left_out: int = 0) -> Drawing:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
-        axes.set_title(f"{task}, {own[0].num_questions} questions", fontsize=10)
+        axes.set_title(f"{task}, {own[0].num_questions} questions", fontsize=10, parse_math=False)
         axes.set_ylabel(own[0].unit)
         axes.grid(alpha=0.3)
     for axes in panels[max(0, len(tasks) - num_columns) : len(tasks)]:
@@ -127,7 +127,9 @@ def draw(points: Sequence[Point], model: str, num_left_out: int = 0) -> Drawing:
             handles.values(), handles.keys(), loc="outside lower center", ncols=num_columns + 1, frameon=False
         )
     provisional = any(point.provisional for point in points)
-    figure.suptitle(f"{model}: score against visual tokens" + (" (provisional)" if provisional else ""))
+    figure.suptitle(
+        f"{model}: score against visual tokens" + (" (provisional)" if provisional else ""), parse_math=False
+    )
     return Drawing(figure, [vars(point) for point in points], _caption(points, model, tasks, num_left_out))
 
 

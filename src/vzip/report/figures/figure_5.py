@@ -113,7 +113,9 @@ def draw(subject: Subject, found: Layers) -> Drawing:
         axes.set_xlabel(f"layer of the vision tower (grey: {subject.tower.layer_is})")
         axes.grid(alpha=0.3)
     lower.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
-    figure.suptitle(f"{subject.tower.name}: {LABELS[CLS if CLS in found.scores else RECEIVED]}, layer by layer")
+    figure.suptitle(
+        f"{subject.tower.name}: {LABELS[CLS if CLS in found.scores else RECEIVED]}, layer by layer", parse_math=False
+    )
     return Drawing(figure, _rows(subject, found), _caption(subject, found))
 
 

@@ -112,7 +112,10 @@ def draw(subject: Subject, found: Misaligned) -> Drawing:
         _draw_layers(lower.subplots(1, 2), subject, found)
     figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
     at, (row, column) = subject.tower.select_layer, subject.patch
-    figure.suptitle(f"{subject.tower.name}: where patch {row},{column} attends to in layer {at} of the vision tower")
+    figure.suptitle(
+        f"{subject.tower.name}: where patch {row},{column} attends to in layer {at} of the vision tower",
+        parse_math=False,
+    )
     return Drawing(figure, _rows(subject, found), _caption(subject, found))
 
 

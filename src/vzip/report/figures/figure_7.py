@@ -143,7 +143,7 @@ def draw(asked: Sequence[Asked], model: str) -> Drawing:
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
     num = len({(one.image, one.first, one.second) for one in asked})
-    figure.suptitle(f"{model}: the second question about an image, {num} dialogue{'s' * (num != 1)}")
+    figure.suptitle(f"{model}: the second question about an image, {num} dialogue{'s' * (num != 1)}", parse_math=False)
     return Drawing(figure, [vars(one) for one in asked], caption(asked, model))
 
 
