@@ -290,11 +290,19 @@ def test_samples_as_data_sets_on_the_hub_have_them(tmp_path: Path) -> None:
         (["hi"], "role None"),
         ([{"role": "user", "content": None}], "must be a text or an image"),
         ([{"role": "user", "content": [{"type": "audio"}]}], "must be a text or an image"),
+        ([{"role": "user", "content": "hi"}], "no message of an assistant"),
     ],
 )
 def test_odd_messages_are_refused(messages: Any, match: str) -> None:
     with pytest.raises(PromptError, match=rf"sample 3: .*{match}"):
         as_sample({"messages": messages}, 3)
+
+
+@pytest.mark.parametrize("images", [Image.new("RGB", (4, 4)), "picture.png"])
+def test_images_that_are_no_list_are_refused(images: Any) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    with pytest.raises(PromptError, match=r"sample 3: images=.*must be a list"):
+        as_sample({"messages": messages, "images": images}, 3)
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
@@ -309,6 +317,8 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="holds other files"):
         vlm.save_pretrained(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match="name a new directory"):
+        vlm.save_pretrained(".")
     vlm.save_pretrained(tmp_path / "tuned", is_main_process=False)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

@@ -109,6 +109,8 @@ class TrainerModel(nn.Module):
             )
         target = Path(directory)
         ours = {HEADER_NAME, WEIGHTS_NAME, DIGESTS_NAME}
+        if target.name in ("", ".."):  # it is renamed into place
+            raise CheckpointError(f"save_pretrained({str(directory)!r}): name a new directory, as 'tuned'.")
         if target.exists() and (not target.is_dir() or {path.name for path in target.iterdir()} - ours):
             raise CheckpointError(f"save_pretrained({str(directory)!r}): holds other files; name a new directory.")
         name = public_name(self.name_or_path)

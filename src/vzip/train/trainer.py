@@ -108,7 +108,8 @@ def as_sample(given: Mapping[str, Any], number: int = 0) -> TrainingSample:
         number: its name in errors, where it has no ``id``.
 
     Raises:
-        PromptError: it has no messages, or one that is not a user's or an assistant's text.
+        PromptError: it has no messages, or one that is not a user's or an assistant's text; none is an assistant's; its
+            images are no list.
     """
     name = str(given.get("id", number))
     messages = given.get("messages")
@@ -118,7 +119,11 @@ def as_sample(given: Mapping[str, Any], number: int = 0) -> TrainingSample:
             " set TrainingArguments(remove_unused_columns=False): Trainer takes away what forward does not name."
         )
     images = given.get("images") or ([given["image"]] if given.get("image") is not None else [])
+    if not isinstance(images, list | tuple):
+        raise PromptError(f"sample {name}: images={images!r:.60}; must be a list of paths or PIL images.")
     turns = [_turn(message, name) for message in messages]
+    if all(turn.role != "assistant" for turn in turns):  # a step of these alone would divide by zero words
+        raise PromptError(f"sample {name}: has no message of an assistant, so there is nothing to learn from it.")
     if images and not any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
         turns[0] = replace(turns[0], text=f"{IMAGE_PLACEHOLDER}\n" * len(images) + turns[0].text)
     return TrainingSample(name, list(images), [turns])
