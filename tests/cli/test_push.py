@@ -159,7 +159,9 @@ def of_weights(trained: Path, **change: Any) -> dict[str, Any]:
     header = json.loads((trained / "final" / "tuned.json").read_text())
     model = {"name": "tiny", "projector": str(trained / "final"), "projector_sha256": header["sha256"]}
     recipe = change.pop("recipe", "mine")
-    return record(**{"config": {"recipe": recipe, "model": model}, **change})
+    content = record(**{"config": {"recipe": recipe, "model": model}, **change})
+    content["compressor"]["settings"] = header["compressor"]
+    return content
 
 
 def put(folder: Path, content: dict[str, Any]) -> Path:
@@ -189,6 +191,15 @@ def test_the_card_has_the_scores_and_is_read_by_the_hubs_own_code(trained: Path,
     assert "num_dominant=6, num_contextual=3" in text and "`train.learning_rate`" not in text
     assert r"| train.learning\_rate | `0.01` |" in text and "| step | `3` |" in text
     assert "cc-by-4.0" in text and f"its page ({BASE})" in text
+
+
+def test_scores_of_another_budget_say_so_and_are_no_metadata(trained: Path, hub: FakeHub, tmp_path: Path) -> None:
+    content = of_weights(trained)
+    content["compressor"]["settings"] = other = "VisionZip(TokenBudget(num_dominant=2, num_contextual=1))"
+    run_push(put(tmp_path, content), "--to", "me/tuned", "--upload")
+    card = ModelCard(hub.files("me/tuned")["README.md"].decode())
+    assert card.data.eval_results is None
+    assert f"Not as they were trained: evaluated with `{other}`." in card.text
 
 
 def test_provisional_scores_stand_beside_their_reason_alone(trained: Path, hub: FakeHub, tmp_path: Path) -> None:

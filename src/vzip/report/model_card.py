@@ -37,8 +37,9 @@ def model_card(
     """
     base = header["base"]
     hub_id = name.partition("@")[0]
-    # The hub shows its metadata without any remark, so what is provisional stands in the text alone.
-    results = [result for record in records if not record["provisional"] for result in eval_results(record)]
+    # The hub shows its metadata without any remark, so what needs one stands in the text alone.
+    plain = [record for record in records if not record["provisional"] and not _other_method(record, header)]
+    results = [result for record in plain for result in eval_results(record)]
     data = ModelCardData(
         library_name="vzip",
         license=licence,
@@ -118,6 +119,9 @@ def _body(
         yield "No evaluation was given with these weights."
     for record in records:
         yield from _evaluation(record)
+        if other := _other_method(record, header):
+            yield f"Not as they were trained: evaluated with {_code(other)}."
+            yield ""
     yield from ("", "## Licence", "")
     own = f"These weights: {_code(licence)}." if licence else "The authors of these weights have named no licence."
     yield f"{own} {_licence_of_base(base['name_or_path'])}"
@@ -190,6 +194,12 @@ def _evaluation(record: Mapping[str, Any]) -> Iterator[str]:
     for reason in record.get("provisional_reasons") or ():
         yield f"Provisional: {_text(reason)}"
         yield ""
+
+
+def _other_method(record: Mapping[str, Any], header: Mapping[str, Any]) -> str | None:
+    """The compressor and budget of an evaluation where they are not those that the weights were trained with."""
+    evaluated = (record.get("compressor") or {}).get("settings")
+    return None if str(evaluated).startswith(header["compressor"]) else str(evaluated)
 
 
 def _licence_of_base(name: str) -> str:
