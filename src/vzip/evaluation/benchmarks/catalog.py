@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vzip.errors import ConfigError, MissingPackageError, UnsupportedModelError, nearest
 from vzip.installed import missing_package
 
-from .protocols import protocol_of
+from .protocols import PROTOCOLS, protocol_of
 from .task_names import OWN_TASKS as OWN_TASKS
 from .video_qa import VIDEO_SETS
 
@@ -211,6 +211,8 @@ def shown_file(path: str | Path) -> str:
 def _check_not_judged(manager: TaskManager, tasks: Sequence[str]) -> None:
     """Refuses lmms-eval's tasks, alone or in a group, whose metrics are a judge's by their names."""
     for name in tasks:
+        if name in PROTOCOLS:  # looked at: MMBench's letters are read by rules, whatever its metric is called
+            continue
         if (members := members_of(manager, name)) is not None:
             _check_not_judged(manager, members)
             continue
