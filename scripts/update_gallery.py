@@ -10,10 +10,12 @@ import re
 import shutil
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
 DRAWN = ROOT / "runs" / "figures"
 FOLDER, PAGE = ROOT / "docs" / "gallery", ROOT / "docs" / "gallery.md"
-SHOWN = ("png", "csv", "txt")  # of what a figure is written as: picture, numbers, caption
+SHOWN = ("csv", "txt")  # of what a figure is written as, beside the picture: numbers, caption
 HEAD = """# Gallery
 
 The built-in model's, by `make gallery` and `make demo`. It is a small model on generated images: what is shown is that
@@ -48,7 +50,7 @@ def page(folder: Path) -> str:
         first, *findings = html.escape(path.read_text(encoding="utf-8").strip(), quote=False).splitlines()
         listed = "".join(f"- {finding}\n" for finding in findings)
         parts.append(
-            f"## The paper's Figure {number}\n\n![Figure {number}]({folder.name}/{path.stem}.png)\n\n{first}"
+            f"## The paper's Figure {number}\n\n![Figure {number}]({folder.name}/{path.stem}.webp)\n\n{first}"
             f" By `make gallery`; [numbers]({folder.name}/{path.stem}.csv).\n" + (f"\n{listed}" if listed else "")
         )
     return "\n".join(parts)
@@ -59,6 +61,9 @@ def main() -> None:
     for ending in SHOWN:
         for path in sorted(DRAWN.glob(f"figure_*.{ending}")):
             shutil.copyfile(path, FOLDER / path.name)
+    for path in sorted(DRAWN.glob("figure_*.png")):
+        # A tenth of the PNG, which every regeneration would add to the repository.
+        Image.open(path).convert("RGB").save(FOLDER / f"{path.stem}.webp", quality=85, method=6)
     PAGE.write_text(page(FOLDER), encoding="utf-8")
 
 

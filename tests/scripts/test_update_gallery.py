@@ -20,3 +20,9 @@ def test_figures_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     ]
     assert f"({tmp_path.name}/figure_9.csv)" in shown and "Of 9 &lt; 20 images. By `make gallery`" in shown
     assert "\n- Found: 9.\n" in shown
+
+
+def test_every_picture_and_table_of_numbers_is_there() -> None:
+    drawn = {path.stem for path in FOLDER.glob("figure_*.txt")}
+    assert drawn == {f"figure_{number}" for number in (1, 2, *range(4, 15))}
+    assert {path.stem for path in FOLDER.glob("*.webp")} == drawn == {path.stem for path in FOLDER.glob("*.csv")}
