@@ -52,16 +52,21 @@ def training_directory(config: Mapping[str, Any], directory: Path) -> Path:
         train_label(config["train"], directory),
         # A recipe and its _tuned twin differ in evaluation only: they share one training.
         str(config["recipe"]).removesuffix(TUNED) if config["recipe"] else _plain_model_label(config, directory),
-        f"{compressor_label(config['compressor'], directory)}-{budget_label(config['budget'], directory)}",
+        # Trained for several budgets it is one training, at whichever of them it is evaluated.
+        f"{compressor_label(config['compressor'], directory)}-"
+        + ("+".join(config["train"].get("budgets") or ()) or budget_label(config["budget"], directory)),
         f"seed{config['seed']}",
     )
     return Path(paths["runs_dir"]).expanduser().joinpath(*map(_safe, parts))
 
 
 def train_label(train: Mapping[str, Any], directory: Path) -> str:
-    """The option's name, and what it changes of its file; how often it saves or whom it tells does not count."""
+    """The option's name, and what it changes of its file; how often it saves or whom it tells does not count.
+
+    Nor do several budgets, which stand beside the method.
+    """
     usual = option_values(directory, "train", train["name"])
-    bookkeeping = ("save_every", "keep_last", "trackers")
+    bookkeeping = ("save_every", "keep_last", "trackers", "budgets")
     changed = [key for key in train if key not in bookkeeping and train[key] != usual.get(key)]
     return train["name"] + "".join(f"_{key}-{show(train[key])}" for key in changed)
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from vzip.config.build import check_assembled, launch_of, load_arguments, resolved
 from vzip.config.options import RECIPE_GROUP, config_dir
 from vzip.config.run_directory import RESULT_KEYS, training_directory
+from vzip.config.several_budgets import at_each_budget, at_largest_budget, check_is_one_of_them
 from vzip.config.validate import TRAINED, build_compressor, has_a_directory, validate
 from vzip.errors import ConfigError
 from vzip.installed import check_quantization, program
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def checked(cfg: DictConfig) -> dict[str, Any]:
-    """The composed training as plain containers.
+    """The composed training as plain containers; one at several budgets at the largest of them.
 
     Raises:
         ConfigError: naming every problem, or that nothing is to be trained.
@@ -53,7 +54,8 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
             " pruner=none, and evaluate what was trained with the pruner."
         )
     check_assembled(config["model"])
-    return config
+    check_is_one_of_them(config)
+    return at_largest_budget(config)
 
 
 def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
@@ -76,6 +78,9 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
 
     compressor = build_compressor(config["compressor"])
     check_reads_no_text(compressor, "a training encodes each image once for all its conversations")
+    several: tuple[Any, ...] = ()
+    if settings.budgets is not None:
+        several = tuple(build_compressor(each["compressor"]) for each in at_each_budget(config))
     start = None if model["projector"] == TRAINED else model["projector"]
     # What a training's model is; the precision is training's own, and the start is named apart.
     identity_keys = [key for key in RESULT_KEYS["model"] if key not in ("dtype", "projector")]
@@ -94,9 +99,10 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
         skip_unreadable=config["data"].get("on_problem") == "skip",
         identity={
             "model": {**{key: model[key] for key in identity_keys}, "projector": start},
-            "compressor": repr(compressor),
+            "compressor": " or ".join(map(repr, several or (compressor,))),
             "data": dict(config["data"]),
         },
+        compressors=several,
     )
 
 

@@ -32,10 +32,14 @@ def outlook(plan: TrainPlan, launching: Launching) -> str:
     samples = _opened(config, plan) if config["dry_run"] else _expected(config["data"])
     model = config["model"]
     quantized = "" if model["quantization"] is None else f", language model in {model['quantization']}"
+    compressor = plan.identity["compressor"]
+    if train.budgets is not None:
+        most = f"{config['budget']['name']}, the largest of {', '.join(train.budgets)}"
+        compressor = f"{config['compressor']['name']}, each step at a budget that the seed draws; at {most}"
     lines = {
         "model": f"{model['name_or_path']}, {train.precision}{quantized}",
         "trains": trained,
-        "compressor": f"{plan.identity['compressor']}: {num_visual} visual tokens an image",
+        "compressor": f"{compressor}: {num_visual} visual tokens an image",
         "data": f"{config['data']['name']}: {samples.text}",
         "steps": _steps(samples.count, plan),
         "launcher": launching.reason,

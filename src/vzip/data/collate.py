@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vzip.compressors.base import Compressor
 from vzip.errors import ImageError, PromptError, UnsupportedModelError, VideoError
 from vzip.media.images import load_image
 from vzip.media.video import VideoSource, load_video
@@ -84,6 +85,7 @@ class Batch:
         videos, video_of, num_video_tokens: the same of videos.
         skipped: ids of samples left out because an image or video could not be read.
         cut_off: ids of samples of which ``max_length`` left a conversation without any target.
+        compressor: what makes the visual tokens; None: the model's own.
     """
 
     ids: list[str]
@@ -99,6 +101,7 @@ class Batch:
     num_video_tokens: list[int] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     cut_off: list[str] = field(default_factory=list)
+    compressor: Compressor | None = None
 
     @property
     def num_targets(self) -> int:
@@ -140,6 +143,7 @@ class Collator:
         max_length: tokens a conversation may have, visual tokens counted.
         skip_unreadable: leave a sample with an unreadable image or video out instead of raising.
         video_token_id: id of a video's placeholder; None for a model that learns from images alone.
+        compressor: of its batches, by which ``encoder`` counts; None: the model's own.
     """
 
     processor: Any
@@ -150,6 +154,7 @@ class Collator:
     max_length: int
     skip_unreadable: bool = False
     video_token_id: int | None = None
+    compressor: Compressor | None = None
 
     def __call__(self, samples: Sequence[TrainingSample]) -> Batch:
         """Raises ImageError, VideoError or PromptError, naming the sample, for one that cannot be used.
@@ -157,7 +162,7 @@ class Collator:
         UnsupportedModelError: it has a video, and the model learns from images alone.
         """
         empty = torch.zeros(0, 0, dtype=torch.int64)
-        batch = Batch([], [], empty, empty, empty)
+        batch = Batch([], [], empty, empty, empty, compressor=self.compressor)
         sequences: list[Encoded] = []
         images: list[Image.Image] = []
         num_images: list[int] = []
