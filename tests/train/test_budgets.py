@@ -23,7 +23,7 @@ from vzip.config.run_directory import training_directory
 from vzip.config.several_budgets import spelled_out
 from vzip.config.training import checked, tuning_plan
 from vzip.errors import ConfigError
-from vzip.models.weights.tuned import load_tuned
+from vzip.models.weights.tuned import apply_tuned
 from vzip.train.loop import train
 from vzip.train.stepping import StepSchedule
 
@@ -136,9 +136,9 @@ def test_the_weights_are_of_each_of_their_budgets(plan: Any, caplog: pytest.LogC
     caplog.set_level(logging.WARNING, "vzip")
     final = train(several(plan))
     for compressor in SEVERAL:
-        load_tuned(load_model().adapter, compressor, final)
+        apply_tuned(load_model().adapter, compressor, final)
     assert "the numbers are of neither" not in caplog.text
-    load_tuned(load_model().adapter, vzip.VisionZip(BUDGET), final)
+    apply_tuned(load_model().adapter, vzip.VisionZip(BUDGET), final)
     assert "the numbers are of neither" in caplog.text
 
 
@@ -154,7 +154,7 @@ def test_a_list_of_budgets_is_one_training() -> None:
     plan = tuning_plan(config)
     assert plan.train.budgets == ("32tok", "48tok", "64tok")
     assert [each.budget.num_tokens for each in plan.compressors] == [32, 48, 64]
-    assert [each.budget for each in plan.compressors][0] == vzip.TokenBudget(27, 5)
+    assert plan.compressors[0].budget == vzip.TokenBudget(27, 5)
     assert plan.run_dir == Path("runs/train/tiny_projector/tiny_32tok/visionzip-32tok+48tok+64tok/seed0")
     assert config["compressor"]["budget"]["num_dominant"] == 54, "memory and lengths are the largest's"
     assert all(repr(each) in plan.identity["compressor"] for each in plan.compressors)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -79,6 +79,11 @@ class CompressedTokens:
     def num_tokens(self) -> int:
         """K, per crop."""
         return self.tokens.shape[1]
+
+    def to(self, device: torch.device) -> CompressedTokens:
+        """The same on another device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return replace(self, **moved)
 
     @property
     def places(self) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
@@ -81,6 +82,7 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
     several: tuple[Any, ...] = ()
     if settings.budgets is not None:
         several = tuple(build_compressor(each["compressor"]) for each in at_each_budget(config))
+    features_dir = _features_dir(config, settings, launch, several or (compressor,))
     start = None if model["projector"] == TRAINED else model["projector"]
     # What a training's model is; the precision is training's own, and the start is named apart.
     identity_keys = [key for key in RESULT_KEYS["model"] if key not in ("dtype", "projector")]
@@ -100,10 +102,42 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
         identity={
             "model": {**{key: model[key] for key in identity_keys}, "projector": start},
             "compressor": " or ".join(map(repr, several or (compressor,))),
-            "data": dict(config["data"]),
+            # Where features come from parts no runs: one may go on with or without.
+            "data": {key: value for key, value in config["data"].items() if key != "cache_features"},
         },
         compressors=several,
+        features_dir=features_dir,
     )
+
+
+def _features_dir(
+    config: Mapping[str, Any], settings: TrainSettings, launch: LaunchSettings, compressors: Sequence[Any]
+) -> Path | None:
+    """Where features of images are kept; None: nowhere.
+
+    Raises:
+        ConfigError: they would not be the same in each step, or processes would wait for one another.
+    """
+    if not config["data"].get("cache_features"):
+        return None
+    from vzip.data.llava_index import cache_folder
+    from vzip.train.features import KEY, check_method
+
+    if "vision_tower" in settings.parts:
+        raise ConfigError(
+            f"{KEY}: train.parts={list(settings.parts)} trains the vision tower, so what it makes of an image changes"
+            " with each step. Set data.cache_features=false, or take vision_tower out of train.parts."
+        )
+    if launch.strategy == "zero3":
+        raise ConfigError(
+            f"{KEY} with launcher.strategy=zero3: it shares the tower's weights out, so all processes must run it"
+            " together, and those that find their images' features would not. Set data.cache_features=false, or"
+            " launcher.strategy=zero2."
+        )
+    for compressor in compressors:
+        check_method(compressor)
+    folder = config["paths"].get("features_dir")
+    return cache_folder() / "features" if folder is None else Path(folder).expanduser()
 
 
 def settings_of(config: Mapping[str, Any]) -> tuple[TrainSettings, LaunchSettings]:

@@ -34,6 +34,7 @@ from vzip.results.provenance import code_state, hardware, versions
 
 from .checkpoint import CheckpointStore, trained_tensors, trim_metrics
 from .distributed import build_accelerator, check_devices
+from .features import check_room, open_caches
 from .launch import num_processes_in_all
 from .objective import ModelView
 from .settings import LaunchSettings, TrainSettings
@@ -60,6 +61,7 @@ class TrainPlan:
         skip_unreadable: leave samples with an unreadable image out.
         identity: further settings that make it this run (model, data, compressor), as plain containers.
         compressors: of ``train.budgets``, by which steps are drawn; empty: the model's own in each step.
+        features_dir: where what the frozen tower makes of images is kept (``data.cache_features``); None: nowhere.
     """
 
     load_data: Callable[[], TrainingSet]
@@ -74,6 +76,7 @@ class TrainPlan:
     skip_unreadable: bool
     identity: Mapping[str, Any]
     compressors: Sequence[Any] = ()
+    features_dir: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ def prepare(plan: TrainPlan) -> PreparedTraining:
     for name in plan.train.trackers:
         check_tracker(name)
     check_writable(plan.run_dir)
+    if plan.features_dir is not None:
+        check_writable(plan.features_dir)
     check_free(plan.run_dir)
     data = plan.load_data()
     training, validation = hold_out(len(data), plan.train.num_validation_samples, plan.seed)
@@ -193,8 +198,15 @@ def _train(plan: TrainPlan, prepared: PreparedTraining) -> Path:
     )
     collators = [replace(collator, encoder=ModelView(vlm, each), compressor=each) for each in plan.compressors]
     collators = collators or [collator]
+    if plan.features_dir is not None:
+        caches = open_caches(plan.features_dir, vlm, [each.compressor for each in collators], settings, accelerator)
+        collators = [replace(each, features=cache) for each, cache in zip(collators, caches, strict=True)]
     stepper = Stepper.of(accelerator, vlm, settings, launch, plan.seed)
     model, optimizer = stepper.model, stepper.optimizer
+    if plan.features_dir is not None:
+        with accelerator.autocast():  # as the steps run
+            needed = [cache.measure(data, accelerator.device) for cache in caches]
+        _say(accelerator, check_room(plan.features_dir, sum(n for n, _ in needed), sum(n for _, n in needed)))
 
     # Where an earlier run stopped.
     step, best = 0, math.inf

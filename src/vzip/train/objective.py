@@ -20,6 +20,8 @@ from vzip.models.splice import IGNORED_LABEL, PreparedInputs, plan_splice, posit
 from vzip.models.vlm import CompressedVlm
 from vzip.results.token_count import TokenCountError
 
+from .features import visual_tokens
+
 
 class ModelView:
     """What the collator needs of a wrapped model (``vzip.data.collate.ImageEncoder``).
@@ -120,7 +122,11 @@ class AnswerLoss(nn.Module):
         images: list[VisualTokens] = []
         videos: list[VisualTokens] = []
         blank: list[VisualTokens] = []
-        if batch.image_of:
+        if batch.image_of and batch.kept:
+            images = visual_tokens(self.vlm.adapter, batch.kept, compressor)
+            check_embeddings(self.vlm.model, [each.rows for each in images], {})
+            self._check_counts("image", images, batch.num_visual_tokens, compressor)
+        elif batch.image_of:
             images = self._tokens(batch.images, compressor)
             self._check_counts("image", images, batch.num_visual_tokens, compressor)
         elif "image" in self.blank:
@@ -147,8 +153,9 @@ class AnswerLoss(nn.Module):
     def _splice(self, batch: Batch, images: list[VisualTokens], videos: list[VisualTokens]) -> PreparedInputs:
         adapter = self.vlm.adapter
         seen = [adapter.read_inputs(**inputs) for inputs in (batch.images, batch.videos)]
+        shapes = [image.shape for image in batch.kept] or seen[0].images
         shown = VisualInputs(
-            [seen[0].images[number] for number in batch.image_of],
+            [shapes[number] for number in batch.image_of],
             [seen[1].videos[number] for number in batch.video_of],
             {},
         )
