@@ -94,9 +94,8 @@ def test_processes_and_batches_of_a_step_share_its_budget(plan: Any, tmp_path: P
     setup = several(plan, batch_size=8)
     train(setup)
     changes: dict[str, Any] = {"budgets": NAMES, "num_steps": 4, "strategy": "ddp", "batch_size": 2}
-    script = "vzip.VisionZip(vzip.TokenBudget(num - 1, 1))"
-    code = f"tuple({script} for num in (3, 9, 5))"
-    finish(tmp_path / "two", 2, compressors=_Code(code), **changes)
+    of_num = "__import__('vzip').VisionZip(__import__('vzip').TokenBudget(num - 1, 1))"
+    finish(tmp_path / "two", 2, compressors=_Code(f"tuple({of_num} for num in (3, 9, 5))"), **changes)
     for one, two in zip(curve(setup.run_dir), curve(tmp_path / "two"), strict=False):
         assert one[5] == two[5] and one[4] == two[4]
     assert [row["budget_tokens"] for row in metrics(tmp_path / "two")] == drawn(0, 4)

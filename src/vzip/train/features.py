@@ -343,7 +343,7 @@ def _described(value: Any, where: str) -> Any:
         return [_described(each, where) for each in value]
     if isinstance(value, Mapping):
         return {str(key): _described(each, f"{where}.{key}") for key, each in value.items()}
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+    if not dataclasses.is_dataclass(value) or "__dataclass_fields__" not in vars(type(value)):  # not an heir of one
         raise ConfigError(
             f"{KEY}: {where} is a {type(value).__name__}, whose arguments cannot be told, and features of other"
             " arguments would be taken for its own. Make it a dataclass, as vzip's methods are, or set"
