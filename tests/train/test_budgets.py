@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from tests.config.kit import run
 from tests.train.kit import BUDGET, SETTINGS, Samples, dying_at, load_model, make_plan
 from tests.train.runs import curve, finish, metrics
@@ -169,6 +170,18 @@ def test_an_evaluation_at_any_budget_finds_it(budget: str) -> None:
     assert sum(evaluated["compressor"]["budget"][f"num_{part}"] for part in ("dominant", "contextual")) == int(
         budget.removesuffix("tok")
     )
+
+
+def test_a_recipe_is_itself_at_each_of_its_budgets() -> None:
+    from vzip.config.build import unchanged_recipe
+
+    for budget, recipe in (("32tok", "tiny_budgets_tuned"), ("128tok", "tiny_budgets_tuned"), ("96tok", None)):
+        config = OmegaConf.to_container(
+            composed("+exp=tiny_budgets_tuned", f"budget={budget}", primary="eval"), resolve=True
+        )
+        assert isinstance(config, dict)
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            assert unchanged_recipe({str(key): value for key, value in config.items()}, "eval") == recipe
 
 
 @pytest.mark.parametrize(

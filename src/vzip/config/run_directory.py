@@ -15,6 +15,7 @@ from typing import Any
 
 from vzip.config.options import option_values
 from vzip.config.schema import GROUPS, NOT_RESULTS, OPEN_GROUPS
+from vzip.config.several_budgets import is_one_of
 from vzip.config.validate import TRAINED
 from vzip.keys import show
 from vzip.option_files import COUNTS, FRACTIONS, is_fraction
@@ -146,12 +147,17 @@ def value_of(config: Mapping[str, Any], group: str, key: str) -> Any:
 
 
 def recipe_changes(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
-    """Settings that change results and differ from the recipe's own, as ``key=value (recipe: value)``."""
+    """Settings that change results and differ from the recipe's own, as ``key=value (recipe: value)``.
+
+    A recipe with weights for several budgets is the recipe at each of them.
+    """
+    trained_for = COUNTS if is_one_of(config["budget"], recipe) else ()
     changes = [
         f"{group}.{key}={show(value_of(config, group, key))} (recipe: {show(value_of(recipe, group, key))})"
         for group, keys in RESULT_KEYS.items()
         for key in keys
         if value_of(config, group, key) != value_of(recipe, group, key)
+        and not (group == "budget" and key in trained_for)
     ]
     for group in OPEN_GROUPS:
         # A record from before there were pruners has none. The budget inside the compressor and the control's seed

@@ -59,9 +59,15 @@ def budget_problems(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def is_one_of(budget: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a budget is among a configuration's ``train.budgets``."""
+    counts = _counts(budget)
+    return counts is not None and counts in map(_counts_of, _names(config))
+
+
 def check_is_one_of_them(config: Mapping[str, Any]) -> None:
     """Raises ConfigError for a training at several budgets whose ``budget`` is another one, which would be ignored."""
-    if (names := _names(config)) and _counts(config["budget"]) not in map(_counts_of, names):
+    if (names := _names(config)) and not is_one_of(config["budget"], config):
         raise ConfigError(
             f"budget={config['budget'].get('name')} is none of train.budgets={_shown(names)}, at which the steps are:"
             f" leave it out, set budget={names[-1]}, or give all of them at once: budget={_shown(names)}."
@@ -89,7 +95,7 @@ def _at(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _names(config: Mapping[str, Any]) -> list[str]:
-    names = config["train"].get("budgets")
+    names = config.get("train", {}).get("budgets")
     return [str(name) for name in names] if isinstance(names, list) else []
 
 

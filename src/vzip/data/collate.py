@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vzip.compressors.base import CompressedTokens, Compressor
+from vzip.compressors.base import Compressor
 from vzip.compressors.vision import VisionShape
 from vzip.errors import ImageError, PromptError, UnsupportedModelError, VideoError
 from vzip.media.images import load_image
@@ -76,27 +76,21 @@ class ImageEncoder(Protocol):
 class KeptImage:
     """An image of which the visual tokens before the projector are kept on disk (``vzip.train.features``).
 
+    Without tensors: each would hold a file descriptor open on its way from a worker process.
+
     Attributes:
         path: of their file.
         shape: of the image.
         num_tokens: visual tokens that it becomes.
-        features: read from the file; None: there is none yet.
+        content: of the file; None: there is none yet.
         inputs: what to make it of then: ``pixel_values`` and what else the family needs, of this image alone.
     """
 
     path: Path
     shape: VisionShape
     num_tokens: int
-    features: CompressedTokens | None = None
-    inputs: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def to(self, device: torch.device) -> KeptImage:
-        """The same on another device."""
-        return replace(
-            self,
-            features=None if self.features is None else self.features.to(device),
-            inputs={name: tensor.to(device) for name, tensor in self.inputs.items()},
-        )
+    content: bytes | None = None
+    inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class ImageCache(Protocol):
@@ -164,7 +158,6 @@ class Batch:
             labels=self.labels.to(device),
             images={name: tensor.to(device) for name, tensor in self.images.items()},
             videos={name: tensor.to(device) for name, tensor in self.videos.items()},
-            kept=[image.to(device) for image in self.kept],
         )
 
 

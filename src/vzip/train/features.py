@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from vzip.compressors.base import CompressedTokens, Compressor
@@ -123,12 +123,13 @@ class FeatureCache:
         """
         name = hashlib.blake2b(_content(source), person=b"image", salt=num_images.to_bytes(8, "big"), digest_size=20)
         path = self.folder / name.hexdigest()[:2] / f"{name.hexdigest()}.safetensors"
-        if (found := read_features(path)) is not None:
-            shape = self._shape_type(**{k: _tuples(v) for k, v in found[1]["shape"].items()})
-            return KeptImage(path, shape, self._compressor.num_visual_tokens(shape), found[0])
+        if (content := read_features(path)) is not None:
+            shape = self._shape_type(**{k: _tuples(v) for k, v in _about(content)["shape"].items()})
+            return KeptImage(path, shape, self._compressor.num_visual_tokens(shape), content)
         inputs = self._vlm.preprocess_images([load_image(source)], [num_images])
         (shape,) = self._vlm.adapter.read_inputs(**inputs).images
-        return KeptImage(path, shape, self._compressor.num_visual_tokens(shape), inputs=inputs)
+        arrays = {name: value.numpy() for name, value in inputs.items()}
+        return KeptImage(path, shape, self._compressor.num_visual_tokens(shape), inputs=arrays)
 
     def measure(self, data: TrainingSet, device: torch.device) -> tuple[int, int]:
         """Encodes a few images, whose files stay, and takes the others to be as large.
@@ -146,7 +147,7 @@ class FeatureCache:
             except ImageError:
                 continue  # the training says so, or leaves the sample out
             for each in kept:
-                made(self._vlm.adapter, each.to(device), self._compressor)
+                made(self._vlm.adapter, each, self._compressor, device)
             sizes.append(sum(each.path.stat().st_size for each in kept))
         there = sum(path.stat().st_size for path in self.folder.glob("??/*.safetensors"))
         return (round(sum(sizes) / len(sizes) * len(numbers)) if sizes else 0), there
@@ -190,29 +191,29 @@ def check_room(root: Path, needed: int, there: int) -> str:
     return f"features of all images: about {_size(needed)} in {shown(root)}, {_size(there)} of them there already"
 
 
-def made(adapter: Adapter, kept: KeptImage, compressor: Compressor) -> CompressedTokens:
+def made(adapter: Adapter, kept: KeptImage, compressor: Compressor, device: torch.device) -> CompressedTokens:
     """The features of an image: as they were read, or by the tower, and then they are written.
 
     Raises:
         RunWriteError: a full disk.
     """
-    if kept.features is not None:
-        return kept.features
-    device = next(iter(kept.inputs.values())).device
     # Batches are prepared ahead: another one may have brought the same image meanwhile.
-    if (found := read_features(kept.path)) is not None:
-        return found[0].to(device)
+    if (content := kept.content or read_features(kept.path)) is not None:
+        return _features(content).to(device)
+    inputs = {name: torch.from_numpy(value).to(device) for name, value in kept.inputs.items()}
     with torch.no_grad():
-        features = adapter.compress_image(adapter.read_inputs(**kept.inputs), compressor)
-    check_embeddings(adapter.model, [features.tokens], kept.inputs)
+        features = adapter.compress_image(adapter.read_inputs(**inputs), compressor)
+    check_embeddings(adapter.model, [features.tokens], inputs)
     _write(kept.path, features, kept.shape)
     return features
 
 
-def visual_tokens(adapter: Adapter, images: Sequence[KeptImage], compressor: Compressor) -> list[VisualTokens]:
+def visual_tokens(
+    adapter: Adapter, images: Sequence[KeptImage], compressor: Compressor, device: torch.device
+) -> list[VisualTokens]:
     """Images' features, through the projector and packed, as ``Adapter.encode`` does it with its tower's."""
     of_counts: dict[tuple[int, int], list[int]] = {}
-    features = [made(adapter, image, compressor) for image in images]
+    features = [made(adapter, image, compressor, device) for image in images]
     for number, each in enumerate(features):
         of_counts.setdefault((each.num_tokens, each.source_index.shape[1]), []).append(number)
     found: dict[int, VisualTokens] = {}
@@ -229,22 +230,34 @@ def visual_tokens(adapter: Adapter, images: Sequence[KeptImage], compressor: Com
     return [found[number] for number in range(len(images))]
 
 
-def read_features(path: Path) -> tuple[CompressedTokens, dict[str, Any]] | None:
-    """The features in a file, on the CPU, and what it says of them; None: not there, or damaged, which is said."""
+def read_features(path: Path) -> bytes | None:
+    """A file of features, whole; None: not there, or damaged, which is said."""
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()[_META])
-            tokens, places = file.get_tensor(_TOKENS), file.get_tensor(_PLACES)
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
-        logger.warning("%s: damaged (%s: %s); it is made again", path, type(error).__name__, error)
-        return None
-    if about.get("digest") != _digest([tokens, places]):
-        logger.warning("%s: damaged (its digest is another one); it is made again", path)
-        return None
-    places = places.long()
-    return CompressedTokens(tokens, places[:, : about["num_kept"]], torch.empty(0), places), about
+    try:
+        tensors, about = load(content), _about(content)
+        if about["digest"] == _digest([tensors[name] for name in (_TOKENS, _PLACES)]):
+            return content
+        reason = "its digest is another one"
+    except (SafetensorError, ValueError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    logger.warning("%s: damaged (%s); it is made again", path, reason)
+    return None
+
+
+def _features(content: bytes) -> CompressedTokens:
+    """Of a file that ``read_features`` has found whole; on the CPU."""
+    tensors = load(content)
+    places = tensors[_PLACES].long()
+    return CompressedTokens(tensors[_TOKENS], places[:, : _about(content)["num_kept"]], torch.empty(0), places)
+
+
+def _about(content: bytes) -> dict[str, Any]:
+    """What a file says of its features; ``load`` leaves it out."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return json.loads(header["__metadata__"][_META])
 
 
 def _write(path: Path, features: CompressedTokens, shape: VisionShape) -> None:
@@ -255,7 +268,8 @@ def _write(path: Path, features: CompressedTokens, shape: VisionShape) -> None:
         "digest": _digest(tensors),
     }
     make_folder(path.parent)
-    with written_aside(path) as aside:
+    # What a crash of the machine leaves of it, its digest tells: nothing waits for the disk.
+    with written_aside(path, sync=False) as aside:
         save_file(dict(zip((_TOKENS, _PLACES), tensors, strict=True)), aside, {_META: to_json(about).decode()})
 
 

@@ -123,7 +123,7 @@ class AnswerLoss(nn.Module):
         videos: list[VisualTokens] = []
         blank: list[VisualTokens] = []
         if batch.image_of and batch.kept:
-            images = visual_tokens(self.vlm.adapter, batch.kept, compressor)
+            images = visual_tokens(self.vlm.adapter, batch.kept, compressor, batch.input_ids.device)
             check_embeddings(self.vlm.model, [each.rows for each in images], {})
             self._check_counts("image", images, batch.num_visual_tokens, compressor)
         elif batch.image_of:
