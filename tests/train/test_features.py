@@ -180,6 +180,12 @@ def test_what_decides_features_parts_them(tmp_path: Path) -> None:
             vlm.processor.image_processor.image_mean = [0.1, 0.2, 0.3]  # type: ignore[union-attr]
         elif name == "select layer":
             vlm.model.config.vision_feature_layer = -1
+        elif name == "seed of random targets":
+            vlm.compressor = vzip.VisionZip(vzip.TokenBudget(6, 3), targets="random", seed=1)
+        elif name == "random targets":
+            vlm.compressor = vzip.VisionZip(vzip.TokenBudget(6, 3), targets="random")
+        elif name == "a seed without effect":
+            vlm.compressor = vzip.VisionZip(vzip.TokenBudget(6, 3), seed=1)
         elif name == "version":
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(features, "FEATURES_VERSION", 99)
@@ -195,8 +201,8 @@ def test_what_decides_features_parts_them(tmp_path: Path) -> None:
         return cache(tmp_path, vlm, run)
 
     part = ["budget", "an argument", "method", "seed", "tower's weights", "preprocessing", "processor's settings"]
-    part += ["select layer", "version", "precision", "tf32", "device"]
-    same = ["nothing", "projector's weights", "language model's weights"]
+    part += ["random targets", "seed of random targets", "select layer", "version", "precision", "tf32", "device"]
+    same = ["nothing", "a seed without effect", "projector's weights", "language model's weights"]
     folders = {name: change(name).folder.name for name in part + same}
     assert len({folders[name] for name in same}) == 1
     assert len({*folders.values()}) == len(part) + 1, folders

@@ -147,6 +147,11 @@ class Compressor(ABC):
         """Whether the method is text-aware: what it keeps depends on the question."""
         return Signal("text") in self.reads()
 
+    @property
+    def idle(self) -> frozenset[str]:
+        """Arguments that change nothing as the others are: features that a training keeps on disk serve any value."""
+        return frozenset()
+
     def text(self, question: str) -> str:
         """What a text-aware method reads of the raw question; ``Signal("text")`` are this text's rows."""
         return question

@@ -368,7 +368,9 @@ def _described(value: Any, where: str) -> Any:
         source = hashlib.blake2b(Path(inspect.getfile(kind)).read_bytes(), digest_size=16).hexdigest()
     except (OSError, TypeError):  # written at a prompt
         source = None
-    fields = {f.name: _described(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
+    idle = value.idle if isinstance(value, Compressor) else frozenset()
+    names = [f.name for f in dataclasses.fields(value) if f.name not in idle]
+    fields = {name: _described(getattr(value, name), f"{where}.{name}") for name in names}
     return {"class": f"{kind.__module__}.{kind.__qualname__}", "source": source, **fields}
 
 
