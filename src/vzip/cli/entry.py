@@ -21,6 +21,7 @@ from vzip import log, starting
 from vzip.cli.listing import program_help
 from vzip.config.options import config_dir, with_own_folder, with_own_folder_of_job
 from vzip.config.overrides import arrange, check_overrides
+from vzip.config.several_budgets import spelled_out
 from vzip.errors import VzipError
 from vzip.installed import is_missing, missing_package, optional_packages
 from vzip.log import USER_ERROR
@@ -70,7 +71,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             def run(words: list[str]) -> None:
                 if {"-h", "--help"} & set(words):
                     return print(program_help(function.__globals__["__doc__"]))
-                sys.argv[1:] = arrange(words)
+                sys.argv[1:] = arrange(spelled_out(words, config_name))
                 directory = config_dir()
                 check_overrides(sys.argv[1:], directory, config_name)
                 # Hydra must hand its exceptions on instead of printing them: this is its own switch for that.

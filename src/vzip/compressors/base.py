@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -80,6 +80,11 @@ class CompressedTokens:
         """K, per crop."""
         return self.tokens.shape[1]
 
+    def to(self, device: torch.device) -> CompressedTokens:
+        """The same on another device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return replace(self, **moved)
+
     @property
     def places(self) -> Tensor:
         """``place_index`` of all tokens; ValueError where contextual ones have none."""
@@ -141,6 +146,11 @@ class Compressor(ABC):
     def reads_text(self) -> bool:
         """Whether the method is text-aware: what it keeps depends on the question."""
         return Signal("text") in self.reads()
+
+    @property
+    def idle(self) -> frozenset[str]:
+        """Arguments that change nothing as the others are: features that a training keeps on disk serve any value."""
+        return frozenset()
 
     def text(self, question: str) -> str:
         """What a text-aware method reads of the raw question; ``Signal("text")`` are this text's rows."""

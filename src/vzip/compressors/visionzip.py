@@ -78,6 +78,10 @@ class VisionZip(Compressor):
         usual = [f for f in fields(self) if f.name in ("budget", "merge_rule") or getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in usual)})"
 
+    @property
+    def idle(self) -> frozenset[str]:
+        return frozenset({"seed"} if self.targets == "uniform" else ())
+
     def reads(self) -> frozenset[Signal]:
         return frozenset({self._score, self._keys})
 

@@ -346,7 +346,8 @@ def tuned_record(projector: str | None) -> dict[str, Any]:
     folder, header = read_header(projector)
     if (hosted := on_hub(projector)) is not None:
         projector = f"{hosted[0]}@{folder.name}"
-    return {"projector": projector, "projector_sha256": header["sha256"]}
+    several = {"projector_compressors": header["compressors"]} if header.get("compressors") else {}
+    return {"projector": projector, "projector_sha256": header["sha256"], **several}
 
 
 def adapter_record(adapter_path: str | None) -> dict[str, Any]:

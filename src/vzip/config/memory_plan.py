@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from vzip.config.build import launch_of, load_arguments, one_process, resolved
 from vzip.config.options import config_dir
 from vzip.config.overrides import check_overrides
+from vzip.config.several_budgets import at_largest_budget, spelled_out
 from vzip.config.training import settings_of, tuning_plan
 from vzip.config.validate import build_compressor, validate
 from vzip.errors import ConfigError
@@ -75,6 +76,7 @@ def memory_plan(
         CheckpointError: a checkpoint whose configuration is not to be had.
         UnsupportedModelError: a model of another kind.
     """
+    overrides = spelled_out(overrides, "train")
     check_overrides(overrides, config_dir(), "train")
     with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
         config = resolved(compose("train", overrides))
@@ -85,6 +87,8 @@ def memory_plan(
 
     config["launcher"] = one_process(config["launcher"])
     trains = "kind" in config["train"] and not inference
+    if trains:
+        config = at_largest_budget(config)
     _check_asked(config["train"], trains, length, num_new_tokens)
     train, launch = settings_of(config) if trains else (None, launch_of(config))
     shape = model_shape(config["model"], config["compressor"])

@@ -15,6 +15,7 @@ from typing import Any
 
 from vzip.config.options import option_values
 from vzip.config.schema import GROUPS, NOT_RESULTS, OPEN_GROUPS
+from vzip.config.several_budgets import is_one_of
 from vzip.config.validate import TRAINED
 from vzip.keys import show
 from vzip.option_files import COUNTS, FRACTIONS, is_fraction
@@ -52,16 +53,21 @@ def training_directory(config: Mapping[str, Any], directory: Path) -> Path:
         train_label(config["train"], directory),
         # A recipe and its _tuned twin differ in evaluation only: they share one training.
         str(config["recipe"]).removesuffix(TUNED) if config["recipe"] else _plain_model_label(config, directory),
-        f"{compressor_label(config['compressor'], directory)}-{budget_label(config['budget'], directory)}",
+        # Trained for several budgets it is one training, at whichever of them it is evaluated.
+        f"{compressor_label(config['compressor'], directory)}-"
+        + ("+".join(config["train"].get("budgets") or ()) or budget_label(config["budget"], directory)),
         f"seed{config['seed']}",
     )
     return Path(paths["runs_dir"]).expanduser().joinpath(*map(_safe, parts))
 
 
 def train_label(train: Mapping[str, Any], directory: Path) -> str:
-    """The option's name, and what it changes of its file; how often it saves or whom it tells does not count."""
+    """The option's name, and what it changes of its file; how often it saves or whom it tells does not count.
+
+    Nor do several budgets, which stand beside the method.
+    """
     usual = option_values(directory, "train", train["name"])
-    bookkeeping = ("save_every", "keep_last", "trackers")
+    bookkeeping = ("save_every", "keep_last", "trackers", "budgets")
     changed = [key for key in train if key not in bookkeeping and train[key] != usual.get(key)]
     return train["name"] + "".join(f"_{key}-{show(train[key])}" for key in changed)
 
@@ -141,12 +147,17 @@ def value_of(config: Mapping[str, Any], group: str, key: str) -> Any:
 
 
 def recipe_changes(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
-    """Settings that change results and differ from the recipe's own, as ``key=value (recipe: value)``."""
+    """Settings that change results and differ from the recipe's own, as ``key=value (recipe: value)``.
+
+    A recipe with weights for several budgets is the recipe at each of them.
+    """
+    trained_for = COUNTS if is_one_of(config["budget"], recipe) else ()
     changes = [
         f"{group}.{key}={show(value_of(config, group, key))} (recipe: {show(value_of(recipe, group, key))})"
         for group, keys in RESULT_KEYS.items()
         for key in keys
         if value_of(config, group, key) != value_of(recipe, group, key)
+        and not (group == "budget" and key in trained_for)
     ]
     for group in OPEN_GROUPS:
         # A record from before there were pruners has none. The budget inside the compressor and the control's seed

@@ -193,10 +193,24 @@ class PathSettings:
     run_dir: str | None = key("the record's own directory; null: one in paths.runs_dir", what="a directory")
     scenes_dir: str | None = key("the generated benchmark's data; null: the project's own cache", what="a directory")
     video_root: str | None = key("the video benchmarks, see data_manifests/video_qa.json", what="a directory")
+    features_dir: str | None = key(
+        "what data.cache_features keeps; null: the project's own cache", what="a directory", default=None
+    )
 
 
-@dataclass(frozen=True)
-class LlavaJsonSettings:
+@dataclass(frozen=True, kw_only=True)
+class CachedSettings:
+    """What every ``data`` with images has."""
+
+    cache_features: bool = key(
+        "keep what the frozen vision tower and the compressor make of each image in paths.features_dir, for the next"
+        " epoch and the next run; changes no more than the last bits",
+        default=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaJsonSettings(CachedSettings):
     """The ``data`` group for a file in LLaVA's format."""
 
     json: str = key("conversations with their images", what="a file in LLaVA's format, as data.json=FILE")
@@ -213,8 +227,8 @@ class LlavaJsonSettings:
     on_problem: Literal["refuse", "skip"] = key("at missing images, broken records; skip says how many there were")
 
 
-@dataclass(frozen=True)
-class ScenesSettings:
+@dataclass(frozen=True, kw_only=True)
+class ScenesSettings(CachedSettings):
     """The ``data`` group for generated images."""
 
     num_images: int = key("number of generated images", at_least=1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
@@ -10,6 +11,7 @@ from omegaconf import DictConfig
 from vzip.config.build import check_assembled, launch_of, load_arguments, resolved
 from vzip.config.options import RECIPE_GROUP, config_dir
 from vzip.config.run_directory import RESULT_KEYS, training_directory
+from vzip.config.several_budgets import at_each_budget, at_largest_budget, check_is_one_of_them
 from vzip.config.validate import TRAINED, build_compressor, has_a_directory, validate
 from vzip.errors import ConfigError
 from vzip.installed import check_quantization, program
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def checked(cfg: DictConfig) -> dict[str, Any]:
-    """The composed training as plain containers.
+    """The composed training as plain containers; one at several budgets at the largest of them.
 
     Raises:
         ConfigError: naming every problem, or that nothing is to be trained.
@@ -53,7 +55,8 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
             " pruner=none, and evaluate what was trained with the pruner."
         )
     check_assembled(config["model"])
-    return config
+    check_is_one_of_them(config)
+    return at_largest_budget(config)
 
 
 def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
@@ -76,6 +79,10 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
 
     compressor = build_compressor(config["compressor"])
     check_reads_no_text(compressor, "a training encodes each image once for all its conversations")
+    several: tuple[Any, ...] = ()
+    if settings.budgets is not None:
+        several = tuple(build_compressor(each["compressor"]) for each in at_each_budget(config))
+    features_dir = _features_dir(config, settings, launch, several or (compressor,))
     start = None if model["projector"] == TRAINED else model["projector"]
     # What a training's model is; the precision is training's own, and the start is named apart.
     identity_keys = [key for key in RESULT_KEYS["model"] if key not in ("dtype", "projector")]
@@ -94,10 +101,43 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
         skip_unreadable=config["data"].get("on_problem") == "skip",
         identity={
             "model": {**{key: model[key] for key in identity_keys}, "projector": start},
-            "compressor": repr(compressor),
-            "data": dict(config["data"]),
+            "compressor": " or ".join(map(repr, several or (compressor,))),
+            # Where features come from parts no runs: one may go on with or without.
+            "data": {key: value for key, value in config["data"].items() if key != "cache_features"},
         },
+        compressors=several,
+        features_dir=features_dir,
     )
+
+
+def _features_dir(
+    config: Mapping[str, Any], settings: TrainSettings, launch: LaunchSettings, compressors: Sequence[Any]
+) -> Path | None:
+    """Where features of images are kept; None: nowhere.
+
+    Raises:
+        ConfigError: they would not be the same in each step, or processes would wait for one another.
+    """
+    if not config["data"].get("cache_features"):
+        return None
+    from vzip.data.llava_index import cache_folder
+    from vzip.train.features import KEY, check_method
+
+    if "vision_tower" in settings.parts:
+        raise ConfigError(
+            f"{KEY}: train.parts={list(settings.parts)} trains the vision tower, so what it makes of an image changes"
+            " with each step. Set data.cache_features=false, or take vision_tower out of train.parts."
+        )
+    if launch.strategy == "zero3":
+        raise ConfigError(
+            f"{KEY} with launcher.strategy=zero3: it shares the tower's weights out, so all processes must run it"
+            " together, and those that find their images' features would not. Set data.cache_features=false, or"
+            " launcher.strategy=zero2."
+        )
+    for compressor in compressors:
+        check_method(compressor)
+    folder = config["paths"].get("features_dir")
+    return cache_folder() / "features" if folder is None else Path(folder).expanduser()
 
 
 def settings_of(config: Mapping[str, Any]) -> tuple[TrainSettings, LaunchSettings]:

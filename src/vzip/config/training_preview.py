@@ -32,16 +32,22 @@ def outlook(plan: TrainPlan, launching: Launching) -> str:
     samples = _opened(config, plan) if config["dry_run"] else _expected(config["data"])
     model = config["model"]
     quantized = "" if model["quantization"] is None else f", language model in {model['quantization']}"
+    compressor = plan.identity["compressor"]
+    if train.budgets is not None:
+        most = f"{config['budget']['name']}, the largest of {', '.join(train.budgets)}"
+        compressor = f"{config['compressor']['name']}, each step at a budget that the seed draws; at {most}"
     lines = {
         "model": f"{model['name_or_path']}, {train.precision}{quantized}",
         "trains": trained,
-        "compressor": f"{plan.identity['compressor']}: {num_visual} visual tokens an image",
+        "compressor": f"{compressor}: {num_visual} visual tokens an image",
         "data": f"{config['data']['name']}: {samples.text}",
         "steps": _steps(samples.count, plan),
         "launcher": launching.reason,
         "memory": _memory(config, plan, launching),
         "run directory": str(plan.run_dir),
     }
+    if plan.features_dir is not None:
+        lines["features"] = f"kept in {plan.features_dir}, whose room is looked at when the model is loaded"
     if config["dry_run"]:
         lines["dry run"] = "nothing was loaded or written" + _not_here(plan, launching)
     return "\n".join(f"{name:<14}{text}" for name, text in lines.items())
@@ -61,11 +67,14 @@ def _of_model(config: Mapping[str, Any], plan: TrainPlan) -> tuple[str, str]:
 
     from vzip.bench.memory.workload import num_visual_tokens
     from vzip.config.memory_plan import model_shape
+    from vzip.train.features import check_family
     from vzip.train.trainable import choose_trainable
 
     shape = model_shape({**config["model"], "adapter_path": None}, config["compressor"])
     vlm = shape.on_meta_device(torch.bfloat16)
     most = num_visual_tokens(vlm)
+    if plan.features_dir is not None:
+        check_family(vlm.adapter)
     trained = choose_trainable(vlm, plan.train, in_float32=False).removeprefix("training ")
     return trained, f"up to {most}" if vlm.adapter.has_tiles else str(most)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from vzip.config import schema
 from vzip.config.options import config_dir, option_values, options
+from vzip.config.several_budgets import at_each_budget, budget_problems
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.keys import SHARE, check_group, check_value, raise_all, show
 from vzip.option_files import COUNTS, FRACTIONS, is_fraction
@@ -36,8 +37,10 @@ def find_problems(config: Mapping[str, Any], deeply: bool = True) -> list[str]:
     problems, is_whole = _key_problems(config)
     if deeply and is_whole and isinstance(config["compressor"], Mapping):
         problems += _check_compressor(_with_usable_seed(config), config["budget"], config["pruner"])
-        unfit = _check_budget_fits(config["model"], config["compressor"], config["budget"])
-        problems += [problem for problem in unfit if problem not in problems]
+        problems += [] if problems else budget_problems(config)
+        for each in [config] if problems else [config, *at_each_budget(config)]:
+            unfit = _check_budget_fits(each["model"], each["compressor"], each["budget"])
+            problems += [problem for problem in unfit if problem not in problems]
         problems += _check_family(config["model"], config["compressor"])
         problems += _check_pruner(config["model"], config["pruner"])
         problems += _check_paths(config["model"], config["eval"])

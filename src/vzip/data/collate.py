@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vzip.compressors.base import Compressor
+from vzip.compressors.vision import VisionShape
 from vzip.errors import ImageError, PromptError, UnsupportedModelError, VideoError
 from vzip.media.images import load_image
 from vzip.media.video import VideoSource, load_video
@@ -70,6 +72,34 @@ class ImageEncoder(Protocol):
     def preprocess_videos(self, videos: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]: ...
 
 
+@dataclass(frozen=True)
+class KeptImage:
+    """An image of which the visual tokens before the projector are kept on disk (``vzip.train.features``).
+
+    Without tensors: each would hold a file descriptor open on its way from a worker process.
+
+    Attributes:
+        path: of their file.
+        shape: of the image.
+        num_tokens: visual tokens that it becomes.
+        content: of the file; None: there is none yet.
+        inputs: what to make it of then: ``pixel_values`` and what else the family needs, of this image alone.
+    """
+
+    path: Path
+    shape: VisionShape
+    num_tokens: int
+    content: bytes | None = None
+    inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+class ImageCache(Protocol):
+    """Where features of images are kept."""
+
+    def look_up(self, source: str | Path | Image.Image, num_images: int) -> KeptImage:
+        """An image's; of each it is told how many its sample has. ImageError: it cannot be read."""
+
+
 @dataclass
 class Batch:
     """Samples as tensors; S sequences (conversations) of up to T tokens, padded on the right.
@@ -79,11 +109,13 @@ class Batch:
         sample_of: for each sequence the sample it belongs to.
         input_ids, attention_mask, labels: int64 ``[S, T]``; one placeholder an image or video.
         images: ``pixel_values`` and what else the family needs, each image once; empty without images.
+        kept: each image, where features are kept on disk; ``images`` is empty then.
         image_of: for each placeholder, in order, the image it stands for.
         num_visual_tokens: of each image, as the compressor must make them.
         videos, video_of, num_video_tokens: the same of videos.
         skipped: ids of samples left out because an image or video could not be read.
         cut_off: ids of samples of which ``max_length`` left a conversation without any target.
+        compressor: what makes the visual tokens; None: the model's own.
     """
 
     ids: list[str]
@@ -99,6 +131,8 @@ class Batch:
     num_video_tokens: list[int] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     cut_off: list[str] = field(default_factory=list)
+    compressor: Compressor | None = None
+    kept: list[KeptImage] = field(default_factory=list)
 
     @property
     def num_targets(self) -> int:
@@ -140,6 +174,8 @@ class Collator:
         max_length: tokens a conversation may have, visual tokens counted.
         skip_unreadable: leave a sample with an unreadable image or video out instead of raising.
         video_token_id: id of a video's placeholder; None for a model that learns from images alone.
+        compressor: of its batches, by which ``encoder`` counts; None: the model's own.
+        features: where the features of images are kept, of this compressor; None: nowhere.
     """
 
     processor: Any
@@ -150,6 +186,8 @@ class Collator:
     max_length: int
     skip_unreadable: bool = False
     video_token_id: int | None = None
+    compressor: Compressor | None = None
+    features: ImageCache | None = None
 
     def __call__(self, samples: Sequence[TrainingSample]) -> Batch:
         """Raises ImageError, VideoError or PromptError, naming the sample, for one that cannot be used.
@@ -157,15 +195,15 @@ class Collator:
         UnsupportedModelError: it has a video, and the model learns from images alone.
         """
         empty = torch.zeros(0, 0, dtype=torch.int64)
-        batch = Batch([], [], empty, empty, empty)
+        batch = Batch([], [], empty, empty, empty, compressor=self.compressor)
         sequences: list[Encoded] = []
-        images: list[Image.Image] = []
+        images: list[Any] = []
         num_images: list[int] = []
         videos: list[list[Image.Image]] = []
         for sample in samples:
             self._check_videos(sample)
             try:
-                opened = [load_image(source) for source in sample.images]
+                opened = [self._opened(source, len(sample.images)) for source in sample.images]
                 decoded = [load_video(source, self.encoder.num_frames) for source in sample.videos]
             except (ImageError, VideoError) as error:
                 if not self.skip_unreadable:
@@ -181,7 +219,9 @@ class Collator:
             images += opened
             num_images += [len(opened)] * len(opened)
             videos += decoded
-        if images:
+        if self.features is not None:
+            batch.kept, batch.num_visual_tokens = images, [image.num_tokens for image in images]
+        elif images:
             batch.images = self.encoder.preprocess_images(images, num_images)
             batch.num_visual_tokens = self.encoder.expected_num_tokens(batch.images)
         if videos:
@@ -190,6 +230,9 @@ class Collator:
         self._truncate(batch, sequences)
         self._pad(batch, sequences)
         return batch
+
+    def _opened(self, source: Path | Image.Image, num_images: int) -> Image.Image | KeptImage:
+        return load_image(source) if self.features is None else self.features.look_up(source, num_images)
 
     def _check_videos(self, sample: TrainingSample) -> None:
         if sample.videos and self.video_token_id is None:

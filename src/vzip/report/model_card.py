@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import vzip
 from vzip.models.hub import BUILT_IN_NAME, is_hub_id
+from vzip.models.weights.tuned import tuned_with
 from vzip.results.record import metrics_of, score_of, title_of, unit_factor
 
 _TASK_TYPE = "visual-question-answering"  # the hub's name for what the benchmarks are
@@ -151,7 +152,7 @@ def _facts(header: Mapping[str, Any], training: Mapping[str, Any] | None) -> Ite
         yield "on top of it, before", public(of_model["adapter_path"])
     if of_model.get("projector"):
         yield "started from the tuned weights", public(of_model["projector"])
-    yield "compressor and budget", header["compressor"]
+    yield "compressor and budget", " or ".join(tuned_with(header))
     yield "parameters", f"{header['num_parameters']:,}" if "num_parameters" in header else "not recorded"
     for key in ("step", "validation_loss", "commit", "sha256"):
         if header.get(key) is not None:
@@ -199,7 +200,7 @@ def _evaluation(record: Mapping[str, Any]) -> Iterator[str]:
 def _other_method(record: Mapping[str, Any], header: Mapping[str, Any]) -> str | None:
     """The compressor and budget of an evaluation where they are not those that the weights were trained with."""
     evaluated = (record.get("compressor") or {}).get("settings")
-    return None if str(evaluated).startswith(header["compressor"]) else str(evaluated)
+    return None if str(evaluated).startswith(tuple(tuned_with(header))) else str(evaluated)
 
 
 def _licence_of_base(name: str) -> str:

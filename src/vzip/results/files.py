@@ -33,8 +33,12 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path, sync: bool = True) -> Iterator[Path]:
     """A neighbour to write to, of the same ending, which takes the file's place if the block ends well.
+
+    Args:
+        path: of the file.
+        sync: have it on the disk before; without that a crash of the machine may leave a file of other content.
 
     Raises:
         RunWriteError: it cannot be written; what was there before is untouched.
@@ -43,8 +47,9 @@ def written_aside(path: Path) -> Iterator[Path]:
     with naming_the_file(path):
         try:
             yield aside
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
+            if sync:
+                with aside.open("rb") as file:
+                    os.fsync(file.fileno())
             os.replace(aside, path)
         finally:
             with suppress(OSError):

@@ -11,8 +11,8 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from vzip.results.provenance import code_state, hardware, versions
 
 from .checkpoint import CheckpointStore, trained_tensors, trim_metrics
 from .distributed import build_accelerator, check_devices
+from .features import check_room, open_caches
 from .launch import num_processes_in_all
 from .objective import ModelView
 from .settings import LaunchSettings, TrainSettings
@@ -59,6 +60,8 @@ class TrainPlan:
         name_or_path: the base model's, for the header.
         skip_unreadable: leave samples with an unreadable image out.
         identity: further settings that make it this run (model, data, compressor), as plain containers.
+        compressors: of ``train.budgets``, by which steps are drawn; empty: the model's own in each step.
+        features_dir: where what the frozen tower makes of images is kept (``data.cache_features``); None: nowhere.
     """
 
     load_data: Callable[[], TrainingSet]
@@ -72,6 +75,8 @@ class TrainPlan:
     name_or_path: str
     skip_unreadable: bool
     identity: Mapping[str, Any]
+    compressors: Sequence[Any] = ()
+    features_dir: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ def prepare(plan: TrainPlan) -> PreparedTraining:
     for name in plan.train.trackers:
         check_tracker(name)
     check_writable(plan.run_dir)
+    if plan.features_dir is not None:
+        check_writable(plan.features_dir)
     check_free(plan.run_dir)
     data = plan.load_data()
     training, validation = hold_out(len(data), plan.train.num_validation_samples, plan.seed)
@@ -168,6 +175,7 @@ def _train(plan: TrainPlan, prepared: PreparedTraining) -> Path:
     check_max_length(settings.max_length, vlm.model.config)
     header = {
         **describe(vlm.adapter, vlm.compressor, plan.name_or_path, vlm.revision, list(settings.parts)),
+        **({"compressors": [repr(each) for each in plan.compressors]} if plan.compressors else {}),
         "lora": lora_arguments(vlm, settings),
         "commit": code_state()["commit"],
         "versions": versions(),
@@ -188,8 +196,17 @@ def _train(plan: TrainPlan, prepared: PreparedTraining) -> Path:
         plan.skip_unreadable,
         vlm.adapter.video_token_id if vlm.adapter.learns_videos else None,
     )
+    collators = [replace(collator, encoder=ModelView(vlm, each), compressor=each) for each in plan.compressors]
+    collators = collators or [collator]
+    if plan.features_dir is not None:
+        caches = open_caches(plan.features_dir, vlm, [each.compressor for each in collators], settings, accelerator)
+        collators = [replace(each, features=cache) for each, cache in zip(collators, caches, strict=True)]
     stepper = Stepper.of(accelerator, vlm, settings, launch, plan.seed)
     model, optimizer = stepper.model, stepper.optimizer
+    if plan.features_dir is not None:
+        with accelerator.autocast():  # as the steps run
+            needed = [cache.measure(data, accelerator.device) for cache in caches]
+        _say(accelerator, check_room(plan.features_dir, sum(n for n, _ in needed), sum(n for _, n in needed)))
 
     # Where an earlier run stopped.
     step, best = 0, math.inf
@@ -204,16 +221,24 @@ def _train(plan: TrainPlan, prepared: PreparedTraining) -> Path:
         trim_metrics(plan.run_dir / "metrics.jsonl", step)
         tracker = Tracker(plan.run_dir, settings.trackers, {**store.identity, "launcher": asdict(launch)}, step)
 
-    batches = load_batches(data, collator, stepper.lists(schedule, step), launch.num_workers)
+    of_steps = [collators[schedule.budget(each)] for each in range(step, schedule.num_steps)]
+    of_batches = [each for each in of_steps for _ in range(stepper.accumulation)]
+    batches = load_batches(data, of_batches, stepper.lists(schedule, step), launch.num_workers)
     progress = Progress("training", "steps", schedule.num_steps, done=step, show=accelerator.is_main_process)
     with tracker or contextlib.nullcontext(), progress:
         while step < schedule.num_steps:
             # Step.
             metrics = stepper.step(step, schedule.num_steps, batches)
+            if plan.compressors:
+                metrics["budget_tokens"] = plan.compressors[schedule.budget(step)].budget.num_tokens
             step += 1
             is_last, is_due = step == schedule.num_steps, step % settings.save_every == 0
             if len(validation) and (is_due or is_last):
-                metrics["validation_loss"] = stepper.validate(data, validation, collator)
+                losses = [stepper.validate(data, validation, each) for each in collators]
+                metrics["validation_loss"] = sum(losses) / len(losses)
+                if settings.budgets:
+                    names = [f"validation_loss_{name}" for name in settings.budgets]
+                    metrics |= zip(names, losses, strict=True)
             # Log.
             if tracker is not None:
                 tracker.log({"step": step, **metrics})

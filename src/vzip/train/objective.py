@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vzip.compressors.base import Compressor
 from vzip.data.collate import Batch
 from vzip.media.video import DEFAULT_NUM_FRAMES
 from vzip.models.families import VisualInputs
@@ -19,18 +20,27 @@ from vzip.models.splice import IGNORED_LABEL, PreparedInputs, plan_splice, posit
 from vzip.models.vlm import CompressedVlm
 from vzip.results.token_count import TokenCountError
 
+from .features import visual_tokens
+
 
 class ModelView:
-    """What the collator needs of a wrapped model (``vzip.data.collate.ImageEncoder``)."""
+    """What the collator needs of a wrapped model (``vzip.data.collate.ImageEncoder``).
 
-    def __init__(self, vlm: CompressedVlm) -> None:
-        self.vlm = vlm
+    Args:
+        vlm: the model.
+        compressor: by which tokens are counted; None: the model's own.
+    """
+
+    def __init__(self, vlm: CompressedVlm, compressor: Compressor | None = None) -> None:
+        self.vlm, self.compressor = vlm, compressor
 
     def preprocess_images(self, images: Sequence[Image.Image], num_images: Sequence[int]) -> dict[str, Tensor]:
         return self.vlm.preprocess_images(images, num_images)
 
     def expected_num_tokens(self, inputs: dict[str, Tensor]) -> list[int]:
-        return self.vlm.expected_num_visual_tokens(**inputs)
+        shapes = self.vlm.adapter.read_inputs(**self.vlm.adapter.counted(inputs, None, None)).shapes
+        compressor = self.compressor or self.vlm.compressor
+        return [compressor.num_visual_tokens(shape) for shape in shapes]
 
     @property
     def num_frames(self) -> int:
@@ -108,38 +118,44 @@ class AnswerLoss(nn.Module):
 
         Images first, then videos, before the text embedding: ZeRO-3 gathers weights in the order of their use.
         """
+        compressor = batch.compressor or self.vlm.compressor
         images: list[VisualTokens] = []
         videos: list[VisualTokens] = []
         blank: list[VisualTokens] = []
-        if batch.image_of:
-            images = self._tokens(batch.images)
-            self._check_counts("image", images, batch.num_visual_tokens)
+        if batch.image_of and batch.kept:
+            images = visual_tokens(self.vlm.adapter, batch.kept, compressor, batch.input_ids.device)
+            check_embeddings(self.vlm.model, [each.rows for each in images], {})
+            self._check_counts("image", images, batch.num_visual_tokens, compressor)
+        elif batch.image_of:
+            images = self._tokens(batch.images, compressor)
+            self._check_counts("image", images, batch.num_visual_tokens, compressor)
         elif "image" in self.blank:
-            blank += self._tokens(self.blank["image"])
+            blank += self._tokens(self.blank["image"], compressor)
         if batch.video_of:
-            videos = self._tokens(batch.videos)
-            self._check_counts("video", videos, batch.num_video_tokens)
+            videos = self._tokens(batch.videos, compressor)
+            self._check_counts("video", videos, batch.num_video_tokens, compressor)
         elif "video" in self.blank:
-            blank += self._tokens(self.blank["video"])
+            blank += self._tokens(self.blank["video"], compressor)
         return images, videos, blank
 
-    def _tokens(self, inputs: Mapping[str, Tensor]) -> list[VisualTokens]:
-        tokens = self.vlm.adapter.encode(self.vlm.adapter.read_inputs(**inputs), self.vlm.compressor)
+    def _tokens(self, inputs: Mapping[str, Tensor], compressor: Compressor) -> list[VisualTokens]:
+        tokens = self.vlm.adapter.encode(self.vlm.adapter.read_inputs(**inputs), compressor)
         check_embeddings(self.vlm.model, [each.rows for each in tokens], inputs)
         return tokens
 
-    def _check_counts(self, thing: str, made: list[VisualTokens], wanted: list[int]) -> None:
+    def _check_counts(self, thing: str, made: list[VisualTokens], wanted: list[int], compressor: Compressor) -> None:
         if [len(each.rows) for each in made] != wanted:
             raise TokenCountError(
-                f"{self.vlm.compressor} should make {wanted} visual tokens of these {thing}s, but made"
+                f"{compressor} should make {wanted} visual tokens of these {thing}s, but made"
                 f" {[len(each.rows) for each in made]}: the training would not be at its budget."
             )
 
     def _splice(self, batch: Batch, images: list[VisualTokens], videos: list[VisualTokens]) -> PreparedInputs:
         adapter = self.vlm.adapter
         seen = [adapter.read_inputs(**inputs) for inputs in (batch.images, batch.videos)]
+        shapes = [image.shape for image in batch.kept] or seen[0].images
         shown = VisualInputs(
-            [seen[0].images[number] for number in batch.image_of],
+            [shapes[number] for number in batch.image_of],
             [seen[1].videos[number] for number in batch.video_of],
             {},
         )

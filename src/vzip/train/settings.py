@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vzip.errors import ConfigError, RunExistsError
-from vzip.keys import POSITIVE, SHARE, key
+from vzip.keys import POSITIVE, SHARE, Rule, key, once_each, texts
 
 Part = Literal["projector", "language_model", "vision_tower"]
 Template = Literal["vicuna_v1", "plain", "chat"]  # those of vzip.data.conversations, which loads torch
 Strategy = Literal["single", "ddp", "zero2", "zero3"]
 Precision = Literal["float32", "bfloat16"]
 LossNorm = Literal["tokens", "samples"]
+
+
+def _are_several(names: Any) -> bool:
+    return texts("").allows(names) and len(names) > 1
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,11 @@ class TrainSettings:
         "LoRA layers in the language model, besides train.parts; null: none",
         what="a mapping (train=projector_lora has one)",
     )
+    budgets: tuple[str, ...] | None = key(
+        "one training for several budgets: each step is at one of these, drawn by the seed; null: all at budget",
+        rule=once_each(Rule("a list of two budgets or more by their names, as [64tok,128tok,192tok]", _are_several)),
+        default=None,
+    )
 
     @property
     def only_projector(self) -> bool:
@@ -82,7 +91,9 @@ class TrainSettings:
         lora = given["lora"]
         if lora is not None:
             lora = LoraSettings(**{**lora, "target_modules": tuple(lora["target_modules"])})
-        return cls(**{**given, "parts": tuple(given["parts"]), "trackers": tuple(given["trackers"]), "lora": lora})
+        lists = {key: tuple(given[key]) for key in ("parts", "trackers")}
+        budgets = given.get("budgets")
+        return cls(**{**given, **lists, "lora": lora, "budgets": None if budgets is None else tuple(budgets)})
 
     def __post_init__(self) -> None:
         assert self.template in (None, *get_args(Template)) and self.precision in get_args(Precision)

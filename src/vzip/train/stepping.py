@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -64,6 +64,7 @@ class StepSchedule:
     def __init__(self, data: TrainingSet, training: np.ndarray, settings: TrainSettings, seed: int) -> None:
         self._lengths, self._has_images = data.lengths[training], data.has_images[training]
         self._training, self._samples_per_step, self._seed = training, settings.samples_per_step, seed
+        self._num_budgets = len(settings.budgets or ())
         self._epoch, self._steps = 0, self._draw(0)
         self.num_steps = settings.num_steps or settings.num_epochs * len(self._steps)
 
@@ -74,6 +75,10 @@ class StepSchedule:
             self._epoch, self._steps = epoch, self._draw(epoch)
         return self._steps[within]
 
+    def budget(self, step: int) -> int:
+        """Which of ``train.budgets`` a step is at: a function of the seed and the step alone; 0 where there is one."""
+        return int(np.random.RandomState([self._seed, 0xB0D6, step]).randint(max(1, self._num_budgets)))
+
     def _draw(self, epoch: int) -> np.ndarray:
         drawn = draw_steps(self._lengths, self._has_images, self._samples_per_step, self._seed, epoch)
         return self._training[drawn]
@@ -82,21 +87,23 @@ class StepSchedule:
 class _Batches(Dataset[Batch]):
     """Batch number ``step * accumulation + i`` of one process, made where it is asked for: in a worker."""
 
-    def __init__(self, data: TrainingSet, collator: Collator, lists: list[list[int]]) -> None:
-        self.data, self.collator, self.lists = data, collator, lists
+    def __init__(self, data: TrainingSet, collators: Sequence[Collator], lists: list[list[int]]) -> None:
+        self.data, self.collators, self.lists = data, collators, lists
 
     def __len__(self) -> int:
         return len(self.lists)
 
     def __getitem__(self, index: int) -> Batch:
         samples: list[TrainingSample] = [self.data[number] for number in self.lists[index]]
-        return self.collator(samples)
+        return self.collators[index](samples)
 
 
-def load_batches(data: TrainingSet, collator: Collator, lists: list[list[int]], num_workers: int) -> Iterator[Batch]:
-    """Batches of the samples listed, in order, prepared ahead by worker processes."""
+def load_batches(
+    data: TrainingSet, collators: Sequence[Collator], lists: list[list[int]], num_workers: int
+) -> Iterator[Batch]:
+    """Batches of the samples listed, each by the collator at its place, in order, prepared ahead by workers."""
     loader = DataLoader(
-        _Batches(data, collator, lists),
+        _Batches(data, collators, lists),
         batch_size=None,
         num_workers=num_workers,
         # Forked workers share the model's memory, of which they only read the configuration.
@@ -297,7 +304,7 @@ class Stepper:
         skipped: list[str] = []
         cut_off: list[str] = []
         objective = self.accelerator.unwrap_model(self.model)
-        for batch in load_batches(data, collator, lists, self.launch.num_workers):
+        for batch in load_batches(data, [collator] * len(lists), lists, self.launch.num_workers):
             with self.accelerator.autocast():
                 nats = objective(batch.to(self.accelerator.device))
             added += self._added(nats, batch).item()

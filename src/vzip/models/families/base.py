@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel
 
-from vzip.compressors.base import Compressor
+from vzip.compressors.base import CompressedTokens, Compressor
 from vzip.compressors.vision import Signal, VisionOutput, VisionShape, of_tower
 from vzip.errors import ConfigError, PromptError, UnsupportedModelError, nearest
 from vzip.media.images import PREPROCESSES, Preprocess, prepare_images
@@ -114,6 +114,7 @@ class Adapter(ABC):
         video_token_id: id of a video's placeholder in ``input_ids``, or None.
         tower_cache: outputs of the vision tower kept between runs; None: the tower always runs. What a question adds
             for a text-aware method is never kept.
+        projects_tokens: whether visual tokens are selected before the projector, by a method that can.
         cannot_use: why its tower cannot be used as some methods need, by ``Compressor.tower_use``.
         text_encoder: the CLIP text model that was last needed.
     """
@@ -136,6 +137,7 @@ class Adapter(ABC):
     has_planes: ClassVar[bool] = False
     writes_steps: ClassVar[bool] = False
     position_axes: ClassVar[int] = 1
+    projects_tokens: ClassVar[bool] = True
     cannot_use: ClassVar[Mapping[str, str]] = {
         "pruned": "its vision tower is run as a whole and not layer by layer",
         "resized": "its images have any size; give smaller ones",
@@ -706,10 +708,39 @@ class Adapter(ABC):
             ]
         with stage("selection"):
             compressed = compressor(vision)
-        tokens = compressed.tokens
-        if compressor.space == "tower" and vision.project is not None:
+        return self.projected(compressed, shapes, vision.project if compressor.space == "tower" else None, stage)
+
+    def compress_image(self, visual: VisualInputs, compressor: Compressor) -> CompressedTokens:
+        """What the compressor makes of one image's crops before the projector, where it needs nothing behind it.
+
+        Args:
+            visual: of one image, from ``read_inputs``.
+            compressor: of ``scope="crop"`` and ``space="tower"``; of a family that ``projects_tokens``.
+        """
+        visual, reads = self.viewed(visual, compressor), of_tower(compressor.reads())
+        ((_, vision),) = self.image_outputs(visual, reads, self.run_for(compressor))
+        return compressor(vision)
+
+    def projected(
+        self,
+        compressed: CompressedTokens,
+        shapes: Sequence[VisionShape],
+        project: Callable[[Tensor], Tensor] | None,
+        stage: Stage = no_stage,
+    ) -> list[VisualTokens]:
+        """Crops' tokens through the projector, and packed by images (or videos).
+
+        Args:
+            compressed: of the crops of all of them, one after the other.
+            shapes: of each.
+            project: the projector; None: they are projected.
+            stage: as of ``encode``.
+        """
+        num_crops, tokens = [shape.num_crops for shape in shapes], compressed.tokens
+        has_places = self.keeps_places or (self.writes_steps and shapes[0].kind == "video")
+        if project is not None:
             with stage("projector"):
-                tokens = vision.project(tokens)
+                tokens = project(tokens)
         of_images: list[Tensor | None] = [None] * len(shapes)
         if compressed.planes is not None:
             of_images = [each.flatten(0, 1) for each in compressed.planes.split(num_crops)]

@@ -87,6 +87,11 @@ def describe(
     }
 
 
+def tuned_with(header: Mapping[str, Any]) -> list[str]:
+    """The compressor that a header tells of, with its budget; each of those of a training for several budgets."""
+    return header.get("compressors") or [header["compressor"]]
+
+
 def save_tuned(directory: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Writes both files in one step: a crash leaves what was there, or all of the new.
 
@@ -256,11 +261,11 @@ def apply_tuned(
             " some already: set model.adapter_path=null."
         )
     _check_base(adapter, header, directory)
-    if compressor is not None and header["compressor"] != repr(compressor):
+    if compressor is not None and repr(compressor) not in tuned_with(header):
         logger.warning(
             "model.projector=%s was tuned with %s and is used with %s: the numbers are of neither.",
             source,
-            header["compressor"],
+            " and ".join(tuned_with(header)),
             compressor,
         )
     weights, lora_weights = directory / WEIGHTS_NAME, directory / LORA_NAME / LORA_WEIGHTS_NAME

@@ -31,7 +31,7 @@ CARD_NAME = "README.md"
 _LORA_CONFIG = "adapter_config.json"
 # Of a header; the machine and the launcher of a training are nobody else's concern.
 _PUBLIC = (
-    *("format", "compressor", "parts", "lora", "commit", "versions", "step", "validation_loss"),
+    *("format", "compressor", "compressors", "parts", "lora", "commit", "versions", "step", "validation_loss"),
     *("num_parameters", "sha256", "lora_sha256"),
 )
 # A path from the root, of a home or of a drive; the slashes of an address come after a colon or another slash.

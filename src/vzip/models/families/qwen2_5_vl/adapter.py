@@ -56,6 +56,7 @@ class Qwen2_5VlAdapter(Adapter):
     video_rules: ClassVar[type[VideoRules]] = VideoRules
     keeps_places = True
     position_axes = 3
+    projects_tokens = False
     preprocesses = ("hf",)
     templates = ("chat",)
     decoder_class = MRopeDecoder
