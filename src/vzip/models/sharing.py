@@ -125,11 +125,9 @@ def _gathered(prepared: PreparedInputs, index: Tensor, block: Tensor, implementa
     if implementation == "eager":
         lowest = torch.finfo(embeds.dtype).min
         visible = torch.zeros(visible.shape, dtype=embeds.dtype, device=device).masked_fill(~visible, lowest)
+    rows = embeds.flatten(0, 1).index_select(0, taken.flatten()).unflatten(0, taken.shape)
     return SharedInputs(
-        inputs_embeds=embeds.flatten(0, 1)
-        .index_select(0, taken.flatten())
-        .unflatten(0, taken.shape)
-        .masked_fill(padding[..., None], 0.0),
+        inputs_embeds=rows.masked_fill(padding[..., None], 0.0),
         attention_mask=visible,
         position_ids=prepared.position_ids.flatten(-2)[..., taken].masked_fill(padding, 0),
         labels=labels.flatten()[taken].masked_fill(padding, IGNORED_LABEL),

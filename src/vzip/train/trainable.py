@@ -46,8 +46,8 @@ def choose_trainable(vlm: CompressedVlm, settings: TrainSettings, in_float32: bo
 
     Raises:
         UnsupportedModelError: a projector that cannot train, a sliding window where images are shared.
-        ConfigError: a template that the family has not, an attention without a mask for shared images, a part whose weights are quantised, or LoRA for layers that the
-            language model does not have.
+        ConfigError: a template that the family has not, an attention without a mask for shared images, a part whose
+            weights are quantised, or LoRA for layers that the language model does not have.
     """
     vlm.adapter.check_template(settings.template)
     check_reads_no_text(vlm.compressor, "a training encodes each image once for all its conversations")
