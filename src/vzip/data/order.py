@@ -67,7 +67,7 @@ def draw_steps(
 def _permuted(samples: np.ndarray, groups: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
     """The samples, those of a group side by side in their order, the groups at random."""
     _, group_of = np.unique(groups[samples], return_inverse=True)
-    place = rng.permutation(group_of.max(initial=-1) + 1)
+    place = np.argsort(rng.permutation(group_of.max(initial=-1) + 1))
     return samples[np.argsort(place[group_of], kind="stable")]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vzip.errors import ConfigError, UnsupportedModelError
 
@@ -93,7 +94,8 @@ def share_rows(prepared: PreparedInputs, rows: Sequence[Sequence[int]], implemen
     length = prepared.visual_index.shape[1]
     indices, blocks = [], []
     for prompts in rows:
-        index, block = [], []
+        index: list[Tensor] = []
+        block: list[Tensor] = []
         for number, prompt in enumerate(prompts):
             places = (prepared.visual_index[prompt] != -2).nonzero().squeeze(1)
             visual = (prepared.visual_index[prompt, places] >= 0).nonzero()
@@ -103,9 +105,8 @@ def share_rows(prepared: PreparedInputs, rows: Sequence[Sequence[int]], implemen
             block.append(torch.where(torch.arange(start, len(places)) < end, 0, number + 1))
         indices.append(torch.cat(index))
         blocks.append(torch.cat(block))
-    index = torch.nn.utils.rnn.pad_sequence(indices, batch_first=True, padding_value=-1)
-    block = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True, padding_value=-1)
-    return _gathered(prepared, index, block, implementation)
+    taken, seen = (pad_sequence(own, batch_first=True, padding_value=-1) for own in (indices, blocks))
+    return _gathered(prepared, taken, seen, implementation)
 
 
 def _gathered(prepared: PreparedInputs, index: Tensor, block: Tensor, implementation: str) -> SharedInputs:
