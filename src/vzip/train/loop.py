@@ -187,7 +187,7 @@ def _train(plan: TrainPlan, prepared: PreparedTraining) -> Path:
         settings.max_length,
         plan.skip_unreadable,
         vlm.adapter.video_token_id if vlm.adapter.learns_videos else None,
-        settings.share_images,
+        share_images=settings.share_images,
     )
     stepper = Stepper.of(accelerator, vlm, settings, launch, plan.seed)
     model, optimizer = stepper.model, stepper.optimizer
