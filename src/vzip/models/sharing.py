@@ -121,8 +121,9 @@ def _gathered(prepared: PreparedInputs, index: Tensor, block: Tensor, implementa
     if planes is not None:
         number = (prepared.visual_index.flatten() >= 0).cumsum(0) - 1
         planes = planes[number[index[visual_index >= 0]].to(planes.device)]
+    block = block.to(device)
     visible = (block[:, :, None] == block[:, None]) | (block[:, None] == 0)
-    visible = (visible & torch.ones(visible.shape[1:], dtype=torch.bool).tril())[:, None].to(device)
+    visible = (visible & torch.ones(visible.shape[1:], dtype=torch.bool, device=device).tril())[:, None]
     if implementation == "eager":
         lowest = torch.finfo(embeds.dtype).min
         visible = torch.zeros(visible.shape, dtype=embeds.dtype, device=device).masked_fill(~visible, lowest)
