@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from scripts import make_random_model
+from tests.train.commands import composed
 from tests.train.kit import SETTINGS, dying_at, load_in_float64, load_model
 from tests.train.runs import curve, finish
 
 import vzip
+from vzip.config.training import checked, tuning_plan
 from vzip.data.collate import Batch, Collator, TrainingSample
 from vzip.data.conversations import find_template
 from vzip.data.llava_record import Turn
@@ -255,7 +257,13 @@ def test_two_processes_give_the_curve_of_one(plan: Any) -> None:
         assert one == pytest.approx(other, rel=2e-3)
 
 
-def test_what_cannot_share_is_refused_by_name(plan: Any) -> None:
+def test_what_cannot_share_is_refused_by_name() -> None:
+    recipe = ["+exp=tiny_32tok", "launcher=inline"]
+    assert tuning_plan(checked(composed(recipe))).train.share_images, "the recipe shares"
+    flash = checked(composed([*recipe, "model.attn_implementation=flash_attention_2"]))
+    with pytest.raises(ConfigError, match=r"share_images=true with model\.attn_implementation=flash_attention_2"):
+        tuning_plan(flash)  # nothing is loaded yet
+    assert not tuning_plan(checked(composed([*recipe, "train=projector"]))).train.share_images
     with pytest.raises(ConfigError, match=r"share_images=true with train\.template=plain"):
         dataclasses.replace(SETTINGS, share_images=True, template="plain")
     settings = dataclasses.replace(SETTINGS, share_images=True)
