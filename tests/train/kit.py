@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tests import tiny
 
@@ -23,6 +24,7 @@ from vzip.data.llava_record import Turn
 from vzip.train import stepping
 from vzip.train.loop import TrainPlan
 from vzip.train.settings import LaunchSettings, LoraSettings, TrainSettings
+from vzip.train.trainable import choose_trainable
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 
@@ -38,6 +40,7 @@ class Samples:
         self.count, self.broken = count, broken
         self.lengths = np.arange(count) % 11
         self.has_images = np.arange(count) % 5 != 0
+        self.image_groups = np.arange(count)
 
     def __len__(self) -> int:
         return self.count
@@ -62,6 +65,18 @@ def load_model(precision: str = "float32") -> vzip.CompressedVlm:
     return vzip.CompressedVlm(model, vzip.VisionZip(BUDGET), processor)
 
 
+def load_in_float64(monkeypatch: pytest.MonkeyPatch) -> vzip.CompressedVlm:
+    """The same with its projector to be trained, all in float64."""
+    # Hugging Face's norms compute in torch.float32 whatever the model is in; here that name means float64 too.
+    for name in ("float32", "float"):
+        monkeypatch.setattr(torch, name, torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # and so does its loss
+    vlm = load_model()
+    choose_trainable(vlm, SETTINGS, in_float32=False)
+    vlm.model.double()
+    return vlm
+
+
 SETTINGS = TrainSettings(
     parts=("projector",),
     reset_projector=False,
@@ -74,6 +89,7 @@ SETTINGS = TrainSettings(
     num_epochs=2,
     num_steps=None,
     samples_per_step=8,
+    share_images=False,
     max_grad_norm=1.0,
     loss_norm="tokens",
     tf32=False,

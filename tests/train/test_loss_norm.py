@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tests import tiny
-from tests.train.kit import LAUNCH, SETTINGS, Samples, load_model
+from tests.train.kit import LAUNCH, SETTINGS, Samples, load_in_float64, load_model
 from tests.train.runs import curve, finish
 
 from vzip.data.collate import Collator
@@ -21,7 +21,6 @@ from vzip.data.order import split_step
 from vzip.train.loop import train
 from vzip.train.objective import AnswerLoss, ModelView
 from vzip.train.stepping import Stepper, StepTimer
-from vzip.train.trainable import choose_trainable
 
 STEP = np.arange(8)  # sample 0 and 7 ask twice, 0 and 5 have no image, all have answers of other lengths
 
@@ -47,14 +46,7 @@ class OneOf:
 
 @pytest.fixture
 def vlm(monkeypatch: pytest.MonkeyPatch) -> Any:
-    # Hugging Face's norms compute in torch.float32 whatever the model is in; here that name means float64 too.
-    for name in ("float32", "float"):
-        monkeypatch.setattr(torch, name, torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # and so does its loss
-    vlm = load_model()
-    choose_trainable(vlm, SETTINGS, in_float32=False)
-    vlm.model.double()
-    return vlm
+    return load_in_float64(monkeypatch)
 
 
 def of_plain_loop(vlm: Any, loss_norm: str) -> tuple[float, list[torch.Tensor]]:

@@ -76,6 +76,10 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
             " time. Merge the first into the weights (PEFT's merge_and_unload), or set either to null."
         )
     from vzip.compressors.base import check_reads_no_text
+    from vzip.models.sharing import check_attention
+
+    if settings.share_images:
+        check_attention(model["attn_implementation"])
 
     compressor = build_compressor(config["compressor"])
     check_reads_no_text(compressor, "a training encodes each image once for all its conversations")

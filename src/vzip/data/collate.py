@@ -52,6 +52,10 @@ class TrainingSet(Protocol):
     def has_images(self) -> np.ndarray:
         """Whether each sample has an image or video: bool ``[samples]``."""
 
+    @property
+    def image_groups(self) -> np.ndarray:
+        """A number for each sample, the same for samples about the same images: int64 ``[samples]``."""
+
     def describe(self) -> str:
         """What is trained on, for people."""
 
@@ -113,6 +117,7 @@ class Batch:
         image_of: for each placeholder, in order, the image it stands for.
         num_visual_tokens: of each image, as the compressor must make them.
         videos, video_of, num_video_tokens: the same of videos.
+        rows: the sequences of each row of the language model, where those about the same images share one; else None.
         skipped: ids of samples left out because an image or video could not be read.
         cut_off: ids of samples of which ``max_length`` left a conversation without any target.
         compressor: what makes the visual tokens; None: the model's own.
@@ -129,6 +134,7 @@ class Batch:
     videos: dict[str, Tensor] = field(default_factory=dict)
     video_of: list[int] = field(default_factory=list)
     num_video_tokens: list[int] = field(default_factory=list)
+    rows: list[list[int]] | None = None
     skipped: list[str] = field(default_factory=list)
     cut_off: list[str] = field(default_factory=list)
     compressor: Compressor | None = None
@@ -176,6 +182,8 @@ class Collator:
         video_token_id: id of a video's placeholder; None for a model that learns from images alone.
         compressor: of its batches, by which ``encoder`` counts; None: the model's own.
         features: where the features of images are kept, of this compressor; None: nowhere.
+        share_images: encode an image file once for all samples of a batch, and put conversations about the same images
+            into one row, up to ``max_length`` tokens (``vzip.models.sharing``).
     """
 
     processor: Any
@@ -188,6 +196,7 @@ class Collator:
     video_token_id: int | None = None
     compressor: Compressor | None = None
     features: ImageCache | None = None
+    share_images: bool = False
 
     def __call__(self, samples: Sequence[TrainingSample]) -> Batch:
         """Raises ImageError, VideoError or PromptError, naming the sample, for one that cannot be used.
@@ -200,10 +209,15 @@ class Collator:
         images: list[Any] = []
         num_images: list[int] = []
         videos: list[list[Image.Image]] = []
+        known: dict[tuple[Path, ...], range] = {}
         for sample in samples:
             self._check_videos(sample)
+            files = tuple(each for each in sample.images if isinstance(each, Path))
+            files = files if self.share_images and len(files) == len(sample.images) else ()
+            own = known.get(files)
             try:
-                opened = [self._opened(source, len(sample.images)) for source in sample.images]
+                sources = sample.images if own is None else ()
+                opened = [self._opened(source, len(sample.images)) for source in sources]
                 decoded = [load_video(source, self.encoder.num_frames) for source in sample.videos]
             except (ImageError, VideoError) as error:
                 if not self.skip_unreadable:
@@ -211,9 +225,12 @@ class Collator:
                 batch.skipped.append(sample.id)
                 continue
             batch.ids.append(sample.id)
+            if own is None:
+                own = range(len(images), len(images) + len(opened))
+                known |= {files: own} if files else {}
             for turns in sample.dialogues:
                 batch.sample_of.append(len(batch.ids) - 1)
-                batch.image_of += range(len(images), len(images) + len(opened))
+                batch.image_of += own
                 batch.video_of += range(len(videos), len(videos) + len(decoded))
                 sequences.append(self._encode(sample, turns))
             images += opened
@@ -228,6 +245,8 @@ class Collator:
             batch.videos = self.encoder.preprocess_videos(videos)
             batch.num_video_tokens = self.encoder.expected_num_tokens(batch.videos)
         self._truncate(batch, sequences)
+        if self.share_images:
+            batch.rows = self._rows(batch, sequences)
         self._pad(batch, sequences)
         return batch
 
@@ -278,6 +297,33 @@ class Collator:
                 batch.cut_off.append(id)
             batch.image_of += own[: cut.num_images]
             batch.video_of += own_videos[: cut.num_videos]
+
+    def _rows(self, batch: Batch, sequences: list[Encoded]) -> list[list[int]]:
+        """Which sequences share a row: they begin alike up to their last image or video, and learn nothing of that.
+
+        The token after it is no target either, or what is shared would have to foretell several.
+        """
+        placeholders = (self.image_token_id, self.video_token_id)
+        images, videos = iter(batch.image_of), iter(batch.video_of)
+        rows: list[list[int]] = []
+        open_rows: dict[tuple[tuple[int, ...], ...], tuple[list[int], int]] = {}
+        for number, sequence in enumerate(sequences):
+            own, own_videos = tuple(islice(images, sequence.num_images)), tuple(islice(videos, sequence.num_videos))
+            end = max((place + 1 for place, token in enumerate(sequence.ids) if token in placeholders), default=0)
+            shared = end - len(own) - len(own_videos)
+            shared += sum(batch.num_visual_tokens[image] for image in own)
+            shared += sum(batch.num_video_tokens[video] for video in own_videos)
+            alone = not end or any(label != IGNORED_LABEL for label in sequence.labels[: end + 1])
+            key = (own, own_videos, tuple(sequence.ids[:end]))
+            row, length = open_rows.get(key, ([], shared))
+            length += len(sequence.ids) - end
+            if alone or not row or length > self.max_length:
+                row, length = [], shared + len(sequence.ids) - end
+                rows.append(row)
+            row.append(number)
+            if not alone:
+                open_rows[key] = (row, length)
+        return rows
 
     def _pad(self, batch: Batch, sequences: list[Encoded]) -> None:
         longest = max((len(sequence.ids) for sequence in sequences), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -74,6 +75,14 @@ class LlavaSet:
     def has_images(self) -> np.ndarray:
         """bool ``[samples]``."""
         return self.records.num_images[self._chosen] > 0
+
+    @functools.cached_property
+    def image_groups(self) -> np.ndarray:
+        """Samples about the same files have the same number, each one without any its own: int64 ``[samples]``."""
+        numbers: dict[object, int] = {}
+        # Every record is read: the index does not tell their files.
+        files = (self.records.record(int(index)).files for index in self._chosen)
+        return np.array([numbers.setdefault(own or index, len(numbers)) for index, own in enumerate(files)])
 
     def describe(self) -> str:
         """What is trained on, by source, and what was left out."""

@@ -11,16 +11,26 @@ import numpy as np
 from vzip.errors import ConfigError
 
 
-def draw_steps(lengths: np.ndarray, has_images: np.ndarray, samples_per_step: int, seed: int, epoch: int) -> np.ndarray:
+def draw_steps(
+    lengths: np.ndarray,
+    has_images: np.ndarray,
+    samples_per_step: int,
+    seed: int,
+    epoch: int,
+    groups: np.ndarray | None = None,
+) -> np.ndarray:
     """Draws the steps of one epoch.
 
-    Each sample is in at most one step; the last ones that make no whole step are left out.
+    Each sample is in at most one step; the last ones that make no whole step are left out. Groups are drawn whole and
+    stand one after the other, each as long as its longest sample, and one that a step has no more room for goes on in
+    another step: every step has as many samples as without them.
 
     Args:
         lengths: ``[samples]``, any measure.
         has_images: bool ``[samples]``.
         samples_per_step: over all processes and accumulated batches.
         seed, epoch: decide the draw.
+        groups: a number for each sample, the same for those that are to stand side by side; None: each by itself.
 
     Returns:
         int64 ``[steps, samples_per_step]``, each step's samples from long to short.
@@ -33,11 +43,16 @@ def draw_steps(lengths: np.ndarray, has_images: np.ndarray, samples_per_step: in
             f"{len(lengths)} training samples are fewer than one step's train.samples_per_step={samples_per_step}:"
             " choose a larger data.fraction or a smaller train.samples_per_step."
         )
+    if groups is not None:
+        _, groups = np.unique(groups, return_inverse=True)
+        longest = np.zeros(len(groups), dtype=np.int64)
+        np.maximum.at(longest, groups, lengths)
+        lengths = longest[groups]
     rng = np.random.RandomState([seed, epoch])  # its stream is frozen: the same draw on every machine
     whole: list[np.ndarray] = []
     rest: list[np.ndarray] = []
     for group in (np.flatnonzero(has_images), np.flatnonzero(~has_images)):
-        drawn = rng.permutation(group)
+        drawn = rng.permutation(group) if groups is None else _permuted(group, groups, rng)
         count = len(drawn) // samples_per_step * samples_per_step
         whole.append(drawn[:count])
         rest.append(drawn[count:])
@@ -47,6 +62,13 @@ def draw_steps(lengths: np.ndarray, has_images: np.ndarray, samples_per_step: in
     steps = steps[rng.permutation(len(steps))]
     by_length = np.argsort(-np.asarray(lengths, dtype=np.int64)[steps], axis=1, kind="stable")
     return np.take_along_axis(steps, by_length, axis=1).astype(np.int64)
+
+
+def _permuted(samples: np.ndarray, groups: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
+    """The samples, those of a group side by side in their order, the groups at random."""
+    _, group_of = np.unique(groups[samples], return_inverse=True)
+    place = np.argsort(rng.permutation(group_of.max(initial=-1) + 1))
+    return samples[np.argsort(place[group_of], kind="stable")]
 
 
 def split_step(step: np.ndarray, batch_size: int, rank: int, num_processes: int) -> list[np.ndarray]:

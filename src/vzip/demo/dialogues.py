@@ -56,6 +56,11 @@ class SceneDialogues:
         """All."""
         return np.ones(self.num_images, dtype=bool)
 
+    @property
+    def image_groups(self) -> np.ndarray:
+        """Each by itself: a sample has all questions about its image."""
+        return np.arange(self.num_images)
+
     def describe(self) -> str:
         """What is trained on."""
         return f"{self.num_images:,} generated images, up to {self.num_questions} questions each"

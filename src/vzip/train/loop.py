@@ -195,6 +195,7 @@ def _train(plan: TrainPlan, prepared: PreparedTraining) -> Path:
         settings.max_length,
         plan.skip_unreadable,
         vlm.adapter.video_token_id if vlm.adapter.learns_videos else None,
+        share_images=settings.share_images,
     )
     collators = [replace(collator, encoder=ModelView(vlm, each), compressor=each) for each in plan.compressors]
     collators = collators or [collator]

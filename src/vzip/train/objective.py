@@ -16,6 +16,7 @@ from vzip.models.families import VisualInputs
 from vzip.models.families.finite import check_embeddings
 from vzip.models.families.places import VisualTokens
 from vzip.models.freeze import zero_of
+from vzip.models.sharing import SharedInputs, check_shares, share_rows
 from vzip.models.splice import IGNORED_LABEL, PreparedInputs, plan_splice, positions_before, splice_tokens
 from vzip.models.vlm import CompressedVlm
 from vzip.results.token_count import TokenCountError
@@ -82,16 +83,19 @@ class AnswerLoss(nn.Module):
             return self._without_samples(len(batch.ids))
         images, videos, blank = self._encode(batch)
         prepared = self._splice(batch, images, videos)
-        embeds = prepared.inputs_embeds + _nothing(blank) if blank else prepared.inputs_embeds
-        assert prepared.labels is not None
-        targets = prepared.labels[:, 1:]
+        given: PreparedInputs | SharedInputs = prepared
+        if batch.rows is not None:
+            given = shared = share_rows(prepared, batch.rows, check_shares(self.vlm.model.config.get_text_config()))
+        embeds = given.inputs_embeds + _nothing(blank) if blank else given.inputs_embeds
+        assert given.labels is not None
+        targets = given.labels[:, 1:]
         # The language model's head is run only where some sequence has a target: most positions have none.
         positions = (targets != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
-        with self.vlm.adapter.language_context(prepared.visual_index, prepared.planes):
+        with self.vlm.adapter.language_context(given.visual_index, given.planes):
             logits = self.vlm.model(
                 inputs_embeds=embeds,
-                attention_mask=prepared.attention_mask,
-                position_ids=prepared.position_ids,
+                attention_mask=given.attention_mask,
+                position_ids=given.position_ids,
                 use_cache=False,
                 logits_to_keep=positions,
             ).logits
@@ -100,7 +104,12 @@ class AnswerLoss(nn.Module):
             logits.transpose(1, 2), targets[:, positions], ignore_index=IGNORED_LABEL, reduction="none"
         )
         owner = torch.tensor(batch.sample_of, device=nats.device)
-        summed = torch.zeros(len(batch.ids), dtype=nats.dtype, device=nats.device).index_add(0, owner, nats.sum(dim=1))
+        if batch.rows is None:
+            nats = nats.sum(dim=1)
+        else:
+            owner = owner[shared.prompt_of.to(owner.device)[:, 1:][:, positions].clamp(min=0)].flatten()
+            nats = nats.flatten()
+        summed = torch.zeros(len(batch.ids), dtype=nats.dtype, device=nats.device).index_add(0, owner, nats)
         whole = batch.image_of or batch.video_of or self.blank
         return summed if whole else summed + self._without_samples(len(batch.ids))
 

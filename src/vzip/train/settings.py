@@ -55,6 +55,8 @@ class TrainSettings:
     num_steps: int | None = key("optimizer steps; null: as train.num_epochs says", at_least=1)
     # The last samples of an epoch that fill no step are left out.
     samples_per_step: int = key("samples of a step, over all processes and accumulated batches", at_least=1)
+    # What is learned from a step is the same; samples about the same images come in the same step.
+    share_images: bool = key("conversations about the same images share their visual tokens, in one row of max_length")
     max_grad_norm: float | None = key("gradients are scaled down to this norm; null: never", rule=POSITIVE)
     # LLaVA's own trainer (Hugging Face's) takes the mean over the tokens of each batch that a device handles at once,
     # and averages these, so its loss depends on how many samples a device takes. `samples` is exactly that with one
@@ -101,6 +103,11 @@ class TrainSettings:
             raise ConfigError(
                 f"train.tower_learning_rate={self.tower_learning_rate}: train.parts={list(self.parts)} leaves the"
                 " vision tower frozen. Set it to null, or add vision_tower to train.parts."
+            )
+        if self.share_images and self.template == "plain":
+            raise ConfigError(
+                "train.share_images=true with train.template=plain: a caption is foretold by the image's last token, so"
+                " several cannot share it. Set train.share_images=false."
             )
         if self.lora is not None and "language_model" in self.parts:
             raise ConfigError(

@@ -63,6 +63,7 @@ class StepSchedule:
 
     def __init__(self, data: TrainingSet, training: np.ndarray, settings: TrainSettings, seed: int) -> None:
         self._lengths, self._has_images = data.lengths[training], data.has_images[training]
+        self._groups = data.image_groups[training] if settings.share_images else None
         self._training, self._samples_per_step, self._seed = training, settings.samples_per_step, seed
         self._num_budgets = len(settings.budgets or ())
         self._epoch, self._steps = 0, self._draw(0)
@@ -80,7 +81,7 @@ class StepSchedule:
         return int(np.random.RandomState([self._seed, 0xB0D6, step]).randint(max(1, self._num_budgets)))
 
     def _draw(self, epoch: int) -> np.ndarray:
-        drawn = draw_steps(self._lengths, self._has_images, self._samples_per_step, self._seed, epoch)
+        drawn = draw_steps(self._lengths, self._has_images, self._samples_per_step, self._seed, epoch, self._groups)
         return self._training[drawn]
 
 

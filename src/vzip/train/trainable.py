@@ -10,6 +10,7 @@ from torch import nn
 from vzip.compressors.base import check_reads_no_text
 from vzip.errors import ConfigError
 from vzip.models.freeze import initialise_anew, train_projector_only
+from vzip.models.sharing import check_shares
 from vzip.models.vlm import CompressedVlm
 from vzip.models.weights.lora_training import add_lora, is_lora, peft_arguments
 
@@ -44,12 +45,14 @@ def choose_trainable(vlm: CompressedVlm, settings: TrainSettings, in_float32: bo
             copies instead, and wants one precision.
 
     Raises:
-        UnsupportedModelError: a projector that cannot train.
-        ConfigError: a template that the family has not, a part whose weights are quantised, or LoRA for layers that the
-            language model does not have.
+        UnsupportedModelError: a projector that cannot train, a sliding window where images are shared.
+        ConfigError: a template that the family has not, an attention without a mask for shared images, a part whose
+            weights are quantised, or LoRA for layers that the language model does not have.
     """
     vlm.adapter.check_template(settings.template)
     check_reads_no_text(vlm.compressor, "a training encodes each image once for all its conversations")
+    if settings.share_images:
+        check_shares(vlm.model.config.get_text_config())
     arguments = lora_arguments(vlm, settings)
     # First, because PEFT freezes all that is not its own.
     lora = [] if arguments is None else add_lora(vlm.adapter, arguments)
