@@ -12,9 +12,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import vzip
 from vzip.models.hub import BUILT_IN_NAME, is_hub_id
 from vzip.results.record import metrics_of, score_of, title_of, unit_factor
+from vzip.results.stats import score_interval
 
 _TASK_TYPE = "visual-question-answering"  # the hub's name for what the benchmarks are
-_Z_95 = 1.959964  # of the normal distribution: 95 % lie within so many standard errors
 # Of a training's settings those that concern its bookkeeping alone.
 _NOT_TOLD = ("parts", "save_every", "keep_last", "trackers", "lora")
 
@@ -84,10 +84,12 @@ def _scores(
         assert score is not None
         unit = entry.get("unit") if metric == entry["primary_metric"] else None
         factor = unit_factor(unit, "percent", task) if unit == "fraction" else 1.0
-        value, error = factor * score.value, score.standard_error
-        interval = None if error is None else (value - _Z_95 * factor * error, value + _Z_95 * factor * error)
+        # The other metrics of a task in shares are shares too, as far as their values can be any.
+        of = "fraction" if unit is None and entry.get("unit") == "fraction" else unit
+        found = score_interval(score.value, score.standard_error, score.num_samples, of)
+        interval = None if found is None else (factor * found[0], factor * found[1])
         shown = "percent" if unit == "fraction" else unit
-        yield metric, round(value, 4), interval, shown, score.num_samples
+        yield metric, round(factor * score.value, 4), interval, shown, score.num_samples
 
 
 def _body(
@@ -181,7 +183,7 @@ def _settings(training: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
 def _evaluation(record: Mapping[str, Any]) -> Iterator[str]:
     recipe = (record.get("config") or {}).get("recipe")
     yield f"{_text(title_of(record))}{f', recipe {_code(recipe)}' if recipe else ''}. Intervals:"
-    yield "score ± 1.96 standard errors, on these questions."
+    yield "95 %, by the score's standard error on these questions (of shares Wilson's)."
     yield ""
     yield "| benchmark | metric | score | 95 % interval | questions |"
     yield "|---|---|---:|---:|---:|"
