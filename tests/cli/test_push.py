@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.hub import FakeHub
 from tests.records import record
 from tests.train.kit import BUDGET, LORA, make_plan
+from transformers import LlavaForConditionalGeneration
 
 import vzip
 from vzip.cli import push
@@ -210,6 +213,27 @@ def test_provisional_scores_stand_beside_their_reason_alone(trained: Path, hub: 
     run_push(put(tmp_path, content), "--to", "me/tuned", "--upload")
     card = ModelCard(hub.files("me/tuned")["README.md"].decode())
     assert card.data.eval_results is None and "Provisional: limit=50" in card.text and "`gqa`" in card.text
+
+
+def test_lora_layers_that_the_model_was_loaded_with_stand_in_the_card(
+    base: Path, hub: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    layers = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(LlavaForConditionalGeneration.from_pretrained(base), layers).save_pretrained(tmp_path / "mine")
+    vlm = vzip.load_vlm(base, compressor=vzip.VisionZip(BUDGET), adapter_path=tmp_path / "mine")
+    vzip.train_projector_only(vlm.model)
+    vlm.save_pretrained(tmp_path / "tuned")
+    run_push(tmp_path / "tuned", "--to", "me/tuned", "--upload")
+    files = hub.files("me/tuned")
+    text, digest = files["README.md"].decode(), sha256((tmp_path / "mine/adapter_model.safetensors").read_bytes())
+    assert "    adapter_path='mine'," in text and "model.projector=me/tuned model.adapter_path=mine" in text
+    assert f"| LoRA layers under it | `mine (SHA-256 {digest.hexdigest()[:12]}...)` |" in text
+    told = json.loads(files["tuned.json"])["loaded_lora"]
+    assert told == {"name_or_path": "mine", "sha256": digest.hexdigest()}
+    there = vzip.load_vlm(base, compressor=vlm.compressor, adapter_path=tmp_path / "mine", projector="me/tuned")
+    assert torch.equal(logits(there), logits(vlm)) and "on top of LoRA layers" not in caplog.text
+    load(base, "me/tuned")
+    assert "me/tuned was tuned on top of LoRA layers (mine), and this model has none" in caplog.text
 
 
 def test_no_interval_is_beyond_the_possible(trained: Path, hub: FakeHub, tmp_path: Path) -> None:

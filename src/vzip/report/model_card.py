@@ -107,8 +107,13 @@ def _body(
         f"The tuned {what} of {_code(base['name_or_path'])} for compressed images: {_code(header['compressor'])}. This"
         " is not a whole model: vzip puts these weights into the base model, which is loaded as always."
     )
-    yield from ("", "## Use", "", "```python", *_usage(name, header), "```", "")
-    yield f"Or, with the base model's option and this compressor: {_code(f'python eval.py model.projector={name}')}."
+    yield from ("", "## Use", "", "```python", *_usage(name, header, _lora_under(header, training)), "```", "")
+    under = _lora_under(header, training)
+    also = f" model.adapter_path={under}" if under else ""
+    yield f"Or, with the base model's option and this compressor: {_code(f'python eval.py model.projector={name}{also}')}."
+    if under:
+        yield ""
+        yield f"They were tuned on top of the LoRA layers {_code(under)}, which are not among these files and must be there."
     yield from ("", "## What it is", "")
     yield from _table(_facts(header, training))
     yield from ("", "## Training", "")
@@ -129,12 +134,20 @@ def _body(
     yield f"{own} {_licence_of_base(base['name_or_path'])}"
 
 
-def _usage(name: str, header: Mapping[str, Any]) -> Iterator[str]:
+def _lora_under(header: Mapping[str, Any], training: Mapping[str, Any] | None) -> str | None:
+    """Name of the LoRA layers that the base model was loaded with, which belong to it; None: without any."""
+    path = _group(header, "loaded_lora").get("name_or_path") or _group(training, "model").get("adapter_path")
+    return None if path is None else str(public(str(path)))
+
+
+def _usage(name: str, header: Mapping[str, Any], lora_under: str | None) -> Iterator[str]:
     base = header["base"]
     method = re.sub(r"\b([A-Z]\w*)\(", lambda m: f"vzip.{m[0]}" if m[1] in vzip.__all__ else m[0], header["compressor"])
     yield from ("import vzip", "", "vlm = vzip.load_vlm(", f"    {base['name_or_path']!r},")
     if base["revision"]:
         yield f"    revision={base['revision']!r},"
+    if lora_under:
+        yield f"    adapter_path={lora_under!r},"
     yield from (f"    compressor={' '.join(method.split())},", f"    projector={name!r},", ")")
 
 
@@ -149,8 +162,9 @@ def _facts(header: Mapping[str, Any], training: Mapping[str, Any] | None) -> Ite
     yield "base model", base["name_or_path"]
     yield "its revision", base["revision"] or "not recorded"
     yield "its class", base["model_class"]
-    if of_model.get("adapter_path"):
-        yield "on top of it, before", public(of_model["adapter_path"])
+    if under := _lora_under(header, training):
+        digest = _group(header, "loaded_lora").get("sha256")
+        yield "LoRA layers under it", under + (f" (SHA-256 {str(digest)[:12]}...)" if digest else "")
     if of_model.get("projector"):
         yield "started from the tuned weights", public(of_model["projector"])
     yield "compressor and budget", header["compressor"]

@@ -167,7 +167,7 @@ def _train(plan: TrainPlan, prepared: PreparedTraining) -> Path:
     vlm = plan.load_model(settings.precision)
     check_max_length(settings.max_length, vlm.model.config)
     header = {
-        **describe(vlm.adapter, vlm.compressor, plan.name_or_path, vlm.revision, list(settings.parts)),
+        **describe(vlm.adapter, vlm.compressor, plan.name_or_path, vlm.revision, list(settings.parts), vlm.lora),
         "lora": lora_arguments(vlm, settings),
         "commit": code_state()["commit"],
         "versions": versions(),

@@ -157,7 +157,7 @@ def _caption(points: Sequence[Point], model: str, tasks: Sequence[str], num_left
         f"Figure 4 of arXiv 2412.04467 from our own records: primary score of {model} on {', '.join(tasks)} against the"
         " visual tokens an image (measured; with a pruner on average over the language model's layers; the middle of"
         " fewest and most where images differ). Bars: 95 % by the score's standard error, of shares Wilson's. Dashed:"
-        " the model without compression. A line's name has the settings that are not its option's own; of several runs that"
+        " the model without compression. A line's name has the settings that are not its option's own; of several that"
         " differ in the seed alone the newest. All on vanilla's questions."
     )
     if any(point.provisional for point in points):
