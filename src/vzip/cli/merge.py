@@ -116,8 +116,8 @@ def _tuned_model(tuned: Path, header: Mapping[str, Any], base: str | None) -> Co
 
     if base is None and isinstance(under := header.get("loaded_lora"), dict):
         raise CheckpointError(
-            f"{tuned}: tuned on top of LoRA layers ({under.get('name_or_path')}), which would be missing. Merge these into"
-            " the base model first (PEFT's merge_and_unload) and give that: --base DIR."
+            f"{tuned}: tuned on top of LoRA layers ({under.get('name_or_path')}), which would be missing. Merge these"
+            " into the base model first (PEFT's merge_and_unload) and give that: --base DIR."
         )
     named = header["base"]
     vlm = load_vlm(base or named["name_or_path"], revision=None if base else named["revision"])

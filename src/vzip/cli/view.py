@@ -196,8 +196,8 @@ def _of_folder(folder: Path) -> Source:
             if len(found) == 1:
                 return [load_image(found[0])]
         raise ImageError(
-            f"{folder} has no file named {' or '.join(asked)}, and {row['task']} in it none. Deeper folders are searched"
-            f" within {row['task']} alone, for a name that one file there has."
+            f"{folder} has no file named {' or '.join(asked)}, and {row['task']} in it none. Deeper folders are"
+            f" searched within {row['task']} alone, for a name that one file there has."
         )
 
     return source

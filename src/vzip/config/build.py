@@ -38,6 +38,7 @@ from vzip.config.validate import (
 from vzip.errors import CheckpointError, ConfigError, RunExistsError, nearest
 from vzip.evaluation.benchmarks.task_names import refuse_unknown
 from vzip.installed import check_quantization, program
+from vzip.keys import raise_all
 from vzip.option_files import FRACTIONS, is_fraction
 from vzip.paths import expanded
 from vzip.results.files import check_writable

@@ -37,6 +37,7 @@ from .generation import (
 )
 from .inputs import InputBuilder
 from .splice import (
+    IGNORED_LABEL,
     PaddingSide,
     PreparedInputs,
     SplicePlan,

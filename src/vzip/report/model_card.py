@@ -110,10 +110,11 @@ def _body(
     yield from ("", "## Use", "", "```python", *_usage(name, header, _lora_under(header, training)), "```", "")
     under = _lora_under(header, training)
     also = f" model.adapter_path={under}" if under else ""
-    yield f"Or, with the base model's option and this compressor: {_code(f'python eval.py model.projector={name}{also}')}."
+    command = f"python eval.py model.projector={name}{also}"
+    yield f"Or, with the base model's option and this compressor: {_code(command)}."
     if under:
         yield ""
-        yield f"They were tuned on top of the LoRA layers {_code(under)}, which are not among these files and must be there."
+        yield f"They were tuned on top of the LoRA layers {_code(under)}, which are not among these files: load both."
     yield from ("", "## What it is", "")
     yield from _table(_facts(header, training))
     yield from ("", "## Training", "")

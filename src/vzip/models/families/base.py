@@ -290,8 +290,8 @@ class Adapter(ABC):
         chosen = cls.templates[0] if template is None else template
         if chosen not in Adapter.templates:  # which are all
             raise ConfigError(
-                f"train.template={chosen}: must be one of {', '.join(cls.templates)}{nearest(chosen, cls.templates)}, or"
-                f" null, which means {cls.templates[0]}."
+                f"train.template={chosen}: must be one of {', '.join(cls.templates)}{nearest(chosen, cls.templates)},"
+                f" or null, which means {cls.templates[0]}."
             )
         if chosen not in cls.templates:
             raise ConfigError(
