@@ -27,6 +27,7 @@ class TrainerModel(nn.Module):
     compressor: Compressor
     name_or_path: str
     revision: str | None
+    lora: dict[str, str] | None
     main_input_name = "input_ids"
     accepts_loss_kwargs = True  # num_items_in_batch: the target tokens of a whole step
 
