@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tests.records import record
 
 from vzip.installed import checkout
 from vzip.option_files import option_values
-from vzip.report.figures.figure_4 import draw, points_of
+from vzip.report.figures.figure_4 import Point, draw, points_of
 from vzip.results.record import Run
 
 
@@ -69,3 +70,14 @@ def test_scores_of_other_weights_are_left_out() -> None:
     runs = [ours, old, weighed("all", "Identity", 576, "a")]
     points, num_left_out = points_of(runs, ["gqa"])
     assert [point.record for point in points] == ["all", "ours"] and num_left_out == 1
+
+
+def test_a_long_name_stays_within_the_figure() -> None:
+    long = "WithoutOutliers, of=vispruner(important_ratio=0.75), positions=original, quantization=4bit, tuned"
+    rows = [Point("gqa", name, 64.0, 50.0, 40.0, 60.0, "percent", 9, False, "r") for name in ("VisionZip", long)]
+    figure = draw(rows, "m").figure
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+    assert " ".join(" ".join(text.get_text() for text in legend.get_texts()).split()) == f"VisionZip {long}"

@@ -12,7 +12,7 @@ from vzip.report.costs import Bench, is_of_visionzip, machine_of, took_something
 from vzip.results.method_label import VANILLA
 from vzip.results.record import Run
 
-from .drawing import Drawing
+from .drawing import Drawing, legend_below
 from .figure_4 import Point
 
 SAME_BUDGET = 0.05  # what counts of tokens may differ by and still be one budget (a pruner's are an average)
@@ -181,7 +181,7 @@ def draw(
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    legend_below(figure, handles, labels, 3)
     provisional = any(point.provisional for own in radar.points.values() for point in own)
     words = f"{model}: {radar.num_tokens:g} visual tokens against vanilla" + (" (provisional)" if provisional else "")
     figure.suptitle(words, parse_math=False)

@@ -11,7 +11,7 @@ from vzip.results.method_label import VANILLA, method_labels
 from vzip.results.record import Run, is_vanilla, primary_scores, same_judge, visual_tokens_of
 from vzip.results.stats import score_interval
 
-from .drawing import Drawing
+from .drawing import Drawing, legend_below
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,7 @@ def draw(points: Sequence[Point], model: str, num_left_out: int = 0) -> Drawing:
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     if handles:
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=num_columns + 1, frameon=False
-        )
+        legend_below(figure, list(handles.values()), list(handles), num_columns + 1)
     provisional = any(point.provisional for point in points)
     figure.suptitle(
         f"{model}: score against visual tokens" + (" (provisional)" if provisional else ""), parse_math=False
