@@ -24,6 +24,7 @@ from transformers import LlavaForConditionalGeneration
 
 import vzip
 from vzip.cli import push
+from vzip.cli.merge import merge
 from vzip.errors import CheckpointError, ConfigError, ManifestError, RunExistsError, RunWriteError
 from vzip.models.weights.tuned import save_tuned
 from vzip.report.model_card import eval_results
@@ -234,6 +235,8 @@ def test_lora_layers_that_the_model_was_loaded_with_stand_in_the_card(
     assert torch.equal(logits(there), logits(vlm)) and "on top of LoRA layers" not in caplog.text
     load(base, "me/tuned")
     assert "was tuned on top of LoRA layers (mine), and this model has none" in caplog.text
+    with pytest.raises(CheckpointError, match=r"tuned on top of LoRA layers .*would be missing.*--base DIR"):
+        merge(tmp_path / "tuned", tmp_path / "merged")
 
 
 def test_no_interval_is_beyond_the_possible(trained: Path, hub: FakeHub, tmp_path: Path) -> None:
