@@ -52,7 +52,35 @@ def test_an_address_keeps_its_slashes_and_nothing_is_loaded(capsys: pytest.Captu
     )
 
 
-@pytest.mark.parametrize(("name", "why"), [("out.txt", "must end in one of .png"), ("no/out.png", "no folder")])
+@pytest.mark.parametrize(
+    ("word", "why"),
+    [
+        ("eval.gen_kwargs.max_new_tokens=5", "an answer's length is --max-new-tokens N"),
+        ("eval.gen_kwargs.num_beams=2", "answers are greedy"),
+        ("eval.limit=3", "benchmarks are asked by eval.py"),
+        ("eval=quick", "benchmarks are asked by eval.py"),
+        ("launcher.device=cpu", "the device is model.device_map"),
+        ("++dry_run=true", "no run is begun"),
+    ],
+)
+@pytest.mark.parametrize("command", [["ask", str(SCENE), QUESTION], ["chat"], ["demo", "serve", "--port", "7861"]])
+def test_settings_of_an_evaluation_are_not_silently_left_out(
+    command: list[str], word: str, why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vzip.load_vlm", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert cli.main([*command, word]) == 2
+    error = capsys.readouterr().err
+    assert f"{word}: has no effect here" in error and why in error
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("out.txt", "must end in one of .png"),
+        ("no/out.png", "no folder"),
+        ("/proc/out.png", "/proc: cannot be written"),
+    ],
+)
 def test_an_overlay_that_cannot_be_written(name: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["ask", str(SCENE), QUESTION, "--overlay", name]) == 2
     assert why in capsys.readouterr().err

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.analysis.towers import save, tower
 
 import vzip
 from vzip import cli
+from vzip.cli import attention_figures
 from vzip.config.options import config_dir
+from vzip.errors import ConfigError
 
 DOCS = config_dir().parent / "docs"
 
@@ -64,3 +67,10 @@ def test_what_only_the_tower_tells(tmp_path: Path, capsys: pytest.CaptureFixture
         assert cli.main(["figure", *words, model, *data, "--out", str(tmp_path / "out")]) == 2, words
         assert text in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pixel_is_one_that_the_figure_shows() -> None:
+    siglip = SimpleNamespace(grid=(27, 27), patch_size=14, image_size=384)  # 6 pixels belong to no patch
+    assert attention_figures._patch(siglip, {"pixel": (377, 14), "patch": None}) == (1, 26)
+    with pytest.raises(ConfigError, match=r"--pixel 378,0: outside.*378 x 378 pixels.*0 to 377,0 to 377 are allowed"):
+        attention_figures._patch(siglip, {"pixel": (378, 0), "patch": None})

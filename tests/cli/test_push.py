@@ -6,20 +6,25 @@ import argparse
 import json
 import os
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.hub import FakeHub
 from tests.records import record
 from tests.train.kit import BUDGET, LORA, make_plan
+from transformers import LlavaForConditionalGeneration
 
 import vzip
 from vzip.cli import push
+from vzip.cli.merge import merge
 from vzip.errors import CheckpointError, ConfigError, ManifestError, RunExistsError, RunWriteError
 from vzip.models.weights.tuned import save_tuned
 from vzip.report.model_card import eval_results
@@ -186,8 +191,10 @@ def test_the_card_has_the_scores_and_is_read_by_the_hubs_own_code(trained: Path,
         ("mme", "c"): 30.0,
     }
     assert next(r for r in card.data.eval_results if r.dataset_name == "gqa").dataset_revision == "abc"
-    # By hand: 60 - 1.96 * 1 and 60 + 1.96 * 1.
-    assert "| `gqa` | `exact_match` (percent) | 60 | 58.04 to 61.96 | 50 |" in text
+    # Wilson's by its definition: the shares that 0.6 is 1.96 of their own standard errors from, 0.01 being of 2400.
+    n, z2 = 0.6 * 0.4 / 0.01**2, 1.959964**2
+    low, high = sorted(100 * np.roots([n + z2, -(2 * n * 0.6 + z2), n * 0.6**2]).real)
+    assert f"| `gqa` | `exact_match` (percent) | 60 | {low:.4g} to {high:.4g} | 50 |" in text
     assert "num_dominant=6, num_contextual=3" in text and "`train.learning_rate`" not in text
     assert r"| train.learning\_rate | `0.01` |" in text and "| step | `3` |" in text
     assert "cc-by-4.0" in text and f"its page ({BASE})" in text
@@ -207,6 +214,41 @@ def test_provisional_scores_stand_beside_their_reason_alone(trained: Path, hub: 
     run_push(put(tmp_path, content), "--to", "me/tuned", "--upload")
     card = ModelCard(hub.files("me/tuned")["README.md"].decode())
     assert card.data.eval_results is None and "Provisional: limit=50" in card.text and "`gqa`" in card.text
+
+
+def test_lora_layers_that_the_model_was_loaded_with_stand_in_the_card(
+    base: Path, hub: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    layers = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(LlavaForConditionalGeneration.from_pretrained(base), layers).save_pretrained(tmp_path / "mine")
+    vlm = vzip.load_vlm(base, compressor=vzip.VisionZip(BUDGET), adapter_path=tmp_path / "mine")
+    vzip.train_projector_only(vlm.model)
+    vlm.save_pretrained(tmp_path / "tuned")
+    run_push(tmp_path / "tuned", "--to", "me/tuned", "--upload")
+    files = hub.files("me/tuned")
+    text, digest = files["README.md"].decode(), sha256((tmp_path / "mine/adapter_model.safetensors").read_bytes())
+    assert "    adapter_path='mine'," in text and "model.projector=me/tuned model.adapter_path=mine" in text
+    assert f"| LoRA layers under it | `mine (SHA-256 {digest.hexdigest()[:12]}...)` |" in text
+    told = json.loads(files["tuned.json"])["loaded_lora"]
+    assert told == {"name_or_path": "mine", "sha256": digest.hexdigest()}
+    there = vzip.load_vlm(base, compressor=vlm.compressor, adapter_path=tmp_path / "mine", projector="me/tuned")
+    assert torch.equal(logits(there), logits(vlm)) and "on top of LoRA layers" not in caplog.text
+    load(base, "me/tuned")
+    assert "was tuned on top of LoRA layers (mine), and this model has none" in caplog.text
+    with pytest.raises(CheckpointError, match=r"tuned on top of LoRA layers .*would be missing.*--base DIR"):
+        merge(tmp_path / "tuned", tmp_path / "merged")
+
+
+def test_no_interval_is_beyond_the_possible(trained: Path, hub: FakeHub, tmp_path: Path) -> None:
+    content = of_weights(trained)
+    content["tasks"]["gqa"]["metrics"] = {
+        "exact_match": {"value": 0.98, "standard_error": 0.02},
+        "other": {"value": 0.01, "standard_error": 0.01},
+    }
+    run_push(put(tmp_path, content), "--to", "me/tuned", "--upload")
+    rows = [line for line in hub.files("me/tuned")["README.md"].decode().splitlines() if line.startswith("| `gqa`")]
+    ends = [[float(end) for end in row.split("|")[4].split(" to ")] for row in rows]
+    assert len(ends) == 2 and 80 < ends[0][0] < 98 < ends[0][1] < 100 and 0 < ends[1][0] < 0.01 < ends[1][1] < 0.2
 
 
 def test_no_licence_is_guessed(trained: Path, hub: FakeHub) -> None:

@@ -16,8 +16,9 @@ from tests.report.view.view_runs import COMPRESSED, VANILLA, put, row
 import vzip
 from vzip import cli
 from vzip.analysis.kept import kept_crop
+from vzip.cli.view import _of_folder as view_of_folder
 from vzip.config.build import recorded_method
-from vzip.errors import ConfigError
+from vzip.errors import ConfigError, ImageError
 from vzip.results.record import read_record
 
 SCENE = Path(__file__).resolve().parents[2] / "docs" / "scene.png"
@@ -48,6 +49,25 @@ def test_a_dot_in_an_id_is_no_ending(tmp_path: Path) -> None:
     # Of question 1.1 there is none but by its doc_id, 1.
     assert [len(one["views"]) for one in content["samples"]] == [0, 1, 1]
     assert [image["width"] for image in content["images"]] == [20, 30]
+
+
+def test_images_in_folders_of_their_own(tmp_path: Path) -> None:
+    ids = ["coco/train/1.jpg", "b/1", "flat/2", "7", "8", "9"]
+    sides = {"coco/train/1.png": 11, "made_up/b/1.png": 12, "2.png": 13, "made_up/x/y/7.png": 14}
+    sides |= {"made_up/x/8.png": 15, "made_up/y/8.png": 16, "other/9.png": 17, "made_up/coco/1.png": 18}
+    images = tmp_path / "images"
+    for name, side in sides.items():
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (side, 5)).save(images / name)
+    source = view_of_folder(images)
+    found = []
+    for one in ids:
+        try:
+            found.append(source({"task": "made_up", "question_id": one, "doc_id": 0})[0].width)
+        except ImageError as error:
+            assert "no file named" in str(error)
+            found.append(None)
+    assert found == [11, 12, 13, 14, None, None], "8 is there twice, 9 another task's"
 
 
 def test_images_by_name_with_the_runs_own_kept_patches(

@@ -270,7 +270,7 @@ def test_fractions_are_counts_of_the_crops_own_patches():
         ours, counted = vzip.VisionZip(budget)(vision), vzip.VisionZip(vzip.TokenBudget(26, 2))(vision)
         assert torch.equal(ours.tokens, counted.tokens) and torch.equal(ours.merge_index, counted.merge_index)
         assert vzip.FasterVLM(budget)(vision).num_tokens == vzip.DivPrune(budget)(vision).num_tokens == 28
-    for wrong in ((-0.1, 0.5), (0.5, 1.5), (0, 0), (0.7, 0.4), (True, 0), ("0.5", 0)):
+    for wrong in ((-0.1, 0.5), (0.5, 1.5), (0, 0), (0.7, 0.4), (1.0, 1e-20), (1, 0.01), (True, 0), ("0.5", 0)):
         with pytest.raises(ConfigError, match=r"budget\.(dominant|contextual)="):
             vzip.FractionBudget(*wrong)
 

@@ -134,7 +134,7 @@ def test_retention_over_the_runs_of_the_tree(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(tracking, "plot_retention", lambda *given: drawn.append(given) or plot_retention(*given))
     plot = tracking.draw_retention(ours)
     ((points, _, title),) = drawn
-    assert title == "m" and [point.method for point in points] == ["VisionZip", "VisionZip", "VisionZip tuned"]
+    assert title == "m" and [point.method for point in points] == ["VisionZip", "VisionZip", "VisionZip, tuned"]
     assert points[0].num_tokens == 64 and points[0].retention == pytest.approx(50, abs=1)
     assert plot == ours.path.with_name("retention.png") and plot.read_bytes().startswith(b"\x89PNG")
 

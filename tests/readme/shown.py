@@ -65,11 +65,12 @@ def shown_commands(text: str) -> list[str]:
 
 
 def entries() -> list[Entry]:
-    """The entries of commands.yaml, in the order in which they are run."""
+    """The entries of commands.yaml, in the order in which they stand."""
     parts = yaml.safe_load((Path(__file__).parent / "commands.yaml").read_text(encoding="utf-8"))
     return [
         Entry(**{**entry, "part": part, "says": tuple([says] if isinstance(says, str) else says)})
         for part, listed in parts.items()
+        if part != "prepared"  # what several entries take up
         for entry in listed
         for says in [entry.get("says", ())]
     ]

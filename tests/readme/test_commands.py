@@ -40,5 +40,5 @@ def test_placeholders_are_whole_words() -> None:
 @pytest.mark.whole
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.part == "evaluating"], ids=lambda entry: entry.command[:80])
 def test_the_command_does_what_the_page_says(entry: Entry, tried: Callable[[Entry], None]) -> None:
-    """One after the other, in one process (--dist loadfile): some use what earlier ones have written."""
+    """One after the other, in one process (--dist loadfile): they share a copy of the checkout."""
     tried(entry)

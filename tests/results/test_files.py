@@ -23,6 +23,21 @@ def test_a_folder_that_cannot_be_written_is_known_without_making_it(tmp_path: Pa
             act(tmp_path / "file" / "runs")
 
 
+@pytest.mark.parametrize("place", ["/proc/x", "/proc/x/y", "/sys/x", "/dev/full", "/dev/full/x", "/dev/null/x"])
+def test_no_rights_are_taken_for_a_place_to_write(place: str) -> None:
+    for folder in (Path(place), Path(place, "runs")):
+        with pytest.raises(RunWriteError, match=rf"{place}.*: cannot be written"):
+            check_writable(folder)
+
+
+def test_a_try_leaves_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunWriteError, match=r"file: cannot be written \(Not a directory"):
+        check_writable(tmp_path / "file")
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     write_json(path, {"a": 1})

@@ -125,6 +125,11 @@ def test_without_answers_the_two_errors_give_a_wider_interval() -> None:
     assert none is not None and none.low is None and not none.outside_noise
 
 
+def test_no_share_kept_is_below_zero() -> None:
+    few = compare_task(scored([1.0, *[0.0] * 9], 0.1), scored([1.0, 1.0, *[0.0] * 8], 0.13), "gqa", "exact_match")
+    assert few is not None and few.low == 0 and few.high is not None and few.high > few.retention
+
+
 def test_answers_that_do_not_give_the_records_number_are_not_used() -> None:
     changed = samples([1.0] * 150)
     found = compared(COMPRESSED, VANILLA, changed, samples(VANILLA))

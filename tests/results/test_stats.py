@@ -15,6 +15,7 @@ from vzip.results.stats import (
     clustered_standard_error,
     mean_interval,
     retention_interval,
+    score_interval,
     standard_error,
 )
 
@@ -38,6 +39,24 @@ def f1(rows):
 def test_standard_error_of_a_mean():
     assert standard_error(np.array([0, 1, 1, 1])) == pytest.approx(0.25)
     assert math.isnan(standard_error(np.array([1.0])))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.96, 1.0])
+def test_the_interval_of_a_share_is_what_a_test_would_not_refuse(share):
+    """Wilson's by its definition, found by trying shares: those from which ours is 1.96 standard errors or less."""
+    count = 50
+    error = math.sqrt(share * (1 - share) / count)
+    tried = np.linspace(0, 1, 200_001)
+    inside = tried[np.abs(share - tried) <= 1.959964 * np.sqrt(tried * (1 - tried) / count)]
+    assert score_interval(share, error, count, "fraction") == pytest.approx((inside[0], inside[-1]), abs=1e-5)
+    in_percent = score_interval(100 * share, 100 * error, count, "percent")
+    assert in_percent == pytest.approx((100 * inside[0], 100 * inside[-1]), abs=1e-3)
+
+
+def test_other_scores_have_two_standard_errors_and_nothing_below_zero():
+    assert score_interval(1500.0, 10.0, 50, "points") == pytest.approx((1480.4, 1519.6), abs=0.01)
+    assert score_interval(3.0, 10.0, 50, None) == pytest.approx((0.0, 22.6), abs=0.01)
+    assert score_interval(0.7, None, 50, "fraction") is None and score_interval(0.7, math.nan, 1, "fraction") is None
 
 
 def test_bootstrap_error_of_a_mean_is_the_formula():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from transformers import Trainer, TrainingArguments
 
 import vzip
 from vzip.data.collate import Collator, TrainingSample
-from vzip.data.conversations import find_template
+from vzip.data.conversations import TEMPLATES, find_template
 from vzip.data.llava_record import Turn
 from vzip.errors import CheckpointError, ConfigError, PromptError, UnsupportedModelError
+from vzip.models.families import Adapter
 from vzip.train.objective import AnswerLoss, ModelView
 from vzip.train.trainer import as_sample
 
@@ -323,12 +325,40 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_a_step_whose_answers_max_length_cuts_off_teaches_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    vlm = model().train()
+    turns = [Turn("user", "x" * 60), Turn("assistant", "y")]
+    data = [TrainingSample(f"long{number}", [], [turns]) for number in range(4)]
+    inputs = vzip.TrainerCollator(vlm, "vicuna_v1", max_length=30)(data[:2])
+    assert (inputs["labels"] == -100).all() and "long0, long1; nothing is learned" in caplog.text
+    for settings in ({}, {"num_items_in_batch": torch.tensor(0)}):
+        loss = vlm(**inputs, **settings).loss
+        assert loss == 0
+        loss.backward()
+    before = projector_of(vlm)
+    run = Trainer(
+        model=vlm,
+        args=arguments(tmp_path),
+        train_dataset=data,
+        data_collator=vzip.TrainerCollator(vlm, "vicuna_v1", max_length=30),
+    )
+    run.train()
+    assert all(math.isfinite(one["loss"]) for one in run.state.log_history if "loss" in one)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in projector_of(vlm).items())
+
+
 def test_what_cannot_be_collated_is_refused() -> None:
     vlm = load_model()
     with pytest.raises(ConfigError, match="has no processor"):
         vzip.TrainerCollator(vzip.CompressedVlm(vlm.model, vlm.compressor))
-    with pytest.raises(ConfigError, match=r"train\.template=vicuna"):
+    with pytest.raises(ConfigError, match=r"train\.template=vicuna: must be one of .*vicuna_v1.*did you mean") as told:
         vzip.TrainerCollator(vlm, "vicuna")
+    assert "own chat template" not in str(told.value)
+    assert set(TEMPLATES) == set(Adapter.templates)
+    with pytest.raises(PromptError, match="a batch of no sample"):
+        vzip.TrainerCollator(vlm)([])
     frames = [Image.new("RGB", (40, 40))] * 2
     sample = TrainingSample("v", [], [[Turn("user", "<video> a"), Turn("assistant", "b")]], [frames])
     with pytest.raises(UnsupportedModelError, match="sample v: has a video"):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vzip.errors import ConfigError, ImageError
 from vzip.json_files import whole_text
 from vzip.paths import expanded, is_file, is_folder, shown
+from vzip.results.files import check_writable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,10 +50,11 @@ def main(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: must be 1 or more.")
     file = _checked_file(arguments.file)
     _check_overlay(arguments.overlay)
-    from vzip.config.build import model_plan
+    from vzip.config.build import model_plan, refuse_unused
     from vzip.media.images import load_image
     from vzip.media.video import check_video, is_image
 
+    refuse_unused(arguments.settings)
     model, compressor = model_plan([f"model={arguments.model}", *arguments.settings])
     images: list[Image.Image] = []
     videos: list[VideoSource] = []
@@ -110,6 +112,9 @@ def _check_overlay(path: Path | None) -> None:
         raise ConfigError(f"--overlay {path}: must end in one of {', '.join(_OVERLAY_FORMATS)}.")
     if not path.parent.is_dir():
         raise ConfigError(f"--overlay {path}: no folder {path.parent}. Make it, or name another.")
+    if path.is_dir():
+        raise ConfigError(f"--overlay {path}: is a folder. Name a file.")
+    check_writable(path.parent)
 
 
 def build_inputs(

@@ -148,13 +148,14 @@ def _patch(geometry: Any, places: Mapping[str, tuple[int, int] | None]) -> tuple
     patch = rows // 2, cols // 2
     if (pixel := places["pixel"]) is not None:
         x, y = pixel
-        if max(pixel) >= geometry.image_size:
+        # Without the edge that belongs to no patch (of SigLIP's 384 pixels six), as the figure shows it.
+        width, height = cols * geometry.patch_size, rows * geometry.patch_size
+        if x >= width or y >= height:
             raise ConfigError(
-                f"--pixel {x},{y}: outside. The vision tower sees each image as {geometry.image_size} x"
-                f" {geometry.image_size} pixels; the figure shows it so."
+                f"--pixel {x},{y}: outside. The vision tower's patches cover {width} x {height} pixels of each image;"
+                f" the figure shows these, so 0 to {width - 1},0 to {height - 1} are allowed."
             )
-        # The last pixels belong to no patch where the side is no multiple of a patch's.
-        patch = min(y // geometry.patch_size, rows - 1), min(x // geometry.patch_size, cols - 1)
+        patch = y // geometry.patch_size, x // geometry.patch_size
     if (chosen := places["patch"]) is not None:
         patch = chosen
         if chosen[0] >= rows or chosen[1] >= cols:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from vzip.config.build import chat_plan
+from vzip.config.build import chat_plan, refuse_unused
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.media.images import load_image
 from vzip.media.video import check_video
@@ -51,6 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
     Returns:
         0, or 2 if the input was no terminal and some line of it could not be answered.
     """
+    refuse_unused(arguments.settings)
     model, compressor, system_prompt = chat_plan([f"model={arguments.model}", *arguments.settings])
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: must be 1 or more.")

@@ -159,7 +159,7 @@ def figure_1(args: argparse.Namespace) -> Drawing:
     config = _config(args.settings)
     model, tasks = config["model"], list(config["eval"]["tasks"])
     folder, runs = _records(args, model)
-    points, num_left_out = points_of(runs, tasks)
+    points, num_left_out = points_of(runs, tasks, config)
     words = shlex.join(args.settings or ["model=tiny"])
     radar = radar_of(points, tasks)
     if radar is None:
@@ -192,7 +192,7 @@ def figure_4(args: argparse.Namespace) -> Drawing:
     config = _config(args.settings)
     model, tasks = config["model"], list(config["eval"]["tasks"])
     folder, runs = _records(args, model)
-    points, num_left_out = points_of(runs, tasks)
+    points, num_left_out = points_of(runs, tasks, config)
     if not points:
         words = " ".join(args.settings or ["model=tiny"])
         raise ManifestError(

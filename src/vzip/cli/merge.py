@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vzip.errors import CheckpointError
+from vzip.results.files import check_writable
 
 if TYPE_CHECKING:
     from vzip.models.vlm import CompressedVlm
@@ -105,6 +106,7 @@ def write_mm_projector(tuned: Path, out: Path, base: str | None = None) -> None:
 def _check_new(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out={out}: exists already; name a new directory.")
+    check_writable(out.parent)
 
 
 def _tuned_model(tuned: Path, header: Mapping[str, Any], base: str | None) -> CompressedVlm:
@@ -112,6 +114,11 @@ def _tuned_model(tuned: Path, header: Mapping[str, Any], base: str | None) -> Co
     from vzip.models.load import load_vlm
     from vzip.models.weights.tuned import apply_tuned
 
+    if base is None and isinstance(under := header.get("loaded_lora"), dict):
+        raise CheckpointError(
+            f"{tuned}: tuned on top of LoRA layers ({under.get('name_or_path')}), which would be missing. Merge these"
+            " into the base model first (PEFT's merge_and_unload) and give that: --base DIR."
+        )
     named = header["base"]
     vlm = load_vlm(base or named["name_or_path"], revision=None if base else named["revision"])
     apply_tuned(vlm.adapter, None, tuned, with_lora=False)

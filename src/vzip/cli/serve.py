@@ -17,7 +17,7 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vzip.config.build import chat_plan
+from vzip.config.build import chat_plan, refuse_unused
 from vzip.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={arguments.max_new_tokens}: must be 1 or more.")
     _check_address(arguments.host, arguments.port)
+    refuse_unused(arguments.settings)
     model, compressor, system_prompt = chat_plan([f"model={arguments.model}", *arguments.settings])
     method = _method(arguments.settings, compressor)
     import vzip

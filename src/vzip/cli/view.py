@@ -6,9 +6,9 @@
 
 RUN and OTHER are run directories or their run.json (python -m vzip runs). Questions that both answered are compared;
 what only one has is told. The built-in benchmark's images are generated, lmms-eval's opened where the data is in the
-cache; nothing is downloaded. --images DIR has files named after a question's question_id, doc_id or image (of several
-tasks: in folders named after the tasks). Kept patches are computed again with the run's own model and method: of the
-built-in model always, of others with --kept.
+cache; nothing is downloaded. --images DIR has files named after a question's question_id, doc_id or image, with the
+folders that the name has or without (of several tasks: in folders named after the tasks, at any depth there). Kept
+patches are computed again with the run's own model and method: of the built-in model always, of others with --kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -172,21 +172,33 @@ def _of_scenes(task: TaskRows, record: Mapping[str, Any]) -> tuple[Source, TaskR
 
 
 def _of_folder(folder: Path) -> Source:
-    """Files by their names without ending, of a folder named after the task first."""
-    files: dict[tuple[str, str], Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            files.setdefault((path.parent.name if path.parent != folder else "", path.stem), path)
+    """Files by their paths without ending: in the folder named after the task first, at any depth there."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    by_path: dict[str, Path] = {}
+    by_name: dict[tuple[str, str], list[Path]] = {}
+    for path in files:
+        place = path.relative_to(folder).with_suffix("").as_posix()
+        by_path.setdefault(place, path)
+        by_name.setdefault((place.partition("/")[0], path.stem), []).append(path)
 
     def source(row: Mapping[str, Any]) -> Sequence[Image.Image]:
-        names = [Path(str(row[key])) for key in ("question_id", "cluster", "doc_id") if row.get(key) is not None]
-        # An id may have a dot of its own: 1.2 is not image 1.
-        stems = [name.stem if name.suffix.lower() in ENDINGS else name.name for name in names]
-        for place in (row["task"], ""):
-            for stem in stems:
-                if (place, stem) in files:
-                    return [load_image(files[place, stem])]
-        raise ImageError(f"{folder} has no file named {' or '.join(dict.fromkeys(stems))}.")
+        names = [
+            PurePosixPath(str(row[key])) for key in ("question_id", "cluster", "doc_id") if row.get(key) is not None
+        ]
+        # An id may have a dot of its own (1.2 is not image 1), and folders (coco/train2017/1.jpg).
+        places = [(name.with_suffix("") if name.suffix.lower() in ENDINGS else name).as_posix() for name in names]
+        asked = list(dict.fromkeys(way for place in places for way in (place, place.rpartition("/")[2])))
+        for way in (*(f"{row['task']}/{way}" for way in asked), *asked):
+            if way in by_path:
+                return [load_image(by_path[way])]
+        for way in asked:  # deeper, which only the task's own folder can be trusted with: others have a question 3 too
+            found = by_name.get((row["task"], way), [])
+            if len(found) == 1:
+                return [load_image(found[0])]
+        raise ImageError(
+            f"{folder} has no file named {' or '.join(asked)}, and {row['task']} in it none. Deeper folders are"
+            f" searched within {row['task']} alone, for a name that one file there has."
+        )
 
     return source
 

@@ -98,7 +98,8 @@ class FractionBudget(_Scoped):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ConfigError(f"budget.{name}={value!r}: must be a fraction kept, 0 to 1.")
-        if not 0 < self.dominant + self.contextual <= 1:
+        # 1.0 + 1e-20 is 1.0 in floats, but a token more than there are patches.
+        if not 0 < self.dominant + self.contextual <= 1 or (self.dominant == 1 and self.contextual):
             raise ConfigError(
                 f"budget.dominant={self.dominant} + budget.contextual={self.contextual}: together they must be above 0"
                 " and at most 1, the fraction of the patches that is kept."

@@ -38,6 +38,7 @@ from vzip.config.validate import (
 from vzip.errors import CheckpointError, ConfigError, RunExistsError, nearest
 from vzip.evaluation.benchmarks.task_names import refuse_unknown
 from vzip.installed import check_quantization, program
+from vzip.keys import raise_all
 from vzip.option_files import FRACTIONS, is_fraction
 from vzip.paths import expanded
 from vzip.results.files import check_writable
@@ -370,6 +371,37 @@ def model_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor]:
         ConfigError: naming every problem of the overrides; nothing has been loaded.
     """
     return chat_plan(words)[:2]
+
+
+# What of a command line a dialogue or a single question has no use for, and what says the same there.
+_NOT_OF_A_DIALOGUE = {
+    "eval": "benchmarks are asked by eval.py",
+    "launcher": "the device is model.device_map",
+    "data": "nothing is trained",
+    "train": "nothing is trained",
+    "paths": "no run directory is written",
+    "dry_run": "no run is begun",
+    "overwrite": "no run directory is written",
+}
+
+
+def refuse_unused(words: Sequence[str]) -> None:
+    """Refuses settings of ``eval.py`` that a question or a dialogue would silently leave out.
+
+    Raises:
+        ConfigError: naming each, and what to give instead.
+    """
+    problems = []
+    for word in words:
+        key = word.lstrip("+~").partition("=")[0]
+        why = _NOT_OF_A_DIALOGUE.get(key.partition(".")[0])
+        if why is not None:
+            if key == "eval.gen_kwargs.max_new_tokens":
+                why = "an answer's length is --max-new-tokens N"
+            elif key.startswith("eval.gen_kwargs."):
+                why = "answers are greedy"
+            problems.append(f"{word}: has no effect here ({why}); leave it out.")
+    raise_all(problems)
 
 
 def chat_plan(words: Sequence[str]) -> tuple[dict[str, Any], Compressor, str | None]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from vzip.errors import ImageError, ManifestError
+from vzip.errors import ImageError, ManifestError, VzipError
 from vzip.media.images import load_image
 
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -36,26 +36,22 @@ def sample_images(
         os.environ.update(dict.fromkeys(_OFFLINE, "1"))
     from huggingface_hub import constants
 
-    from vzip.evaluation.benchmarks.catalog import find_tasks, task_config
-    from vzip.evaluation.benchmarks.task_data import is_remote, naming_data_errors
-    from vzip.evaluation.lmms_eval.harness import check_lmms_eval, quiet_logger
+    from vzip.evaluation.benchmarks.catalog import task_config
+    from vzip.evaluation.benchmarks.task_data import is_remote
+    from vzip.evaluation.task_images import load_tasks
 
-    check_lmms_eval()
-    from lmms_eval.tasks import get_task_dict
-    from tenacity import RetryError
-
-    with quiet_logger():
-        manager = find_tasks([task], include_path)
+    def check(manager: Any, names: Sequence[str]) -> None:
         if not constants.HF_HUB_OFFLINE and is_remote(task_config(manager, task)):
             raise ManifestError(
                 f"task {task}: its data is on the hub; with HF_HUB_OFFLINE=1 this cache is looked into."
             )
-        try:
-            with naming_data_errors([task]):
-                found = get_task_dict([task], manager, "chat")[task]
-        except RetryError as error:
-            cause = error.last_attempt.exception()
-            raise ManifestError(f"task {task}: its data is not at hand: {cause}") from error
+
+    try:
+        found = load_tasks([task], include_path, check)[task]
+    except (ValueError, TypeError) as error:  # what `datasets` says of a cache that another version of it wrote
+        if isinstance(error, VzipError):
+            raise
+        raise ManifestError(f"task {task}: its data is not at hand: {error}") from error
 
     def images(row: Mapping[str, Any]) -> Sequence[Image.Image]:
         number = row["doc_id"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +33,42 @@ def open_tasks(tasks: Sequence[str], include_path: str | Path | None) -> Iterato
         ManifestError: the data cannot be had: no network, not in the cache, not whole.
         ConfigError, UnsupportedModelError, MissingPackageError: as ``find_tasks``; a task without images.
     """
+    from .benchmarks.task_data import check_data
+
+    found = load_tasks(tasks, include_path, check_data)
+    order = sorted(found, key=lambda name: tasks.index(name) if name in tasks else len(tasks))  # lmms-eval has its own
+    return _images({name: found[name] for name in order})
+
+
+def load_tasks(
+    tasks: Sequence[str], include_path: str | Path | None, check: Callable[[Any, Sequence[str]], None]
+) -> dict[str, Any]:
+    """lmms-eval's tasks with their data, by name; of groups their members.
+
+    Args:
+        tasks: their names.
+        include_path: a folder of task files of one's own; the code that they name is run.
+        check: given lmms-eval's ``TaskManager`` and the names before any data is loaded; raises where it must not be.
+
+    Raises:
+        ManifestError: the data cannot be had.
+        ConfigError, UnsupportedModelError, MissingPackageError: as ``find_tasks``.
+    """
     check_lmms_eval()
     from lmms_eval.tasks import get_task_dict
     from tenacity import RetryError
 
     from .benchmarks.catalog import find_tasks
-    from .benchmarks.task_data import check_data, naming_data_errors
+    from .benchmarks.task_data import naming_data_errors
 
     with quiet_logger(), naming_data_errors(tasks):
         manager = find_tasks(tasks, include_path)
-        check_data(manager, tasks)
+        check(manager, tasks)
         try:
-            found = dict(_single(get_task_dict(list(tasks), manager, "chat")))
+            return dict(_single(get_task_dict(list(tasks), manager, "chat")))
         except RetryError as error:  # lmms-eval wraps data loading in retries, which hide what went wrong
             cause = error.last_attempt.exception()
             raise cause if cause is not None else error from error
-    order = sorted(found, key=lambda name: tasks.index(name) if name in tasks else len(tasks))  # lmms-eval has its own
-    return _images({name: found[name] for name in order})
 
 
 def _single(tasks: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:

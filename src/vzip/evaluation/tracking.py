@@ -17,7 +17,8 @@ from PIL import Image
 from vzip.analysis.kept import draw_kept
 from vzip.analysis.plots import plot_retention
 from vzip.errors import VzipError
-from vzip.results.record import RECORD_NAME, Run, is_vanilla_of, method_of, metrics_of, runs_beside, score_of
+from vzip.results.method_label import method_labels
+from vzip.results.record import RECORD_NAME, Run, is_vanilla_of, metrics_of, runs_beside, score_of
 from vzip.results.sweep_summary import Job, plot_points, summarise
 from vzip.results.wandb_runs import CLOSE_SECONDS, start_wandb, trouble
 
@@ -105,19 +106,14 @@ def draw_retention(run: Run) -> Path | None:
     if vanilla is None:
         return None
     others = [r for r in beside if r.path != vanilla.path and is_vanilla_of(vanilla.record, r.record)]
-    points = plot_points(summarise([Job(n, _line_of(r.record), r) for n, r in enumerate([vanilla, *others])]))
+    drawn = [vanilla, *others]
+    jobs = [Job(n, (label,), r) for n, (label, r) in enumerate(zip(method_labels(drawn), drawn, strict=True))]
+    points = plot_points(summarise(jobs))
     if not points:
         return None
     out = run.path.with_name(PLOT_NAME)
     plot_retention(points, out, Path(str(run.record["model"].get("name_or_path") or run.record["model"]["class"])).name)
     return out
-
-
-def _line_of(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """What is one line of the plot: the method, and what else was done to the model."""
-    model = (record.get("config") or {}).get("model") or {}
-    done = [str(model["quantization"])] if model.get("quantization") else []
-    return (method_of(record), *(["tuned"] if model.get("projector") else []), *done)
 
 
 def _report(run_dir: Path, record: Mapping[str, Any], samples: Sequence[ShownSample], plot: Path | None) -> None:

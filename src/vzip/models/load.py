@@ -25,9 +25,9 @@ from .families.finite import damaged_weights
 from .families.options import Positions
 from .hub import BUILT_IN_NAME, READ_ERRORS, Checkpoint, built_in_folder, is_hub_id, shards_of
 from .vlm import CompressedVlm
-from .weights.lora import apply_peft_checkpoint, check_peft_checkpoint
+from .weights.lora import apply_peft_checkpoint, check_peft_checkpoint, peft_weights_sha256
 from .weights.quantization import QUANTIZATIONS, compute_dtype, modules_outside, quantization_config
-from .weights.tuned import apply_tuned, read_header
+from .weights.tuned import LORA_NAME, apply_tuned, read_header
 
 _LOG = logging.getLogger(__name__)
 
@@ -159,8 +159,12 @@ def load_vlm(
         *of_videos,
     )
     vlm.name_or_path, vlm.revision = str(source), checkpoint.commit
+    lora = adapter_path
     if projector is not None:
-        apply_tuned(vlm.adapter, compressor, projector)
+        header = apply_tuned(vlm.adapter, compressor, projector)
+        lora = Path(projector) / LORA_NAME if "lora_sha256" in header else lora
+    if lora is not None:
+        vlm.lora = {"name_or_path": str(lora), "sha256": peft_weights_sha256(lora)}
     return vlm
 
 

@@ -27,6 +27,7 @@ class TrainerModel(nn.Module):
     compressor: Compressor
     name_or_path: str
     revision: str | None
+    lora: dict[str, str] | None
     main_input_name = "input_ids"
     accepts_loss_kwargs = True  # num_items_in_batch: the target tokens of a whole step
 
@@ -114,7 +115,7 @@ class TrainerModel(nn.Module):
         if target.exists() and (not target.is_dir() or {path.name for path in target.iterdir()} - ours):
             raise CheckpointError(f"save_pretrained({str(directory)!r}): holds other files; name a new directory.")
         name = public_name(self.name_or_path)
-        header = describe(self.adapter, self.compressor, name, self.revision, ["projector"])
+        header = describe(self.adapter, self.compressor, name, self.revision, ["projector"], self.lora)
         save_tuned(target, {name: p.detach().float() for name, p in trained.items()}, header)
 
     def _nothing_trained(self) -> Tensor | None:

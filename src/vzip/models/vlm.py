@@ -37,6 +37,7 @@ from .generation import (
 )
 from .inputs import InputBuilder
 from .splice import (
+    IGNORED_LABEL,
     PaddingSide,
     PreparedInputs,
     SplicePlan,
@@ -67,6 +68,8 @@ class CompressedVlm(InputBuilder, TrainerModel):
         adapter: what we know of the model's family.
         num_frames: frames taken of a video; None: by the time it lasts, see ``fps`` of ``FamilyOptions``.
         revision: the commit of the hub's repository that the model was loaded from, or None.
+        lora: of LoRA layers that were loaded with it where they are (``name_or_path``) and the digest of their weights
+            (``sha256``), or None.
         last_num_visual_tokens: visual tokens of each image, then of each video, that entered the language model in the
             last ``prepare``, ``forward`` or ``generate``; measured on the tensors, not read from the budget.
         pruner: drops visual tokens inside the language model, or None; may be replaced at any time. The cache that such
@@ -120,6 +123,7 @@ class CompressedVlm(InputBuilder, TrainerModel):
         self.processor = processor
         self.name_or_path: str = hf_model.name_or_path
         self.revision: str | None = None
+        self.lora: dict[str, str] | None = None
         self.last_num_visual_tokens: list[int] = []
         self.compressor = compressor
         self.pruner = pruner
@@ -359,6 +363,9 @@ class CompressedVlm(InputBuilder, TrainerModel):
             )
             if run is not None:
                 run.check_forwards(1)
+        if prepared.labels is not None and not (prepared.labels[:, 1:] != IGNORED_LABEL).any():
+            # A mean over nothing, which would make every weight NaN: where each answer was cut off (max_length).
+            output.loss = 0 * output.logits[:, -1].float().mean()
         if not self.model.training and run is None and output.logits.shape[:2] == prepared.attention_mask.shape:
             rows = torch.arange(len(output.logits), device=output.logits.device)
             last = prepared.attention_mask.cumsum(dim=1).argmax(dim=1).to(rows.device)

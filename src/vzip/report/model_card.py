@@ -13,9 +13,9 @@ import vzip
 from vzip.models.hub import BUILT_IN_NAME, is_hub_id
 from vzip.models.weights.tuned import tuned_with
 from vzip.results.record import metrics_of, score_of, title_of, unit_factor
+from vzip.results.stats import score_interval
 
 _TASK_TYPE = "visual-question-answering"  # the hub's name for what the benchmarks are
-_Z_95 = 1.959964  # of the normal distribution: 95 % lie within so many standard errors
 # Of a training's settings those that concern its bookkeeping alone.
 _NOT_TOLD = ("parts", "save_every", "keep_last", "trackers", "lora")
 
@@ -85,10 +85,12 @@ def _scores(
         assert score is not None
         unit = entry.get("unit") if metric == entry["primary_metric"] else None
         factor = unit_factor(unit, "percent", task) if unit == "fraction" else 1.0
-        value, error = factor * score.value, score.standard_error
-        interval = None if error is None else (value - _Z_95 * factor * error, value + _Z_95 * factor * error)
+        # The other metrics of a task in shares are shares too, as far as their values can be any.
+        of = "fraction" if unit is None and entry.get("unit") == "fraction" else unit
+        found = score_interval(score.value, score.standard_error, score.num_samples, of)
+        interval = None if found is None else (factor * found[0], factor * found[1])
         shown = "percent" if unit == "fraction" else unit
-        yield metric, round(value, 4), interval, shown, score.num_samples
+        yield metric, round(factor * score.value, 4), interval, shown, score.num_samples
 
 
 def _body(
@@ -106,8 +108,14 @@ def _body(
         f"The tuned {what} of {_code(base['name_or_path'])} for compressed images: {_code(header['compressor'])}. This"
         " is not a whole model: vzip puts these weights into the base model, which is loaded as always."
     )
-    yield from ("", "## Use", "", "```python", *_usage(name, header), "```", "")
-    yield f"Or, with the base model's option and this compressor: {_code(f'python eval.py model.projector={name}')}."
+    yield from ("", "## Use", "", "```python", *_usage(name, header, _lora_under(header, training)), "```", "")
+    under = _lora_under(header, training)
+    also = f" model.adapter_path={under}" if under else ""
+    command = f"python eval.py model.projector={name}{also}"
+    yield f"Or, with the base model's option and this compressor: {_code(command)}."
+    if under:
+        yield ""
+        yield f"They were tuned on top of the LoRA layers {_code(under)}, which are not among these files: load both."
     yield from ("", "## What it is", "")
     yield from _table(_facts(header, training))
     yield from ("", "## Training", "")
@@ -128,12 +136,20 @@ def _body(
     yield f"{own} {_licence_of_base(base['name_or_path'])}"
 
 
-def _usage(name: str, header: Mapping[str, Any]) -> Iterator[str]:
+def _lora_under(header: Mapping[str, Any], training: Mapping[str, Any] | None) -> str | None:
+    """Name of the LoRA layers that the base model was loaded with, which belong to it; None: without any."""
+    path = _group(header, "loaded_lora").get("name_or_path") or _group(training, "model").get("adapter_path")
+    return None if path is None else str(public(str(path)))
+
+
+def _usage(name: str, header: Mapping[str, Any], lora_under: str | None) -> Iterator[str]:
     base = header["base"]
     method = re.sub(r"\b([A-Z]\w*)\(", lambda m: f"vzip.{m[0]}" if m[1] in vzip.__all__ else m[0], header["compressor"])
     yield from ("import vzip", "", "vlm = vzip.load_vlm(", f"    {base['name_or_path']!r},")
     if base["revision"]:
         yield f"    revision={base['revision']!r},"
+    if lora_under:
+        yield f"    adapter_path={lora_under!r},"
     yield from (f"    compressor={' '.join(method.split())},", f"    projector={name!r},", ")")
 
 
@@ -148,8 +164,9 @@ def _facts(header: Mapping[str, Any], training: Mapping[str, Any] | None) -> Ite
     yield "base model", base["name_or_path"]
     yield "its revision", base["revision"] or "not recorded"
     yield "its class", base["model_class"]
-    if of_model.get("adapter_path"):
-        yield "on top of it, before", public(of_model["adapter_path"])
+    if under := _lora_under(header, training):
+        digest = _group(header, "loaded_lora").get("sha256")
+        yield "LoRA layers under it", under + (f" (SHA-256 {str(digest)[:12]}...)" if digest else "")
     if of_model.get("projector"):
         yield "started from the tuned weights", public(of_model["projector"])
     yield "compressor and budget", " or ".join(tuned_with(header))
@@ -182,7 +199,7 @@ def _settings(training: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
 def _evaluation(record: Mapping[str, Any]) -> Iterator[str]:
     recipe = (record.get("config") or {}).get("recipe")
     yield f"{_text(title_of(record))}{f', recipe {_code(recipe)}' if recipe else ''}. Intervals:"
-    yield "score ± 1.96 standard errors, on these questions."
+    yield "95 %, by the score's standard error on these questions (of shares Wilson's)."
     yield ""
     yield "| benchmark | metric | score | 95 % interval | questions |"
     yield "|---|---|---:|---:|---:|"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -57,10 +58,12 @@ def written_aside(path: Path, sync: bool = True) -> Iterator[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises RunWriteError where a folder, or what is there of the way to it, cannot be written; makes nothing."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise _write_error(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there)))
+    """Raises RunWriteError where a folder, or what is there of the way to it, cannot be written; leaves nothing."""
+    with naming_the_file(folder):
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        # Tried, since rights do not tell: root has them in /proc too, and on a disk that is mounted to be read only.
+        with tempfile.TemporaryFile(dir=there):
+            pass
 
 
 def make_folder(folder: Path) -> None:

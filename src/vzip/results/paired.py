@@ -186,6 +186,12 @@ def _from_errors(
     if ours.standard_error is None or base.standard_error is None:
         return Paired(retention, None, None, None, False, agreement=agreement)
     draws = np.random.default_rng([seed, zlib.crc32(task.encode())]).standard_normal((2, num_resamples))
-    resampled = (ours.value + ours.standard_error * draws[0]) / (base.value + base.standard_error * draws[1])
+    # No score is below 0: with few questions the normal's tail is, and a share kept below 0 % is none.
+    tops, bottoms = (
+        np.maximum(0.0, score.value + score.standard_error * drawn)
+        for score, drawn in zip((ours, base), draws, strict=True)
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        resampled = tops / bottoms
     low, high = percentile_interval(resampled)
     return Paired(retention, low, high, resampled, False, agreement=agreement)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from vzip.errors import ConfigError
 
+Z_95 = 1.959964  # of the normal distribution: 95 % lie within so many standard errors
 Aggregate = Callable[[np.ndarray], float]
 # Index matrices are made in pieces of at most this many numbers (32 MB).
 _MAX_INDICES = 4_000_000
@@ -39,6 +40,41 @@ def clustered_standard_error(scores: np.ndarray, labels: Sequence[object]) -> fl
     if len(sums) < 2:
         return float("nan")
     return math.sqrt(len(sums) / (len(sums) - 1) * sum(value**2 for value in sums.values())) / len(scores)
+
+
+def score_interval(
+    value: float, error: float | None, num_questions: int, unit: str | None
+) -> tuple[float, float] | None:
+    """The 95 % interval of a score by its standard error, never beyond what the score can be.
+
+    Of fractions and percentages it is Wilson's (1927), with the number of independent questions that the standard error
+    tells of: near 0 and 1 it is not symmetric, and where all answers are right it still has a width. Of other scores it
+    is 1.96 standard errors to each side, not below 0.
+
+    Args:
+        value, error: in ``unit``.
+        num_questions: behind it; asked where all or none are right, which has no standard error.
+        unit: ``fraction``, ``percent``, ``points``, or None where it is not known.
+
+    Returns:
+        (low, high), in ``unit``; None without a standard error.
+    """
+    if error is None or math.isnan(error):
+        return None
+    most = {"fraction": 1.0, "percent": 100.0}.get(unit or "")
+    if most is None or not 0 <= value <= most:
+        low, high = value - Z_95 * error, value + Z_95 * error
+        return (max(0.0, low) if value >= 0 else low), high
+    share, squared = value / most, (error / most) ** 2
+    if squared == 0 and 0 < share < 1:  # as right each time
+        return value, value
+    number = share * (1 - share) / squared if squared else float(num_questions)
+    weight = Z_95**2 / number if number else math.inf
+    if math.isinf(weight):
+        return 0.0, most
+    middle = (share + weight / 2) / (1 + weight)
+    half = math.sqrt(share * (1 - share) * weight + weight**2 / 4) / (1 + weight)
+    return most * max(0.0, middle - half), most * min(1.0, middle + half)
 
 
 def bootstrap_standard_error(

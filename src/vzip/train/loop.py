@@ -174,7 +174,7 @@ def _train(plan: TrainPlan, prepared: PreparedTraining) -> Path:
     vlm = plan.load_model(settings.precision)
     check_max_length(settings.max_length, vlm.model.config)
     header = {
-        **describe(vlm.adapter, vlm.compressor, plan.name_or_path, vlm.revision, list(settings.parts)),
+        **describe(vlm.adapter, vlm.compressor, plan.name_or_path, vlm.revision, list(settings.parts), vlm.lora),
         **({"compressors": [repr(each) for each in plan.compressors]} if plan.compressors else {}),
         "lora": lora_arguments(vlm, settings),
         "commit": code_state()["commit"],

@@ -67,17 +67,23 @@ class TrainerCollator:
         """Tensors of a batch: ``input_ids``, ``attention_mask``, ``labels`` and the processor's outputs.
 
         Args:
-            samples: each conversation of each is a row, with its images of its own.
+            samples: one or more; each conversation of each is a row, with its images of its own.
 
         Raises:
-            ImageError, VideoError, PromptError: naming the sample that cannot be used.
+            ImageError, VideoError, PromptError: naming the sample that cannot be used, or there is no sample.
         """
+        if not len(samples):
+            raise PromptError("TrainerCollator: a batch of no sample; each needs one or more. Is the data set empty?")
         whole = [s if isinstance(s, TrainingSample) else as_sample(s, number) for number, s in enumerate(samples)]
         rows = [replace(sample, dialogues=[turns]) for sample in whole for turns in sample.dialogues]
         batch = self._collator(rows)
         if batch.cut_off:
+            nothing = "" if batch.num_targets else "; nothing is learned from this batch, whose loss is 0"
             logger.warning(
-                "max_length=%d leaves no target of an answer: %s", self._collator.max_length, ", ".join(batch.cut_off)
+                "max_length=%d leaves no target of an answer: %s%s. Raise it, or use a smaller budget.",
+                self._collator.max_length,
+                ", ".join(batch.cut_off),
+                nothing,
             )
         images, videos = batch.images, batch.videos
         # What max_length has cut off is in no row; it was needed to know how many tokens each image has.

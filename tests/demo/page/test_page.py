@@ -16,7 +16,7 @@ from tests.media.clips import write
 
 import vzip
 from vzip.demo.page.page import MAX_QUESTION, NO_MEDIUM, Choice, Page, View, examples, facts
-from vzip.demo.page.studio import Answer, Medium, Studio, SupersededError
+from vzip.demo.page.studio import MIN_TOKENS, Answer, Medium, Studio, SupersededError, slider_step
 from vzip.demo.page.visits import Visit, Visits
 from vzip.methods import method_names
 from vzip.option_files import split_of
@@ -269,6 +269,56 @@ def test_visitors_at_once_have_each_their_own_answers(page) -> None:
     assert len({str(said) for said in alone}) == 3
 
 
+def test_a_question_asked_before_the_last_is_answered_keeps_the_last(page) -> None:
+    first, second = "Is there a cross in the picture?", "What word is written on the sign?"
+    visit, alone = Visit(), Visit()
+    for each in (visit, alone):
+        last(page.open_example(each, 1, HERE))
+    asking = page.ask(visit, first, HERE)
+    while not next(asking).vanilla_facts:
+        pass
+    assert visit.turns[0].compressed is None
+    shown = last(page.ask(visit, second, HERE))
+    assert not list(asking)
+    last(page.ask(alone, first, HERE))
+    expected = last(page.ask(alone, second, HERE))
+    assert [question for question, _ in shown.compressed] == [first, second]
+    assert (shown.vanilla, shown.compressed) == (expected.vanilla, expected.compressed)
+
+
+def test_the_same_question_pressed_twice_is_one_turn(page) -> None:
+    visit = Visit()
+    last(page.open_example(visit, 0, HERE))
+    next(page.ask(visit, "What is it?", HERE))
+    last(page.ask(visit, "What is it?", HERE))
+    assert len(visit.turns) == 1
+    last(page.ask(visit, "What is it?", HERE))
+    assert len(visit.turns) == 2, "once it was answered it may be asked again"
+
+
+def test_what_fails_after_another_question_was_asked_leaves_that_alone(page, monkeypatch) -> None:
+    visit, answer = Visit(), page.studio.answer
+    last(page.open_example(visit, 0, HERE))
+
+    def fail(*args: object, **kwargs: object) -> Answer:
+        visit.begin()  # another act, which asks
+        visit.ask("And now?")
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(page.studio, "answer", fail)
+    assert last(page.ask(visit, "What is it?", HERE)).status == ""
+    assert [turn.question for turn in visit.turns] == ["What is it?", "And now?"]
+    monkeypatch.setattr(page.studio, "answer", answer)
+
+
+@pytest.mark.parametrize(
+    ("most", "chosen", "step"), [(576, 64, 16), (729, 64, 1), (196, 64, 12), (576, 50, 2), (16, 16, 16)]
+)
+def test_the_slider_reaches_every_token_and_what_was_asked_for(most: int, chosen: int, step: int) -> None:
+    assert slider_step(most, chosen) == step
+    assert {most, chosen} <= set(range(MIN_TOKENS, most + 1, step))
+
+
 def test_visits_are_bounded_and_end() -> None:
     visits = Visits(most=2)
     first, second = visits.of("a"), visits.of("b")
@@ -284,11 +334,21 @@ def test_memory_that_does_not_suffice_is_a_sentence(page, monkeypatch) -> None:
     visit = Visit()
     last(page.open_example(visit, 0, HERE))
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    sentence = "The device's memory does not suffice"
+    with monkeypatch.context() as broken:
+        broken.setattr(page.studio, "answer", fail)
+        shown = last(page.ask(visit, "What is it?", HERE))
+    assert shown.status.startswith(sentence) and shown.question == "What is it?" and not visit.turns
+    answered = last(page.ask(visit, "What is it?", HERE))
+    with monkeypatch.context() as broken:
+        broken.setattr(page.studio, "answer", fail)
+        shown = last(page.change(visit, Choice("visionzip", 128)))
+    assert shown.status.startswith(sentence) and shown.compressed == answered.compressed and len(visit.turns) == 1
     monkeypatch.setattr(page.studio, "overlay", fail)
-    assert last(page.change(visit, HERE)).status.startswith("The device's memory does not suffice")
+    assert last(page.change(visit, HERE)).status.startswith(sentence)
 
 
 def test_a_video_is_asked_about_frame_by_frame_and_its_middle_one_is_drawn(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ from .visits import Turn, Visit
 
 NUM_EXAMPLES = 6
 MAX_QUESTION = 1000  # characters
+_TOLD = (VzipError, torch.OutOfMemoryError)  # what a sentence is made of
 NO_MEDIUM = "Nothing is open to ask about: drop a file, or choose an example."
 
 
@@ -131,8 +134,10 @@ class Page:
             try:
                 yield replace(self._dialogues(visit), question="", status="")
                 yield from self._answers(visit, choice, is_wanted)
-            except VzipError:
-                visit.turns = [turn for turn in visit.turns if turn.vanilla and turn.compressed]
+            except _TOLD as error:
+                if not is_wanted():  # what came after has its own answers to wait for
+                    raise SupersededError from error
+                visit.turns = [turn for turn in visit.turns if turn.is_answered]
                 yield replace(self._dialogues(visit), question=question)
                 raise
             if self.studio.compressor(choice.method, choice.num_tokens).reads_text:
@@ -148,9 +153,17 @@ class Page:
                 return
             is_wanted = visit.begin()
             yield from self._overlay(visit, choice, is_wanted)
-            if visit.turns:
-                visit.turns[-1].compressed = None
+            if not visit.turns:
+                return
+            turn = visit.turns[-1]
+            before, turn.compressed = turn.compressed, None
+            try:
                 yield from self._answers(visit, choice, is_wanted)
+            except _TOLD:
+                if is_wanted():
+                    turn.compressed = before
+                    yield self._dialogues(visit)
+                raise
 
         return _in_sentences(changed)
 
@@ -211,19 +224,17 @@ class Page:
             yield View(overlay=overlay or visit.medium.seen, status=why)
 
     def _answers(self, visit: Visit, choice: Choice, is_wanted: Callable[[], bool]) -> Iterator[View]:
-        """The answers that the last turn lacks, as they come."""
-        turn, medium = visit.turns[-1], visit.medium
+        """The answers that turns lack, as they come, of an earlier turn before those of the next."""
+        medium = visit.medium
         assert medium is not None
         sides: dict[str, Compressor | None] = {"vanilla": None}
         sides["compressed"] = self.studio.compressor(choice.method, choice.num_tokens)
-        for side, compressor in sides.items():
+        for turn, (side, compressor) in itertools.product(visit.turns, sides.items()):
             if getattr(turn, side) is not None:
                 continue
-            history = visit.history(side)
-
-            def run(tell: Callable[[Answer], None], of: Compressor | None = compressor, said=history) -> Answer:  # type: ignore[no-untyped-def]
-                return self.studio.answer(medium, said, turn.question, of, tell, is_wanted)
-
+            run = functools.partial(
+                self.studio.answer, medium, visit.history(side, turn), turn.question, compressor, is_wanted=is_wanted
+            )
             last = Answer()
             for last in _streamed(run):
                 if not is_wanted():
@@ -233,17 +244,14 @@ class Page:
             yield self._side(visit, turn, side, last)
 
     def _side(self, visit: Visit, turn: Turn, side: str, answer: Answer) -> View:
-        """One side while its last answer comes."""
-        said = [*visit.history(side), (turn.question, answer.text)]
+        """One side while an answer comes."""
+        said = [(other.question, answer.text if other is turn else other.text(side)) for other in visit.turns]
         vanilla = turn.vanilla if side == "compressed" else None
         return View(**{side: said, f"{side}_facts": facts(answer, vanilla)})  # type: ignore[arg-type]
 
     def _dialogues(self, visit: Visit) -> View:
         """Both sides as they stand."""
-        said = {
-            side: [(turn.question, getattr(turn, side).text if getattr(turn, side) else "") for turn in visit.turns]
-            for side in ("vanilla", "compressed")
-        }
+        said = {side: [(turn.question, turn.text(side)) for turn in visit.turns] for side in ("vanilla", "compressed")}
         return View(vanilla=said["vanilla"], compressed=said["compressed"], vanilla_facts="", compressed_facts="")
 
 

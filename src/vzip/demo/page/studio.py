@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,12 @@ from vzip.pruners.base import Pruner
 
 MIN_TOKENS = 16
 CACHE_GIB = 1.0  # of the tower's outputs: some 500 images of CLIP ViT-L/14 at 336 px in float16
+
+
+def slider_step(most: int, chosen: int) -> int:
+    """The longest step, up to ``MIN_TOKENS``, that reaches both from ``MIN_TOKENS``: 1 of a tower with 729 patches."""
+    both = math.gcd(most - MIN_TOKENS, chosen - MIN_TOKENS)
+    return next(step for step in range(MIN_TOKENS, 0, -1) if both % step == 0)
 
 
 class SupersededError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,15 @@ class Turn:
     vanilla: Answer | None = None
     compressed: Answer | None = None
 
+    @property
+    def is_answered(self) -> bool:
+        return self.vanilla is not None and self.compressed is not None
+
+    def text(self, side: str) -> str:
+        """A side's answer, empty where it is missing."""
+        answer: Answer | None = getattr(self, side)
+        return "" if answer is None else answer.text
+
 
 @dataclass
 class Visit:
@@ -28,7 +38,7 @@ class Visit:
 
     Attributes:
         medium: None: nothing is open yet.
-        turns: the dialogue about it; only the last one's answers may be missing.
+        turns: the dialogue about it; answers may be missing where they have not come yet.
         attention: of its patches, once it was asked for.
         patch: the one whose attention is shown.
     """
@@ -61,17 +71,19 @@ class Visit:
         self.medium, self.turns, self.attention, self.patch = medium, [], None, None
 
     def ask(self, question: str) -> None:
-        """A turn more; an earlier one that was never answered is forgotten."""
-        self.turns = [turn for turn in self.turns if turn.vanilla and turn.compressed] + [Turn(question)]
+        """A turn more; an earlier one keeps its place and gets its answers first. The same again is no other turn."""
+        if not self.turns or self.turns[-1].is_answered or self.turns[-1].question != question:
+            self.turns = [*self.turns, Turn(question)]
 
     @property
     def question(self) -> str | None:
         """The last one."""
         return self.turns[-1].question if self.turns else None
 
-    def history(self, side: str) -> list[tuple[str, str]]:
-        """Questions and answers of a side (``vanilla``, ``compressed``) before the last turn."""
-        return [(turn.question, getattr(turn, side).text) for turn in self.turns[:-1]]
+    def history(self, side: str, turn: Turn) -> list[tuple[str, str]]:
+        """Questions and answers of a side (``vanilla``, ``compressed``) before a turn."""
+        before = itertools.takewhile(lambda other: other is not turn, self.turns)
+        return [(other.question, other.text(side)) for other in before]
 
 
 class Visits:

@@ -15,7 +15,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while it is imported
 import gradio as gr
 
 from .page import Choice, Page, View
-from .studio import MIN_TOKENS, Studio
+from .studio import MIN_TOKENS, Studio, slider_step
 from .visits import Visits
 
 MAX_UPLOAD = "64mb"
@@ -24,7 +24,6 @@ MAX_WAITING = (
 )
 NUM_AT_ONCE = 8  # acts; the model answers one at a time
 UPLOADS_KEPT_S = 600
-SLIDER_STEP = 16
 # Fonts of the visitor's own machine: nothing is fetched from elsewhere.
 FONT, MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 CSS = """
@@ -82,7 +81,7 @@ def build(studio: Studio, page: Page, title: str, method: str, num_tokens: int) 
                         MIN_TOKENS,
                         studio.max_tokens,
                         value=num_tokens,
-                        step=SLIDER_STEP,
+                        step=slider_step(studio.max_tokens, num_tokens),
                         label="Visual tokens",
                         buttons=[],
                         elem_id="tokens",

@@ -290,6 +290,11 @@ class Adapter(ABC):
     def check_template(cls, template: str | None) -> str:
         """The template of a training that is meant; None: the family's own. ConfigError for one that it cannot read."""
         chosen = cls.templates[0] if template is None else template
+        if chosen not in Adapter.templates:  # which are all
+            raise ConfigError(
+                f"train.template={chosen}: must be one of {', '.join(cls.templates)}{nearest(chosen, cls.templates)},"
+                f" or null, which means {cls.templates[0]}."
+            )
         if chosen not in cls.templates:
             raise ConfigError(
                 f"train.template={template}: conversations of {cls.model_class.__name__} are written by the"

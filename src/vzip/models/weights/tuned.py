@@ -64,7 +64,12 @@ def base_probe(adapter: Adapter) -> list[float]:
 
 
 def describe(
-    adapter: Adapter, compressor: Compressor, name_or_path: str, revision: str | None, parts: list[str]
+    adapter: Adapter,
+    compressor: Compressor,
+    name_or_path: str,
+    revision: str | None,
+    parts: list[str],
+    loaded_lora: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The header of a run's tuned weights; the caller adds step and commit.
 
@@ -73,6 +78,7 @@ def describe(
         compressor: what it is trained with.
         name_or_path, revision: where the base model is loaded from.
         parts: what trains.
+        loaded_lora: LoRA layers under it that do not train (``CompressedVlm.lora``), or None.
     """
     return {
         "format": FORMAT,
@@ -84,6 +90,7 @@ def describe(
         },
         "compressor": repr(compressor),
         "parts": parts,
+        **({} if loaded_lora is None else {"loaded_lora": dict(loaded_lora)}),
     }
 
 
@@ -267,6 +274,14 @@ def apply_tuned(
             source,
             " and ".join(tuned_with(header)),
             compressor,
+        )
+    own_lora = any(is_lora(name) for name, _ in adapter.model.named_parameters())
+    if isinstance(under := header.get("loaded_lora"), dict) and not own_lora:
+        logger.warning(
+            "model.projector=%s was tuned on top of LoRA layers (%s), and this model has none: the numbers are of"
+            " neither. Load it with model.adapter_path, unless its weights have them merged.",
+            source,
+            under.get("name_or_path"),
         )
     weights, lora_weights = directory / WEIGHTS_NAME, directory / LORA_NAME / LORA_WEIGHTS_NAME
     _check_digest(weights, header["sha256"])

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from vzip.errors import CheckpointError, ConfigError, RunExistsError, RunWriteError
 from vzip.json_files import from_json, read_json, to_json
 
-from ..hub import BUILT_IN_NAME, TIMEOUT_S, HttpError
+from ..hub import BUILT_IN_NAME, TIMEOUT_S, HttpError, is_hub_id
 from .digests import DIGESTS_NAME, check_digests, digests_file, sha256
 from .lora_training import WEIGHTS_NAME as LORA_WEIGHTS_NAME
 from .tuned import FORMAT, HEADER_NAME, LORA_NAME, WEIGHTS_NAME, read_header, read_tensors
@@ -95,6 +95,9 @@ def tuned_files(directory: Path, base: tuple[str, str | None]) -> tuple[dict[str
             raise CheckpointError(f"{directory / name}: damaged (its SHA-256 is not the header's); train it again.")
     read_tensors(directory)  # whole, and finite
     public = {key: header[key] for key in _PUBLIC if key in header}
+    if isinstance(under := header.get("loaded_lora"), dict):  # of a directory its name alone
+        name = str(under.get("name_or_path"))
+        public["loaded_lora"] = {**under, "name_or_path": name if is_hub_id(name) else Path(name).name}
     public["base"] = {**header["base"], "name_or_path": base[0], "revision": base[1]}
     files: dict[str, Path | bytes] = {WEIGHTS_NAME: directory / WEIGHTS_NAME}
     if "lora_sha256" in header:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,20 @@ class Drawing:
     figure: Figure
     rows: Sequence[Mapping[str, Any]]
     caption: str
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], most_columns: int) -> None:
+    """A legend under a figure, in as many columns as its longest name lets into the width; long names are broken."""
+    width = int(10 * figure.get_figwidth())  # characters, about
+    shown = [textwrap.fill(label, max(20, width - 10), break_long_words=False) for label in labels]
+    longest = max(len(line) for label in shown for line in label.splitlines())
+    figure.legend(
+        handles,
+        shown,
+        loc="outside lower center",
+        ncols=max(1, min(most_columns, len(shown), width // (longest + 8))),
+        frameon=False,
+    )
 
 
 def check_free(folder: Path, name: str, overwrite: bool) -> None:

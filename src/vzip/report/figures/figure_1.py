@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from vzip.report.costs import Bench, is_of_visionzip, machine_of, took_something_over
+from vzip.results.method_label import VANILLA
 from vzip.results.record import Run
 
-from .drawing import Drawing
+from .drawing import Drawing, legend_below
 from .figure_4 import Point
 
-VANILLA = "vanilla"
 SAME_BUDGET = 0.05  # what counts of tokens may differ by and still be one budget (a pruner's are an average)
 MIN_TASKS = 3  # fewer make no radar
 
@@ -167,7 +167,7 @@ def draw(
             (bar.value - bar.low, bar.high - bar.value) for bar in bars if bar.low is not None and bar.high is not None
         ]
         spread = list(zip(*ends, strict=True)) if len(ends) == len(bars) else None
-        names = [bar.method.replace("+", "+\n") for bar in bars]
+        names = [bar.method.replace("+", "+\n").replace(", ", ",\n") for bar in bars]
         drawn = axes.bar(
             names, [bar.value for bar in bars], yerr=spread, capsize=3, color=[colors.get(b.method, "C0") for b in bars]
         )
@@ -181,7 +181,7 @@ def draw(
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    legend_below(figure, handles, labels, 3)
     provisional = any(point.provisional for own in radar.points.values() for point in own)
     words = f"{model}: {radar.num_tokens:g} visual tokens against vanilla" + (" (provisional)" if provisional else "")
     figure.suptitle(words, parse_math=False)
@@ -262,5 +262,5 @@ def _caption(
     if radar.left_out:
         lines.append(f"Left out, since a benchmark is missing: {', '.join(radar.left_out)}.")
     if num_left_out:
-        lines.append(f"Scores left out, older or on other questions: {num_left_out}.")
+        lines.append(f"Scores left out, older or of other questions, weights or judges: {num_left_out}.")
     return "\n".join([*lines, *missing])
