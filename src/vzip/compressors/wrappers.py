@@ -19,7 +19,10 @@ from .budget import FractionBudget, TokenBudget
 from .plan import TowerPlan
 from .vision import SCORES, Signal, VisionOutput, VisionShape
 
-_HANDED_ON = ("scope", "space", "uses_valid", "splits_budget", "drops_rest", "tower_use", "uses_grid", "cannot_capture", "text_encoder")
+_HANDED_ON = (
+    *("scope", "space", "uses_valid", "splits_budget", "drops_rest"),
+    *("tower_use", "uses_grid", "cannot_capture", "text_encoder"),
+)
 
 
 @dataclass(frozen=True)
