@@ -1,8 +1,8 @@
 """What one ``encode_images``, one prefill and one further token cost beyond the unmodified model: counts, not times.
 
-Operators that run inside Hugging Face's modules are theirs, and change with their versions; all others are ours. What
-we add within their modules shows in the difference to a run of the unmodified model on the same inputs. So the counts
-hold for every version of transformers that is served. ``python -m tests.models.operators`` writes them anew.
+Operators that Hugging Face's modules and functions call are theirs, and change with their versions; all others are
+ours. What we add within their modules shows in the difference to a run of the unmodified model on the same inputs. So
+the counts hold for every version of transformers that is served. ``python -m tests.models.operators`` writes them anew.
 
 The tests have no GPU. A wait of the host is therefore found by where a value comes from: everything that is given,
 weights, pixels and ids, counts as lying on a device, and so does what is computed from it.
@@ -72,8 +72,8 @@ class Count(TorchDispatchMode):
     """While entered, counts what torch runs.
 
     Attributes:
-        ours: operators outside of the model's modules; views, which compute nothing, are left out.
-        within: operators inside of them, likewise.
+        ours: operators that we call; views, which compute nothing, are left out.
+        within: operators in the model's modules, whoever calls them, likewise.
         waits: functions of ours -> how often the host waits there for the device.
         num_bytes: allocated by our operators.
         calls: layers of a vision tower or language model that ran, by their class.
@@ -96,14 +96,18 @@ class Count(TorchDispatchMode):
         is_on_device = any(map(_on_device, given))
         for tensor in made:
             tensor._lies_on_device = is_on_device or getattr(tensor, "_lies_on_device", False)
-        if is_on_device and name in WAITS and (place := _place()) is not None:
+        place = _place()
+        if is_on_device and name in WAITS and place is not None:
             self.waits[place] += 1
         before = {tensor.untyped_storage().data_ptr() for tensor in given}
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in made}
         new = [size for place, size in storages.items() if place not in before]
         if new or not made or func._schema.is_mutable:
-            (self.within if self.depth else self.ours)[name] += 1
-            self.num_bytes += 0 if self.depth else sum(new)
+            if self.depth:
+                self.within[name] += 1
+            elif place is not None:
+                self.ours[name] += 1
+                self.num_bytes += sum(new)
         return output
 
     @contextmanager
