@@ -113,9 +113,10 @@ def test_projections_made_apart_are_the_layers_own(kind):
     hidden = tower.run_layer(0, tower.embed(tiny.pixels(CLIP_FRAMES)))
     with record_output(queries, "queries", found), record_output(keys, "keys", found):
         tower.run_layer(1, hidden)
-    own_keys, own_queries = tower.projections(1, hidden, with_queries=True)
+    own_keys, own_queries = tower.projections(1, hidden, num_queries=None)
     assert torch.equal(own_keys, found["keys"]) and torch.equal(own_queries, found["queries"])
-    assert tower.projections(1, hidden, with_queries=False)[1] is None
+    torch.testing.assert_close(tower.projections(1, hidden, num_queries=1)[1], own_queries[:, :1])
+    assert tower.projections(1, hidden, num_queries=0)[1] is None
 
 
 @pytest.mark.parametrize(("select_layer", "runs"), [(-2, [1, 1, 1, 0]), (-1, [1, 1, 1, 1]), (1, [1, 0, 0, 0])])

@@ -81,10 +81,10 @@ def run_tower(
                 " first layer, where there is no attention to select tokens by; use a layer from 1 up, or"
                 " compressor=none."
             )
-    tapped: dict[int, bool] = {}  # layer -> whether its queries are read too
+    tapped: dict[int, set[str]] = {}  # layer -> the signals read of its projections
     for signal, layer in layer_of.items():
         if signal.name != "hidden":
-            tapped[layer] = tapped.get(layer, False) or signal.name in _OF_QUERIES
+            tapped.setdefault(layer, set()).add(signal.name)
     kept = {num_layers, *(layer for signal, layer in layer_of.items() if signal.name == "hidden")}
     hidden = tower.embed(pixel_values)
     states = {0: hidden}
@@ -93,7 +93,11 @@ def run_tower(
     with nullcontext() if in_graph else _reading(tower, tapped, projections):
         for index in range(max([num_layers, *layer_of.values()])):
             if in_graph and index + 1 in tapped:
-                keys, queries = tower.projections(index, hidden, tapped[index + 1])
+                of_queries = tapped[index + 1].intersection(_OF_QUERIES)
+                needs_all = not (tower.geometry.has_cls and of_queries <= {*_OF_CLS})
+                keys, queries = tower.projections(
+                    index, hidden, num_queries=0 if not of_queries else None if needs_all else 1
+                )
                 projections[f"keys{index + 1}"] = keys
                 if queries is not None:
                     projections[f"queries{index + 1}"] = queries
@@ -120,15 +124,15 @@ def run_tower(
 
 
 @contextmanager
-def _reading(tower: Tower, tapped: Mapping[int, bool], into: dict[str, Tensor]) -> Iterator[None]:
-    """Stores what these layers' (1-based) projections make, while they run within the context."""
+def _reading(tower: Tower, tapped: Mapping[int, set[str]], into: dict[str, Tensor]) -> Iterator[None]:
+    """Stores what these layers' (1-based) projections make for signals, while they run within the context."""
     with ExitStack() as stack:
         if tapped:
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled layer would skip the hooks
-        for layer, with_queries in tapped.items():
+        for layer, names in tapped.items():
             query_projection, key_projection, _ = tower.attention_of(layer - 1)
             stack.enter_context(record_output(key_projection, f"keys{layer}", into))
-            if with_queries:
+            if names.intersection(_OF_QUERIES):
                 stack.enter_context(record_output(query_projection, f"queries{layer}", into))
         yield
 
@@ -164,7 +168,8 @@ def _undivided_keys(_tower: Tower, _layer: int, keys: Tensor, _queries: Tensor |
     return at_least_float32(keys)
 
 
-_OF_QUERIES = ("attention", "received_attention", "undivided_attention")
+_OF_CLS = ("attention", "undivided_attention")  # of CLS's query alone, where there is a CLS
+_OF_QUERIES = ("received_attention", *_OF_CLS)
 # What a layer's projections give, by the signal's name.
 _READERS: Mapping[str, Callable[[Tower, int, Tensor, Tensor | None], Tensor]] = {
     "attention": _attention,
