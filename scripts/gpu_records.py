@@ -22,6 +22,8 @@ TAIL_LINES = 15
 TIMED_OUT = (124, 137)
 # Part -> the file that it shares with others: of all there are eight at most.
 TOGETHER = {
+    "llava15_7b_batch": "llava15_7b_batch",
+    "llava15_7b_batch64": "llava15_7b_batch",
     "llava_next_7b": "llava_next",
     "llava_next_13b": "llava_next",
     "qwen2_5_vl_7b": "qwen_vl",
@@ -157,10 +159,16 @@ def _bench_rows(record: Mapping[str, Any]) -> Rows:
             f"{method['kv_cache_bytes'] / MIB:.1f}, {method['peak_memory_bytes'] / GIB:.2f}; "
             + ", ".join(kernel.removeprefix("_scaled_dot_product_") for kernel in method["attention_kernels"]),
         )
-    for key in ("prefill", "decode_per_token", "time_to_first_token"):
-        ratio = record["ratios"].get(f"{key}_speedup_over_vanilla")
-        if ratio is not None:
-            yield f"{key}: vzip over vanilla", "", f"{ratio:.2f}x"
+        if "selection" in method["stages"]:
+            yield f"{name}: selection + merge, ms", "", f"{_ms(method, 'selection'):.2f}"
+    ratios = record["ratios"]
+    for other in ("vanilla", "eager_maps"):
+        for key in ("tower_and_selection", "prefill", "decode_per_token", "time_to_first_token"):
+            if (ratio := ratios.get(f"{key}_speedup_over_{other}")) is not None:
+                yield f"{key}: vzip over {other}", "", f"{ratio:.2f}x"
+    for stage in ("tower", "prefill"):
+        if (share := ratios.get(f"{stage}_share_of_limit")) is not None:
+            yield f"{stage}: vzip, of the rate of its matrix products alone", "", f"{share:.0%}"
 
 
 def _against(small: Mapping[str, Any], large: Mapping[str, Any]) -> Rows:
