@@ -27,6 +27,9 @@ RESULT_KEYS: Mapping[str, tuple[str, ...]] = {
     for group, own in {"model": (), "budget": FRACTIONS, "eval": ()}.items()
 }
 
+# Settings of a model that a recipe's name need not say.
+_BESIDE_A_RECIPE = ("projector", "quantization", "positions", "compile")
+
 
 def run_directory(config: Mapping[str, Any], directory: Path) -> Path:
     """The run directory of a composed, resolved and valid configuration."""
@@ -76,8 +79,8 @@ def _recipe_label(config: Mapping[str, Any]) -> str | None:
     recipe, model = config["recipe"], config["model"]
     if recipe is None:
         return None
-    keys = ("quantization", "positions") if recipe.endswith(TUNED) else ("projector", "quantization", "positions")
-    own = [key for key in keys if model[key] is not None and not recipe.endswith(f"_{model[key]}")]
+    keys = ("quantization", "positions", "compile") if recipe.endswith(TUNED) else _BESIDE_A_RECIPE
+    own = [key for key in keys if model.get(key) is not None and not recipe.endswith(f"_{model[key]}")]
     return recipe + "".join(f"_{key}-{show(model[key])}" for key in own)
 
 

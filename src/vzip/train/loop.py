@@ -204,7 +204,7 @@ def _train(plan: TrainPlan, prepared: PreparedTraining) -> Path:
         trim_metrics(plan.run_dir / "metrics.jsonl", step)
         tracker = Tracker(plan.run_dir, settings.trackers, {**store.identity, "launcher": asdict(launch)}, step)
 
-    batches = load_batches(data, collator, stepper.lists(schedule, step), launch.num_workers)
+    batches = load_batches(data, collator, stepper.lists(schedule, step), launch.num_workers, accelerator.device)
     progress = Progress("training", "steps", schedule.num_steps, done=step, show=accelerator.is_main_process)
     with tracker or contextlib.nullcontext(), progress:
         while step < schedule.num_steps:

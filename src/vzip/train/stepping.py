@@ -93,12 +93,15 @@ class _Batches(Dataset[Batch]):
         return self.collator(samples)
 
 
-def load_batches(data: TrainingSet, collator: Collator, lists: list[list[int]], num_workers: int) -> Iterator[Batch]:
-    """Batches of the samples listed, in order, prepared ahead by worker processes."""
+def load_batches(
+    data: TrainingSet, collator: Collator, lists: list[list[int]], num_workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """Batches of the samples listed, in order, prepared ahead by worker processes; for a GPU in pinned memory."""
     loader = DataLoader(
         _Batches(data, collator, lists),
         batch_size=None,
         num_workers=num_workers,
+        pin_memory=device.type == "cuda",
         # Forked workers share the model's memory, of which they only read the configuration.
         multiprocessing_context="fork" if num_workers else None,
     )
@@ -297,7 +300,7 @@ class Stepper:
         skipped: list[str] = []
         cut_off: list[str] = []
         objective = self.accelerator.unwrap_model(self.model)
-        for batch in load_batches(data, collator, lists, self.launch.num_workers):
+        for batch in load_batches(data, collator, lists, self.launch.num_workers, self.accelerator.device):
             with self.accelerator.autocast():
                 nats = objective(batch.to(self.accelerator.device))
             added += self._added(nats, batch).item()
