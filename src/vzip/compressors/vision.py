@@ -183,17 +183,23 @@ class VisionOutput:
             return self.hidden
         if signal.name == "projected":
             return self.hidden if self.project is None else self.project(self.hidden)
+        value = self._recorded(signal)
+        return functional.pad(value, (int(self.has_cls), 0)) if signal.name in OF_PATCHES else value
+
+    def _recorded(self, signal: Signal) -> Tensor:
+        """A signal as the tower's run left it: a score ``[N, P]``, anything else by unit rows."""
         recorded = dict(self.signals)
         for name, value in (("attention", self.attention), ("keys", self.keys)):
             if value is not None:
                 recorded[Signal(name)] = value
         if signal not in recorded:
             raise ValueError(f"{signal} was not recorded: name it in the compressor's `reads`.")
-        value = recorded[signal]
-        return functional.pad(value, (int(self.has_cls), 0)) if signal.name in OF_PATCHES else value
+        return recorded[signal]
 
     def read_patches(self, signal: Signal) -> Tensor:
         """The same without CLS: ``[N, P]`` or ``[N, P, width]``."""
+        if signal.name in OF_PATCHES:
+            return self._recorded(signal)
         return self.read(signal)[:, int(self.has_cls) :]
 
     def over_images(self, values: Tensor, function: Literal["amin", "amax"]) -> Tensor:

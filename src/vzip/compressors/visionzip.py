@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch.nn import functional
 
 from vzip.errors import ConfigError, nearest
-from vzip.ops.merge import MERGE_RULES, MergeRule, assign_to_targets, target_positions
-from vzip.ops.select import dominant_rows, gather_rows, random_indices, remaining_rows
+from vzip.ops.attention import at_least_float32
+from vzip.ops.merge import MERGE_RULES, MergeRule, targets_of
+from vzip.ops.select import gather_rows, kept_and_rest, random_indices
 
 from .base import Compressor, Selection, check_count, check_seed
 from .budget import FractionBudget, TokenBudget, check_budget
@@ -97,16 +99,26 @@ class VisionZip(Compressor):
         first = int(vision.has_cls and not self.keep_cls)  # rows before it take no part
         budget = self.budget.of(vision.shape)
         num_dominant, num_contextual = budget.num_dominant, budget.num_contextual
-        score = vision.read_patches(self._score)
-        kept = dominant_rows(score, num_dominant, keeps_cls, vision.valid_patches) + first
+        score, valid = at_least_float32(vision.read_patches(self._score)), vision.valid_patches
+        if valid is not None:
+            score = score.masked_fill(~valid, -math.inf)
+        if keeps_cls:  # it comes first, whatever patches score
+            score = functional.pad(score, (1, 0), value=math.inf)
+        rows = kept_and_rest(score, num_dominant)
+        kept, rest = (rows + first if first else rows).split([num_dominant, rows.shape[1] - num_dominant], dim=1)
         if num_contextual == 0:
             return Selection(kept)
-        rest = remaining_rows(kept - first, vision.num_rows - first) + first
-        assignment, positions = self._assign(gather_rows(vision.read(self._keys), rest), num_contextual)
+        metric = functional.normalize(at_least_float32(gather_rows(vision.read(self._keys), rest)), dim=-1)
+        if self.targets == "uniform":
+            targets, of_targets = targets_of(rest, num_contextual), targets_of(metric, num_contextual)
+        else:
+            positions = random_indices(num_contextual, rest.shape[1], self.seed, rest.device)
+            targets, of_targets = rest.index_select(1, positions), metric.index_select(1, positions)
+        # torch documents that argmax is the first of several: ties go to the lower target.
+        slots = (metric @ of_targets.transpose(1, 2)).argmax(dim=-1) + num_dominant
         merge_index = torch.full(vision.hidden.shape[:2], -1, dtype=torch.int64, device=rest.device)
-        merge_index = merge_index.scatter(1, rest, assignment + num_dominant)
-        targets = rest.index_select(1, positions)
-        return Selection(torch.cat([kept, targets], dim=1), merge_index.scatter(1, targets, -1), num_contextual)
+        merge_index = merge_index.scatter(1, rest, slots).scatter(1, targets, -1)
+        return Selection(torch.cat([kept, targets], dim=1), merge_index, num_contextual)
 
     @property
     def _score(self) -> Signal:
@@ -115,15 +127,6 @@ class VisionZip(Compressor):
     @property
     def _keys(self) -> Signal:
         return Signal("keys", self.score_layer)
-
-    def _assign(self, keys: Tensor, num_contextual: int) -> tuple[Tensor, Tensor]:
-        """Each remaining row's target ``[N, R]``, and where the targets are among them ``[C]``; ``keys [N, R, d]``."""
-        num_rows = keys.shape[1]
-        if self.targets == "uniform":
-            positions = target_positions(num_rows, num_contextual, keys.device)
-        else:
-            positions = random_indices(num_contextual, num_rows, self.seed, keys.device)
-        return assign_to_targets(keys, num_contextual, positions), positions
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

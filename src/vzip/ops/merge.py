@@ -27,6 +27,12 @@ def target_positions(num_rows: int, num_contextual: int, device: torch.device) -
     return torch.arange(num_contextual, device=device) * step
 
 
+def targets_of(rows: Tensor, num_contextual: int) -> Tensor:
+    """The merge targets among ``rows [N, R, ...]``: those at ``target_positions``, ``[N, C, ...]``, a view."""
+    step = max(1, rows.shape[1] // num_contextual)
+    return rows[:, : num_contextual * step : step]
+
+
 def assign_to_targets(keys: Tensor, num_contextual: int, positions: Tensor | None = None) -> Tensor:
     """The target each row is merged into: highest cosine similarity of keys, ties to the lower target.
 
@@ -65,11 +71,13 @@ def combine_rows(rows: Tensor, place_index: Tensor, merge_index: Tensor, rule: M
         ``[N, K, E]``; differentiable in ``rows``.
     """
     wide = at_least_float32(rows)
-    targets = gather_rows(wide, place_index[:, first:])
+    tokens = gather_rows(rows, place_index)
+    targets = at_least_float32(tokens[:, first:])
     # A product with 0/1 weights, not scatter_add: atomics would make GPU sums depend on the order of arrival.
     slots = torch.arange(first, place_index.shape[1], device=rows.device)
     member = (merge_index.unsqueeze(1) == slots[None, :, None]).to(wide.dtype)  # [N, K - first, U]
     total = member @ wide
     count = member.sum(dim=-1, keepdim=True)
     merged = targets + total / count.clamp(min=1) if rule == "sum" else (targets + total) / (count + 1)
-    return torch.cat([gather_rows(rows, place_index[:, :first]), merged.to(rows.dtype)], dim=1)
+    merged = merged.to(rows.dtype)
+    return torch.cat([tokens[:, :first], merged], dim=1) if first else merged

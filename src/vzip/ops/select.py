@@ -52,6 +52,21 @@ def dominant_rows(attention: Tensor, num_dominant: int, has_cls: bool, valid: Te
     return torch.cat([patches.new_zeros(patches.shape[0], 1), patches], dim=1)
 
 
+def kept_and_rest(scores: Tensor, num_selected: int) -> Tensor:
+    """All indices: those of ``top_indices``, then all others, both ascending.
+
+    Args:
+        scores: ``[N, P]``, float32 or float64.
+        num_selected: 0 <= num_selected <= P.
+
+    Returns:
+        int64 ``[N, P]``.
+    """
+    best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :num_selected]
+    is_kept = torch.zeros_like(scores, dtype=torch.uint8).scatter(1, best, 1)
+    return torch.sort(is_kept, dim=1, descending=True, stable=True).indices
+
+
 def remaining_rows(kept: Tensor, num_rows: int) -> Tensor:
     """Rows not in ``kept``, ascending.
 

@@ -21,8 +21,9 @@ from vzip.errors import PromptError, UnsupportedModelError, nearest
 class _Family:
     """What differs between towers: the class, its ``config.model_type``, CLS, the norm before the first layer.
 
-    ``layers``, ``attention``, ``queries`` and ``keys`` are names of parts; ``unit_side`` is ``TowerGeometry``'s;
-    ``plain_calls``: layers take no mask, and the embeddings interpolate without being told.
+    ``layers``, ``attention`` and ``norm`` (before attention) are names of parts; ``queries`` and ``keys`` of those that
+    make them, in turn; ``unit_side`` is ``TowerGeometry``'s; ``plain_calls``: layers take no mask, and the embeddings
+    interpolate without being told.
     """
 
     model_class: type[nn.Module]
@@ -31,8 +32,9 @@ class _Family:
     pre_norm_name: str | None = None
     layers: str = "layers"
     attention: str = "self_attn"
-    queries: str = "q_proj"
-    keys: str = "k_proj"
+    norm: str = "layer_norm1"
+    queries: tuple[str, ...] = ("q_proj",)
+    keys: tuple[str, ...] = ("k_proj",)
     unit_side: int = 1
     plain_calls: bool = False
 
@@ -46,8 +48,9 @@ _FAMILIES = (
         has_cls=True,
         layers="layer",
         attention="attention",
-        queries="q_norm",  # the identity where the checkpoint has no such norm
-        keys="k_norm",
+        norm="layernorm_before",
+        queries=("q_proj", "q_norm"),  # the norm is the identity where the checkpoint has none
+        keys=("k_proj", "k_norm"),
         unit_side=2,
         plain_calls=True,
     ),
@@ -174,8 +177,24 @@ class Tower:
     def attention_of(self, layer_index: int) -> tuple[nn.Module, nn.Module, float]:
         """What makes a layer's (0-based) queries, what makes its keys, and the product scale."""
         attention = self.layers[layer_index].get_submodule(self.family.attention)
-        queries, keys = attention.get_submodule(self.family.queries), attention.get_submodule(self.family.keys)
+        queries, keys = (attention.get_submodule(names[-1]) for names in (self.family.queries, self.family.keys))
         return queries, keys, float(attention.scale)  # type: ignore[arg-type]
+
+    def projections(self, layer_index: int, hidden: Tensor, with_queries: bool) -> tuple[Tensor, Tensor | None]:
+        """Keys and queries ``[N, L, H * d]`` of a layer (0-based) whose input is ``hidden [N, L, D]``, made apart.
+
+        They are what ``attention_of``'s modules return while the layer runs, for a graph, in which no hook reads it.
+        """
+        layer = self.layers[layer_index]
+        attention = layer.get_submodule(self.family.attention)
+        if (before := getattr(layer, "before_attention", None)) is not None:  # Video-LLaVA's temporal step
+            hidden = before(hidden)
+        keys = queries = layer.get_submodule(self.family.norm)(hidden)
+        for name in self.family.keys:
+            keys = attention.get_submodule(name)(keys)
+        for name in self.family.queries if with_queries else ():
+            queries = attention.get_submodule(name)(queries)
+        return keys, queries if with_queries else None
 
 
 def geometry_from_config(vision_config: Any) -> TowerGeometry:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -41,7 +41,6 @@ def record_output(module: nn.Module, name: str, into: dict[str, Tensor]) -> Iter
         handle.remove()
 
 
-@torch.compiler.disable(reason="vzip: the vision tower is read by hooks, so fullgraph=True cannot be; leave it out")
 def run_tower(
     tower: Tower,
     pixel_values: Tensor,
@@ -52,7 +51,8 @@ def run_tower(
     """Encodes crops up to the select layer.
 
     Gradients flow wherever the caller has them enabled. Equal bit for bit to ``hidden_states[select_layer]`` of the
-    tower's own forward pass. Under ``torch.compile`` it runs eagerly, and so do compiled layers that are tapped.
+    tower's own forward pass. Can be captured as one graph by ``torch.compile``; outside of it compiled layers that are
+    tapped run eagerly.
 
     Args:
         tower: from ``find_tower``.
@@ -81,24 +81,25 @@ def run_tower(
                 " first layer, where there is no attention to select tokens by; use a layer from 1 up, or"
                 " compressor=none."
             )
-    hidden = selected = tower.embed(pixel_values)
+    tapped: dict[int, bool] = {}  # layer -> whether its queries are read too
+    for signal, layer in layer_of.items():
+        if signal.name != "hidden":
+            tapped[layer] = tapped.get(layer, False) or signal.name in _OF_QUERIES
+    kept = {num_layers, *(layer for signal, layer in layer_of.items() if signal.name == "hidden")}
+    hidden = tower.embed(pixel_values)
     states = {0: hidden}
     projections: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        if any(signal.name != "hidden" for signal in recorded):
-            # A compiled layer would go on without the hooks.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for layer in sorted({layer_of[signal] for signal in recorded if signal.name != "hidden"}):
-            query_projection, key_projection, _ = tower.attention_of(layer - 1)
-            stack.enter_context(record_output(key_projection, f"keys{layer}", projections))
-            if any(layer_of[s] == layer and s.name in _OF_QUERIES for s in recorded):
-                stack.enter_context(record_output(query_projection, f"queries{layer}", projections))
+    in_graph = torch.compiler.is_compiling()  # which has no hooks
+    with nullcontext() if in_graph else _reading(tower, tapped, projections):
         for index in range(max([num_layers, *layer_of.values()])):
+            if in_graph and index + 1 in tapped:
+                keys, queries = tower.projections(index, hidden, tapped[index + 1])
+                projections[f"keys{index + 1}"] = keys
+                if queries is not None:
+                    projections[f"queries{index + 1}"] = queries
             hidden = tower.run_layer(index, hidden)
-            if index + 1 in layer_of.values():
+            if index + 1 in kept:
                 states[index + 1] = hidden
-            if index + 1 == num_layers:
-                selected = hidden
     values = {}
     for signal, layer in layer_of.items():
         if signal.name == "hidden":
@@ -107,7 +108,7 @@ def run_tower(
             keys, queries = projections[f"keys{layer}"], projections.get(f"queries{layer}")
             values[signal] = _READERS[signal.name](tower, layer, keys, queries)
     vision = VisionOutput(
-        selected,
+        states[num_layers],
         tower.geometry.has_cls,
         tower.geometry.grid,
         attention=values.pop(Signal("attention"), None),
@@ -116,6 +117,20 @@ def run_tower(
         signals=values,
     )
     return as_units(vision, tower.geometry.unit_side)
+
+
+@contextmanager
+def _reading(tower: Tower, tapped: Mapping[int, bool], into: dict[str, Tensor]) -> Iterator[None]:
+    """Stores what these layers' (1-based) projections make, while they run within the context."""
+    with ExitStack() as stack:
+        if tapped:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled layer would skip the hooks
+        for layer, with_queries in tapped.items():
+            query_projection, key_projection, _ = tower.attention_of(layer - 1)
+            stack.enter_context(record_output(key_projection, f"keys{layer}", into))
+            if with_queries:
+                stack.enter_context(record_output(query_projection, f"queries{layer}", into))
+        yield
 
 
 def _attention(tower: Tower, layer: int, keys: Tensor, queries: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from transformers import LlavaNextForConditionalGeneration
 
@@ -122,6 +123,8 @@ class LlavaNextAdapter(LlavaBase):
                     tiles=grid,
                 )
             )
+        if tensors["pixel_values"].shape[1] > 1:
+            self._check_crops(tensors["pixel_values"], layouts, [shape.num_crops for shape in shapes])
         return shapes
 
     def _are_tiled(self, tensors: Mapping[str, Tensor]) -> list[bool]:
@@ -140,8 +143,8 @@ class LlavaNextAdapter(LlavaBase):
     def image_crops(self, visual: VisualInputs) -> Tensor:
         pixel_values = visual.tensors["pixel_values"]
         needed = [shape.num_crops for shape in visual.images]
-        if pixel_values.shape[1] > 1:
-            self._check_crops(pixel_values, [self._layout(shape) for shape in visual.images], needed)
+        if all(count == pixel_values.shape[1] for count in needed):
+            return pixel_values.flatten(0, 1)
         return torch.cat([own[:count] for own, count in zip(pixel_values, needed, strict=True)])
 
     def num_tile_columns(self, shape: VisionShape) -> int | None:
@@ -234,11 +237,14 @@ class LlavaNextAdapter(LlavaBase):
 
     def _check_crops(self, pixel_values: Tensor, layouts: list[tuple[Grid, Grid]], needed: list[int]) -> None:
         """Raises PromptError where an image has another number of crops than its size asks for."""
+        if pixel_values.device.type == "meta" or isinstance(pixel_values, FakeTensor):  # shapes without contents
+            return
         max_crops = pixel_values.shape[1]
         # Crops are padded with zeros to the most crops of the batch; a crop of an image is never all zeros, but for
         # black ones that are not normalised, where no value is negative.
-        may_be_black = bool((pixel_values >= 0).all())
-        filled = pixel_values.flatten(2).ne(0).any(dim=2).tolist()
+        lowest, highest = torch.stack(torch.aminmax(pixel_values.flatten(2), dim=2)).tolist()
+        may_be_black = all(value >= 0 for own in lowest for value in own)
+        filled = [[ends != (0, 0) for ends in zip(*own, strict=True)] for own in zip(lowest, highest, strict=True)]
         for number, (count, (size, grid)) in enumerate(zip(needed, layouts, strict=True)):
             given = max((crop + 1 for crop in range(max_crops) if filled[number][crop]), default=min(count, max_crops))
             if may_be_black:

@@ -45,13 +45,16 @@ class TemporalEncoderLayer(CLIPEncoderLayer):
         self.temporal_layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.temporal_attn = TemporalAttention(config)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def before_attention(self, hidden_states: Tensor) -> Tensor:
+        """The temporal step, after which it is CLIP's layer."""
         num_rows = hidden_states.shape[1]
         by_row = hidden_states.unflatten(0, (-1, CLIP_FRAMES)).transpose(1, 2).flatten(0, 1)
         by_row = by_row + self.temporal_embedding
         by_row = by_row + self.temporal_attn(self.temporal_layer_norm1(by_row))
-        frames = by_row.unflatten(0, (-1, num_rows)).transpose(1, 2).flatten(0, 1)
-        output: Tensor = super().forward(frames, attention_mask, **kwargs)
+        return by_row.unflatten(0, (-1, num_rows)).transpose(1, 2).flatten(0, 1)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        output: Tensor = super().forward(self.before_attention(hidden_states), attention_mask, **kwargs)
         return output
 
 
