@@ -86,6 +86,13 @@ MEMORY = Mode(
     _trained("--memory"),
 )
 
+CURVES = Mode(
+    "--curves",
+    "curves",
+    {"methods": ("vanilla", "vzip"), "batch_size": 64, "num_crops": 128, "repeats": 3, "warmup": 0},
+    ("methods", "budget", "pruner", "compressor", "weights"),
+)
+
 
 @dataclass(frozen=True)
 class BenchSettings:

@@ -142,14 +142,17 @@ def build(settings: BenchSettings, model: BenchModel) -> Workload:
         CheckpointError: weights that cannot be found or loaded.
         ConfigError, UnsupportedModelError: as ``check``, for what only the weights can tell.
     """
-    device, dtype = settings.torch_device, settings.torch_dtype
-    hf_model, image_processor = build_model(settings, model)
+    return around(settings, model, *build_model(settings, model))
+
+
+def around(settings: BenchSettings, model: BenchModel, hf_model: PreTrainedModel, image_processor: Any) -> Workload:
+    """The inputs of a measurement for a model that is built, both from ``build_model``."""
     adapter, visuals = parts_of(hf_model, model, settings.crops_per_prompt(model))
     images = make_images(settings.batch_size * visuals.num_files, settings.seed, visuals.image_size)
     return Workload(
         settings=settings,
-        device=device,
-        dtype=dtype,
+        device=settings.torch_device,
+        dtype=settings.torch_dtype,
         model=hf_model,
         adapter=adapter,
         visuals=visuals,
