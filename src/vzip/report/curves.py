@@ -43,9 +43,7 @@ def line(values: Sequence[float], times_ms: Sequence[float]) -> Line:
     mean_x = math.fsum(w * x for w, x in zip(weights, values, strict=True)) / total
     mean_t = math.fsum(w * t for w, t in zip(weights, times_ms, strict=True)) / total
     spread = math.fsum(w * (x - mean_x) ** 2 for w, x in zip(weights, values, strict=True))
-    joint = math.fsum(
-        w * (x - mean_x) * (t - mean_t) for w, x, t in zip(weights, values, times_ms, strict=True)
-    )
+    joint = math.fsum(w * (x - mean_x) * (t - mean_t) for w, x, t in zip(weights, values, times_ms, strict=True))
     slope = joint / spread if spread else mean_t / mean_x
     fixed = mean_t - slope * mean_x
     if fixed >= 0:
@@ -91,7 +89,7 @@ def flattens_at(points: Sequence[PointRecord], stage: str = FIRST_TOKEN) -> int:
 
 
 def tables(record: Record) -> str:
-    """Everything for a page, as Markdown: the points of each axis, rates of growth, the batch at which gains flatten."""
+    """Everything for a page, as Markdown: the points of each axis, rates of growth, where larger batches stop gaining."""
     parts = [f"### {name.capitalize()}\n\n{_points(record, axis)}" for axis, name in WORDS.items()]
     return "\n\n".join([*parts, f"### Rates of growth\n\n{_growth(record)}", f"### Batches\n\n{_batches(record)}"])
 
@@ -102,8 +100,8 @@ def machine(record: Record) -> str:
     code = found["code"].get("commit") or found["code"]["source_sha256"]
     return (
         f"{record['model']} ({resolved['num_parameters'] / 1e6:.1f} M parameters), {resolved['dtype']} on"
-        f" {resolved['device']}: {found['processor']}, {found['num_threads']} threads, load {found['load_average_1min']:.1f}"
-        f" at the end; medians of {settings['repeats']} rounds in turns; torch {found['torch']}, transformers"
+        f" {resolved['device']}: {found['processor']}, {found['num_threads']} threads, load"
+        f" {found['load_average_1min']:.1f} at the end; medians of {settings['repeats']} rounds in turns; torch {found['torch']}, transformers"
         f" {found['transformers']}; {found['time'][:10]}, code {str(code)[:12]}; `{found['command']}`"
     )
 

@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from vzip.installed import missing_package
-from vzip.report.curves import FIRST_TOKEN, MIB, VANILLA, VZIP, WORDS, curve, machine, operations, time_ms
+from vzip.report.curves import FIRST_TOKEN, MIB, VANILLA, VZIP, WORDS, curve, flattens_at, machine, operations, time_ms
 
 from .drawing import Drawing
 
-STAGES = {"tower": "vision tower", "prefill": "prefill", "decode_per_token": "one more token", FIRST_TOKEN: "first token"}
+STAGES = {
+    "tower": "vision tower",
+    "prefill": "prefill",
+    "decode_per_token": "one more token",
+    FIRST_TOKEN: "first token",
+}
+SIZES = {"kv_cache_bytes": "key-value cache", "peak_memory_added_bytes": "added by a pass"}
 MARKERS = {VZIP: ("o", "-"), VANILLA: ("s", "--")}
 
 
@@ -28,45 +34,50 @@ def _of_axis(record: Mapping[str, Any], axis: str) -> Drawing:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise missing_package("the figures", "matplotlib", error) from error
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
     of_time, of_memory, of_work = figure.subplots(1, 3)
-    rows = []
+    rows, places = [], set()
     for method in (VZIP, VANILLA):
         points = curve(record, axis, method)
         if not points:
             continue
         values = [point["value"] for point in points]
-        marker, style = MARKERS[method]
+        places |= {value for value in values if len(points) > 1}
+        marker, line = MARKERS[method]
+        style = {"marker": marker, "linestyle": line, "markersize": 4}
         for number, (stage, words) in enumerate(STAGES.items()):
-            medians = [time_ms(point, stage) for point in points]
-            spread = [
-                [median - point["stages"][stage]["q1_ms"] for median, point in zip(medians, points, strict=True)],
-                [point["stages"][stage]["q3_ms"] - median for median, point in zip(medians, points, strict=True)],
-            ]
-            of_time.errorbar(
-                values, medians, spread, color=f"C{number}", marker=marker, linestyle=style, label=f"{words}, {method}"
+            shown = {"color": f"C{number}", "label": f"{words}, {method}", **style}
+            shares = [point["num_prompts"] if axis == "batch" else 1 for point in points]
+            low, middle, high = (
+                [point["stages"][stage][name] / share for point, share in zip(points, shares, strict=True)]
+                for name in ("q1_ms", "median_ms", "q3_ms")
             )
+            spread = [[b - a for a, b in zip(*pair, strict=True)] for pair in ((low, middle), (middle, high))]
+            of_time.errorbar(values, middle, spread, **shown)
             if stage != FIRST_TOKEN:
-                work = [operations(point, stage) / 1e9 for point in points]
-                of_work.plot(
-                    values, work, color=f"C{number}", marker=marker, linestyle=style, label=f"{words}, {method}"
-                )
-        for number, (key, words) in enumerate(
-            {"kv_cache_bytes": "key-value cache", "peak_memory_added_bytes": "added by a pass"}.items()
-        ):
+                of_work.plot(values, [operations(point, stage) / 1e9 for point in points], **shown)
+        for number, (key, words) in enumerate(SIZES.items()):
             sizes = [point[key] / MIB for point in points]
-            of_memory.plot(
-                values, sizes, color=f"C{number}", marker=marker, linestyle=style, label=f"{words}, {method}"
-            )
+            of_memory.plot(values, sizes, color=f"C{number}", label=f"{words}, {method}", **style)
+        if axis == "batch":
+            flat = flattens_at(points)
+            of_time.axvline(flat, color="0.5", linestyle=line, label=f"flat from {flat}, {method}")
         rows += [_row(axis, point) for point in points]
-    for axes, what in ((of_time, "milliseconds"), (of_memory, "MiB"), (of_work, "10⁹ operations")):
+    of_one = " a prompt" if axis == "batch" else ""
+    for axes, what in ((of_time, f"milliseconds{of_one}"), (of_memory, "MiB"), (of_work, "10⁹ operations")):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xlabel(WORDS[axis])
+        axes.xaxis.set_major_locator(FixedLocator(sorted(places)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+        axes.set_xlabel(WORDS[axis] + (" at once" if axis == "batch" else ""))
         axes.set_ylabel(what)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
-    caption = f"Cost against {WORDS[axis]}, of the whole batch; bars are quartiles. {machine(record)}."
+        axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    whole = "time of one prompt, the rest of the whole batch" if axis == "batch" else "of one prompt"
+    caption = f"Cost against {WORDS[axis]}, {whole}; bars are quartiles. {machine(record)}."
     return Drawing(figure, rows, caption)
 
 
