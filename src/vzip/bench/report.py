@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vzip.bench.training import SideResult
 
 MIB = 1024**2
-PLOTTED = ("preprocess", "tower", "high_res_tower", "mining", "selection", "projector", "splice", "prefill")
+PLOTTED = ("preprocess", "encode", "tower", "high_res_tower", "mining", "selection", "projector", "splice", "prefill")
 ROW_WORDS = {
     "scoring": "  scoring in it",
     "decode_per_token": "decode a token",
@@ -42,6 +42,9 @@ RATIO_WORDS = {
     "decode_per_token_speedup_over_vanilla": "decode per token: {:.2f}x as fast as vanilla",
     "time_to_first_token_speedup_over_vanilla": "time to first token: {:.2f}x as fast as vanilla",
     "time_to_first_token_speedup_over_eager_maps": "time to first token: {:.2f}x as fast as eager_maps",
+    "prefill_speedup_of_compiled": "compiled prefill: {:.2f}x as fast",
+    "decode_per_token_speedup_of_compiled": "compiled decode per token: {:.2f}x as fast",
+    "time_to_first_token_speedup_of_compiled": "compiled time to first token: {:.2f}x as fast",
     "kv_cache_reduction_over_vanilla": "key-value cache: {:.2f}x smaller than vanilla's",
 }
 
@@ -74,7 +77,11 @@ def print_result(result: BenchResult | SideResult, console: Console) -> None:
     for key, words in RATIO_WORDS.items():
         if key in result.ratios():
             single = "" if _num_passes(result) > 1 else " (one pass each: that may be chance; repeats=5 would tell)"
-            console.print("  vzip " + words.format(result.ratios()[key]) + single, highlight=False, soft_wrap=True)
+            console.print(
+                "  " + ("" if key.endswith("compiled") else "vzip ") + words.format(result.ratios()[key]) + single,
+                highlight=False,
+                soft_wrap=True,
+            )
     if result.agreement is not None:
         tokens, overlap = result.agreement.max_token_difference, result.selection_overlap
         console.print(

@@ -19,6 +19,7 @@ from vzip.bench.visuals import IMAGE_SIZE, Images, Visuals, visuals_of
 from vzip.compressors import Compressor, Identity
 from vzip.compressors.base import check_reads_no_text
 from vzip.errors import CheckpointError, ConfigError
+from vzip.models.compiled import check_compiler, check_compiles, check_parts
 from vzip.models.families import Adapter, FamilyOptions, VisualInputs, adapter_class_for_config, adapter_for_model
 from vzip.models.families.llava_base import LlavaBase
 from vzip.models.families.options import check_fit
@@ -115,6 +116,8 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
                 f"pruner={settings.pruner}: {model.name} is a vision tower alone, and pruners drop in language models."
             )
         adapter_for_model(meta).check_pruner(model.config, pruner)
+    if settings.compile:
+        _check_compiles(settings, model, compressor)
     num_visual = 0
     if not model.tower_only:
         num_crops = settings.crops_per_prompt(model)
@@ -133,6 +136,18 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
     num_parameters = sum(p.numel() for p in meta.parameters())
     needed = estimate_bytes(settings, model, num_parameters, num_visual)
     refuse_if_too_large(needed, settings.torch_device, f"model={model.name} at {settings.torch_dtype}")
+
+
+def _check_compiles(settings: BenchSettings, model: BenchModel, compressor: Compressor) -> None:
+    """Raises as ``check``, or MissingPackageError, for what cannot be compiled here."""
+    if model.tower_only:
+        raise ConfigError(
+            f"compile={','.join(settings.compile)}: {model.name} is a vision tower alone, and a whole model's parts are"
+            " compiled."
+        )
+    parts = check_parts(settings.compile)
+    check_compiler(parts, settings.torch_device)
+    check_compiles(parts, adapter_class_for_config(model.config), model.config, compressor)
 
 
 def build(settings: BenchSettings, model: BenchModel) -> Workload:

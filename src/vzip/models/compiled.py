@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, StaticCache
 
+from vzip.compressors.base import Compressor
 from vzip.errors import ConfigError, MissingPackageError, nearest
 from vzip.keys import raise_all
 from vzip.pruners.base import Pruner
 
 from .families import Adapter
+from .families.llava_base import LlavaBase
 from .splice import PreparedInputs
 
 Part = Literal["tower", "prefill", "decode"]
@@ -76,6 +78,7 @@ def check_compiles(
     parts: Sequence[Part],
     family: type[Adapter],
     config: Any,
+    compressor: Compressor,
     *,
     pruner: Pruner | None = None,
     attn_implementation: str | None = None,
@@ -87,15 +90,27 @@ def check_compiles(
         parts: from ``check_parts``.
         family: the model's.
         config: its configuration.
+        compressor: the method.
         pruner, attn_implementation, quantization: as for ``load_vlm``.
 
     Raises:
         ConfigError: naming everything that stands against it.
     """
     asked = [part for part in parts if part in _OF_LANGUAGE]
-    if not asked:
-        return
     shown, problems = f"model.compile={'+'.join(parts)}", []
+    if "tower" in parts and not issubclass(family, LlavaBase):
+        problems.append(
+            f"{shown}: the vision tower of {family.model_class.__name__} takes images of any size, for which no graph"
+            " is made. Take tower out of model.compile."
+        )
+    elif "tower" in parts and compressor.tower_use == "pruned":
+        problems.append(
+            f"{shown} with compressor={type(compressor).__name__}: which patches it drops inside the vision tower, and"
+            " so the shapes of later layers, depend on the image. Take tower out of model.compile."
+        )
+    if not asked:
+        raise_all(problems)
+        return
     without = f"Take {' and '.join(asked)} out of model.compile"
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}

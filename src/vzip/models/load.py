@@ -132,6 +132,7 @@ def load_vlm(
         parts,
         adapter_class,
         config,
+        compressor,
         pruner=pruner,
         attn_implementation=attn_implementation,
         quantization=quantization,

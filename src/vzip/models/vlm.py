@@ -167,8 +167,7 @@ class CompressedVlm(InputBuilder, TrainerModel):
         self.adapter.check_scope(compressor)
         self.adapter.check_compressor(compressor)
         check_text_encoder(compressor, self.model.config)
-        if "tower" in self.compiled_parts:
-            self.adapter.check_capture(compressor)
+        self._check_compiles(compressor, getattr(self, "_pruner", None))
         self._compressor = compressor
 
     @property
@@ -182,17 +181,20 @@ class CompressedVlm(InputBuilder, TrainerModel):
             if not isinstance(pruner, Pruner):
                 raise ConfigError(f"pruner={pruner!r}: must be an instance of vzip.Pruner, as vzip.FastV(), or None.")
             self.adapter.check_pruner(self.adapter.model.config, pruner)
-        attention = self.model.config.get_text_config()._attn_implementation
+        self._check_compiles(self._compressor, pruner)
+        self._pruner = pruner
+
+    def _check_compiles(self, compressor: Compressor, pruner: Pruner | None) -> None:
         kind = getattr(self.model, "quantization_method", None)
         check_compiles(
             self.compiled_parts,
             type(self.adapter),
             self.model.config,
+            compressor,
             pruner=pruner,
-            attn_implementation=attention,
+            attn_implementation=getattr(self.model.config.get_text_config(), "_attn_implementation", None),
             quantization=None if kind is None else str(kind),
         )
-        self._pruner = pruner
 
     @contextmanager
     def _pruning(self, prepared: PreparedInputs) -> Iterator[PrunedRun | None]:

@@ -89,7 +89,7 @@ def flattens_at(points: Sequence[PointRecord], stage: str = FIRST_TOKEN) -> int:
 
 
 def tables(record: Record) -> str:
-    """Everything for a page, as Markdown: the points of each axis, rates of growth, where larger batches stop gaining."""
+    """Everything for a page, as Markdown: the points of each axis, rates of growth, where batches stop gaining."""
     parts = [f"### {name.capitalize()}\n\n{_points(record, axis)}" for axis, name in WORDS.items()]
     return "\n\n".join([*parts, f"### Rates of growth\n\n{_growth(record)}", f"### Batches\n\n{_batches(record)}"])
 
@@ -101,8 +101,9 @@ def machine(record: Record) -> str:
     return (
         f"{record['model']} ({resolved['num_parameters'] / 1e6:.1f} M parameters), {resolved['dtype']} on"
         f" {resolved['device']}: {found['processor']}, {found['num_threads']} threads, load"
-        f" {found['load_average_1min']:.1f} at the end; medians of {settings['repeats']} rounds in turns; torch {found['torch']}, transformers"
-        f" {found['transformers']}; {found['time'][:10]}, code {str(code)[:12]}; `{found['command']}`"
+        f" {found['load_average_1min']:.1f} at the end; medians of {settings['repeats']} rounds in turns; torch"
+        f" {found['torch']}, transformers {found['transformers']}; {found['time'][:10]}, code {str(code)[:12]};"
+        f" `{found['command']}`"
     )
 
 
