@@ -122,6 +122,7 @@ def test_plain_arguments(hydra_folder: None) -> None:
         "dtype": "float16",
         "device_map": "auto",
         "attn_implementation": "sdpa",
+        "compile": None,
         "quantization": "4bit",
         "preprocess": "llava",
         "projector": None,

@@ -34,6 +34,7 @@ from .splice import PreparedInputs
 
 Part = Literal["tower", "prefill", "decode"]
 PARTS: tuple[Part, ...] = get_args(Part)
+BACKEND = "inductor"  # of torch.compile
 _OF_LANGUAGE: tuple[Part, ...] = ("prefill", "decode")
 _MAX_GRAPHS = 256  # of one function; Dynamo's own limit of 8 is fewer than there are buckets and batch sizes
 _SINGLE = ("num_beams", "num_beam_groups", "num_return_sequences")
@@ -199,11 +200,10 @@ class CompiledEncoder:
 
     Args:
         adapter: whose images are encoded.
-        backend: of ``torch.compile``.
     """
 
-    def __init__(self, adapter: Adapter, backend: str = "inductor") -> None:
-        self._run = torch.compile(adapter.encode, fullgraph=True, dynamic=False, backend=backend)
+    def __init__(self, adapter: Adapter) -> None:
+        self._run = torch.compile(adapter.encode, fullgraph=True, dynamic=False, backend=BACKEND)
 
     def __call__(self, *args: Any) -> Any:
         with many_graphs():
@@ -238,26 +238,22 @@ class CompiledLanguageModel:
         model: Hugging Face's.
         embed_tokens: its text embedding.
         parts: ``prefill`` and ``decode``, or one of them; the other runs as it is, on the same cache.
-        backend: of ``torch.compile``.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, embed_tokens: nn.Module, parts: Sequence[Part], backend: str = "inductor"
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, embed_tokens: nn.Module, parts: Sequence[Part]) -> None:
         self._model, self._embed, self._parts = model, embed_tokens, parts
-        self._prefill = self._compiled("prefill", backend)
-        self._decode = self._compiled("decode", backend)
+        self._prefill, self._decode = self._compiled("prefill"), self._compiled("decode")
         # The last batch's cache, since a GPU's recorded graph holds for these very addresses.
         self._spare: list[StaticCache] = []
 
-    def _compiled(self, part: Part, backend: str) -> Callable[..., Tensor]:
+    def _compiled(self, part: Part) -> Callable[..., Tensor]:
         if part not in self._parts:
             return self._read
         # Recorded as a CUDA graph: a step of one token is bound by the launches.
-        is_recorded = part == "decode" and backend == "inductor" and self._model.device.type == "cuda"
+        is_recorded = part == "decode" and BACKEND == "inductor" and self._model.device.type == "cuda"
         mode = "reduce-overhead" if is_recorded else None
         compiled: Callable[..., Tensor] = torch.compile(
-            self._read, fullgraph=True, dynamic=False, backend=backend, mode=mode
+            self._read, fullgraph=True, dynamic=False, backend=BACKEND, mode=mode
         )
         return compiled
 
