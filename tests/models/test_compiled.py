@@ -35,8 +35,13 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch._dynamo.reset()
 
 
+def small() -> Any:
+    """One layer of the language model, one of the tower that runs: Dynamo's time is by layers."""
+    return tiny.llava(vocab_size=320, num_layers=2, num_text_layers=1)
+
+
 def wrapped(parts: str | None = None, model: Any = None, **settings: Any) -> vzip.CompressedVlm:
-    model = tiny.llava(vocab_size=320) if model is None else model
+    model = small() if model is None else model
     return vzip.CompressedVlm(model, COMPRESSOR, compile=parts, **settings)
 
 
@@ -79,7 +84,7 @@ def test_prompts_of_many_lengths_share_the_graphs_of_their_buckets() -> None:
     plain, own = wrapped(), wrapped("prefill+decode")
     shapes = set()
     for num in (1, 3, 4):
-        for length in (5, 6, 8, 11, 17):
+        for length in (5, 8, 17):
             inputs = prompts(num, length)
             assert own.generate(**inputs, **GREEDY).tolist() == plain.generate(**inputs, **GREEDY).tolist()
             padded = bucket(length + 8)
@@ -96,7 +101,7 @@ def test_more_shapes_than_dynamo_allows_a_function_by_itself() -> None:
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    model = tiny.llava(vocab_size=320)
+    model = small()
     before = [(name, sorted(vars(module))) for name, module in model.named_modules()]
     own = wrapped("tower+prefill+decode", model)
     own.generate(**prompts(2, 7), **GREEDY)
@@ -147,7 +152,7 @@ def test_options_that_look_at_the_prompt_see_it() -> None:
 
 
 def test_eager_attention_gets_its_own_kind_of_mask() -> None:
-    model = tiny.llava(vocab_size=320)
+    model = small()
     model.set_attn_implementation("eager")
     inputs = prompts(3, 7)
     expected = wrapped(None, model).generate(**inputs, **GREEDY)
@@ -217,7 +222,7 @@ def test_a_method_inside_the_tower_and_a_window_are_refused() -> None:
     methods = [find_method(name) for name in method_names()]
     inside = [m for m in methods if m.build(vzip.TokenBudget(6, 3)).tower_use == "pruned"]
     assert inside, "FlowCut, at least"
-    with pytest.raises(ConfigError, match="depend on the image. Take tower out"):
+    with pytest.raises(ConfigError, match="depend on the image"):
         check_compiles(("tower",), **{**LLAVA, "compressor": inside[0].build(vzip.TokenBudget(6, 3))})
     config = tiny.llava().config
     config.text_config.sliding_window = 8

@@ -317,8 +317,7 @@ def _visual_tokens(method: Method, inputs: dict[str, Tensor], watch: Stopwatch |
                 visual = w.asked(visual)
         if isinstance(method, Compiled) and method.encoder is not None:
             with watch.stage("encode"):
-                found: list[VisualTokens] = method.encoder(visual, method.compressor)
-            return found
+                return method.encoder(visual, method.compressor)
         run: TowerRun | None = None
         if w.visuals.has_tower:
 

@@ -28,8 +28,9 @@ from vzip.errors import ConfigError, MissingPackageError, nearest
 from vzip.keys import raise_all
 from vzip.pruners.base import Pruner
 
-from .families import Adapter
+from .families import Adapter, VisualInputs
 from .families.llava_base import LlavaBase
+from .families.places import VisualTokens
 from .splice import PreparedInputs
 
 Part = Literal["tower", "prefill", "decode"]
@@ -205,9 +206,22 @@ class CompiledEncoder:
     def __init__(self, adapter: Adapter) -> None:
         self._run = torch.compile(adapter.encode, fullgraph=True, dynamic=False, backend=BACKEND)
 
-    def __call__(self, *args: Any) -> Any:
-        with many_graphs():
-            return self._run(*args)
+    def __call__(self, visual: VisualInputs, compressor: Compressor) -> list[VisualTokens]:
+        """As ``Adapter.encode``.
+
+        Raises:
+            ConfigError: a method that does what no graph can hold.
+        """
+        try:
+            with many_graphs():
+                tokens: list[VisualTokens] = self._run(visual, compressor)
+        except torch._dynamo.exc.Unsupported as error:
+            what = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"model.compile: pixels to visual tokens by compressor={type(compressor).__name__} are no single graph"
+                f" ({what}). Take tower out of model.compile."
+            ) from error
+        return tokens
 
 
 @dataclass

@@ -270,9 +270,9 @@ class CompressedVlm(InputBuilder, TrainerModel):
 
     def _encode(self, visual: VisualInputs) -> list[VisualTokens]:
         """``Adapter.encode`` by this method, compiled where that was asked for."""
-        run = self.adapter.encode if self._encoder is None or not visual.shapes else self._encoder
-        tokens: list[VisualTokens] = run(visual, self._compressor)
-        return tokens
+        if self._encoder is None or not visual.shapes:
+            return self.adapter.encode(visual, self._compressor)
+        return self._encoder(visual, self._compressor)
 
     def asked(self, visual: VisualInputs, questions: Sequence[str] | None) -> VisualInputs:
         """``Adapter.asked`` with this compressor and processor: one question an image, then one a video."""
