@@ -1,4 +1,4 @@
-"""What is said of curves: fits against numpy's, tables against numbers worked out by hand, the page against its record."""
+"""What is said of curves: fits against numpy's, tables against numbers worked out by hand, the page by its record."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def _recipe_label(config: Mapping[str, Any]) -> str | None:
         return None
     keys = ("quantization", "positions", "compile") if recipe.endswith(TUNED) else _BESIDE_A_RECIPE
     own = [key for key in keys if model.get(key) is not None and not recipe.endswith(f"_{model[key]}")]
-    return recipe + "".join(f"_{key}-{show(model[key])}" for key in own)
+    return recipe + "".join(f"_{key}-{_joined(model[key])}" for key in own)
 
 
 def task_label(evaluation: Mapping[str, Any], directory: Path) -> str:
@@ -97,7 +97,12 @@ def model_label(model: Mapping[str, Any], directory: Path) -> str:
     same = model["name_or_path"] == usual.get("name_or_path")
     label = model["name"] if same else Path(model["name_or_path"]).expanduser().resolve().name
     changed = [k for k in RESULT_KEYS["model"] if k != "name_or_path" and model[k] != usual.get(k)]
-    return label + "".join(f"_{key}-{show(model[key])}" for key in changed)
+    return label + "".join(f"_{key}-{_joined(model[key])}" for key in changed)
+
+
+def _joined(value: Any) -> str:
+    """A setting's value as part of a name."""
+    return "+".join(map(show, value)) if isinstance(value, list) else show(value)
 
 
 def methods_label(config: Mapping[str, Any], directory: Path) -> str:
