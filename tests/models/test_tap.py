@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests import tiny
+from tests import tiny, tiny_internvl
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
 from vzip.compressors.vision import SCORES, SIGNALS, Signal
 from vzip.errors import PromptError, UnsupportedModelError
+from vzip.models.families.video_llava.tower import CLIP_FRAMES, LanguageBindVideoTower
 from vzip.models.towers.structure import check_select_layer, find_tower, geometry_from_config
-from vzip.models.towers.tap import run_tower
+from vzip.models.towers.tap import record_output, run_tower
 
 BOTH = frozenset({Signal("attention"), Signal("keys")})
 
@@ -94,6 +95,27 @@ def test_taps_do_not_change_the_output(kind):
         assert torch.equal(run_tower(find_tower(tower), pixels, select_layer).hidden, stock[select_layer])
         if select_layer:
             assert torch.equal(run_tower(find_tower(tower), pixels, select_layer, BOTH).hidden, stock[select_layer])
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "internvl", "languagebind"])
+@torch.no_grad()
+def test_projections_made_apart_are_the_layers_own(kind):
+    """What a graph reads in place of the hooks."""
+    torch.manual_seed(0)
+    if kind == "internvl":
+        module = tiny_internvl.build(use_qk_norm=True).model.vision_tower
+    elif kind == "languagebind":
+        module = LanguageBindVideoTower(tiny.vision_config("clip")).eval()
+    else:
+        module = tower_of(kind)
+    tower, found = find_tower(module), {}
+    queries, keys, _ = tower.attention_of(1)
+    hidden = tower.run_layer(0, tower.embed(tiny.pixels(CLIP_FRAMES)))
+    with record_output(queries, "queries", found), record_output(keys, "keys", found):
+        tower.run_layer(1, hidden)
+    own_keys, own_queries = tower.projections(1, hidden, with_queries=True)
+    assert torch.equal(own_keys, found["keys"]) and torch.equal(own_queries, found["queries"])
+    assert tower.projections(1, hidden, with_queries=False)[1] is None
 
 
 @pytest.mark.parametrize(("select_layer", "runs"), [(-2, [1, 1, 1, 0]), (-1, [1, 1, 1, 1]), (1, [1, 0, 0, 0])])

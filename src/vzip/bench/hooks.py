@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from vzip.bench.timing import Stopwatch
 
 
 @contextmanager
@@ -24,12 +27,26 @@ def recorded_outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Ten
         yield outputs
 
 
-class FusedAttention(TorchDispatchMode):
-    """While it is entered, notes in ``names`` which of torch's fused attention operators run."""
+Shape = tuple[int, int, int]
+"""Of a matrix product ``[m, k] @ [k, n]``: m, k, n."""
 
-    def __init__(self) -> None:
+
+class Seen(TorchDispatchMode):
+    """While it is entered, notes what torch runs: which of its fused attention operators, which products of weights.
+
+    Args:
+        watch: whose ``running`` says which stage a product belongs to.
+
+    Attributes:
+        attention: names of the fused attention operators.
+        products: stage -> how often a product of each shape ran; a convolution counts as the product it is.
+    """
+
+    def __init__(self, watch: Stopwatch) -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.watch = watch
+        self.attention: set[str] = set()
+        self.products: dict[str, Counter[Shape]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -38,5 +55,15 @@ class FusedAttention(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         if name.startswith("_scaled_dot_product") and not name.endswith("_math"):
-            self.names.add(name)
-        return func(*args, **kwargs)
+            self.attention.add(name)
+        output = func(*args, **kwargs)
+        if self.watch.running is not None and (weight_at := _WEIGHTS.get(name)) is not None:
+            weight: Tensor = args[weight_at]
+            num_out = weight.shape[1 if name in ("mm", "addmm") else 0]
+            shape = (output.numel() // num_out, weight.numel() // num_out, num_out)
+            self.products.setdefault(self.watch.running, Counter())[shape] += 1
+        return output
+
+
+# Operators that multiply rows by a weight -> which argument that is.
+_WEIGHTS = {"linear": 1, "mm": 1, "addmm": 2, "conv2d": 1, "convolution": 1}

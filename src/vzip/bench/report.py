@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vzip.bench.device_memory import GIB
-from vzip.bench.run import BenchResult
+from vzip.bench.run import BenchResult, MethodResult
 from vzip.bench.stages import STAGES
 from vzip.bench.timing import Timing
 from vzip.installed import missing_package
@@ -34,6 +34,7 @@ FLOPS_WORDS = {
     "prefill": "prefill GFLOPs",
     "decode_per_token": "decode GFLOPs",
 }
+LIMIT_WORDS = {"tower": "tower of limit", "prefill": "prefill of limit"}
 RATIO_WORDS = {
     "selection_share_of_tower": "scoring + selection + merge: {:.2%} of the tower",
     "tower_and_selection_speedup_over_eager_maps": "tower + selection: {:.2f}x as fast as eager_maps",
@@ -45,6 +46,9 @@ RATIO_WORDS = {
     "prefill_speedup_of_compiled": "compiled prefill: {:.2f}x as fast",
     "decode_per_token_speedup_of_compiled": "compiled decode per token: {:.2f}x as fast",
     "time_to_first_token_speedup_of_compiled": "compiled time to first token: {:.2f}x as fast",
+    "tower_share_of_limit": "tower + selection: {:.0%} of the machine's limit",
+    "prefill_share_of_limit": "prefill: {:.0%} of the machine's limit",
+    "memory_added_reduction_over_eager_maps": "memory added by a pass: {:.1f}x less than eager_maps",
     "kv_cache_reduction_over_vanilla": "key-value cache: {:.2f}x smaller than vanilla's",
 }
 
@@ -90,6 +94,13 @@ def print_result(result: BenchResult | SideResult, console: Console) -> None:
             highlight=False,
         )
     console.print("  " + _flops_words(result), highlight=False)
+    if result.products:
+        console.print(
+            "  the machine's limit: all of a stage's operations (the tower's time with selection) at the rate of its"
+            f" matrix products alone ({len(result.products)} shapes, timed in turn with the passes)",
+            highlight=False,
+            soft_wrap=True,
+        )
     for name, method in result.methods.items():
         kernels = ", ".join(method.attention_kernels) or "none fused"
         console.print(f"  attention of {name}: {kernels}", highlight=False)
@@ -202,7 +213,15 @@ def build_table(result: BenchResult) -> Table:
     for stage in FLOPS_WORDS:
         if stage in methods[0].flops:
             table.add_row(FLOPS_WORDS[stage], *(f"{m.flops[stage].counted / 1e9:,.3f}" for m in methods))
+    for stage, words in LIMIT_WORDS.items():
+        if any(stage in m.limit_ms for m in methods):
+            table.add_row(words, *(_of_limit(m, stage) for m in methods))
     return table
+
+
+def _of_limit(method: MethodResult, stage: str) -> str:
+    share = method.share_of_limit(stage)
+    return "-" if share is None else f"{share:.0%} of {method.limit_gflops[stage]:,.0f} GFLOP/s"
 
 
 def _time(t: Timing) -> str:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vzip.bench import flops, operations, shapes, workload
-from vzip.bench.device_memory import PeakMemory, kv_cache_formula_bytes
+from vzip.bench import flops, limit, operations, shapes, workload
+from vzip.bench.device_memory import PeakMemory, kv_cache_formula_bytes, release_unused
 from vzip.bench.eager_maps import Agreement, check_agreement
-from vzip.bench.hooks import FusedAttention
+from vzip.bench.hooks import Seen
 from vzip.bench.settings import COMPILED, BenchSettings
 from vzip.bench.stages import (
     METHOD_CLASSES,
@@ -30,12 +30,13 @@ from vzip.bench.stages import (
     preprocess,
     run_pass,
 )
-from vzip.bench.timing import StageTimes, Timing, run_interleaved
+from vzip.bench.timing import StageTimes, Stopwatch, Timing, run_interleaved
 from vzip.bench.visuals import Images
 from vzip.bench.workload import Workload
 from vzip.results.provenance import code_state, hardware, source_sha256, versions
 
 SCHEMA_VERSION = 1
+_BARE = "bare products"  # taking turns with the methods
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class MethodResult:
         flops: stage -> operations.
         attention_kernels: torch's fused attention that ran (the tower's and the language model's), by its names; empty
             where none was fused.
+        limit_ms: stage -> what its operations would take at the rate of its matrix products alone, see ``limit``.
+        limit_gflops: stage -> that rate, in 10^9 operations a second.
     """
 
     stages: dict[str, Timing]
@@ -68,6 +71,14 @@ class MethodResult:
     memory_kind: str
     flops: dict[str, operations.StageFlops]
     attention_kernels: list[str]
+    limit_ms: dict[str, float]
+    limit_gflops: dict[str, float]
+
+    def share_of_limit(self, stage: str) -> float | None:
+        """How near a stage comes to its limit, 1 being there; the tower's with selection, which only adds time."""
+        if stage not in self.limit_ms:
+            return None
+        return self.limit_ms[stage] / self.median_ms(*(("tower", "selection") if stage == "tower" else (stage,)))
 
     def median_ms(self, *stages: str) -> float:
         """Sum of the medians of stages; those this method does not have count nothing."""
@@ -106,9 +117,11 @@ class BenchResult(Measurement):
     Attributes:
         agreement: vzip against eager_maps before the measurement, or None where one of them is left out.
         selection_overlap: share of dominant tokens that both kept in the measured dtype, or None likewise.
+        products: bare matrix products of the limited stages' shapes, timed in turn with the passes.
     """
 
     methods: dict[str, MethodResult]
+    products: dict[str, Timing]
     agreement: Agreement | None
     selection_overlap: float | None
 
@@ -136,8 +149,14 @@ class BenchResult(Measurement):
             for stage in ("prefill", "decode_per_token", "time_to_first_token"):
                 if stage in ours.stages:
                     found[f"{stage}_speedup_over_{name}"] = other.median_ms(stage) / ours.median_ms(stage)
+            if ours.peak_memory_added_bytes > 0:
+                added = other.peak_memory_added_bytes / ours.peak_memory_added_bytes
+                found[f"memory_added_reduction_over_{name}"] = added
             if ours.kv_cache_bytes:
                 found[f"kv_cache_reduction_over_{name}"] = other.kv_cache_bytes / ours.kv_cache_bytes
+        for stage in limit.LIMITED:
+            if (share := ours.share_of_limit(stage)) is not None:
+                found[f"{stage}_share_of_limit"] = share
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -182,7 +201,7 @@ def measure(
         overlap = selection_overlap(w, pixel_values[:1])
     methods = {name: METHOD_CLASSES[name](w) for name in settings.methods}
 
-    total = len(methods) * (settings.warmup + settings.repeats + 1)
+    total = (len(methods) + 1) * (settings.warmup + settings.repeats) + 2 * len(methods)
     done = 0
     last: dict[str, PassResult] = {}
 
@@ -196,18 +215,31 @@ def measure(
         return result.times_ms
 
     log("measuring")
+    seen = {}
+    for name, method in methods.items():
+        seen[name] = look(method)
+        advance()
+    bare = limit.BareProducts.of([one.products for one in seen.values()], w.device, w.dtype)
     timings = run_interleaved(
-        {name: (lambda method=method: run_once(method)) for name, method in methods.items()},  # type: ignore[misc]
+        {
+            **{name: (lambda method=method: run_once(method)) for name, method in methods.items()},  # type: ignore[misc]
+            _BARE: bare.run,
+        },
         repeats=settings.repeats,
         warmup=settings.warmup,
         on_step=advance,
     )
+    products = timings.pop(_BARE)
+    del bare  # or its operands would be among the memory measured
+    release_unused(w.device)
     results = {}
     for name, method in methods.items():
         with PeakMemory(w.device) as peak:
             run_pass(method)
         advance()
         passed = last[name]
+        counted = operations.count_method(w, model, name, passed.num_visual_tokens, passed.cached_tokens)
+        rates = limit.rates(seen[name].products, products)
         results[name] = MethodResult(
             stages=timings[name],
             num_visual_tokens=passed.num_visual_tokens,
@@ -218,8 +250,10 @@ def measure(
             peak_memory_bytes=peak.peak_bytes,
             peak_memory_added_bytes=peak.peak_bytes - peak.start_bytes,
             memory_kind=peak.kind,
-            flops=operations.count_method(w, model, name, passed.num_visual_tokens, passed.cached_tokens),
-            attention_kernels=fused_attention(method),
+            flops=counted,
+            attention_kernels=sorted(seen[name].attention),
+            limit_ms={stage: 1e3 * counted[stage].counted / rate for stage, rate in rates.items()},
+            limit_gflops={stage: rate / 1e9 for stage, rate in rates.items()},
         )
     return BenchResult(
         model=model.name,
@@ -233,6 +267,7 @@ def measure(
         environment=environment(w.device),
         agreement=agreement,
         selection_overlap=overlap,
+        products=products,
         methods=results,
         notes=list(model.notes),
     )
@@ -248,16 +283,17 @@ def selection_overlap(w: Workload, pixel_values: torch.Tensor) -> float:
     return len(kept[0] & kept[1]) / len(kept[0])
 
 
-def fused_attention(method: Method) -> list[str]:
-    """The names of torch's fused attention operators that a pass calls (``_scaled_dot_product_flash_attention``).
+def look(method: Method) -> Seen:
+    """What a pass calls: torch's fused attention (``_scaled_dot_product_flash_attention``), products by stage.
 
-    None of a compiled method: what a graph calls is not seen.
+    Nothing of a compiled method: what a graph calls is not seen.
     """
-    if isinstance(method, Compiled):
-        return []
-    with FusedAttention() as seen:
-        run_pass(method)
-    return sorted(seen.names)
+    watch = Stopwatch(method.workload.device)
+    seen = Seen(watch)
+    if not isinstance(method, Compiled):
+        with seen:
+            run_pass(method, watch)
+    return seen
 
 
 def _expected_cache_bytes(w: Workload, method: Method, passed: PassResult) -> int:

@@ -204,10 +204,10 @@ def preprocess(workload: Workload) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def run_pass(method: Method) -> PassResult:
-    """Runs one method once, with the clock stopped between stages."""
+def run_pass(method: Method, watch: Stopwatch | None = None) -> PassResult:
+    """Runs one method once, with the clock stopped between stages; ``watch``: the clock, where one is looked at."""
     w = method.workload
-    watch = Stopwatch(w.device)
+    watch = watch or Stopwatch(w.device)
     with watch.stage("preprocess"):
         inputs = preprocess(w)
     tokens = _visual_tokens(method, inputs, watch)

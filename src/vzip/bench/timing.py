@@ -30,11 +30,16 @@ class Stopwatch:
 
     Args:
         device: the device the stages run on; the clock waits for it before and after each stage.
+
+    Attributes:
+        times_ms: of the stages that have ended.
+        running: the stage that has not, or None.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.times_ms: StageTimes = {}
+        self.running: str | None = None
 
     @contextmanager
     def stage(self, name: str, divide_by: int = 1) -> Iterator[None]:
@@ -45,9 +50,11 @@ class Stopwatch:
             divide_by: number of equal steps in the body; the time of one of them is recorded.
         """
         synchronize(self.device)
+        self.running = name
         start = time.perf_counter_ns()
         yield
         synchronize(self.device)
+        self.running = None
         elapsed_ms = (time.perf_counter_ns() - start) / 1e6 / divide_by
         self.times_ms[name] = self.times_ms.get(name, 0.0) + elapsed_ms
 

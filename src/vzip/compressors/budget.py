@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from fractions import Fraction
 from typing import Literal, get_args
 
 from vzip.errors import ConfigError, nearest
@@ -106,13 +105,15 @@ class FractionBudget(_Scoped):
 
     def of(self, shape: VisionShape) -> TokenBudget:
         """The counts for a crop of that shape; one token at least."""
-        # Decimals as they are written: 0.35 * 180 is 62.99... in binary.
-        num_dominant, num_contextual = (
-            math.floor(Fraction(str(part)) * shape.num_patches) for part in (self.dominant, self.contextual)
-        )
+        num_dominant, num_contextual = (part_of(part, shape.num_patches) for part in (self.dominant, self.contextual))
         if self.contextual:
             num_contextual = max(num_contextual, 1)
         return TokenBudget(num_dominant if num_dominant or num_contextual else 1, num_contextual)
+
+
+def part_of(share: float, count: int) -> int:
+    """A share of a count, rounded down, as the decimal is written: 0.35 * 180 is 62.99... in binary."""
+    return math.floor(round(share * count, 9))
 
 
 def check_budget(budget: object) -> None:

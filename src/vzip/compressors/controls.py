@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
 from typing import ClassVar, Literal
 
@@ -124,9 +123,9 @@ def _grid_of(
         ConfigError: there are none.
     """
 
-    def unlike(cells: tuple[int, int]) -> Fraction:
-        aspect = Fraction(cells[0] * grid[1], cells[1] * grid[0])
-        return max(aspect, 1 / aspect)
+    def unlike(cells: tuple[int, int]) -> float:
+        tall, wide = cells[0] * grid[1], cells[1] * grid[0]
+        return max(tall, wide) / min(tall, wide)
 
     within = [(rows, cols) for rows in range(1, grid[0] + 1) for cols in range(1, grid[1] + 1)]
     allowed = [cells for cells in within if most_unlike is None or unlike(cells) <= most_unlike]

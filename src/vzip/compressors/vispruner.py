@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -15,6 +13,7 @@ from vzip.ops.attention import at_least_float32
 from vzip.ops.select import cosine_matrix, gather_rows
 
 from .base import ChosenUnits
+from .budget import part_of
 from .vision import Signal, VisionOutput
 
 REMOVED_AT_ONCE = 8
@@ -48,7 +47,7 @@ class VisPruner(ChosenUnits):
         return frozenset({Signal("attention")})
 
     def choose(self, vision: VisionOutput, num_tokens: int) -> Tensor:
-        num_important = math.floor(Fraction(str(self.important_ratio)) * num_tokens)
+        num_important = part_of(self.important_ratio, num_tokens)
         num_diverse = num_tokens - num_important
         attention = at_least_float32(vision.read_patches(Signal("attention")))
         order = torch.sort(attention, dim=1, descending=True, stable=True).indices

@@ -19,7 +19,10 @@ from .budget import FractionBudget, TokenBudget
 from .plan import TowerPlan
 from .vision import SCORES, Signal, VisionOutput, VisionShape
 
-_HANDED_ON = ("scope", "space", "uses_valid", "splits_budget", "drops_rest", "tower_use", "uses_grid", "text_encoder")
+_HANDED_ON = (
+    *("scope", "space", "uses_valid", "splits_budget", "drops_rest"),
+    *("tower_use", "uses_grid", "cannot_capture", "text_encoder"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class Wrapper(Compressor):
     def budget(self) -> TokenBudget | FractionBudget | None:
         """The other method's, where it has one."""
         return getattr(self.of, "budget", None)
+
+    @property
+    def is_tested(self) -> bool:
+        return super().is_tested and self.of.is_tested
 
     def reads(self) -> frozenset[Signal]:
         return self.of.reads()

@@ -44,6 +44,7 @@ class ZooPrune(ChosenUnits):
     """
 
     space: ClassVar[Literal["tower", "projected"]] = "projected"
+    cannot_capture: ClassVar[str | None] = "it draws its directions by a generator"
 
     num_directions: int = 64
     step: float = 0.01

@@ -28,8 +28,8 @@ from vzip.errors import ConfigError, MissingPackageError, nearest
 from vzip.keys import raise_all
 from vzip.pruners.base import Pruner
 
+from .devices import has_placement_hooks
 from .families import Adapter, VisualInputs
-from .families.llava_base import LlavaBase
 from .families.places import VisualTokens
 from .splice import PreparedInputs
 
@@ -100,16 +100,11 @@ def check_compiles(
     """
     asked = [part for part in parts if part in _OF_LANGUAGE]
     shown, problems = f"model.compile={'+'.join(parts)}", []
-    if "tower" in parts and not issubclass(family, LlavaBase):
-        problems.append(
-            f"{shown}: the vision tower of {family.model_class.__name__} takes images of any size, for which no graph"
-            " is made. Take tower out of model.compile."
-        )
-    elif "tower" in parts and compressor.tower_use == "pruned":
-        problems.append(
-            f"{shown} with compressor={type(compressor).__name__}: which patches it drops inside the vision tower, and"
-            " so the shapes of later layers, depend on the image. Take tower out of model.compile."
-        )
+    if "tower" in parts:
+        try:
+            family.check_graph(compressor)
+        except ConfigError as error:
+            problems.append(f"model.{error}")
     if not asked:
         raise_all(problems)
         return
@@ -147,12 +142,11 @@ def check_compiles(
 
 def check_spread(parts: Sequence[Part], model: PreTrainedModel) -> None:
     """Raises ConfigError for a model whose weights accelerate moves between devices, which a graph cannot."""
-    devices = sorted(map(str, set(getattr(model, "hf_device_map", {}).values())))
-    if parts and len(devices) > 1:
+    if parts and has_placement_hooks(model):
         raise ConfigError(
-            f"model.compile={'+'.join(parts)}: the model is spread over {', '.join(devices)}, between which hooks move"
-            " what a graph would have to hold. Put it on one device (model.device_map=cuda:0), or take model.compile"
-            " out."
+            f"model.compile={'+'.join(parts)}: the model is spread over devices, or parts of it are parked elsewhere,"
+            " and hooks move what a graph would have to hold. Put it on one device (model.device_map=cuda:0), or take"
+            " model.compile out."
         )
 
 

@@ -46,6 +46,11 @@ def sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tenso
     }
 
 
+def has_placement_hooks(module: nn.Module) -> bool:
+    """Whether accelerate moves tensors or fetches weights while the module, or a part of it, runs."""
+    return any(hasattr(part, "_hf_hook") for part in module.modules())
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Within it GPUs compute float32 products and convolutions in float32, not in TF32, which has ten bits of mantissa.

@@ -27,7 +27,7 @@ from vzip.media.images import PREPROCESSES, Preprocess, prepare_images
 from vzip.media.video import VideoSource
 from vzip.pruners.base import Decoder, Pruner
 
-from ..devices import execution_device
+from ..devices import execution_device, has_placement_hooks
 from ..towers.cache import TowerCache
 from ..towers.structure import Tower, TowerGeometry
 from ..towers.text import TextEncoder, check_text_encoder
@@ -115,6 +115,7 @@ class Adapter(ABC):
         tower_cache: outputs of the vision tower kept between runs; None: the tower always runs. What a question adds
             for a text-aware method is never kept.
         cannot_use: why its tower cannot be used as some methods need, by ``Compressor.tower_use``.
+        cannot_capture: why ``encode`` cannot be one graph, whatever the method; None: it can.
         text_encoder: the CLIP text model that was last needed.
     """
 
@@ -140,6 +141,7 @@ class Adapter(ABC):
         "pruned": "its vision tower is run as a whole and not layer by layer",
         "resized": "its images have any size; give smaller ones",
     }
+    cannot_capture: ClassVar[str | None] = None
     video_token_id: int | None = None
 
     def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
@@ -258,6 +260,28 @@ class Adapter(ABC):
                 f"compressor={type(compressor).__name__} {acts[compressor.tower_use]}, which"
                 f" {cls.model_class.__name__} does not allow: {why}. Use another compressor, or a model of LLaVA-1.5,"
                 " LLaVA-NeXT or Video-LLaVA in Hugging Face's class."
+            )
+
+    def check_capture(self, compressor: Compressor) -> None:
+        """Raises ConfigError where ``encode`` with that method cannot be one graph for ``torch.compile``."""
+        is_moved = has_placement_hooks(self.vision_tower) or has_placement_hooks(self.projector)
+        self.check_graph(compressor, "its weights are fetched from elsewhere while it runs" if is_moved else None)
+
+    @classmethod
+    def check_graph(cls, compressor: Compressor, of_placement: str | None = None) -> None:
+        """The same of a model that is not loaded; ``of_placement``: why not as it is placed."""
+        why, name = cls.cannot_capture, cls.model_class.__name__
+        of_method = compressor.cannot_capture
+        if compressor.tower_use == "pruned":
+            of_method = "how many patches it drops depends on the image"
+        if of_method is not None:
+            why, name = of_method, f"compressor={type(compressor).__name__}"
+        elif of_placement is not None:
+            why, name = of_placement, "device_map"
+        if why is not None:
+            raise ConfigError(
+                f"compile=tower with {name}: {why}, so the vision tower cannot be one graph of fixed shapes. Leave"
+                " tower out of compile."
             )
 
     @classmethod

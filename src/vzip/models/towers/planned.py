@@ -34,7 +34,6 @@ def run_for(
     return run_planned(tower, pixel_values, select_layer, plan, stock_offset)
 
 
-@torch.compiler.disable(reason="vzip: the vision tower is read by hooks, so fullgraph=True cannot be; leave it out")
 def run_planned(
     tower: Tower, pixel_values: Tensor, select_layer: int, plan: TowerPlan, stock_offset: int | None = None
 ) -> VisionOutput:
@@ -79,6 +78,7 @@ def run_planned(
     )
 
 
+@torch.compiler.disable(reason="vzip: how many patches are dropped depends on the image, so fullgraph=True cannot be")
 def _pruned(tower: Tower, hidden: Tensor, num_layers: int, pruner: TowerPruner) -> tuple[Tensor, Tensor]:
     """The layers run on ever fewer patches: ``[N, 1 + K, D]``, and which are left, int64 ``[N, K]``.
 

@@ -59,6 +59,7 @@ class Qwen2_5VlAdapter(Adapter):
     preprocesses = ("hf",)
     templates = ("chat",)
     decoder_class = MRopeDecoder
+    cannot_capture = "its images have any size, and which patches attend to which is laid out on the host"
 
     def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
         super().__init__(model, options)
