@@ -235,16 +235,17 @@ def test_all_that_stands_against_it_is_named_at_once_before_weights_are_read(tmp
     model = tiny.llava()
     model.config.save_pretrained(tmp_path)  # no weights: nothing else than the refusal can come of it
     with pytest.raises(ConfigError, match="2 problems") as refused:
-        vzip.load_vlm(tmp_path, compile=["prefill"], pruner=vzip.FastV(), attn_implementation="flash_attention_2")
+        vzip.load_vlm(tmp_path, compile=["prefill"], pruner=vzip.FastV(K=1), attn_implementation="flash_attention_2")
     assert "pruner=FastV" in str(refused.value) and "flash_attention_2" in str(refused.value)
 
 
 def test_a_pruner_that_comes_later_is_refused_too() -> None:
-    own = wrapped("decode")
+    model = tiny.llava(num_layers=2)
+    own = wrapped("decode", model)
     with pytest.raises(ConfigError, match="hooks, which are no part of a graph"):
         own.pruner = vzip.FastV(K=1, keep=4)
     assert own.pruner is None
-    tower = wrapped("tower")
+    tower = wrapped("tower", model)
     tower.pruner = vzip.FastV(K=1, keep=4)  # the tower and a pruner have nothing to do with each other
 
 

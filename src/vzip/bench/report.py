@@ -231,7 +231,7 @@ def _time(t: Timing) -> str:
     return f"{t.median_ms:.{digits}f} [{t.q1_ms:.{digits}f}-{t.q3_ms:.{digits}f}]"
 
 
-def write_json(result: BenchResult | SideResult, path: Path) -> None:
+def write_json(result: Measurement, path: Path) -> None:
     """Writes the whole measurement, samples included."""
     make_folder(path.parent)
     replace_file(path, json.dumps(result.to_json(), indent=1) + "\n")

@@ -126,8 +126,8 @@ class Batch:
         return self._with(lambda tensors: {name: tensor.pin_memory() for name, tensor in tensors.items()})
 
     def _with(self, moved: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> Batch:
-        text = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "labels")}
-        return replace(self, **moved(text), images=moved(self.images), videos=moved(self.videos))
+        text: Any = moved({name: getattr(self, name) for name in ("input_ids", "attention_mask", "labels")})
+        return replace(self, **text, images=moved(self.images), videos=moved(self.videos))
 
 
 @dataclass(frozen=True)
