@@ -12,7 +12,7 @@ comma := ,
 STAMP  = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo page browser gallery docs test test-all check test-floor test-latest lock tiny clean
+.PHONY: help install demo page browser gallery curves docs test test-all check test-floor test-latest lock tiny clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +53,10 @@ gallery: install  ## docs/gallery.md and docs/leaderboard.md: the built-in model
 	$(VENV)/bin/python eval.py -m compressor=visionzip,random budget=full,192tok,128tok,64tok $(SCENES_50)
 	$(VENV)/bin/python -m vzip figure all --overwrite --runs runs/gallery
 	$(VENV)/bin/python scripts/update_gallery.py
+
+curves: install  ## docs/performance.md: how the built-in model's cost grows with tokens, crops, batch, frames (about eight minutes)
+	$(VENV)/bin/python -m vzip bench --curves out=runs/curves overwrite=true
+	$(VENV)/bin/python scripts/update_performance.py
 
 docs: install  ## the pages of docs/ as a site in site/, offline; a link or an option that is wrong ends it
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --clean

@@ -68,7 +68,7 @@ def test_values_are_read() -> None:
         (
             "methods=vzip,eager",
             "methods=eager: must be one of vanilla, vzip, eager_maps, dart, fastv, pyramiddrop, sparsevlm,"
-            " sparsevlm_v10, sparsevlm_v20, vscan_stage2 (did you mean 'eager_maps'?)",
+            " sparsevlm_v10, sparsevlm_v20, vscan_stage2, compiled (did you mean 'eager_maps'?)",
         ),
         ("weights=randm", "did you mean 'random'?"),
         ("overwrite=yes", "must be true or false"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.bench.conftest import bench_model, build
 
+from vzip.bench import shapes, workload
 from vzip.bench.device_memory import kv_cache_formula_bytes, storage_bytes
 from vzip.bench.operations import count_method
 from vzip.bench.run import _expected_cache_bytes
@@ -18,6 +19,7 @@ from vzip.bench.stages import METHOD_CLASSES, STAGES, preprocess, run_pass
 from vzip.bench.workload import make_images
 from vzip.compressors import Identity
 from vzip.errors import ConfigError
+from vzip.models import compiled
 from vzip.models.vlm import CompressedVlm
 from vzip.pruners import FastV
 
@@ -224,3 +226,28 @@ def test_prompts_hold_one_placeholder_an_image() -> None:
     w = build(bench_model(), num_crops=3, batch_size=4)
     assert w.input_ids is not None and w.input_ids.shape == (4, 10)
     assert ((w.input_ids == 4).sum(dim=1) == 3).all()
+
+
+@pytest.mark.parametrize("parts", ["tower,prefill,decode", "decode"])
+def test_the_compiled_way_decodes_the_same_tokens(parts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three prompts, so that the batch is filled up; graphs are captured and run uncompiled."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    torch._dynamo.reset()
+    w = build(bench_model(), batch_size=3, compile=tuple(parts.split(",")))
+    plain, own = (run_pass(METHOD_CLASSES[name](w)) for name in ("vzip", "compiled"))
+    assert own.token_ids is not None and plain.token_ids is not None
+    assert torch.equal(own.token_ids, plain.token_ids) and own.num_prompt_tokens == plain.num_prompt_tokens
+    whole = {"encode"} if "tower" in parts else {"tower", "selection", "projector", "scoring"}
+    assert own.times_ms.keys() == {*whole, "preprocess", "splice", "prefill", "decode_per_token", "time_to_first_token"}
+    assert own.kv_cache_bytes > plain.kv_cache_bytes, "of the fixed length"
+    torch._dynamo.reset()
+
+
+def test_what_cannot_be_compiled_is_refused_before_anything_is_built() -> None:
+    with pytest.raises(ConfigError, match="is a vision tower alone, and a whole model's parts are compiled"):
+        workload.check(
+            parse(["model=clip_l_336", "compile=tower", "methods=vzip,compiled"]), shapes.resolve("clip_l_336")
+        )
+    with pytest.raises(ConfigError, match="deeper layers through hooks"):
+        words = ["model=qwen3_vl_2b", "compile=decode", "methods=vzip,compiled"]
+        workload.check(parse(words), shapes.resolve("qwen3_vl_2b"))

@@ -54,6 +54,7 @@ MESSAGES = {
     ],
     ("model.quantization=4",): ["model.quantization=4: must be one of 8bit, 4bit, or null"],
     ("model.preprocess=pad",): ["model.preprocess=pad: must be one of llava, hf"],
+    ("model.compile=[towr]",): ["must be a list of at least one of tower, prefill, decode, each once"],
     ("model.attn_implementation=flash",): ["must be one of sdpa, eager, flash_attention_2"],
     ("model=llava_local",): ["model.name_or_path: must be given, as model.name_or_path=VALUE"],
     ("model=llava_local", "model.name_or_path=./nowhere"): ["model.name_or_path=./nowhere: no such directory"],
@@ -198,6 +199,8 @@ def test_training_says_what_it_cannot_do(run: Run, tmp_path: Path) -> None:
     assert code == 2 and "checkpoints/llava15_7b_untuned: no such directory" in message
     code, message = run("train=projector", "data=scenes_dialogues", "pruner=fastv", name="train")
     assert code == 2 and "pruner=fastv: nothing is dropped inside the language model while it trains" in message
+    code, message = run("train=projector", "data=scenes_dialogues", "model.compile=[tower]", name="train")
+    assert code == 2 and "model.compile=tower: is of answering" in message
     assert list(tmp_path.iterdir()) == []
 
 

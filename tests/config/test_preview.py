@@ -110,6 +110,8 @@ def test_a_dry_run_refuses_what_the_run_would(run: Run, tmp_path: Path) -> None:
         ("model=llava15_7b budget.scope=video", "one budget for all frames of a video"),
         ("model=qwen2_5_vl_3b model.preprocess=llava", "must be one of hf"),
         ("model=llava_next_7b eval=video_choice", "takes no videos as files, and videomme_frames, egoschema_subset,"),
+        ("model=llava15_7b pruner=fastv model.compile=[decode]", "a pruner drops tokens through hooks"),
+        ("model=qwen3_vl_2b model.compile=[prefill]", "takes rows of the vision tower at deeper layers"),
         (
             "model=llava15_7b model.positions=original model.attn_implementation=flash_attention_2",
             "flash attention reads a gap",

@@ -60,6 +60,8 @@ DIRECTORIES = {
     ("paths.runs_dir=/elsewhere",): "/elsewhere/scenes/tiny/visionzip-64tok/seed0",
     ("paths.run_dir=here",): "here",
     ("model.projector=a/b",): "runs/scenes/tiny_projector-a-b/visionzip-64tok/seed0",
+    ("model.compile=[tower,decode]",): "runs/scenes/tiny_compile-tower+decode/visionzip-64tok/seed0",
+    ("+exp=tiny_32tok", "model.compile=[decode]"): "runs/scenes/tiny_32tok_compile-decode/visionzip-32tok/seed0",
     ("+exp=tiny_32tok_tuned",): "runs/scenes/tiny_32tok_tuned/visionzip-32tok/seed0",
     ("+exp=tiny_32tok", "model.projector=trained"): "runs/scenes/tiny_32tok_projector-trained/visionzip-32tok/seed0",
 }
@@ -122,6 +124,7 @@ def test_plain_arguments(hydra_folder: None) -> None:
         "dtype": "float16",
         "device_map": "auto",
         "attn_implementation": "sdpa",
+        "compile": None,
         "quantization": "4bit",
         "preprocess": "llava",
         "projector": None,

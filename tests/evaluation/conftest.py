@@ -131,6 +131,7 @@ class ScriptedVlm:
         self.processor = processor
         self.compressor = vzip.VisionZip(vzip.TokenBudget(5, 2))
         self.pruner = self.last_pruned = None
+        self.compiled_parts: tuple[str, ...] = ()
         self.preprocess, self.name_or_path, self.revision, self.positions = "hf", "", None, None
         self.adapter = SimpleNamespace(video_token_id=None, tower_cache=None)
         self.adapter.tokens_per_crop = lambda compressor: compressor.budget.num_tokens

@@ -123,6 +123,9 @@ class TestStore:
         }
         vlm.compressor = vzip.VisionZip(vzip.TokenBudget(4, 3))
         changed["compressor"] = resume.settings_of(vlm, config, limit=None)
+        vlm.compiled_parts = ("decode",)
+        assert resume.settings_of(vlm, config, limit=None) != changed["compressor"], "compiled numbers are others"
+        vlm.compiled_parts = ()
         # No pruner is no setting: what is digested is what it was before there were any.
         assert resume.settings_of(vlm, {**config, "pruner": {"name": "none"}}, limit=None) == changed["compressor"]
         vlm.pruner = vzip.FastV(1, 3)

@@ -19,7 +19,7 @@ from tests import mgm_layout, tiny, tiny_mini_gemini
 from tests.families import FAMILIES
 
 import vzip
-from vzip.models.devices import execution_device
+from vzip.models.devices import execution_device, first_device, sent
 
 BUDGET = vzip.TokenBudget(num_dominant=6, num_contextual=3)
 COMPRESSORS = [vzip.VisionZip(BUDGET), vzip.Identity()]
@@ -136,3 +136,34 @@ def test_the_published_layout_of_mini_gemini_is_loaded_onto_a_map_of_devices(tmp
 def test_the_device_of_a_module_without_hooks_is_its_weights() -> None:
     assert execution_device(torch.nn.Linear(1, 1, device="meta")) == torch.device("meta")
     assert execution_device(torch.nn.Linear(1, 1)) == torch.device("cpu")
+
+
+class OnTheHost:
+    """A tensor that tells how it is sent."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, is_pinned: bool = False) -> None:
+        self.is_pinned = is_pinned
+
+    def pin_memory(self) -> OnTheHost:
+        return OnTheHost(is_pinned=True)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> tuple[bool, str, bool]:
+        return self.is_pinned, device.type, non_blocking
+
+
+def test_a_gpu_is_sent_pinned_memory_and_not_waited_for() -> None:
+    tensors: Any = {"pixel_values": OnTheHost()}
+    assert sent(tensors, torch.device("cuda")) == {"pixel_values": (True, "cuda", True)}
+    assert sent(tensors, torch.device("cpu")) == {"pixel_values": (False, "cpu", False)}
+    there = torch.zeros(2, device="meta")  # on a device already: nothing to pin
+    assert sent({"x": there}, torch.device("meta"))["x"] is there
+
+
+def test_the_device_that_a_map_will_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert {first_device(name).type for name in (None, "auto", {"": 0}, "cpu", {})} == {"cpu"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = [str(first_device(name)) for name in (None, "cpu", "auto", "cuda:1", {"": 0}, {"model": "cpu"})]
+    assert found == ["cpu", "cpu", "cuda", "cuda:1", "cuda", "cpu"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.train.kit import LAUNCH, SETTINGS
 from torch import Tensor, nn
 
 from vzip.data.collate import Batch
+from vzip.train import stepping
 from vzip.train.stepping import Stepper, StepTimer
 
 
@@ -53,3 +55,25 @@ def test_a_batchs_graph_is_gone_before_the_next_batch() -> None:
     batches = [Batch([name], [0], ids, ids, ids) for name in "abc"]
     loss, _ = stepper._backward(batches, 3.0, StepTimer(torch.device("cpu")))
     assert model.gone == [True] * 3 and loss == 2.0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_for_a_gpu_wait_in_pinned_memory(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the loader's own thread, so that no step waits for a copy."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(stepping, "DataLoader", lambda _data, **settings: asked.update(settings) or [])
+    unused: Any = None
+    assert list(stepping.load_batches(unused, unused, [[0]], 0, torch.device(device))) == []
+    assert asked["pin_memory"] is (device == "cuda")
+
+
+def test_every_tensor_of_a_batch_is_pinned_and_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self + 1)
+    ids, images = torch.zeros(1, 2, dtype=torch.int64), {"pixel_values": torch.zeros(1)}
+    batch = Batch(["a"], [0], ids, ids, ids, images=images, videos={"pixel_values_videos": torch.zeros(1)})
+    pinned = batch.pin_memory()
+    tensors = [pinned.input_ids, pinned.attention_mask, pinned.labels, *pinned.images.values(), *pinned.videos.values()]
+    assert len(tensors) == 5 and all(bool((tensor == 1).all()) for tensor in tensors)
+    there = batch.to(torch.device("meta"))
+    assert {t.device.type for t in (there.input_ids, there.labels, *there.images.values())} == {"meta"}
+    assert (batch.ids, there.ids, batch.input_ids.device.type) == (["a"], ["a"], "cpu")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vzip.bench.device_memory import GIB
-from vzip.bench.run import BenchResult, MethodResult
+from vzip.bench.run import BenchResult, Measurement, MethodResult
 from vzip.bench.stages import STAGES
 from vzip.bench.timing import Timing
 from vzip.installed import missing_package
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vzip.bench.training import SideResult
 
 MIB = 1024**2
-PLOTTED = ("preprocess", "tower", "high_res_tower", "mining", "selection", "projector", "splice", "prefill")
+PLOTTED = ("preprocess", "encode", "tower", "high_res_tower", "mining", "selection", "projector", "splice", "prefill")
 ROW_WORDS = {
     "scoring": "  scoring in it",
     "decode_per_token": "decode a token",
@@ -43,6 +43,9 @@ RATIO_WORDS = {
     "decode_per_token_speedup_over_vanilla": "decode per token: {:.2f}x as fast as vanilla",
     "time_to_first_token_speedup_over_vanilla": "time to first token: {:.2f}x as fast as vanilla",
     "time_to_first_token_speedup_over_eager_maps": "time to first token: {:.2f}x as fast as eager_maps",
+    "prefill_speedup_of_compiled": "compiled prefill: {:.2f}x as fast",
+    "decode_per_token_speedup_of_compiled": "compiled decode per token: {:.2f}x as fast",
+    "time_to_first_token_speedup_of_compiled": "compiled time to first token: {:.2f}x as fast",
     "tower_share_of_limit": "tower + selection: {:.0%} of the machine's limit",
     "prefill_share_of_limit": "prefill: {:.0%} of the machine's limit",
     "memory_added_reduction_over_eager_maps": "memory added by a pass: {:.1f}x less than eager_maps",
@@ -78,7 +81,11 @@ def print_result(result: BenchResult | SideResult, console: Console) -> None:
     for key, words in RATIO_WORDS.items():
         if key in result.ratios():
             single = "" if _num_passes(result) > 1 else " (one pass each: that may be chance; repeats=5 would tell)"
-            console.print("  vzip " + words.format(result.ratios()[key]) + single, highlight=False, soft_wrap=True)
+            console.print(
+                "  " + ("" if key.endswith("compiled") else "vzip ") + words.format(result.ratios()[key]) + single,
+                highlight=False,
+                soft_wrap=True,
+            )
     if result.agreement is not None:
         tokens, overlap = result.agreement.max_token_difference, result.selection_overlap
         console.print(
@@ -224,7 +231,7 @@ def _time(t: Timing) -> str:
     return f"{t.median_ms:.{digits}f} [{t.q1_ms:.{digits}f}-{t.q3_ms:.{digits}f}]"
 
 
-def write_json(result: BenchResult | SideResult, path: Path) -> None:
+def write_json(result: Measurement, path: Path) -> None:
     """Writes the whole measurement, samples included."""
     make_folder(path.parent)
     replace_file(path, json.dumps(result.to_json(), indent=1) + "\n")

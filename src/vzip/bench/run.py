@@ -18,8 +18,18 @@ from vzip.bench import flops, limit, operations, shapes, workload
 from vzip.bench.device_memory import PeakMemory, kv_cache_formula_bytes, release_unused
 from vzip.bench.eager_maps import Agreement, check_agreement
 from vzip.bench.hooks import Seen
-from vzip.bench.settings import BenchSettings
-from vzip.bench.stages import METHOD_CLASSES, STAGES, EagerMapsMethod, Method, PassResult, Vzip, preprocess, run_pass
+from vzip.bench.settings import COMPILED, BenchSettings
+from vzip.bench.stages import (
+    METHOD_CLASSES,
+    STAGES,
+    Compiled,
+    EagerMapsMethod,
+    Method,
+    PassResult,
+    Vzip,
+    preprocess,
+    run_pass,
+)
 from vzip.bench.timing import StageTimes, Stopwatch, Timing, run_interleaved
 from vzip.bench.visuals import Images
 from vzip.bench.workload import Workload
@@ -126,6 +136,9 @@ class BenchResult(Measurement):
         if "scoring" in ours.stages:
             tower_ms = ours.median_ms("tower") - ours.median_ms("scoring")
             found["selection_share_of_tower"] = ours.median_ms("selection", "scoring") / tower_ms
+        if COMPILED in by_name:
+            for stage in ("prefill", "decode_per_token", "time_to_first_token"):
+                found[f"{stage}_speedup_of_compiled"] = ours.median_ms(stage) / by_name[COMPILED].median_ms(stage)
         for name in ("vanilla", "eager_maps"):
             if name not in by_name:
                 continue
@@ -271,10 +284,15 @@ def selection_overlap(w: Workload, pixel_values: torch.Tensor) -> float:
 
 
 def look(method: Method) -> Seen:
-    """What a pass calls: torch's fused attention (``_scaled_dot_product_flash_attention``), products by stage."""
+    """What a pass calls: torch's fused attention (``_scaled_dot_product_flash_attention``), products by stage.
+
+    Nothing of a compiled method: what a graph calls is not seen.
+    """
     watch = Stopwatch(method.workload.device)
-    with Seen(watch) as seen:
-        run_pass(method, watch)
+    seen = Seen(watch)
+    if not isinstance(method, Compiled):
+        with seen:
+            run_pass(method, watch)
     return seen
 
 

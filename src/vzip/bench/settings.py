@@ -33,7 +33,8 @@ PRUNERS = method_names("pruner")
 DEFAULT_COMPRESSOR = "visionzip"
 NO_PRUNER = "none"
 DEFAULT_METHODS = ("vanilla", "vzip", "eager_maps")
-METHODS = (*DEFAULT_METHODS, *PRUNERS)
+COMPILED = "compiled"
+METHODS = (*DEFAULT_METHODS, *PRUNERS, COMPILED)
 DTYPES = ("float32", "bfloat16", "float16")
 FRACTION = "fraction"
 _COUNTED = r"\d+\+\d+|\d*\.\d+\+\d*\.\d+"
@@ -75,15 +76,22 @@ TRAIN = Mode(
     "--train",
     "train",
     {"methods": ("vanilla", "vzip"), "batch_size": 16, "prompt_tokens": 256},
-    ("num_crops", "num_new_tokens", "pruner"),
+    ("num_crops", "num_new_tokens", "pruner", "compile"),
     _trained("--train"),
 )
 MEMORY = Mode(
     "--memory",
     "memory",
     {"methods": ("vzip",), "batch_size": 16, "prompt_tokens": 256, "num_new_tokens": 128},
-    ("num_crops", "repeats", "warmup", "weights", "pruner"),
+    ("num_crops", "repeats", "warmup", "weights", "pruner", "compile"),
     _trained("--memory"),
+)
+
+CURVES = Mode(
+    "--curves",
+    "curves",
+    {"methods": ("vanilla", "vzip"), "batch_size": 64, "num_crops": 128, "repeats": 3, "warmup": 0},
+    ("methods", "budget", "pruner", "compressor", "weights", "compile"),
 )
 
 
@@ -126,6 +134,11 @@ class BenchSettings:
         "one of the methods, too; its settings as pruner.K=2 pruner.keep=166",
         rule=one_of(NO_PRUNER, *PRUNERS),
         default=NO_PRUNER,
+    )
+    compile: tuple[str, ...] = key(
+        "several with commas; measured as the method compiled, which is vzip with these under torch.compile",
+        rule=one_of("tower", "prefill", "decode"),
+        default=(),
     )
     dtype: str = key("auto: bfloat16 on a GPU, float32 on a CPU", rule=one_of("auto", *DTYPES), default="auto")
     device: str = key(
@@ -210,7 +223,8 @@ class BenchSettings:
         names: tuple[str, ...] = mode.defaults.get("methods", DEFAULT_METHODS)
         if not self.reads_as_published:
             names = tuple(name for name in names if name != "eager_maps")
-        return names if self.pruner == NO_PRUNER else (*names, self.pruner)
+        names = names if self.pruner == NO_PRUNER else (*names, self.pruner)
+        return (*names, COMPILED) if self.compile else names
 
     def labels(self) -> list[str]:
         """The compressor's and the pruner's name, each with its settings that are not the file's."""
@@ -229,6 +243,7 @@ class BenchSettings:
         parts = [part for part in parts if part not in (DEFAULT_COMPRESSOR, NO_PRUNER)]
         if set(self.methods) != set(self.usual_methods(mode)):
             parts.append("only-" + "+".join(sorted(self.methods, key=METHODS.index)))
+        parts += [f"{COMPILED}-{'+'.join(self.compile)}"] if self.compile else []
         dtype = str(self.torch_dtype).removeprefix("torch.")
         parts += [self.token_budget(model)[0], dtype, self.torch_device.type]
         return Path("runs", "bench", Path(self.model).name, "-".join(parts))
@@ -291,6 +306,11 @@ def parse(words: Sequence[str], mode: Mode = PASSES) -> BenchSettings:
     shown = f"methods={','.join(settings.methods)}"
     if named != [settings.pruner] and (named or settings.pruner != NO_PRUNER):
         raise ConfigError(f"{shown} pruner={settings.pruner}: the pruner must be one of the methods, and no other.")
+    if (COMPILED in settings.methods) != bool(settings.compile):
+        raise ConfigError(
+            f"{shown} compile={','.join(settings.compile)}: the method {COMPILED} runs what compile names (tower,"
+            " prefill, decode): give both or neither."
+        )
     if "eager_maps" in settings.methods and not settings.reads_as_published:
         raise ConfigError(
             f"{shown}: eager_maps is the published way of {DEFAULT_COMPRESSOR}; leave it out with"
@@ -344,7 +364,8 @@ def _value(name: str, value: str) -> Any:
 
 def _problems_of(name: str, value: Any, rule: Rule) -> list[str]:
     """What is wrong with a key's value: by its rule, and by what is on this machine."""
-    broken = [problem for one in (value if name == "methods" else (value,)) for problem in check_value(name, one, rule)]
+    values = value if isinstance(value, tuple) else (value,)
+    broken = [problem for one in values for problem in check_value(name, one, rule)]
     if broken:
         return broken
     try:

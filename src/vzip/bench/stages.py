@@ -13,11 +13,12 @@ from torch import Tensor
 from vzip.bench.device_memory import storage_bytes
 from vzip.bench.eager_maps import EagerMaps, select_layer_index
 from vzip.bench.hooks import recorded_outputs
-from vzip.bench.settings import PRUNERS
+from vzip.bench.settings import COMPILED, PRUNERS
 from vzip.bench.timing import StageTimes, Stopwatch, Untimed
 from vzip.bench.visuals import Images
 from vzip.bench.workload import Workload
 from vzip.compressors import Compressor, Identity, VisionOutput
+from vzip.models.compiled import CompiledEncoder, CompiledLanguageModel, check_parts
 from vzip.models.families.base import TowerRun, VisualInputs
 from vzip.models.families.places import VisualTokens
 from vzip.models.splice import PreparedInputs, plan_splice, positions_before, splice_tokens
@@ -30,6 +31,7 @@ from vzip.pruners.context import PrunedRun, pruning
 
 STAGES = {
     "preprocess": "images to pixel values on the device",
+    "encode": "compiled tower: what follows, to the projector's output, as one graph",
     "tower": "vision tower, with what scoring needs",
     "scoring": "the part of `tower` that makes scores and keys from one layer's projections, timed apart",
     "high_res_tower": "Mini-Gemini: the other vision tower",
@@ -145,7 +147,29 @@ class Pruned(Vanilla):
         return self._pruner
 
 
-METHOD_CLASSES: dict[str, type[Method]] = {m.name: m for m in (Vanilla, Vzip, EagerMapsMethod)}
+class Compiled(Vzip):
+    """``Vzip`` with the parts that ``compile`` names under ``torch.compile``, as ``load_vlm(compile=)`` runs them.
+
+    Attributes:
+        encoder: from the model's inputs to visual tokens, or None.
+        language: the language model, or None.
+    """
+
+    name = COMPILED
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self.encoder: CompiledEncoder | None = None
+        self.language: CompiledLanguageModel | None = None
+        adapter, parts = workload.adapter, check_parts(workload.settings.compile)
+        assert adapter is not None
+        if "tower" in parts:
+            self.encoder, self.reads_as_published = CompiledEncoder(adapter), False  # scoring is in the graph
+        if {"prefill", "decode"} & set(parts):
+            self.language = CompiledLanguageModel(workload.model, adapter.embed_tokens, parts)
+
+
+METHOD_CLASSES: dict[str, type[Method]] = {m.name: m for m in (Vanilla, Vzip, EagerMapsMethod, Compiled)}
 METHOD_CLASSES |= dict.fromkeys(PRUNERS, Pruned)
 
 
@@ -201,6 +225,8 @@ def _language(
     """The stages of the language model; a pruner is at work until ``stack`` ends."""
     w = method.workload
     assert w.adapter is not None
+    if isinstance(method, Compiled) and method.language is not None:
+        return _compiled_language(method, method.language, tokens, inputs, watch)
     prepared, output, run = _first_token(method, tokens, w.adapter.read_inputs(**inputs), watch, stack)
     del tokens
     token_ids = output.logits[:, -1:].argmax(dim=-1)
@@ -233,6 +259,36 @@ def _language(
     return PassResult(watch.times_ms, num_visual_tokens, num_prompt_tokens, kv_cache_bytes, cached_tokens, result_ids)
 
 
+def _compiled_language(
+    method: Compiled,
+    language: CompiledLanguageModel,
+    tokens: list[VisualTokens],
+    inputs: dict[str, Tensor],
+    watch: Stopwatch,
+) -> PassResult:
+    """The stages of a compiled language model."""
+    w = method.workload
+    assert w.adapter is not None
+    num_new = w.settings.num_new_tokens
+    prepared = _spliced(method, tokens, w.adapter.read_inputs(**inputs), watch)
+    with watch.stage("prefill"):
+        reading = language.begin(prepared, num_new)
+    decoded = [reading.logits.argmax(dim=-1)]
+    with watch.stage("decode_per_token", divide_by=num_new):
+        for _ in range(num_new):
+            language.go_on(reading, decoded[-1])
+            decoded.append(reading.logits.argmax(dim=-1))
+    layers = reading.cache.layers
+    kv_cache_bytes = storage_bytes([t for layer in layers for t in (layer.keys, layer.values)])
+    num_visual_tokens = sum(prepared.num_visual_tokens) // w.settings.batch_size
+    num_prompt_tokens = prepared.inputs_embeds.shape[1]
+    language.end(reading)
+    watch.times_ms["time_to_first_token"] = _time_to_first_token_ms(method, inputs)
+    cached = [num_prompt_tokens] * len(layers)
+    ids = torch.stack(decoded, dim=1)
+    return PassResult(watch.times_ms, num_visual_tokens, num_prompt_tokens, kv_cache_bytes, cached, ids)
+
+
 def _time_to_first_token_ms(method: Method, inputs: dict[str, Tensor]) -> float:
     """Times the way from pixel values to the first token's id on the host without stopping in between."""
     watch = Stopwatch(method.workload.device)
@@ -240,8 +296,14 @@ def _time_to_first_token_ms(method: Method, inputs: dict[str, Tensor]) -> float:
         tokens = _visual_tokens(method, inputs, Untimed())
         assert method.workload.adapter is not None
         visual = method.workload.adapter.read_inputs(**inputs)
-        output = _first_token(method, tokens, visual, Untimed(), stack)[1]
-        output.logits[:, -1].argmax(dim=-1).tolist()
+        if isinstance(method, Compiled) and method.language is not None:
+            prepared = _spliced(method, tokens, visual, Untimed())
+            reading = method.language.begin(prepared, method.workload.settings.num_new_tokens)
+            reading.logits.argmax(dim=-1).tolist()
+            method.language.end(reading)
+        else:
+            output = _first_token(method, tokens, visual, Untimed(), stack)[1]
+            output.logits[:, -1].argmax(dim=-1).tolist()
     return watch.times_ms["all"]
 
 
@@ -253,6 +315,9 @@ def _visual_tokens(method: Method, inputs: dict[str, Tensor], watch: Stopwatch |
         if method.compressor.reads_text:
             with watch.stage("text"):
                 visual = w.asked(visual)
+        if isinstance(method, Compiled) and method.encoder is not None:
+            with watch.stage("encode"):
+                return method.encoder(visual, method.compressor)
         run: TowerRun | None = None
         if w.visuals.has_tower:
 
@@ -272,15 +337,9 @@ def _first_token(
     method: Method, tokens: list[VisualTokens], visual: VisualInputs, watch: Stopwatch | Untimed, stack: ExitStack
 ) -> tuple[PreparedInputs, Any, PrunedRun | None]:
     """From these tokens to the language model's inputs, its output on the whole prompt, and the pruner's run."""
-    w, visuals = method.workload, method.workload.visuals
-    assert w.adapter is not None and w.input_ids is not None and isinstance(visuals, Images)
-    with watch.stage("splice"):
-        adapter, ids, (of_images, of_videos) = w.adapter, w.input_ids, visual.num_placeholders
-        token, video_token, runs = adapter.image_token_id, adapter.video_token_id, adapter.video_runs(visual)
-        plan = plan_splice(ids, None, token, of_images, None, video_token, of_videos, video_runs=runs)
-        prepared = splice_tokens(
-            adapter, plan, ids, visual, tokens, positions_before(adapter, plan, ids, visual.shapes)
-        )
+    w = method.workload
+    assert w.adapter is not None
+    adapter, prepared = w.adapter, _spliced(method, tokens, visual, watch)
     run = None
     with ExitStack() as prefill:
         # A pruner is at work until the last token, and must find what enters at deeper layers.
@@ -297,3 +356,16 @@ def _first_token(
                 logits_to_keep=1,
             )
     return prepared, output, run
+
+
+def _spliced(
+    method: Method, tokens: list[VisualTokens], visual: VisualInputs, watch: Stopwatch | Untimed
+) -> PreparedInputs:
+    """The language model's inputs."""
+    w = method.workload
+    assert w.adapter is not None and w.input_ids is not None and isinstance(w.visuals, Images)
+    with watch.stage("splice"):
+        adapter, ids, (of_images, of_videos) = w.adapter, w.input_ids, visual.num_placeholders
+        token, video_token, runs = adapter.image_token_id, adapter.video_token_id, adapter.video_runs(visual)
+        plan = plan_splice(ids, None, token, of_images, None, video_token, of_videos, video_runs=runs)
+        return splice_tokens(adapter, plan, ids, visual, tokens, positions_before(adapter, plan, ids, visual.shapes))

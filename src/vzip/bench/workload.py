@@ -19,6 +19,7 @@ from vzip.bench.visuals import IMAGE_SIZE, Images, Visuals, visuals_of
 from vzip.compressors import Compressor, Identity
 from vzip.compressors.base import check_reads_no_text
 from vzip.errors import CheckpointError, ConfigError
+from vzip.models.compiled import check_compiler, check_compiles, check_parts
 from vzip.models.families import Adapter, FamilyOptions, VisualInputs, adapter_class_for_config, adapter_for_model
 from vzip.models.families.llava_base import LlavaBase
 from vzip.models.families.options import check_fit
@@ -115,6 +116,8 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
                 f"pruner={settings.pruner}: {model.name} is a vision tower alone, and pruners drop in language models."
             )
         adapter_for_model(meta).check_pruner(model.config, pruner)
+    if settings.compile:
+        _check_compiles(settings, model, compressor)
     num_visual = 0
     if not model.tower_only:
         num_crops = settings.crops_per_prompt(model)
@@ -135,6 +138,18 @@ def check(settings: BenchSettings, model: BenchModel) -> None:
     refuse_if_too_large(needed, settings.torch_device, f"model={model.name} at {settings.torch_dtype}")
 
 
+def _check_compiles(settings: BenchSettings, model: BenchModel, compressor: Compressor) -> None:
+    """Raises as ``check``, or MissingPackageError, for what cannot be compiled here."""
+    if model.tower_only:
+        raise ConfigError(
+            f"compile={','.join(settings.compile)}: {model.name} is a vision tower alone, and a whole model's parts are"
+            " compiled."
+        )
+    parts = check_parts(settings.compile)
+    check_compiler(parts, settings.torch_device)
+    check_compiles(parts, adapter_class_for_config(model.config), model.config, compressor)
+
+
 def build(settings: BenchSettings, model: BenchModel) -> Workload:
     """Builds the model and its inputs; call ``check`` first.
 
@@ -142,14 +157,17 @@ def build(settings: BenchSettings, model: BenchModel) -> Workload:
         CheckpointError: weights that cannot be found or loaded.
         ConfigError, UnsupportedModelError: as ``check``, for what only the weights can tell.
     """
-    device, dtype = settings.torch_device, settings.torch_dtype
-    hf_model, image_processor = build_model(settings, model)
+    return around(settings, model, *build_model(settings, model))
+
+
+def around(settings: BenchSettings, model: BenchModel, hf_model: PreTrainedModel, image_processor: Any) -> Workload:
+    """The inputs of a measurement for a model that is built, both from ``build_model``."""
     adapter, visuals = parts_of(hf_model, model, settings.crops_per_prompt(model))
     images = make_images(settings.batch_size * visuals.num_files, settings.seed, visuals.image_size)
     return Workload(
         settings=settings,
-        device=device,
-        dtype=dtype,
+        device=settings.torch_device,
+        dtype=settings.torch_dtype,
         model=hf_model,
         adapter=adapter,
         visuals=visuals,

@@ -302,7 +302,7 @@ def load_arguments(model: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of ``vzip.load_vlm``, the compressor left out, from the ``model`` group."""
     of_family = ("drop_padding", "row_newline", "num_frames", "drop_cls", "positions", *OF_VIDEOS)
     on_top = ("projector", "adapter_path")
-    keys = ("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess")
+    keys = ("revision", "dtype", "device_map", "attn_implementation", "quantization", "preprocess", "compile")
     name_or_path = model["name_or_path"]
     if name_or_path.startswith("~"):
         name_or_path = str(Path(name_or_path).expanduser())

@@ -162,6 +162,7 @@ def visual_tokens(plan: EvaluationPlan) -> str:
 
 def _check_family(plan: EvaluationPlan, config: Any) -> None:
     """Raises what loading the model would, as far as its configuration decides: a hub id's, too, if published."""
+    from vzip.models.compiled import check_compiles, check_parts
     from vzip.models.families import FamilyOptions, adapter_class_for_config
 
     family, model = adapter_class_for_config(config), plan.model
@@ -169,6 +170,15 @@ def _check_family(plan: EvaluationPlan, config: Any) -> None:
     family.check_positions(options, model["attn_implementation"])
     family.check_settings(config, plan.compressor, options, model["num_frames"])
     family.check_preprocess(model["preprocess"])
+    check_compiles(
+        check_parts(model["compile"]),
+        family,
+        config,
+        plan.compressor,
+        pruner=plan.pruner,
+        attn_implementation=model["attn_implementation"],
+        quantization=model["quantization"],
+    )
     about_videos = [task for task in plan.evaluation["tasks"] if (found := protocol_of(task)) and found.video]
     if about_videos and not family.has_video:
         raise UnsupportedModelError(

@@ -28,6 +28,9 @@ RESULT_KEYS: Mapping[str, tuple[str, ...]] = {
     for group, own in {"model": (), "budget": FRACTIONS, "eval": ()}.items()
 }
 
+# Settings of a model that a recipe's name need not say.
+_BESIDE_A_RECIPE = ("projector", "quantization", "positions", "compile")
+
 
 def run_directory(config: Mapping[str, Any], directory: Path) -> Path:
     """The run directory of a composed, resolved and valid configuration."""
@@ -82,9 +85,9 @@ def _recipe_label(config: Mapping[str, Any]) -> str | None:
     recipe, model = config["recipe"], config["model"]
     if recipe is None:
         return None
-    keys = ("quantization", "positions") if recipe.endswith(TUNED) else ("projector", "quantization", "positions")
-    own = [key for key in keys if model[key] is not None and not recipe.endswith(f"_{model[key]}")]
-    return recipe + "".join(f"_{key}-{show(model[key])}" for key in own)
+    keys = ("quantization", "positions", "compile") if recipe.endswith(TUNED) else _BESIDE_A_RECIPE
+    own = [key for key in keys if model.get(key) is not None and not recipe.endswith(f"_{model[key]}")]
+    return recipe + "".join(f"_{key}-{_joined(model[key])}" for key in own)
 
 
 def task_label(evaluation: Mapping[str, Any], directory: Path) -> str:
@@ -100,7 +103,12 @@ def model_label(model: Mapping[str, Any], directory: Path) -> str:
     same = model["name_or_path"] == usual.get("name_or_path")
     label = model["name"] if same else Path(model["name_or_path"]).expanduser().resolve().name
     changed = [k for k in RESULT_KEYS["model"] if k != "name_or_path" and model[k] != usual.get(k)]
-    return label + "".join(f"_{key}-{show(model[key])}" for key in changed)
+    return label + "".join(f"_{key}-{_joined(model[key])}" for key in changed)
+
+
+def _joined(value: Any) -> str:
+    """A setting's value as part of a name."""
+    return "+".join(map(show, value)) if isinstance(value, list) else show(value)
 
 
 def methods_label(config: Mapping[str, Any], directory: Path) -> str:

@@ -89,6 +89,11 @@ class ModelSettings:
         "of visual tokens: original: the position ids that their places have without compression; repacked: 0, 1, 2,"
         " ... over what is left; null: the family's own (LLaVA repacked, Qwen2.5-VL original)"
     )
+    compile: list[Literal["tower", "prefill", "decode"]] | None = key(
+        "under torch.compile: what a second call of the same shapes gains and the first pays for; numbers may differ in"
+        " their last digits; null: nothing",
+        at_least=1,
+    )
     adapter_path: str | None = key(
         "put on top; null: none", what="a directory with a PEFT checkpoint (LoRA), or a hub id"
     )

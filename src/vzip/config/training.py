@@ -54,6 +54,11 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
             f"pruner={config['pruner']['name']}: nothing is dropped inside the language model while it trains; set"
             " pruner=none, and evaluate what was trained with the pruner."
         )
+    if config["model"]["compile"] is not None:
+        raise ConfigError(
+            f"model.compile={'+'.join(config['model']['compile'])}: is of answering, and a training computes other"
+            " graphs. Set model.compile=null, and evaluate what was trained with it."
+        )
     check_assembled(config["model"])
     check_is_one_of_them(config)
     return at_largest_budget(config)
@@ -89,7 +94,7 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
     features_dir = _features_dir(config, settings, launch, several or (compressor,))
     start = None if model["projector"] == TRAINED else model["projector"]
     # What a training's model is; the precision is training's own, and the start is named apart.
-    identity_keys = [key for key in RESULT_KEYS["model"] if key not in ("dtype", "projector")]
+    identity_keys = [key for key in RESULT_KEYS["model"] if key not in ("dtype", "projector", "compile")]
     from vzip.train.loop import TrainPlan  # only here: it takes its time
 
     return TrainPlan(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from vzip.compressors.vision import VisionShape
 from vzip.errors import ImageError, PromptError, UnsupportedModelError, VideoError
 from vzip.media.images import load_image
 from vzip.media.video import VideoSource, load_video
+from vzip.models.devices import sent
 from vzip.models.splice import IGNORED_LABEL
 
 from .conversations import Encoded, Template, encode, truncate
@@ -157,14 +159,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device; this one stays, so that a step's waiting batches take no room there."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            labels=self.labels.to(device),
-            images={name: tensor.to(device) for name, tensor in self.images.items()},
-            videos={name: tensor.to(device) for name, tensor in self.videos.items()},
-        )
+        return self._with(partial(sent, device=device))
+
+    def pin_memory(self) -> Batch:
+        """The same in pinned memory, from which ``to`` need not wait for a GPU; torch's ``DataLoader`` calls it."""
+        return self._with(lambda tensors: {name: tensor.pin_memory() for name, tensor in tensors.items()})
+
+    def _with(self, moved: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> Batch:
+        text: Any = moved({name: getattr(self, name) for name in ("input_ids", "attention_mask", "labels")})
+        return replace(self, **text, images=moved(self.images), videos=moved(self.videos))
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,7 @@ def _model_entry(vlm: CompressedVlm) -> dict[str, Any]:
         "num_parameters": model.num_parameters(),
         "preprocess": vlm.preprocess,
         "positions": vlm.positions,
+        **({"compile": list(vlm.compiled_parts)} if vlm.compiled_parts else {}),
     }
 
 

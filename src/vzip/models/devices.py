@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+
+_PLACED_BY_ACCELERATE = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -19,6 +22,28 @@ def execution_device(module: nn.Module) -> torch.device:
         if device.type == "meta" and wanted is not None:
             return torch.device(wanted)
     return device
+
+
+def first_device(device_map: Any) -> torch.device:
+    """Where a model that is loaded so will mostly be, before it is there: as ``from_pretrained`` reads the argument."""
+    names = [*device_map.values()] if isinstance(device_map, Mapping) else [device_map]
+    first = names[0] if names else None
+    if first is None or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda" if isinstance(first, int) or first in _PLACED_BY_ACCELERATE else first)
+
+
+def sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors on a device; to a GPU from pinned memory, so that whoever sends them need not wait.
+
+    The copy is queued where the GPU's other work is: what is computed from it afterwards has it.
+    """
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+    return {
+        name: (tensor.pin_memory() if tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
+        for name, tensor in tensors.items()
+    }
 
 
 def has_placement_hooks(module: nn.Module) -> bool:

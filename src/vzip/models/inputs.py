@@ -16,7 +16,7 @@ from vzip.errors import ConfigError, PromptError
 from vzip.media.images import Preprocess
 from vzip.media.video import VideoSource
 
-from .devices import execution_device
+from .devices import execution_device, sent
 from .families import Adapter
 from .tokens import tokenize
 
@@ -126,7 +126,7 @@ class InputBuilder:
                 texts = [re.sub(re.escape(token), lambda _: next(number), text) for text in texts]
                 inputs |= encode_prompts(tokenizer, texts)
             inputs |= of_videos
-        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        return sent(inputs, self.device)
 
     def _need_processor(self, what: str) -> Any:
         if self.processor is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from vzip.media.video import check_num_frames
 from vzip.paths import expanded, is_file, is_folder, shown
 from vzip.pruners.base import Pruner
 
+from .compiled import check_compiler, check_compiles, check_parts
+from .devices import first_device
 from .environment import refuse_broken_packages
 from .families import Adapter, FamilyOptions, adapter_class_for_config, original_checkpoint
 from .families.finite import damaged_weights
@@ -64,6 +67,7 @@ def load_vlm(
     fps: float | None = None,
     min_frame_pixels: int | None = None,
     max_frame_pixels: int | None = None,
+    compile: Sequence[str] | str | None = None,
 ) -> CompressedVlm:
     """Loads a checkpoint and wraps it.
 
@@ -88,6 +92,7 @@ def load_vlm(
             ``@REVISION`` of a certain revision; another budget than theirs is warned of, another base model an error.
         adapter_path: a PEFT checkpoint (LoRA), directory or hub id, put on the model (``vzip.models.weights.lora``).
         pruner: drops visual tokens inside the language model, as ``vzip.FastV()``; None: nothing is dropped there.
+        compile: as for ``CompressedVlm``: ``tower``, ``prefill``, ``decode`` under ``torch.compile``; None: nothing.
 
     Returns:
         the wrapped model in eval mode, with its processor if the checkpoint has one.
@@ -96,7 +101,7 @@ def load_vlm(
         ConfigError: a setting that cannot work, a budget that does not fit the vision tower.
         CheckpointError: a checkpoint that cannot be found, reached or read.
         UnsupportedModelError: a model class, vision tower or setting without an adapter.
-        MissingPackageError: bitsandbytes is missing, or an installed package is broken.
+        MissingPackageError: bitsandbytes is missing, or an installed package is broken; ``compile`` without a compiler.
     """
     _check_choice("model.dtype", dtype, DTYPES)
     if preprocess is not None:
@@ -105,6 +110,8 @@ def load_vlm(
         check_num_frames(num_frames)
     if quantization is not None:
         _check_choice("model.quantization", quantization, QUANTIZATIONS, "null")
+    parts = check_parts(compile)
+    check_compiler(parts, first_device(device_map))
     refuse_broken_packages(["torchvision", "timm"])
     source = resolve_checkpoint(name_or_path)
     compressor = Identity() if compressor is None else compressor
@@ -121,6 +128,15 @@ def load_vlm(
     adapter_class.check_preprocess(preprocess)
     if pruner is not None:
         adapter_class.check_pruner(config, pruner)
+    check_compiles(
+        parts,
+        adapter_class,
+        config,
+        compressor,
+        pruner=pruner,
+        attn_implementation=attn_implementation,
+        quantization=quantization,
+    )
     if adapter_path is not None:
         check_peft_checkpoint(adapter_path)
     if projector is not None:
@@ -157,6 +173,7 @@ def load_vlm(
         pruner,
         positions,
         *of_videos,
+        compile=parts,
     )
     vlm.name_or_path, vlm.revision = str(source), checkpoint.commit
     lora = adapter_path

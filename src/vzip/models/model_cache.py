@@ -69,6 +69,11 @@ class ModelKeeper:
 
 def _set_tower_cache(vlm: CompressedVlm, max_gib: float) -> None:
     adapter = vlm.adapter
+    if max_gib > 0 and "tower" in vlm.compiled_parts:
+        _LOG.warning(
+            "model.compile=tower: what a graph computes is not kept, so eval.tower_cache_gib does nothing here"
+        )
+        max_gib = 0
     if max_gib == 0:
         adapter.tower_cache = None
     elif adapter.tower_cache is None or adapter.tower_cache.max_gib != max_gib:

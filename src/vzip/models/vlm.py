@@ -22,9 +22,19 @@ from vzip.pruners.base import Pruner
 from vzip.pruners.context import PrunedRun, pruning, refuse_generation, refuse_training
 
 from .chat.session import ChatSession
+from .compiled import (
+    CompiledEncoder,
+    CompiledLanguageModel,
+    check_compiler,
+    check_compiles,
+    check_generation,
+    check_parts,
+    check_spread,
+)
 from .families import INPUT_NAMES, FamilyOptions, VisualInputs, adapter_for_model
 from .families.finite import check_embeddings, check_logits, refusing_not_finite
 from .families.options import Positions
+from .families.places import VisualTokens
 from .families.questions import check_questions
 from .generation import (
     AnswerStreamer,
@@ -74,6 +84,7 @@ class CompressedVlm(InputBuilder, TrainerModel):
             last ``prepare``, ``forward`` or ``generate``; measured on the tensors, not read from the budget.
         pruner: drops visual tokens inside the language model, or None; may be replaced at any time. The cache that such
             a run returns can be continued within ``vzip.pruners.context.pruning`` alone.
+        compiled_parts: what runs under ``torch.compile``, see ``compile`` of ``__init__``.
         last_pruned: what the pruner's last run did (``PrunedRun``: visual tokens and cache length of each layer), or
             None.
     """
@@ -93,6 +104,7 @@ class CompressedVlm(InputBuilder, TrainerModel):
         fps: float | None = None,
         min_frame_pixels: int | None = None,
         max_frame_pixels: int | None = None,
+        compile: Sequence[str] | str | None = None,
     ) -> None:
         """Wraps a loaded model.
 
@@ -103,11 +115,17 @@ class CompressedVlm(InputBuilder, TrainerModel):
             drop_cls: see ``FamilyOptions`` (Mini-Gemini only).
             positions: see ``FamilyOptions``: ``original``, ``repacked``, or None for the family's own.
             fps, min_frame_pixels, max_frame_pixels: see ``FamilyOptions`` (Qwen2.5-VL and Qwen3-VL only).
+            compile: what ``torch.compile`` makes faster at the second call of a shape and slower at the first:
+                ``tower`` (pixels to visual tokens, wherever the wrapper encodes), ``prefill`` (``generate`` on the
+                prompt, padded to one of a few lengths) and ``decode`` (``generate`` on each further token, with a cache
+                of fixed length); names, or one text as ``tower+decode``; None: nothing. Answers are those of the model
+                that is not compiled but for the last digits of its numbers.
 
         Raises:
             UnsupportedModelError: no adapter for the model's class, vision tower or settings.
             ConfigError: an unknown ``preprocess``, a budget that does not fit the vision tower, or an option
-                that the family or the compressor cannot honour.
+                that the family or the compressor cannot honour; parts that cannot be compiled with the others.
+            MissingPackageError: no compiler on this machine for what is to be compiled.
         """
         super().__init__()
         of_videos = (fps, min_frame_pixels, max_frame_pixels)
@@ -125,8 +143,15 @@ class CompressedVlm(InputBuilder, TrainerModel):
         self.revision: str | None = None
         self.lora: dict[str, str] | None = None
         self.last_num_visual_tokens: list[int] = []
+        self.compiled_parts = check_parts(compile)
+        check_compiler(self.compiled_parts, hf_model.device)
+        check_spread(self.compiled_parts, hf_model)
         self.compressor = compressor
         self.pruner = pruner
+        self._encoder = CompiledEncoder(self.adapter) if "tower" in self.compiled_parts else None
+        self._language: CompiledLanguageModel | None = None
+        if {"prefill", "decode"} & set(self.compiled_parts):
+            self._language = CompiledLanguageModel(hf_model, self.adapter.embed_tokens, self.compiled_parts)
         self.last_pruned: PrunedRun | None = None
 
     @property
@@ -146,6 +171,7 @@ class CompressedVlm(InputBuilder, TrainerModel):
         self.adapter.check_scope(compressor)
         self.adapter.check_compressor(compressor)
         check_text_encoder(compressor, self.model.config)
+        self._check_compiles(compressor, getattr(self, "_pruner", None))
         self._compressor = compressor
 
     @property
@@ -159,7 +185,20 @@ class CompressedVlm(InputBuilder, TrainerModel):
             if not isinstance(pruner, Pruner):
                 raise ConfigError(f"pruner={pruner!r}: must be an instance of vzip.Pruner, as vzip.FastV(), or None.")
             self.adapter.check_pruner(self.adapter.model.config, pruner)
+        self._check_compiles(self._compressor, pruner)
         self._pruner = pruner
+
+    def _check_compiles(self, compressor: Compressor, pruner: Pruner | None) -> None:
+        kind = getattr(self.model, "quantization_method", None)
+        check_compiles(
+            self.compiled_parts,
+            type(self.adapter),
+            self.model.config,
+            compressor,
+            pruner=pruner,
+            attn_implementation=getattr(self.model.config.get_text_config(), "_attn_implementation", None),
+            quantization=None if kind is None else str(kind),
+        )
 
     @contextmanager
     def _pruning(self, prepared: PreparedInputs) -> Iterator[PrunedRun | None]:
@@ -206,7 +245,7 @@ class CompressedVlm(InputBuilder, TrainerModel):
         """
         outputs = {"pixel_values": pixel_values, "image_sizes": image_sizes, **processor_outputs}
         visual = self.asked(self.adapter.read_inputs(**outputs), questions)
-        tokens = [each.rows for each in self.adapter.encode(visual, self._compressor)]
+        tokens = [each.rows for each in self._encode(visual)]
         check_embeddings(self.model, tokens, outputs)
         return tokens
 
@@ -229,9 +268,15 @@ class CompressedVlm(InputBuilder, TrainerModel):
         """
         outputs = {"pixel_values_videos": pixel_values_videos, **processor_outputs}
         visual = self.asked(self.adapter.read_inputs(**outputs), questions)
-        tokens = [each.rows for each in self.adapter.encode(visual, self._compressor)]
+        tokens = [each.rows for each in self._encode(visual)]
         check_embeddings(self.model, tokens, outputs)
         return tokens
+
+    def _encode(self, visual: VisualInputs) -> list[VisualTokens]:
+        """``Adapter.encode`` by this method, compiled where that was asked for."""
+        if self._encoder is None or not visual.shapes:
+            return self.adapter.encode(visual, self._compressor)
+        return self._encoder(visual, self._compressor)
 
     def asked(self, visual: VisualInputs, questions: Sequence[str] | None) -> VisualInputs:
         """``Adapter.asked`` with this compressor and processor: one question an image, then one a video."""
@@ -315,7 +360,7 @@ class CompressedVlm(InputBuilder, TrainerModel):
         )
         before = positions_before(adapter, plan, input_ids, visual.shapes)
         check_length([int(ids.max()) + 1 for ids in before if ids.numel()], self.model.config, dropped_count=True)
-        tokens = adapter.encode(self._asked_in_prompts(visual, plan, questions), self._compressor)
+        tokens = self._encode(self._asked_in_prompts(visual, plan, questions))
         prepared = splice_tokens(adapter, plan, input_ids.to(self.device), visual, tokens, before, labels)
         check_embeddings(self.model, [prepared.inputs_embeds], processor_outputs)
         self.last_num_visual_tokens = prepared.num_visual_tokens
@@ -414,6 +459,8 @@ class CompressedVlm(InputBuilder, TrainerModel):
         if self._pruner is not None:
             refuse_generation(settings, of_model)
         refuse_unserved(settings, of_model)
+        if self._language is not None:
+            check_generation(self.compiled_parts, settings, of_model)
         if settings.get("streamer") is not None:
             settings["streamer"] = AnswerStreamer(settings["streamer"])
         prepared = self.prepare(input_ids, attention_mask, padding_side="left", questions=questions, **outputs)
@@ -428,6 +475,8 @@ class CompressedVlm(InputBuilder, TrainerModel):
         if self.adapter.keeps_places and length:
             last = prepared.position_ids[..., -1] + 1  # padded on the left, so each prompt's own
             check_length(last.reshape(-1, last.shape[-1]).amax(dim=0).tolist(), self.model.config, num_new, True)
+        if self._language is not None:
+            settings["custom_generate"] = self._language.generating(prepared, num_new, settings.get("streamer"))
         with self._deeper(prepared), self._pruning(prepared) as run:
             # The ids are for what looks at them (repetition_penalty ...); the embeddings are what is read.
             output = self.model.generate(
@@ -461,8 +510,14 @@ class CompressedVlm(InputBuilder, TrainerModel):
             system_prompt: text that the chat template puts before the first turn.
 
         Raises:
-            ConfigError: the wrapper has no processor, or the processor has no chat template.
+            ConfigError: the wrapper has no processor, or the processor has no chat template; parts of the model are
+                compiled, of which a dialogue makes no use.
         """
+        if self.compiled_parts:
+            raise ConfigError(
+                f"model.compile={'+'.join(self.compiled_parts)}: a dialogue grows by turns of any length, for which no"
+                " graph is made. Take model.compile out."
+            )
         return ChatSession(self, system_prompt)
 
 

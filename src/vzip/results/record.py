@@ -270,6 +270,7 @@ def title_of(record: Mapping[str, Any]) -> str:
     parts += [words for key, words in _ON_TOP.items() if chosen.get(key)]
     parts += [f"{chosen['quantization']} weights"] if chosen.get("quantization") else []
     parts += [f"{chosen['positions']} positions"] if chosen.get("positions") else []
+    parts += [f"compiled {'+'.join(chosen['compile'])}"] if chosen.get("compile") else []
     fewest, most = visual_tokens_of(record)
     tokens = "no visual" if most is None else f"{fewest}" if fewest == most else f"{fewest} to {most}"
     pruner = record.get("pruner")

@@ -224,7 +224,7 @@ def _train(plan: TrainPlan, prepared: PreparedTraining) -> Path:
 
     of_steps = [collators[schedule.budget(each)] for each in range(step, schedule.num_steps)]
     of_batches = [each for each in of_steps for _ in range(stepper.accumulation)]
-    batches = load_batches(data, of_batches, stepper.lists(schedule, step), launch.num_workers)
+    batches = load_batches(data, of_batches, stepper.lists(schedule, step), launch.num_workers, accelerator.device)
     progress = Progress("training", "steps", schedule.num_steps, done=step, show=accelerator.is_main_process)
     with tracker or contextlib.nullcontext(), progress:
         while step < schedule.num_steps:

@@ -100,13 +100,21 @@ class _Batches(Dataset[Batch]):
 
 
 def load_batches(
-    data: TrainingSet, collators: Sequence[Collator], lists: list[list[int]], num_workers: int
+    data: TrainingSet,
+    collators: Sequence[Collator],
+    lists: list[list[int]],
+    num_workers: int,
+    device: torch.device,
 ) -> Iterator[Batch]:
-    """Batches of the samples listed, each by the collator at its place, in order, prepared ahead by workers."""
+    """Batches of the samples listed, each by the collator at its place, in order, prepared ahead by workers.
+
+    For a GPU they are in pinned memory.
+    """
     loader = DataLoader(
         _Batches(data, collators, lists),
         batch_size=None,
         num_workers=num_workers,
+        pin_memory=device.type == "cuda",
         # Forked workers share the model's memory, of which they only read the configuration.
         multiprocessing_context="fork" if num_workers else None,
     )
@@ -305,7 +313,8 @@ class Stepper:
         skipped: list[str] = []
         cut_off: list[str] = []
         objective = self.accelerator.unwrap_model(self.model)
-        for batch in load_batches(data, [collator] * len(lists), lists, self.launch.num_workers):
+        counted = [collator] * len(lists)
+        for batch in load_batches(data, counted, lists, self.launch.num_workers, self.accelerator.device):
             with self.accelerator.autocast():
                 nats = objective(batch.to(self.accelerator.device))
             added += self._added(nats, batch).item()

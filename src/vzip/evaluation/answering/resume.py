@@ -61,6 +61,7 @@ def settings_of(vlm: CompressedVlm, config: Mapping[str, Any] | None, **settings
         "code": provenance.source_sha256(),
         "versions": provenance.versions(),
         **({} if vlm.pruner is None else {"pruner": repr(vlm.pruner)}),
+        **({"compile": vlm.compiled_parts} if vlm.compiled_parts else {}),
         **settings,
     }
     return {name: _digest(value) for name, value in deciding.items()}

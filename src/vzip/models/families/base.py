@@ -266,14 +266,20 @@ class Adapter(ABC):
 
     def check_capture(self, compressor: Compressor) -> None:
         """Raises ConfigError where ``encode`` with that method cannot be one graph for ``torch.compile``."""
-        why, name = self.cannot_capture, self.model_class.__name__
+        is_moved = has_placement_hooks(self.vision_tower) or has_placement_hooks(self.projector)
+        self.check_graph(compressor, "its weights are fetched from elsewhere while it runs" if is_moved else None)
+
+    @classmethod
+    def check_graph(cls, compressor: Compressor, of_placement: str | None = None) -> None:
+        """The same of a model that is not loaded; ``of_placement``: why not as it is placed."""
+        why, name = cls.cannot_capture, cls.model_class.__name__
         of_method = compressor.cannot_capture
         if compressor.tower_use == "pruned":
             of_method = "how many patches it drops depends on the image"
         if of_method is not None:
             why, name = of_method, f"compressor={type(compressor).__name__}"
-        elif has_placement_hooks(self.vision_tower) or has_placement_hooks(self.projector):
-            why, name = "its weights are fetched from elsewhere while it runs", "device_map"
+        elif of_placement is not None:
+            why, name = of_placement, "device_map"
         if why is not None:
             raise ConfigError(
                 f"compile=tower with {name}: {why}, so the vision tower cannot be one graph of fixed shapes. Leave"
