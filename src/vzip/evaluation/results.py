@@ -138,6 +138,7 @@ def build_record(
         "hardware": provenance.hardware(),
         "wall_time_s": round(wall_time_s, 3),
         "tower_cache": None if vlm.adapter.tower_cache is None else vlm.adapter.tower_cache.counts,
+        "visual_cache": {"num_encoded": lm.cache.num_encoded, "num_shown": lm.cache.num_shown},
         "num_processes": lm.processes.count,
         "batch_sizes": count_sizes(lm.batch_sizes),
         "num_resumed_answers": 0 if lm.store is None else len(lm.store.kept.answers),

@@ -49,8 +49,9 @@ from .splice import (
 from .towers.text import check_text_encoder
 from .trainable import TrainerModel
 
-# A list of texts or None. Not typed so: then no `**inputs` of tensors could stand beside it.
+# A list of texts, or EncodedVisuals; or None. Not typed so: then no `**inputs` of tensors could stand beside them.
 Questions = Any
+Encoded = Any
 
 
 class CompressedVlm(InputBuilder, TrainerModel):
@@ -275,7 +276,7 @@ class CompressedVlm(InputBuilder, TrainerModel):
         prompt_of = {p.visual: row for row, pieces in enumerate(plan.rows) for p in pieces if p.visual is not None}
         return self.asked(visual, [questions[prompt_of[number]] for number in range(len(visual.shapes))])
 
-    def expected_num_visual_tokens(self, encoded: EncodedVisuals | None = None, **inputs: Any) -> list[int]:
+    def expected_num_visual_tokens(self, encoded: Encoded = None, **inputs: Any) -> list[int]:
         """Visual tokens that the compressor will make of each image, then of each video; nothing is encoded.
 
         Args:
@@ -295,7 +296,7 @@ class CompressedVlm(InputBuilder, TrainerModel):
         labels: Tensor | None = None,
         padding_side: PaddingSide | None = None,
         questions: Questions = None,
-        encoded: EncodedVisuals | None = None,
+        encoded: Encoded = None,
         **processor_outputs: Tensor | None,
     ) -> PreparedInputs:
         """Builds what the language model gets.
@@ -368,8 +369,8 @@ class CompressedVlm(InputBuilder, TrainerModel):
 
         Args:
             input_ids, attention_mask, labels, questions: as in ``prepare``.
-            **kwargs: the processor's outputs or ``encoded``, as in ``prepare``; the others are handed on to the Hugging Face model
-                (``use_cache``, ``logits_to_keep``, ...).
+            **kwargs: the processor's outputs or ``encoded``, as in ``prepare``; the others are handed on to the Hugging
+                Face model (``use_cache``, ``logits_to_keep``, ...).
 
         Raises:
             PromptError: as ``prepare``; an argument that belongs to the uncompressed sequence, or to a step that is

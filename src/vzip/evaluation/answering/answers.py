@@ -71,7 +71,8 @@ class Answerer:
     def answer(self, chunks: Sequence[Chunk], visuals: Visuals) -> tuple[list[SampleLog], list[int]]:
         """The answers to all questions of the chunks, in order, and how many were generated at once each time.
 
-        ``visuals`` are those of the chunks' section. Questions that are found to be too long are left out and stand in ``problems``.
+        ``visuals`` are those of the chunks' section. Questions that are found to be too long are left out and stand in
+        ``problems``.
 
         Raises:
             DeviceMemoryError: not even one question alone fits.
@@ -119,9 +120,7 @@ class Answerer:
             answered = self._generate_if_it_fits(chunk, visuals, error.room)
         return answered
 
-    def _generate_if_it_fits(
-        self, chunk: Chunk, visuals: Visuals, most: int | None = None
-    ) -> list[SampleLog] | None:
+    def _generate_if_it_fits(self, chunk: Chunk, visuals: Visuals, most: int | None = None) -> list[SampleLog] | None:
         """None where memory did not suffice; what was allocated is free again once this has returned.
 
         Args:

@@ -17,6 +17,7 @@ BatchSize = int | Literal["auto"]
 # What ``auto`` tries first. On a GPU memory that does not suffice is an error that halves the batch; on a CPU the
 # system ends the process instead, so nothing large is tried there.
 AUTO_ON_GPU, AUTO_ON_CPU = 64, 8
+VISUAL_CACHE_GIB = 1.0
 # Of a section whose images are asked about several times: enough for questions of like length, and few enough that
 # several processes have about as much to do each.
 _BATCHES, _PASSES = 4, 2

@@ -174,9 +174,8 @@ def _beginning(value: Any) -> Any:
 def write_prompts(vlm: CompressedVlm, loaded: Sequence[LoadedQuestion], visuals: Visuals) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` of questions, for ``CompressedVlm.generate``."""
     written = visuals.written([key for one in loaded for key in one.shown[len(one.images) :]])
-    prompts = vlm.write_prompts(
-        [one.prompt for one in loaded], [len(one.images) for one in loaded], [len(one.videos) for one in loaded], written
-    )
+    num_images, num_videos = [len(one.images) for one in loaded], [len(one.videos) for one in loaded]
+    prompts = vlm.write_prompts([one.prompt for one in loaded], num_images, num_videos, written)
     return {name: tensor.to(vlm.device) for name, tensor in prompts.items()}
 
 

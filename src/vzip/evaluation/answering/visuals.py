@@ -118,7 +118,8 @@ class Visuals:
 
     def arrange(self, most: int) -> None:
         """Settles what goes through the tower together: what each ``most`` questions are the first to show."""
-        parts = [list(chain(*part)) for part in cut(self._of_questions, most)]
+        positions = cut(range(len(self._of_questions)), most)
+        parts = [[key for number in part for key in self._of_questions[number]] for part in positions]
         self.pass_size = min(most, max(1, len(self._of_questions)))
         self._passes = [
             _Pass({key: self._visuals[key] for kind in ("image", "video") for key in part if self._is(key, kind)})
@@ -165,7 +166,8 @@ class Visuals:
                 inputs |= self.vlm.preprocess_images(sources, [visual.num_beside for visual in images])
             one.written = {}
             if videos:
-                of_videos = self.vlm.preprocess_videos([visual.source for visual in videos.values()])
+                files: Any = [visual.source for visual in videos.values()]
+                of_videos = self.vlm.preprocess_videos(files)
                 one.written = dict(zip(videos, self.vlm.adapter.video_texts(of_videos) or (), strict=False))
                 inputs |= of_videos
             one.inputs = {name: tensor.to(self.vlm.device) for name, tensor in inputs.items()}
@@ -211,8 +213,9 @@ class Visuals:
         with torch.no_grad():
             encoded = self.vlm.encode(asked, **one.inputs)
         one.inputs = None
-        found = {key: EncodedVisuals(images=[own]) for key, own in zip(one.of_kind("image"), encoded.images, strict=True)}
-        found |= {key: EncodedVisuals(videos=[own]) for key, own in zip(one.of_kind("video"), encoded.videos, strict=True)}
+        own = [EncodedVisuals(images=[each]) for each in encoded.images]
+        own += [EncodedVisuals(videos=[each]) for each in encoded.videos]
+        found = dict(zip(one.visuals, own, strict=True))  # images come first in both
         cache.num_encoded += len(found)
         cache.keep(found, encoded.num_bytes)
         return found

@@ -23,7 +23,13 @@ from rich.console import Console
 
 from vzip.errors import ManifestError, UnsupportedModelError
 from vzip.evaluation.answering.answers import Answerer, SampleLog
-from vzip.evaluation.answering.batching import BatchSize, check_batch_size, plan_sections, planned_size
+from vzip.evaluation.answering.batching import (
+    VISUAL_CACHE_GIB,
+    BatchSize,
+    check_batch_size,
+    plan_sections,
+    planned_size,
+)
 from vzip.evaluation.answering.generation import check_overrides
 from vzip.evaluation.answering.processes import Processes
 from vzip.evaluation.answering.questions import (
@@ -55,7 +61,6 @@ except ImportError as error:
 
 OnProblem = Literal["refuse", "skip"]
 _SHOWN_PROBLEMS = 20
-VISUAL_CACHE_GIB = 1.0
 
 logger = logging.getLogger(__name__)
 

@@ -50,8 +50,8 @@ class EncodedVisuals:
     @property
     def num_bytes(self) -> int:
         """Memory of all their tokens."""
-        tokens = [own for _, own in (*self.images, *self.videos)]
-        return sum(part.nbytes for own in tokens for part in (own.rows, own.place_index, own.planes) if part is not None)
+        parts = [part for _, own in (*self.images, *self.videos) for part in (own.rows, own.place_index, own.planes)]
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 @dataclass(frozen=True)
