@@ -137,6 +137,7 @@ def build_record(
         "versions": provenance.versions(),
         "hardware": provenance.hardware(),
         "wall_time_s": round(wall_time_s, 3),
+        "answering_time_s": round(lm.answering_time_s, 3),
         "tower_cache": None if vlm.adapter.tower_cache is None else vlm.adapter.tower_cache.counts,
         "visual_cache": {"num_encoded": lm.cache.num_encoded, "num_shown": lm.cache.num_shown},
         "num_processes": lm.processes.count,

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import random
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -94,6 +95,7 @@ class VzipLmms(lmms):
         batch_sizes: how often how many questions were generated at once.
         problems: why a question could not be asked.
         num_questions: of all tasks; None before they are asked.
+        answering_time_s: of this process, from the first image opened to the last answer.
         cache: of visual tokens, which counts what was encoded and shown; of several processes of this one.
         images: the first image of the first questions answered, to be shown.
 
@@ -138,6 +140,7 @@ class VzipLmms(lmms):
         self.batch_sizes: Counter[int] = Counter()
         self.problems: dict[Key, str] = {}
         self.num_questions: int | None = None
+        self.answering_time_s = 0.0
         self.num_images = num_images
         self.images: dict[Key, Image.Image] = {}
         # Opened now: lmms-eval's own output may be redirected while it runs.
@@ -187,8 +190,10 @@ class VzipLmms(lmms):
         if known and self.progress and self.processes.is_first:  # not logged: that goes to lmms-eval's log meanwhile
             told = f"{len(known)} of {len(questions)} answers kept from the interrupted run"
             print(told, file=self._console.file, flush=True)
+        started = time.perf_counter()
         with strict_decoding():
             self._answer(self.processes.share(sections), known)
+        self.answering_time_s = time.perf_counter() - started
         self._collect()
         if self.problems:
             self._leave_out(questions)

@@ -1,0 +1,236 @@
+"""Each image once through the vision tower, many at once, within a bound; and the answers of questions asked singly."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import vzip
+from vzip.errors import ConfigError
+from vzip.evaluation.answering.resume import AnswerStore
+from vzip.evaluation.answering.visuals import EncodedCache, Visual
+from vzip.evaluation.run import evaluate
+from vzip.models.families.places import EncodedVisuals
+from vzip.results.record import read_samples
+
+NUM_IMAGES, QUESTIONS = 5, ("is there a dog?", "how many are red?", "what does it say there?", "where?")
+NUM_QUESTIONS = NUM_IMAGES * len(QUESTIONS)
+TASKS = ("own_yes", "own_more")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory, include_path: Path) -> Path:
+    """Two tasks over the same images: in own_yes two questions an image, by its file, in own_more the other two."""
+    import json
+
+    folder = tmp_path_factory.mktemp("shared")
+    for number in range(NUM_IMAGES):
+        torch.manual_seed(number)
+        pixels = torch.randint(0, 256, (40 + number, 60, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    (folder / "utils.py").write_text(
+        "from pathlib import Path\n\nfrom PIL import Image\n\n\n"
+        "def visual(doc):\n    return [Image.open(Path(__file__).parent / doc['image'])]\n\n\n"
+        "def text(doc, lmms_eval_specific_kwargs=None):\n    return doc['question']\n"
+    )
+    text = (include_path / "own_text.yaml").read_text().replace("utils.none", "utils.visual")
+    for name, questions in zip(TASKS, (QUESTIONS[:2], QUESTIONS[2:]), strict=True):
+        rows = [
+            {"question": f"{question} {'now ' * (number % 3)}", "answer": "x", "image": f"{number}.png"}
+            for question in questions
+            for number in range(NUM_IMAGES)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        own = text.replace("own_text", name).replace(str(include_path / "text.jsonl"), str(folder / f"{name}.jsonl"))
+        (folder / f"{name}.yaml").write_text(own)
+    return folder
+
+
+def run(vlm: Any, tasks: Path, run_dir: Path, **kwargs: Any) -> dict[str, Any]:
+    return evaluate(vlm, tasks=TASKS, include_path=tasks, run_dir=run_dir, progress=False, **kwargs)
+
+
+@pytest.fixture
+def passes(vlm: Any) -> Iterator[list[int]]:
+    """Images that went through the vision tower, pass by pass."""
+    seen: list[int] = []
+    handle = vlm.adapter.vision_tower.register_forward_pre_hook(
+        lambda _module, args, kwargs: seen.append(len(kwargs.get("pixel_values", args[0] if args else None))),
+        with_kwargs=True,
+    )
+    yield seen
+    handle.remove()
+
+
+class TestOnce:
+    @pytest.mark.parametrize(
+        ("batch_size", "expected"), [(1, [1] * NUM_IMAGES), (2, [2, 2, 1]), (8, [NUM_IMAGES]), ("auto", [NUM_IMAGES])]
+    )
+    def test_an_image_is_encoded_for_all_its_questions(self, vlm, tasks, tmp_path, passes, batch_size, expected):
+        record = run(vlm, tasks, tmp_path, batch_size=batch_size)
+        assert sum(passes) == NUM_IMAGES and sorted(passes, reverse=True) == expected
+        assert record["visual_cache"] == {"num_encoded": NUM_IMAGES, "num_shown": NUM_QUESTIONS}
+
+    def test_without_room_each_batch_encodes_its_own_and_none_twice(self, vlm, tasks, tmp_path, passes):
+        run(vlm, tasks, tmp_path / "one", batch_size=1, visual_cache_gib=0)
+        assert passes == [1] * NUM_QUESTIONS
+        passes.clear()
+        run(vlm, tasks, tmp_path / "all", batch_size=NUM_QUESTIONS, visual_cache_gib=0)
+        assert passes == [NUM_IMAGES]
+
+    def test_it_is_preprocessed_once(self, vlm, tasks, tmp_path, monkeypatch):
+        preprocess, sizes = vlm.preprocess_images, []
+
+        def counting(images: list[Image.Image], *args: Any) -> Any:
+            sizes.extend(image.size for image in images)
+            return preprocess(images, *args)
+
+        monkeypatch.setattr(vlm, "preprocess_images", counting)
+        run(vlm, tasks, tmp_path, batch_size=4)
+        assert len(set(sizes)) == len(sizes) == NUM_IMAGES
+
+    def test_a_text_aware_method_chooses_for_each_question(self, vlm, tasks, tmp_path):
+        vlm.compressor = vzip.compressors.MMTok(vzip.TokenBudget(5, 2))
+        alone = run(vlm, tasks, tmp_path / "alone", batch_size=1, visual_cache_gib=0)
+        record = run(vlm, tasks, tmp_path / "kept", batch_size=8)
+        assert record["visual_cache"]["num_encoded"] == NUM_QUESTIONS == alone["visual_cache"]["num_encoded"]
+        assert read_samples(tmp_path / "kept") == read_samples(tmp_path / "alone")
+
+
+class TestAnswers:
+    """Equal to those of questions asked one by one, each with its own pass of the tower."""
+
+    @pytest.mark.parametrize("compressor", [vzip.VisionZip(vzip.TokenBudget(5, 2)), vzip.Identity()], ids=str)
+    @pytest.mark.parametrize("pruner", [None, vzip.FastV(1, 3)], ids=str)
+    def test_whatever_shares_a_batch(self, vlm, tasks, tmp_path, compressor, pruner):
+        vlm.compressor, vlm.pruner = compressor, pruner
+        run(vlm, tasks, tmp_path / "alone", batch_size=1, visual_cache_gib=0)
+        for name, settings in {"one": {"batch_size": 1}, "auto": {"batch_size": "auto", "num_workers": 0}}.items():
+            run(vlm, tasks, tmp_path / name, **settings)
+            assert read_samples(tmp_path / name) == read_samples(tmp_path / "alone")
+
+    def test_budgets_methods_and_weights_do_not_mix_in_one_process(self, vlm, model, processor, tasks, tmp_path):
+        """One wrapper through all of them in turn gives what a wrapper of its own gives to each."""
+        methods = [vzip.VisionZip(vzip.TokenBudget(5, 2)), vzip.VisionZip(vzip.TokenBudget(4, 3))]
+        methods += [vzip.RandomTokens(vzip.TokenBudget(5, 2), seed) for seed in (0, 1)]
+        for number, method in enumerate(methods):
+            vlm.compressor = method
+            run(vlm, tasks, tmp_path / f"shared{number}", batch_size=8)
+            own = vzip.CompressedVlm(model, method, processor)
+            run(own, tasks, tmp_path / f"own{number}", batch_size=8)
+            assert read_samples(tmp_path / f"shared{number}") == read_samples(tmp_path / f"own{number}")
+        told = [str(read_samples(tmp_path / f"own{number}")) for number in range(len(methods))]
+        assert len(set(told)) == len(told), "methods that answer alike would show nothing"
+        weight = vlm.adapter.projector.get_parameter("linear_1.weight")
+        before = weight.detach().clone()
+        try:
+            with torch.no_grad():
+                weight.mul_(-3)
+            run(vlm, tasks, tmp_path / "changed", batch_size=8)
+            run(vlm, tasks, tmp_path / "alone", batch_size=1, visual_cache_gib=0)
+        finally:
+            with torch.no_grad():
+                weight.copy_(before)
+        assert read_samples(tmp_path / "changed") == read_samples(tmp_path / "alone")
+        assert str(read_samples(tmp_path / "changed")) != told[-1]
+
+    def test_what_shares_a_pass_does_not_depend_on_what_is_answered_already(
+        self, vlm, tasks, tmp_path, monkeypatch, passes
+    ):
+        """An interrupted run computes the very numbers of one that is not: it gives the tower the same batches."""
+        encoded: dict[str, list[bytes]] = {}
+        encode, into = vlm.encode, "whole"
+
+        def noting(*args: Any, **inputs: torch.Tensor) -> Any:
+            encoded.setdefault(into, []).append(inputs["pixel_values"].numpy().tobytes())
+            return encode(*args, **inputs)
+
+        monkeypatch.setattr(vlm, "encode", noting)
+        add, seen = AnswerStore.add, 0
+
+        def copying(self: AnswerStore, *args: Any) -> None:
+            nonlocal seen
+            add(self, *args)
+            seen += 1
+            shutil.copytree(tmp_path / "whole", tmp_path / f"killed{seen}")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(AnswerStore, "add", copying)
+            run(vlm, tasks, tmp_path / "whole", batch_size=3)
+        assert seen >= 7 and len(encoded["whole"]) >= 2
+        for number in range(1, seen + 1):
+            into = f"killed{number}"
+            record = run(vlm, tasks, tmp_path / into, batch_size=3)
+            assert record["num_resumed_answers"] > 0 and set(encoded.get(into, [])) <= set(encoded["whole"])
+            assert read_samples(tmp_path / into) == read_samples(tmp_path / "whole")
+        assert encoded["killed1"] == encoded["whole"], "the first batch is answered, its images are needed again"
+
+    def test_a_tower_that_does_not_fit_takes_fewer_at_once(self, vlm, tasks, tmp_path, monkeypatch):
+        run(vlm, tasks, tmp_path / "alone", batch_size=1, visual_cache_gib=0)
+        encode, tried = vlm.encode, []
+
+        def limited(*args: Any, **inputs: torch.Tensor) -> Any:
+            tried.append(len(inputs["pixel_values"]))
+            if tried[-1] > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return encode(*args, **inputs)
+
+        monkeypatch.setattr(vlm, "encode", limited)
+        record = run(vlm, tasks, tmp_path / "run", batch_size=8)
+        assert tried == [5, 3, 2, 2, 1] and max(map(int, record["batch_sizes"])) == 2
+        assert read_samples(tmp_path / "run") == read_samples(tmp_path / "alone")
+
+
+class TestCache:
+    def found(self, *numbers: int) -> dict[Any, EncodedVisuals]:
+        return {number: EncodedVisuals() for number in numbers}
+
+    def test_the_least_recently_shown_make_room(self):
+        cache = EncodedCache(10 / 1024**3)
+        for keys, size in (((1, 2), 4), ((3,), 4)):
+            cache.keep(self.found(*keys), size)
+        assert cache.find((1, 2)) is not None and cache.num_bytes == 8
+        cache.keep(self.found(4), 5)
+        assert cache.find((3,)) is None and cache.find((1, 2)) is not None and cache.num_bytes == 9
+        cache.keep(self.found(5), 11)
+        assert cache.find((5,)) is None and cache.num_bytes == 9, "larger than all there is"
+        assert cache.find((2, 1)) is None, "together they may be others in the last bits"
+        cache.clear()
+        assert cache.find((4,)) is None and cache.num_bytes == 0
+
+    def test_a_run_stays_within_it(self, vlm, tasks, tmp_path, monkeypatch, passes):
+        size = 7 * 32 * 4  # of an image, in float32
+        keep, most = EncodedCache.keep, []
+
+        def noting(self: EncodedCache, *args: Any) -> None:
+            keep(self, *args)
+            most.append(self.num_bytes)
+
+        monkeypatch.setattr(EncodedCache, "keep", noting)
+        run(vlm, tasks, tmp_path / "run", batch_size=2, visual_cache_gib=2.5 * size / 1024**3)
+        assert 0 < max(most) <= 2.5 * size and sum(passes) > NUM_IMAGES, "some were thrown out and encoded again"
+        run(vlm, tasks, tmp_path / "alone", batch_size=1, visual_cache_gib=0)
+        assert read_samples(tmp_path / "run") == read_samples(tmp_path / "alone")
+
+    @pytest.mark.parametrize("value", [-1, True, "much", float("nan")])
+    def test_a_bound_that_is_none(self, value):
+        with pytest.raises(ConfigError, match=r"eval\.visual_cache_gib="):
+            EncodedCache(value)
+
+
+def test_keys_tell_apart_what_becomes_other_tokens(tmp_path):
+    image, other = Image.new("RGB", (4, 2)), Image.new("RGB", (2, 4))
+    assert Visual(image).key == Visual(image.copy()).key
+    file = tmp_path / "clip.mp4"
+    file.write_bytes(b"one")
+    before = Visual(file).key
+    file.write_bytes(b"another")
+    keys = [Visual(image).key, Visual(other).key, Visual(Image.new("RGB", (4, 2), "red")).key, Visual(image, 2).key]
+    keys += [Visual(image, 1, "what?").key, Visual([image]).key, Visual([image, image]).key, before, Visual(file).key]
+    assert len(set(keys)) == len(keys)
