@@ -10,7 +10,7 @@ Four sides in one run, on the same questions:
   compressed_1     eval.py at 64 tokens, one by one: the answers that the next side must give
   compressed       eval.py at 64 tokens, eval.batch_size=auto
 
-Times are from the first image opened to the last answer, without the model's loading, and lmms-eval's own work left out.
+Times are from the first image opened to the last answer; the model's loading and lmms-eval's own work are left out.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def by_eval(vlm: vzip.CompressedVlm, folder: Path, limit: int | None, **settings
     return record["answering_time_s"], {(row["task"], row["doc_id"]): row["answer"] for row in rows}
 
 
-def by_transformers(
-    vlm: vzip.CompressedVlm, folder: Path, limit: int | None, batch_size: int
-) -> tuple[float, Answers]:
+def by_transformers(vlm: vzip.CompressedVlm, folder: Path, limit: int | None, batch_size: int) -> tuple[float, Answers]:
     """The same of Hugging Face's processor and model alone."""
     model, processor, answers = vlm.model, vlm.processor, Answers()
     rows = [(f"scenes_{t}", n, row) for t in TASKS for n, row in enumerate(benchmark.load_rows(folder, t)[:limit])]

@@ -60,17 +60,16 @@ def run(vlm: Any, tasks: Path, run_dir: Path, **kwargs: Any) -> dict[str, Any]:
 def passes(vlm: Any) -> Iterator[list[int]]:
     """Images that went through the vision tower, pass by pass."""
     seen: list[int] = []
-    handle = vlm.adapter.vision_tower.register_forward_pre_hook(
-        lambda _module, args, kwargs: seen.append(len(kwargs.get("pixel_values", args[0] if args else None))),
-        with_kwargs=True,
-    )
+    embeddings = vlm.adapter.tower.embeddings
+    handle = embeddings.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
     yield seen
     handle.remove()
 
 
 class TestOnce:
     @pytest.mark.parametrize(
-        ("batch_size", "expected"), [(1, [1] * NUM_IMAGES), (2, [2, 2, 1]), (8, [NUM_IMAGES]), ("auto", [NUM_IMAGES])]
+        ("batch_size", "expected"),
+        [(1, [1] * NUM_IMAGES), (2, [2, 2, 1]), ("auto", [4, 1]), (NUM_QUESTIONS, [NUM_IMAGES])],
     )
     def test_an_image_is_encoded_for_all_its_questions(self, vlm, tasks, tmp_path, passes, batch_size, expected):
         record = run(vlm, tasks, tmp_path, batch_size=batch_size)
@@ -183,7 +182,8 @@ class TestAnswers:
 
         monkeypatch.setattr(vlm, "encode", limited)
         record = run(vlm, tasks, tmp_path / "run", batch_size=8)
-        assert tried == [5, 3, 2, 2, 1] and max(map(int, record["batch_sizes"])) == 2
+        # Four images in the pass of the first section: once with eight questions at once, once with four.
+        assert tried == [4, 4, 2, 2, 1] and max(map(int, record["batch_sizes"])) == 2
         assert read_samples(tmp_path / "run") == read_samples(tmp_path / "alone")
 
 
@@ -213,10 +213,14 @@ class TestCache:
             most.append(self.num_bytes)
 
         monkeypatch.setattr(EncodedCache, "keep", noting)
-        run(vlm, tasks, tmp_path / "run", batch_size=2, visual_cache_gib=2.5 * size / 1024**3)
-        assert 0 < max(most) <= 2.5 * size and sum(passes) > NUM_IMAGES, "some were thrown out and encoded again"
+        run(vlm, tasks, tmp_path / "two", batch_size=2, visual_cache_gib=2.5 * size / 1024**3)
+        assert max(most) == 2 * size and sum(passes) == NUM_IMAGES
+        passes.clear()
+        run(vlm, tasks, tmp_path / "three", batch_size=3, visual_cache_gib=2.5 * size / 1024**3)
+        assert max(most) == 2 * size and sum(passes) > NUM_IMAGES, "passes of three are not kept, but made again"
         run(vlm, tasks, tmp_path / "alone", batch_size=1, visual_cache_gib=0)
-        assert read_samples(tmp_path / "run") == read_samples(tmp_path / "alone")
+        for name in ("two", "three"):
+            assert read_samples(tmp_path / name) == read_samples(tmp_path / "alone")
 
     @pytest.mark.parametrize("value", [-1, True, "much", float("nan")])
     def test_a_bound_that_is_none(self, value):

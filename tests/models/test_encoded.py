@@ -92,7 +92,7 @@ def test_of_another_budget_or_beside_pixels_they_are_refused() -> None:
     encoded = vlm.encode(**inputs)
     with pytest.raises(PromptError, match="pixel_values beside encoded"):
         vlm.prepare(ids, encoded=encoded, **inputs)
-    with pytest.raises(PromptError, match="2 <image>|1 image"):
+    with pytest.raises(PromptError, match=r"2 <image>|1 image"):
         vlm.prepare(torch.tensor([[11, family.token, 12, family.token, 13]]), encoded=encoded)
     vlm.compressor = vzip.VisionZip(vzip.TokenBudget(3, 2))
     with pytest.raises(PromptError, match=r"6 visual tokens, and VisionZip\(.* makes 5 of it"):
