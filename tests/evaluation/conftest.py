@@ -167,6 +167,9 @@ class ScriptedVlm:
         numbers = [] if pixel_values is None else pixel_values.int().tolist()
         return SimpleNamespace(images=numbers, videos=[], num_bytes=0)
 
+    def visual_bytes(self, pixel_values: torch.Tensor) -> list[int]:
+        return [1] * len(pixel_values)
+
     def expected_num_visual_tokens(self, encoded: Any) -> list[int]:
         return [self.compressor.budget.num_tokens for _ in encoded.images]
 

@@ -45,6 +45,7 @@ def test_is_the_same_bit_for_bit(family: Any, compressor: vzip.Compressor) -> No
         both = vlm.generate(ids, max_new_tokens=3, do_sample=False, **inputs)
         again = vlm.generate(ids[[0, 1, 0]], encoded=shown_again(encoded, 0, 1, 0), max_new_tokens=3, do_sample=False)
     assert torch.equal(again[:2], both) and torch.equal(again[2], both[0])
+    assert sum(vlm.visual_bytes(**inputs)) == sum(own.rows.nbytes for _, own in (*encoded.images, *encoded.videos))
     assert encoded.num_bytes >= sum(own.rows.nbytes for _, own in (*encoded.images, *encoded.videos)) > 0
 
 

@@ -289,6 +289,12 @@ class CompressedVlm(InputBuilder, TrainerModel):
         outputs = self.adapter.counted(_split(inputs)[0], inputs.get("input_ids"), inputs.get("attention_mask"))
         return [self._compressor.num_visual_tokens(shape) for shape in self._read(encoded, outputs).shapes]
 
+    def visual_bytes(self, **processor_outputs: Tensor | None) -> list[int]:
+        """Memory that ``encode`` will need for the visual tokens of each image, then of each video, planes left out."""
+        width = self.model.config.get_text_config().hidden_size
+        counts = self.expected_num_visual_tokens(**processor_outputs)
+        return [count * width * self.model.dtype.itemsize for count in counts]
+
     def prepare(
         self,
         input_ids: Tensor,

@@ -16,9 +16,9 @@ from torch import Tensor
 from vzip.errors import ImageError, VideoError
 from vzip.evaluation.answering.messages import read_messages
 
-from .batching import cut
+from .batching import VISUAL_CACHE_GIB, cut
 from .generation import GenerationSettings, settings_for
-from .visuals import UNUSABLE, Visual, Visuals
+from .visuals import BYTES_PER_GIB, UNUSABLE, Visual, Visuals
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
@@ -95,13 +95,11 @@ class PreparedSection:
     """A section of the plan, ready for the model.
 
     Attributes:
-        batches: of the plan, in chunks; together all questions that are to be asked and can be.
-        visuals: what they show.
+        batches: of the plan, in chunks, and what they show; together all questions that are to be asked and can be.
         problems: why the others cannot.
     """
 
-    batches: list[list[Chunk]]
-    visuals: Visuals
+    batches: list[tuple[list[Chunk], Visuals]]
     problems: dict[Key, str]
 
 
@@ -126,7 +124,7 @@ def list_questions(requests: Sequence[Instance], overrides: Mapping[str, Any]) -
 
 
 _NAMES_AN_IMAGE = re.compile("image|img|video", re.IGNORECASE)
-_BYTES_COMPARED = 2**16
+_BYTES_COMPARED = 2**14
 
 
 def images_of(questions: Sequence[Question], datasets: Mapping[str, Any]) -> list[Hashable]:
@@ -158,17 +156,22 @@ def _shown_by(rows: Any, numbers: list[int]) -> Iterator[Hashable]:
         return
     raw = rows.select_columns(names).with_format("arrow")  # as it is stored: images are not decoded
     for part in cut(numbers, 256):
-        for row in raw.select(part)[:].to_pylist():
-            yield hashlib.blake2b(repr(_beginning(row)).encode(), digest_size=16).digest()
+        table = raw.select(part)[:]
+        for row in zip(*(_beginnings(table[name]) for name in names), strict=True):
+            yield hashlib.blake2b(repr(row).encode(), digest_size=16).digest()
 
 
-def _beginning(value: Any) -> Any:
-    """A value with long contents of files cut off."""
-    if isinstance(value, bytes):
-        return len(value), value[:_BYTES_COMPARED]
-    if isinstance(value, dict):
-        return [_beginning(one) for one in value.values()]
-    return [_beginning(one) for one in value] if isinstance(value, list) else value
+def _beginnings(column: Any) -> list[Any]:
+    """An Arrow column row by row; of files their length and how they begin, so that no more of them is read."""
+    from pyarrow import compute, types
+
+    if types.is_struct(column.type):
+        parts = [compute.struct_field(column, number) for number in range(column.type.num_fields)]
+        return list(zip(*map(_beginnings, parts), strict=True))
+    if types.is_binary(column.type) or types.is_large_binary(column.type):
+        starts = compute.binary_slice(column, 0, _BYTES_COMPARED).to_pylist()
+        return list(zip(compute.binary_length(column).to_pylist(), starts, strict=True))
+    return column.to_pylist()
 
 
 def write_prompts(vlm: CompressedVlm, loaded: Sequence[LoadedQuestion], visuals: Visuals) -> dict[str, Tensor]:
@@ -186,10 +189,18 @@ class Preparer:
         vlm: the wrapper that will be asked.
         datasets: of each task its splits, as lmms-eval holds them.
         system_prompt: text of a system turn before each question; None for none.
+        cache_gib: of a section whose visual tokens are more, each batch encodes its own images.
     """
 
-    def __init__(self, vlm: CompressedVlm, datasets: Mapping[str, Any], system_prompt: str | None) -> None:
+    def __init__(
+        self,
+        vlm: CompressedVlm,
+        datasets: Mapping[str, Any],
+        system_prompt: str | None,
+        cache_gib: float = VISUAL_CACHE_GIB,
+    ) -> None:
         self.vlm = vlm
+        self.cache_gib = cache_gib
         self.datasets = datasets
         self.system_prompt = system_prompt
         processor: Any = vlm.processor
@@ -231,11 +242,16 @@ class Preparer:
         left = [one for batch in batches for one in batch]
         with NamingTheQuestion(names_of(left)):
             unusable = visuals.preprocess({key for one in left for key in one.shown})
+        if len(section) > 1 and visuals.num_bytes > self.cache_gib * BYTES_PER_GIB:
+            parts = [self.prepare([batch], chunk_size, known) for batch in section]
+            for part in parts:
+                problems |= part.problems
+            return PreparedSection([batch for part in parts for batch in part.batches], problems)
         for one in left:
             if found := [unusable[key] for key in one.shown if key in unusable]:
                 problems[one.question.key] = _describe(found[0])
         usable = [[one for one in batch if one.question.key not in problems] for batch in batches]
-        return PreparedSection([self._chunks(batch, visuals, chunk_size) for batch in usable], visuals, problems)
+        return PreparedSection([(self._chunks(batch, visuals, chunk_size), visuals) for batch in usable], problems)
 
     def _load(self, question: Question, visuals: Visuals) -> LoadedQuestion:
         _, doc_to_messages, _, doc_id, task, split = question.request.args

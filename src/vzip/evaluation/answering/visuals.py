@@ -74,7 +74,7 @@ class _Pass:
 
     Attributes:
         visuals: by key.
-        inputs: the processor's outputs on the device; None: not made, or no longer needed.
+        inputs: the processor's outputs in host memory; None: not made, or no longer needed.
         written: of each video what prompts have in its place, where the family writes it; None: not known yet.
     """
 
@@ -94,11 +94,13 @@ class Visuals:
 
     Attributes:
         pass_size: of how many questions the new images and videos go through the tower together, at most.
+        largest: bytes of the visual tokens of one image or video, at most; 0 before anything is preprocessed.
     """
 
     def __init__(self, vlm: CompressedVlm) -> None:
         self.vlm = vlm
         self.pass_size = 1
+        self.largest = 0
         self._visuals: dict[Hashable, Visual] = {}
         self._of_questions: list[list[Hashable]] = []
         self._passes: list[_Pass] = []
@@ -111,6 +113,11 @@ class Visuals:
         if new:
             self._of_questions.append(list(new))
         return tuple(visual.key for visual in of_question)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that all visual tokens need, at most."""
+        return self.largest * len(self._visuals)
 
     def source(self, key: Hashable) -> Image.Image | VideoSource:
         """The one object that is kept of all that are alike."""
@@ -131,7 +138,7 @@ class Visuals:
         return self._visuals[key].kind == kind
 
     def preprocess(self, needed: Collection[Hashable]) -> dict[Hashable, BaseException]:
-        """Makes the inputs of every pass in which something is needed, as far as the device's memory suffices.
+        """Makes the inputs of every pass in which something is needed.
 
         Returns:
             what cannot be used, and why; it is left out of its pass.
@@ -170,8 +177,10 @@ class Visuals:
                 of_videos = self.vlm.preprocess_videos(files)
                 one.written = dict(zip(videos, self.vlm.adapter.video_texts(of_videos) or (), strict=False))
                 inputs |= of_videos
-            one.inputs = {name: tensor.to(self.vlm.device) for name, tensor in inputs.items()}
-        except torch.OutOfMemoryError:  # pixels are sent to the device; tried again when their turn comes
+            one.inputs = inputs
+            if inputs:
+                self.largest = max(self.largest, *self.vlm.visual_bytes(**inputs))
+        except torch.OutOfMemoryError:  # tried again when their turn comes
             one.inputs = None
 
     def written(self, keys: Sequence[Hashable]) -> list[str] | None:
@@ -211,7 +220,7 @@ class Visuals:
             raise torch.OutOfMemoryError("the device's memory does not suffice for the pixels")
         asked = [visual.asked for visual in one.visuals.values()]
         with torch.no_grad():
-            encoded = self.vlm.encode(asked, **one.inputs)
+            encoded = self.vlm.encode(asked, **{name: value.to(self.vlm.device) for name, value in one.inputs.items()})
         one.inputs = None
         own = [EncodedVisuals(images=[each]) for each in encoded.images]
         own += [EncodedVisuals(videos=[each]) for each in encoded.videos]

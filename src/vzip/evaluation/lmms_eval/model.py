@@ -220,7 +220,7 @@ class VzipLmms(lmms):
         kept = None if self.store is None else self.store.kept
         chunk_size = min(self.batch_size, (kept and kept.chunk_size) or self.batch_size)
         answerer = Answerer(self.vlm, chunk_size, self.seed, self.cache)
-        preparer = Preparer(self.vlm, self.task_dict, self.system_prompt)
+        preparer = Preparer(self.vlm, self.task_dict, self.system_prompt, self.cache.max_gib)
         already = frozenset(known)
 
         def prepare(section: list[list[Question]]) -> PreparedSection:
@@ -233,10 +233,10 @@ class VzipLmms(lmms):
                 for key, problem in section.problems.items():
                     self._put_down(key, problem)
                 progress.advance(len(section.problems))
-                for chunks in filter(None, section.batches):
+                for chunks, visuals in section.batches:
                     loaded = [one for chunk in chunks for one in chunk.loaded]
                     self._keep_images(loaded)
-                    logs, sizes = answerer.answer(chunks, section.visuals)
+                    logs, sizes = answerer.answer(chunks, visuals)
                     asked = [one.question for one in loaded if one.question.key not in answerer.problems]
                     answered = list(zip(asked, logs, strict=True))
                     if self.store is not None and answered:
