@@ -58,7 +58,9 @@ def by_eval(vlm: vzip.CompressedVlm, folder: Path, limit: int | None, **settings
 
 def by_transformers(vlm: vzip.CompressedVlm, folder: Path, limit: int | None, batch_size: int) -> tuple[float, Answers]:
     """The same of Hugging Face's processor and model alone."""
-    model, processor, answers = vlm.model, vlm.processor, Answers()
+    model: Any = vlm.model
+    processor: Any = vlm.processor
+    answers: Answers = {}
     rows = [(f"scenes_{t}", n, row) for t in TASKS for n, row in enumerate(benchmark.load_rows(folder, t)[:limit])]
     started = time.perf_counter()
     with Progress("answering with transformers", "questions", len(rows)) as progress, torch.no_grad():
