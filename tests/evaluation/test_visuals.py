@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +14,9 @@ import torch
 from PIL import Image
 
 import vzip
-from vzip.errors import ConfigError
+from vzip.errors import ConfigError, ImageError
 from vzip.evaluation.answering.resume import AnswerStore
-from vzip.evaluation.answering.visuals import EncodedCache, Visual
+from vzip.evaluation.answering.visuals import EncodedCache, Visual, Visuals
 from vzip.evaluation.run import evaluate
 from vzip.models.families.places import EncodedVisuals
 from vzip.results.record import read_samples
@@ -27,8 +29,6 @@ TASKS = ("own_yes", "own_more")
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory, include_path: Path) -> Path:
     """Two tasks over the same images: in own_yes two questions an image, by its file, in own_more the other two."""
-    import json
-
     folder = tmp_path_factory.mktemp("shared")
     for number in range(NUM_IMAGES):
         torch.manual_seed(number)
@@ -187,6 +187,26 @@ class TestAnswers:
         assert read_samples(tmp_path / "run") == read_samples(tmp_path / "alone")
 
 
+def test_what_cannot_be_used_is_left_out_for_good():
+    def preprocess(images: list[Image.Image], _num: list[int]) -> dict[str, torch.Tensor]:
+        tried.append([image.size for image in images])
+        if any(image.size == (2, 1) for image in images):
+            raise ImageError("damaged")
+        return {"pixel_values": torch.ones(len(images))}
+
+    tried: list[Any] = []
+    vlm: Any = SimpleNamespace(preprocess_images=preprocess, visual_bytes=lambda pixel_values: [8] * len(pixel_values))
+    visuals = Visuals(vlm)
+    keys = [key for side in (1, 2, 3, 2) for key in visuals.add([Visual(Image.new("RGB", (side, 1)))])]
+    assert keys[3] == keys[1] and len(set(keys)) == 3
+    visuals.arrange(3)
+    assert {key: str(error) for key, error in visuals.preprocess(set(keys)).items()} == {keys[1]: "damaged"}
+    assert tried[-1] == [(1, 1), (3, 1)] and visuals.num_bytes == 24
+    visuals.arrange(2)
+    assert visuals.preprocess(set(keys)) == {}
+    assert tried[-2:] == [[(1, 1)], [(3, 1)]]
+
+
 class TestCache:
     def found(self, *numbers: int) -> dict[Any, EncodedVisuals]:
         return {number: EncodedVisuals() for number in numbers}
@@ -218,7 +238,7 @@ class TestCache:
         passes.clear()
         run(vlm, tasks, tmp_path / "three", batch_size=3, visual_cache_gib=2.5 * size / 1024**3)
         assert max(most) <= 2.5 * size, "three images of a section are too many"
-        assert NUM_IMAGES < sum(passes) and max(passes) == 3, "so each batch encodes its own, at once"
+        assert sum(passes) > NUM_IMAGES and max(passes) == 3, "so each batch encodes its own, at once"
         run(vlm, tasks, tmp_path / "alone", batch_size=1, visual_cache_gib=0)
         for name in ("two", "three"):
             assert read_samples(tmp_path / name) == read_samples(tmp_path / "alone")

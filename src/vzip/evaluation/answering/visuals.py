@@ -162,6 +162,8 @@ class Visuals:
             except UNUSABLE as error:
                 unusable[key] = error
                 del one.visuals[key]
+        for own in self._of_questions:  # should it be arranged anew
+            own[:] = [key for key in own if key not in unusable]
         return unusable
 
     def _preprocess(self, one: _Pass) -> None:
