@@ -9,12 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from PIL import Image
 
 import vzip
 from vzip.errors import ConfigError, ImageError
+from vzip.evaluation.answering.questions import images_of
 from vzip.evaluation.answering.resume import AnswerStore
 from vzip.evaluation.answering.visuals import EncodedCache, Visual, Visuals
 from vzip.evaluation.run import evaluate
@@ -247,6 +249,32 @@ class TestCache:
     def test_a_bound_that_is_none(self, value):
         with pytest.raises(ConfigError, match=r"eval\.visual_cache_gib="):
             EncodedCache(value)
+
+
+def test_rows_tell_which_images_are_alike_without_decoding_them():
+    def file(content: bytes) -> dict[str, Any]:
+        return {"bytes": content, "path": None}
+
+    begins_alike = [b"no image" * 9000 + end for end in (b"a", b"bc")]  # of other lengths
+    rows = [
+        {"question": str(number), "image_id": number // 2, "image": file(own), "images": [file(own)]}
+        for number, own in enumerate([b"x", b"x", *begins_alike])
+    ]
+    data = datasets.Dataset.from_list(rows)
+    features = data.features.copy()
+    features["image"], features["images"] = datasets.Image(), datasets.Sequence(datasets.Image())
+    data = data.cast(features)
+
+    def alike(numbers: list[int], rows: Any = data) -> list[int]:
+        asked = [
+            SimpleNamespace(key=("t", n, 0), request=SimpleNamespace(args=("", 0, 0, n, "t", "s"))) for n in numbers
+        ]
+        found = images_of(asked, {"t": {"s": rows}})  # type: ignore[arg-type]
+        return [found.index(one) for one in found]
+
+    assert alike([0, 1, 2, 3]) == [0, 0, 2, 3] and alike([3, 1, 0, 1]) == [0, 1, 1, 1]
+    assert alike([0, 1], data.select([2, 0])) == [0, 1]
+    assert alike([0, 1], data.select_columns(["question"])) == [0, 1] and alike([0, 1], [{}, {}]) == [0, 1]
 
 
 def test_keys_tell_apart_what_becomes_other_tokens(tmp_path):
