@@ -240,7 +240,7 @@ class TestCache:
         passes.clear()
         run(vlm, tasks, tmp_path / "three", batch_size=3, visual_cache_gib=2.5 * size / 1024**3)
         assert max(most) <= 2.5 * size, "three images of a section are too many"
-        assert sum(passes) > NUM_IMAGES and max(passes) == 3, "so each batch encodes its own, at once"
+        assert sum(passes) > NUM_IMAGES and min(passes) > 1, "so each batch encodes its own, at once"
         run(vlm, tasks, tmp_path / "alone", batch_size=1, visual_cache_gib=0)
         for name in ("two", "three"):
             assert read_samples(tmp_path / name) == read_samples(tmp_path / "alone")
