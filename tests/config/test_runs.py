@@ -148,6 +148,7 @@ def test_plain_arguments(hydra_folder: None) -> None:
         "limit": 9,
         "batch_size": 1,
         "num_workers": 2,
+        "visual_cache_gib": 1.0,
         "on_problem": "refuse",
         "trackers": (),
         "include_path": None,

@@ -122,6 +122,8 @@ def vlm(model: Any, processor: Any) -> Any:
 class ScriptedVlm:
     """Answers what a script says, keyed by the question in the prompt; counts tokens as told.
 
+    Ids of a prompt are the number of its texts and of its images; an encoded image is its number in ``shown``.
+
     ``measured`` overrides the visual tokens an image that it reports, as a faulty wrapper would.
     """
 
@@ -139,6 +141,8 @@ class ScriptedVlm:
         self.measured = measured
         self.last_num_visual_tokens: list[int] = []
         self.prompts: list[str] = []
+        self.written: list[list[str]] = []
+        self.shown: list[Image.Image] = []
         self.pictures: list[list[Image.Image]] = []
         self.batches: list[tuple[int, dict[str, Any]]] = []
         self.device = torch.device("cpu")
@@ -147,23 +151,36 @@ class ScriptedVlm:
         )
         self.model.num_parameters = lambda: 0
 
-    def build_inputs(self, texts: list[str], images: list[list[Image.Image]], videos: list[list]) -> dict[str, Any]:
-        assert not any(videos)
-        assert [text.count("<image>") for text in texts] == [len(pictures) for pictures in images]
-        num_images = sum(len(pictures) for pictures in images)
-        inputs = {"texts": texts, "images": images}
-        return inputs | ({"pixel_values": torch.ones(num_images, 3, 4, 4)} if num_images else {})
+    def write_prompts(
+        self, texts: list[str], num_images: list[int], num_videos: list[int], written: Any
+    ) -> dict[str, torch.Tensor]:
+        assert not any(num_videos) and written is None
+        assert [text.count("<image>") for text in texts] == num_images
+        self.written += [texts]
+        return {"input_ids": torch.tensor([[len(self.written) - 1, count] for count in num_images])}
 
-    def expected_num_visual_tokens(self, images: list[list[Image.Image]], **_inputs: Any) -> list[int]:
-        return [self.compressor.budget.num_tokens for pictures in images for _ in pictures]
+    def preprocess_images(self, images: list[Image.Image], num_images: list[int]) -> dict[str, torch.Tensor]:
+        self.shown += images
+        first = len(self.shown) - len(images)
+        return {"pixel_values": torch.arange(first, len(self.shown), dtype=torch.float32)}
 
-    def generate(self, texts: list[str], images: list[list[Image.Image]], **kwargs: Any) -> torch.Tensor:
-        kwargs.pop("pixel_values", None)
+    def encode(self, questions: list[str | None], pixel_values: torch.Tensor | None = None) -> Any:
+        numbers = [] if pixel_values is None else pixel_values.int().tolist()
+        return SimpleNamespace(images=numbers, videos=[], num_bytes=0)
+
+    def visual_bytes(self, pixel_values: torch.Tensor) -> list[int]:
+        return [1] * len(pixel_values)
+
+    def expected_num_visual_tokens(self, encoded: Any) -> list[int]:
+        return [self.compressor.budget.num_tokens for _ in encoded.images]
+
+    def generate(self, input_ids: torch.Tensor, encoded: Any, **kwargs: Any) -> torch.Tensor:
+        texts, numbers = self.written[int(input_ids[0, 0])], iter(encoded.images)
         self.prompts += texts
-        self.pictures += images
+        self.pictures += [[self.shown[next(numbers)] for _ in range(count)] for count in input_ids[:, 1].tolist()]
         self.batches.append((len(texts), kwargs))
         count = self.compressor.budget.num_tokens if self.measured is None else self.measured
-        self.last_num_visual_tokens = [count for pictures in images for _ in pictures]
+        self.last_num_visual_tokens = [count for _ in encoded.images]
         rows = [self.processor.tokenizer(self.script(text), add_special_tokens=False)["input_ids"] for text in texts]
         width = max(map(len, rows))
         return torch.tensor([row + [self.processor.tokenizer.pad_token_id] * (width - len(row)) for row in rows])

@@ -68,15 +68,15 @@ class TestMemory:
         assert not (tmp_path / "run" / "run.json").exists()
 
     def test_memory_that_lacks_while_inputs_are_made_ahead(self, vlm, include_path, tmp_path, monkeypatch):
-        build, left = vlm.build_inputs, [2]
+        preprocess, left = vlm.preprocess_images, [2]
 
-        def short(texts: list[str], *args: Any) -> Any:
-            if len(texts) == 4 and left[0]:
+        def short(images: list[Image.Image], *args: Any) -> Any:
+            if len(images) == 4 and left[0]:
                 left[0] -= 1
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return build(texts, *args)
+            return preprocess(images, *args)
 
-        monkeypatch.setattr(vlm, "build_inputs", short)
+        monkeypatch.setattr(vlm, "preprocess_images", short)
         record = run(vlm, include_path, tmp_path / "run", batch_size=4)
         assert record["batch_sizes"] == {"2": 2}  # once ahead, once when its turn came
 
@@ -197,14 +197,14 @@ class TestPicturesThatCannotBeRead:
         """As a video is, whose file is opened when the inputs are made: of a batch only that question is at fault."""
         from vzip.errors import VideoError
 
-        build = vlm.build_inputs
+        preprocess = vlm.preprocess_images
 
-        def fails(texts: list[str], *args: Any) -> Any:
-            if any("animal" in text for text in texts):
+        def fails(images: list[Image.Image], *args: Any) -> Any:
+            if any(image.size == (60, 41) for image in images):  # of the question about an animal
                 raise VideoError("clip.mp4: cut off")
-            return build(texts, *args)
+            return preprocess(images, *args)
 
-        monkeypatch.setattr(vlm, "build_inputs", fails)
+        monkeypatch.setattr(vlm, "preprocess_images", fails)
         record = run(vlm, include_path, tmp_path, batch_size=4, on_problem="skip")
         assert record["left_out"] == [{"task": "own_exact", "doc_id": 1, "problem": "clip.mp4: cut off"}]
         assert record["batch_sizes"] == {"3": 1}

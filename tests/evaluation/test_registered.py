@@ -90,6 +90,7 @@ def test_arguments_reach_the_loader(monkeypatch):
     got = model_args.load_from_arg_string(line, {"batch_size": "4", "max_batch_size": None, "device": "cuda:1"})
     assert got == {"vlm": "vlm", "batch_size": 4, "system_prompt": None}
     assert model_args.load_from_arg_string(line, {"batch_size": "auto"})["batch_size"] == "auto"
+    assert model_args.load_from_arg_string(f"{line},visual_cache_gib=0", {})["visual_cache_gib"] == 0
     assert seen.pop("compressor") == vzip.VisionZip(
         vzip.TokenBudget(54, 10), "mean", "key_norms", score_layer=-3, targets="random", keep_cls=False, seed=4
     )

@@ -53,9 +53,9 @@ def by_evaluation(vlm: vzip.CompressedVlm) -> str:
     content = [{"type": "image", "url": PICTURE}, {"type": "text", "text": "red?"}]
     request: Any = SimpleNamespace(args=("", lambda _row: [{"role": "user", "content": content}], {}, 0, "t", "s"))
     question = Question(("t", 0, 0), GenerationSettings((), ()), "red?", request)
-    prepared = Preparer(vlm, {"t": {"s": [None]}}, None).prepare([question], 1)
-    assert prepared.chunks[0].inputs is not None
-    return decoded(vlm, prepared.chunks[0].inputs["input_ids"][0])
+    (((chunk,), _),) = Preparer(vlm, {"t": {"s": [None]}}, None).prepare([[question]], 1).batches
+    assert chunk.prompts is not None
+    return decoded(vlm, chunk.prompts["input_ids"][0])
 
 
 def by_chat(vlm: vzip.CompressedVlm) -> str:

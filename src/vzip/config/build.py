@@ -209,6 +209,7 @@ def evaluation_plan(cfg: DictConfig, of_sweep: bool = False) -> EvaluationPlan:
             "limit": evaluation["limit"],
             "batch_size": evaluation["batch_size"],
             "num_workers": evaluation["num_workers"],
+            "visual_cache_gib": evaluation["visual_cache_gib"],
             "on_problem": evaluation["on_problem"],
             "trackers": tuple(evaluation["trackers"]),
             "include_path": include_path,

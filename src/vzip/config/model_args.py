@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vzip.pruners import Pruner
 
 DEFAULT_COMPRESSOR = "visionzip"  # where counts are given
-_OF_ADAPTER = ("system_prompt", "batch_size")
+_OF_ADAPTER = ("system_prompt", "batch_size", "visual_cache_gib")
 
 
 class VzipByArguments(VzipLmms):
@@ -177,4 +177,5 @@ def load_from_arg_string(arg_string: str, from_command_line: Mapping[str, Any]) 
         loader["pruner"] = pruner
     compressor = build_compressor(args)
     vlm = vzip.load_vlm(str(args["pretrained"]), compressor=compressor, **loader)
-    return {"vlm": vlm, "batch_size": batch_size, "system_prompt": args.get("system_prompt")}
+    of_adapter = {key: args[key] for key in ("visual_cache_gib",) if key in args}
+    return {"vlm": vlm, "batch_size": batch_size, "system_prompt": args.get("system_prompt"), **of_adapter}

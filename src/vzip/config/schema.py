@@ -32,7 +32,7 @@ OPEN_GROUPS = ("compressor", "pruner")
 OF_VIDEOS = ("fps", "min_frame_pixels", "max_frame_pixels")  # of model, where videos are sampled by their seconds
 # Where to run, how many at once, what is told: of model, budget and eval all other settings change results.
 NOT_RESULTS = frozenset({"name", "assembled_from", "device_map", "num_tower_tokens", "limit", "batch_size"})
-NOT_RESULTS |= {"num_workers", "tower_cache_gib", "on_problem", "trackers"}
+NOT_RESULTS |= {"num_workers", "tower_cache_gib", "visual_cache_gib", "on_problem", "trackers"}
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,11 @@ class EvalSettings:
     include_path: str | None = key(
         "one's own tasks, the generated scenes (built-in), those in paths.video_root (video); null: lmms-eval's alone",
         what="a folder of lmms-eval task files (their code is run), built-in or video",
+    )
+    visual_cache_gib: float = key(
+        "memory for visual tokens of images that several questions show, on the model's device; 0: each batch encodes"
+        " its own",
+        rule=number(0),
     )
     tower_cache_gib: float | None = key("memory for tower outputs between a sweep's jobs; null: 4 in a sweep, else 0")
     on_problem: Literal["refuse", "skip"] = key(

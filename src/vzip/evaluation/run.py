@@ -18,7 +18,7 @@ from vzip.results.owner import check_free, owning
 from vzip.results.record import RECORD_NAME, SAMPLES_NAME
 from vzip.results.wandb_runs import check_wandb
 
-from .answering.batching import BatchSize, check_batch_size
+from .answering.batching import VISUAL_CACHE_GIB, BatchSize, check_batch_size
 from .answering.generation import check_overrides
 from .benchmarks.question_groups import check_limit
 from .lmms_eval.harness import check_lmms_eval, quiet_logger, run_lmms_eval
@@ -47,17 +47,19 @@ def evaluate(
     system_prompt: str | None = None,
     progress: bool = True,
     num_workers: int = 2,
+    visual_cache_gib: float = VISUAL_CACHE_GIB,
     on_problem: OnProblem = "refuse",
     trackers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluates ``vlm`` on lmms-eval tasks and writes ``run.json`` and ``samples.jsonl`` to ``run_dir``.
 
-    Questions are answered in batches of like length, the longest first. Which questions share a batch depends on
-    ``batch_size`` alone: an interrupted run, which goes on where it stopped when called again with the same settings,
-    and a run of several processes (torchrun, ``accelerate launch``) generate the batches of one process in one go, and
-    so give its answers. Between batch sizes greedy answers can differ where two tokens are equally likely but for the
-    rounding of float arithmetic, in float16 and bfloat16 more often; ``batch_size=1`` is free of that. Of several
-    processes the first scores and writes; the others return an empty dict.
+    Questions are answered in batches of like length, the longest first, and those about one image near each other, so
+    that it is preprocessed and encoded once, with others in one pass of the vision tower. Which questions share a
+    batch, and which images a pass, depends on ``batch_size`` alone: an interrupted run, which goes on where it stopped
+    when called again with the same settings, and a run of several processes (torchrun, ``accelerate launch``) generate
+    the batches of one process in one go, and so give its answers. Between batch sizes greedy answers can differ where
+    two tokens are equally likely but for the rounding of float arithmetic, in float16 and bfloat16 more often;
+    ``batch_size=1`` is free of that. Of several processes the first scores and writes; the others return an empty dict.
 
     Args:
         vlm: the wrapper; its compressor decides the budget.
@@ -74,6 +76,8 @@ def evaluate(
         system_prompt: text of a system turn before each question; None for none.
         progress: show a progress bar.
         num_workers: threads that read images and videos and make the model's inputs ahead; 0: none.
+        visual_cache_gib: memory, on the model's device, for the visual tokens of images that further questions show.
+            Answers do not depend on it, but for rounding where it is 0 and each batch encodes its own images.
         on_problem: what becomes of questions whose images or videos cannot be read: ``refuse`` ends the run, once
             everything else is answered, and names them; ``skip`` leaves them out of the score, and the record names
             them and is provisional.
@@ -116,6 +120,7 @@ def evaluate(
             system_prompt=system_prompt,
             progress=progress,
             num_workers=num_workers,
+            visual_cache_gib=visual_cache_gib,
             on_problem=on_problem,
             seed=seed,
             processes=join_processes(),

@@ -13,7 +13,7 @@ from PIL import Image
 from vzip.errors import ConfigError
 from vzip.media.images import load_image
 
-from .answering.questions import UNUSABLE
+from .answering.visuals import UNUSABLE
 from .lmms_eval.harness import check_lmms_eval, quiet_logger
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from .devices import execution_device, sent
 from .families import Adapter
 from .tokens import tokenize
 
-# A kind's name, how prompts write it, its token's id and, for each prompt, what its placeholders stand for.
-Placeholders = tuple[str, str, int, Sequence[Sequence[object]]]
+# A kind's name, how prompts write it, its token's id and, for each prompt, how many there are.
+Placeholders = tuple[str, str, int, Sequence[int]]
 
 
 class InputBuilder:
@@ -103,7 +103,6 @@ class InputBuilder:
             ImageError, VideoError: an image or video that cannot be used.
             UnsupportedModelError: videos for a model without a video tower.
         """
-        tokenizer = self._need_processor("build_inputs").tokenizer
         for name, each in (("images", images), ("videos", videos)):
             if isinstance(texts, str) or any(isinstance(own, Image.Image | str | Path) for own in each or ()):
                 raise PromptError(
@@ -112,21 +111,44 @@ class InputBuilder:
                 )
         images = [[]] * len(texts) if images is None else images
         videos = [[]] * len(texts) if videos is None else videos
-        placeholders: list[Placeholders] = [("image", self.adapter.written_image, self.adapter.image_token_id, images)]
-        flat_videos = [video for own in videos for video in own]
-        if self.adapter.video_token_id is not None:
-            placeholders.append(("video", self.adapter.written_video, self.adapter.video_token_id, videos))
-        inputs = encode_prompts(tokenizer, texts, placeholders)
+        inputs = self.write_prompts(texts, [*map(len, images)], [*map(len, videos)])
         if flat := [image for of_prompt in images for image in of_prompt]:
             inputs |= self.preprocess_images(flat, [len(of_prompt) for of_prompt in images for _ in of_prompt])
-        if flat_videos:
+        if flat_videos := [video for own in videos for video in own]:
             of_videos = self.preprocess_videos(flat_videos)
             if (written := self.adapter.video_texts(of_videos)) is not None:
-                token, number = tokenizer.convert_ids_to_tokens(self.adapter.video_token_id), iter(written)
-                texts = [re.sub(re.escape(token), lambda _: next(number), text) for text in texts]
-                inputs |= encode_prompts(tokenizer, texts)
+                inputs |= self.write_prompts(texts, [*map(len, images)], [*map(len, videos)], written)
             inputs |= of_videos
         return sent(inputs, self.device)
+
+    def write_prompts(
+        self,
+        texts: Sequence[str],
+        num_images: Sequence[int],
+        num_videos: Sequence[int],
+        written: Sequence[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Prompts alone -> ``input_ids`` and ``attention_mask`` ``[B, T]``, on the CPU; see ``build_inputs``.
+
+        Args:
+            texts: prompts.
+            num_images, num_videos: of each prompt.
+            written: of each video what prompts have in its place (``Adapter.video_texts``); None: its placeholder.
+
+        Raises:
+            ConfigError, PromptError: as ``build_inputs``.
+        """
+        tokenizer = self._need_processor("build_inputs").tokenizer
+        adapter = self.adapter
+        placeholders: list[Placeholders] = [("image", adapter.written_image, adapter.image_token_id, num_images)]
+        if adapter.video_token_id is not None:
+            placeholders.append(("video", adapter.written_video, adapter.video_token_id, num_videos))
+        inputs = encode_prompts(tokenizer, texts, placeholders)
+        if written is None:
+            return inputs
+        token, number = tokenizer.convert_ids_to_tokens(adapter.video_token_id), iter(written)
+        texts = [re.sub(re.escape(token), lambda _: next(number), text) for text in texts]
+        return encode_prompts(tokenizer, texts)
 
     def _need_processor(self, what: str) -> Any:
         if self.processor is None:
@@ -169,8 +191,8 @@ def _check_counts(kind: Placeholders, rows: list[list[int]]) -> None:
     if len(rows) != len(per_prompt):
         raise PromptError(f"{len(rows)} prompts but {len(per_prompt)} lists of {name}s: one list a prompt is needed.")
     for number, (row, own) in enumerate(zip(rows, per_prompt, strict=True)):
-        if row.count(token_id) != len(own):
+        if row.count(token_id) != own:
             raise PromptError(
-                f"Prompt {number} holds {row.count(token_id)} {written} placeholders but {len(own)} {name}s were given"
+                f"Prompt {number} holds {row.count(token_id)} {written} placeholders but {own} {name}s were given"
                 f" for it: write {written} once for each {name}."
             )

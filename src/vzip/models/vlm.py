@@ -6,7 +6,7 @@ It owns the five multimodal steps (encode, score, compress, project, splice) and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ from .compiled import (
 from .families import INPUT_NAMES, FamilyOptions, VisualInputs, adapter_for_model
 from .families.finite import check_embeddings, check_logits, refusing_not_finite
 from .families.options import Positions
-from .families.places import VisualTokens
+from .families.places import EncodedVisuals, VisualTokens
 from .families.questions import check_questions
 from .generation import (
     AnswerStreamer,
@@ -59,8 +59,9 @@ from .splice import (
 from .towers.text import check_text_encoder
 from .trainable import TrainerModel
 
-# A list of texts or None. Not typed so: then no `**inputs` of tensors could stand beside it.
+# A list of texts, or EncodedVisuals; or None. Not typed so: then no `**inputs` of tensors could stand beside them.
 Questions = Any
+Encoded = Any
 
 
 class CompressedVlm(InputBuilder, TrainerModel):
@@ -244,10 +245,7 @@ class CompressedVlm(InputBuilder, TrainerModel):
                 method without a question for each image.
         """
         outputs = {"pixel_values": pixel_values, "image_sizes": image_sizes, **processor_outputs}
-        visual = self.asked(self.adapter.read_inputs(**outputs), questions)
-        tokens = [each.rows for each in self._encode(visual)]
-        check_embeddings(self.model, tokens, outputs)
-        return tokens
+        return [own.rows for _, own in self.encode(questions, **outputs).images]
 
     def encode_videos(
         self, pixel_values_videos: Tensor, questions: Questions = None, **processor_outputs: Tensor | None
@@ -267,10 +265,44 @@ class CompressedVlm(InputBuilder, TrainerModel):
             PromptError: another shape; a text-aware method without a question for each video.
         """
         outputs = {"pixel_values_videos": pixel_values_videos, **processor_outputs}
-        visual = self.asked(self.adapter.read_inputs(**outputs), questions)
-        tokens = [each.rows for each in self._encode(visual)]
-        check_embeddings(self.model, tokens, outputs)
-        return tokens
+        return [own.rows for _, own in self.encode(questions, **outputs).videos]
+
+    def encode(self, questions: Questions = None, **processor_outputs: Tensor | None) -> EncodedVisuals:
+        """Images and videos -> what ``prepare``, ``forward`` and ``generate`` take as ``encoded``, for many prompts.
+
+        Args:
+            questions: for a text-aware method the raw question about each image, then about each video.
+            **processor_outputs: as for ``prepare``.
+
+        Raises:
+            PromptError, UnsupportedModelError, NotFiniteError: as ``prepare``.
+        """
+        visual = self.asked(self.adapter.read_inputs(**processor_outputs), questions)
+        tokens = self._encode(visual)
+        check_embeddings(self.model, [own.rows for own in tokens], processor_outputs)
+        num_images = len(visual.images)
+        return EncodedVisuals(
+            list(zip(visual.images, tokens[:num_images], strict=True)),
+            list(zip(visual.videos, tokens[num_images:], strict=True)),
+        )
+
+    def _read(self, encoded: EncodedVisuals | None, processor_outputs: Mapping[str, Any]) -> VisualInputs:
+        """The shapes of what is shown, be it encoded already or not."""
+        if encoded is None:
+            return self.adapter.read_inputs(**processor_outputs)
+        if given := [name for name, value in processor_outputs.items() if value is not None]:
+            raise PromptError(f"{', '.join(given)} beside encoded: give images and videos in one of these ways.")
+        wrong = [
+            (len(own.rows), self._compressor.num_visual_tokens(shape))
+            for shape, own in (*encoded.images, *encoded.videos)
+            if len(own.rows) != self._compressor.num_visual_tokens(shape)
+        ]
+        if wrong:
+            raise PromptError(
+                f"encoded holds an image or video of {wrong[0][0]} visual tokens, and {self._compressor!r} makes"
+                f" {wrong[0][1]} of it: it was encoded by another compressor. Encode it again."
+            )
+        return VisualInputs([shape for shape, _ in encoded.images], [shape for shape, _ in encoded.videos], {})
 
     def _encode(self, visual: VisualInputs) -> list[VisualTokens]:
         """``Adapter.encode`` by this method, compiled where that was asked for."""
@@ -292,18 +324,24 @@ class CompressedVlm(InputBuilder, TrainerModel):
         prompt_of = {p.visual: row for row, pieces in enumerate(plan.rows) for p in pieces if p.visual is not None}
         return self.asked(visual, [questions[prompt_of[number]] for number in range(len(visual.shapes))])
 
-    def expected_num_visual_tokens(self, **inputs: Any) -> list[int]:
+    def expected_num_visual_tokens(self, encoded: Encoded = None, **inputs: Any) -> list[int]:
         """Visual tokens that the compressor will make of each image, then of each video; nothing is encoded.
 
         Args:
+            encoded: as for ``prepare``.
             **inputs: as for ``generate``; what no family's processor returns with images and videos is left alone.
 
         Raises:
             PromptError, UnsupportedModelError: as ``prepare``.
         """
         outputs = self.adapter.counted(_split(inputs)[0], inputs.get("input_ids"), inputs.get("attention_mask"))
-        shapes = self.adapter.read_inputs(**outputs).shapes
-        return [self._compressor.num_visual_tokens(shape) for shape in shapes]
+        return [self._compressor.num_visual_tokens(shape) for shape in self._read(encoded, outputs).shapes]
+
+    def visual_bytes(self, **processor_outputs: Tensor | None) -> list[int]:
+        """Memory that ``encode`` will need for the visual tokens of each image, then of each video, planes left out."""
+        width = self.model.config.get_text_config().hidden_size
+        counts = self.expected_num_visual_tokens(**processor_outputs)
+        return [count * width * self.model.dtype.itemsize for count in counts]
 
     def prepare(
         self,
@@ -312,6 +350,7 @@ class CompressedVlm(InputBuilder, TrainerModel):
         labels: Tensor | None = None,
         padding_side: PaddingSide | None = None,
         questions: Questions = None,
+        encoded: Encoded = None,
         **processor_outputs: Tensor | None,
     ) -> PreparedInputs:
         """Builds what the language model gets.
@@ -323,6 +362,8 @@ class CompressedVlm(InputBuilder, TrainerModel):
             padding_side: side of the result's padding; None keeps the input's (left where the input has no padding).
             questions: for a text-aware method the raw question of each prompt, without template and placeholders: what
                 is kept of all its images and videos depends on it. No other method looks at them, nor a batch of text.
+            encoded: the images and videos in place of the processor's outputs, from ``encode``, in the order of their
+                placeholders; one that several prompts show stands there several times.
             **processor_outputs: all images and videos of the batch, in the order of their placeholders, as the model's
                 processor returns them; none for a batch of text.
 
@@ -332,12 +373,12 @@ class CompressedVlm(InputBuilder, TrainerModel):
         Raises:
             PromptError: placeholders and images or videos do not match; a tensor of a wrong shape, one that is missing
                 or that the family does not have; ids or labels outside the vocabulary; a prompt longer than the model
-                reads; a text-aware method without a question for each prompt.
+                reads; a text-aware method without a question for each prompt; ``encoded`` of another budget.
             UnsupportedModelError: videos for a model without a video tower.
             NotFiniteError: pixels, weights or what is made of them hold NaN or infinity.
         """
         adapter = self.adapter
-        visual = adapter.read_inputs(**adapter.counted(processor_outputs, input_ids, attention_mask))
+        visual = self._read(encoded, adapter.counted(processor_outputs, input_ids, attention_mask))
         lengths, video_lengths = visual.num_placeholders
         token_id, video_token_id = adapter.image_token_id, adapter.video_token_id
         vocab_size = getattr(adapter.embed_tokens, "num_embeddings", None)
@@ -360,7 +401,10 @@ class CompressedVlm(InputBuilder, TrainerModel):
         )
         before = positions_before(adapter, plan, input_ids, visual.shapes)
         check_length([int(ids.max()) + 1 for ids in before if ids.numel()], self.model.config, dropped_count=True)
-        tokens = self._encode(self._asked_in_prompts(visual, plan, questions))
+        if encoded is None:
+            tokens = self._encode(self._asked_in_prompts(visual, plan, questions))
+        else:
+            tokens = [own for _, own in (*encoded.images, *encoded.videos)]
         prepared = splice_tokens(adapter, plan, input_ids.to(self.device), visual, tokens, before, labels)
         check_embeddings(self.model, [prepared.inputs_embeds], processor_outputs)
         self.last_num_visual_tokens = prepared.num_visual_tokens
@@ -379,8 +423,8 @@ class CompressedVlm(InputBuilder, TrainerModel):
 
         Args:
             input_ids, attention_mask, labels, questions: as in ``prepare``.
-            **kwargs: the processor's outputs, as in ``prepare``; the others are handed on to the Hugging Face model
-                (``use_cache``, ``logits_to_keep``, ...).
+            **kwargs: the processor's outputs or ``encoded``, as in ``prepare``; the others are handed on to the Hugging
+                Face model (``use_cache``, ``logits_to_keep``, ...).
 
         Raises:
             PromptError: as ``prepare``; an argument that belongs to the uncompressed sequence, or to a step that is
@@ -434,7 +478,7 @@ class CompressedVlm(InputBuilder, TrainerModel):
 
         Args:
             input_ids, attention_mask, questions: as in ``prepare``.
-            **kwargs: the processor's outputs, as in ``prepare``, and Hugging Face's generation settings
+            **kwargs: the processor's outputs or ``encoded``, as in ``prepare``, and Hugging Face's generation settings
                 (``max_new_tokens``, ``do_sample``, ``num_beams``, ...).
 
         Raises:
@@ -522,9 +566,10 @@ class CompressedVlm(InputBuilder, TrainerModel):
 
 
 def _split(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What some family's processor returns, and the rest, which is Hugging Face's."""
-    outputs = {name: value for name, value in kwargs.items() if name in INPUT_NAMES}
-    return outputs, {name: value for name, value in kwargs.items() if name not in INPUT_NAMES}
+    """What is shown, as some family's processor returns it or encoded, and the rest, which is Hugging Face's."""
+    names = {*INPUT_NAMES, "encoded"}
+    outputs = {name: value for name, value in kwargs.items() if name in names}
+    return outputs, {name: value for name, value in kwargs.items() if name not in names}
 
 
 def _refuse(kwargs: dict[str, Any], names: tuple[str, ...], call: str) -> None:

@@ -9,10 +9,12 @@ that each layer held after the prompt; least and most), ``tasks`` (by name: ``pr
 ``protocol``: task file, split, prompt, judge, difference from what is published, generation settings; where the score
 is told by groups, as a video's length, ``grouped_by`` and ``groups`` by name: the primary metric), ``data``
 (by task: path, revision or file digests, digest of the questions), ``code`` (commit, dirty), ``versions``,
-``hardware``, ``wall_time_s``, ``num_processes``, ``batch_sizes`` (size -> how many batches), ``tower_cache`` (crops
-taken from it or run, or null), ``num_resumed_answers``, ``num_damaged_lines``, ``left_out`` (questions whose image or
-video cannot be read), ``peak_memory_gib``, ``provisional``, ``provisional_reasons``; and once ``python -m vzip judge``
-was there, ``judge`` (by task: whom it asked what, and of how many answers a verdict came).
+``hardware``, ``wall_time_s``, ``answering_time_s`` (of the first process, without lmms-eval's loading and scoring),
+``num_processes``, ``batch_sizes`` (size -> how many batches), ``tower_cache`` (crops taken from it or run, or null),
+``visual_cache`` (images and videos encoded, and shown by questions, of the first process), ``num_resumed_answers``,
+``num_damaged_lines``, ``left_out`` (questions whose image or video cannot be read), ``peak_memory_gib``,
+``provisional``, ``provisional_reasons``; and once ``python -m vzip judge`` was there, ``judge`` (by task: whom it
+asked what, and of how many answers a verdict came).
 """
 
 from __future__ import annotations

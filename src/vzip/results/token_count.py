@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import islice
-from typing import TYPE_CHECKING
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vzip.models.vlm import CompressedVlm
@@ -17,7 +15,7 @@ class TokenCountError(RuntimeError):
 
 
 def check_token_counts(
-    vlm: CompressedVlm, inputs: Mapping[str, Tensor], num_images: list[int], num_videos: list[int]
+    vlm: CompressedVlm, inputs: Mapping[str, Any], num_images: list[int], num_videos: list[int]
 ) -> list[list[int]]:
     """The measured visual tokens, one list a question: a number an image, then a number a video.
 

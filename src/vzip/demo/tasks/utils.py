@@ -1,6 +1,7 @@
 """What lmms-eval calls for the scenes tasks; this file stands beside the generated images it opens."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ from vzip.demo import scoring
 FOLDER = Path(__file__).parent
 
 
+@lru_cache(maxsize=64)  # four questions are about an image
+def opened(name: str) -> Image.Image:
+    with Image.open(FOLDER / name) as image:
+        return image.convert("RGB")
+
+
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    with Image.open(FOLDER / doc["image"]) as image:
-        return [image.convert("RGB")]
+    return [opened(doc["image"]).copy()]
 
 
 def doc_to_text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:

@@ -11,7 +11,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from vzip.errors import DeviceMemoryError
 from vzip.models.generation import PromptTooLongError
@@ -19,7 +18,8 @@ from vzip.results.token_count import check_token_counts
 
 from .batching import cut
 from .generation import cut_at
-from .questions import Chunk, Key, LoadedQuestion, NamingTheQuestion, build_inputs
+from .questions import Chunk, Key, LoadedQuestion, NamingTheQuestion, names_of, write_prompts
+from .visuals import EncodedCache, Visuals
 
 if TYPE_CHECKING:
     from vzip.models.vlm import CompressedVlm
@@ -53,23 +53,26 @@ class Answerer:
         chunk_size: questions generated at once, at most.
         seed: sampled answers are drawn from it and the chunk's first question, so that they do not depend on what was
             drawn before: they are the same in an interrupted run, and in one of several processes.
+        cache: visual tokens of images and videos that further questions may show.
 
     Attributes:
         chunk_size: smaller than at the beginning once memory did not suffice.
         problems: why questions could not be answered: prompts longer than the model reads.
     """
 
-    def __init__(self, vlm: CompressedVlm, chunk_size: int, seed: int) -> None:
+    def __init__(self, vlm: CompressedVlm, chunk_size: int, seed: int, cache: EncodedCache) -> None:
         self.vlm = vlm
         self.chunk_size = chunk_size
         self.seed = seed
+        self.cache = cache
         self.problems: dict[Key, str] = {}
         self.tokenizer: Any = vlm.processor.tokenizer  # type: ignore[union-attr]
 
-    def answer(self, chunks: Sequence[Chunk]) -> tuple[list[SampleLog], list[int]]:
+    def answer(self, chunks: Sequence[Chunk], visuals: Visuals) -> tuple[list[SampleLog], list[int]]:
         """The answers to all questions of the chunks, in order, and how many were generated at once each time.
 
-        Questions that are found to be too long are left out and stand in ``problems``.
+        ``visuals`` are those of the chunks' section. Questions that are found to be too long are left out and stand in
+        ``problems``.
 
         Raises:
             DeviceMemoryError: not even one question alone fits.
@@ -84,11 +87,11 @@ class Answerer:
             size = self.chunk_size
             if len(chunk.loaded) <= self.chunk_size:
                 try:
-                    answered = self._generate_if_it_fits(chunk)
+                    answered = self._generate_if_it_fits(chunk, visuals)
                 except PromptTooLongError as error:
                     # One by one, so that no answer's length depends on what else is asked.
                     if len(chunk.loaded) == 1:
-                        answered = self._generate_what_fits(chunk, error)
+                        answered = self._generate_what_fits(chunk, visuals, error)
                         logs += answered
                         sizes += [1] * len(answered)
                         continue
@@ -98,75 +101,79 @@ class Answerer:
                         logs += answered
                         sizes.append(len(answered))
                         continue
-                    self._halve(chunk.loaded)
+                    self._halve(chunk.loaded, visuals)
                     size = self.chunk_size
             parts = cut(range(len(chunk.loaded)), size)
-            waiting.extendleft(Chunk([chunk.loaded[i] for i in part], None) for part in reversed(parts))
-            del chunk  # its tensors would stay on the device
+            waiting.extendleft(Chunk([chunk.loaded[i] for i in part]) for part in reversed(parts))
         return logs, sizes
 
-    def _generate_what_fits(self, chunk: Chunk, error: PromptTooLongError) -> list[SampleLog]:
+    def _generate_what_fits(self, chunk: Chunk, visuals: Visuals, error: PromptTooLongError) -> list[SampleLog]:
         """Answers one question as far as the model reads; if that is not even its prompt, it is a problem."""
         question = chunk.loaded[0].question
         if error.room < 1:
             self.problems[question.key] = str(error)
             return []
         logger.warning("%s: %s Its answer is cut there.", question.name, error)
-        answered = self._generate_if_it_fits(chunk, error.room)
-        if answered is None:
-            self._halve(chunk.loaded)
-        return answered or []
+        answered = self._generate_if_it_fits(chunk, visuals, error.room)
+        while answered is None:
+            self._halve(chunk.loaded, visuals)
+            answered = self._generate_if_it_fits(chunk, visuals, error.room)
+        return answered
 
-    def _generate_if_it_fits(self, chunk: Chunk, most: int | None = None) -> list[SampleLog] | None:
+    def _generate_if_it_fits(self, chunk: Chunk, visuals: Visuals, most: int | None = None) -> list[SampleLog] | None:
         """None where memory did not suffice; what was allocated is free again once this has returned.
 
         Args:
             chunk: questions.
+            visuals: of their section.
             most: tokens of an answer; None: as the questions' settings say.
         """
+        if visuals.pass_size > self.chunk_size:
+            visuals.arrange(self.chunk_size)
         try:
-            with NamingTheQuestion(", ".join(one.question.name for one in chunk.loaded)):
-                inputs = build_inputs(self.vlm, chunk.loaded) if chunk.inputs is None else chunk.inputs
-                return self._generate(chunk.loaded, inputs, most)
+            with NamingTheQuestion(names_of(chunk.loaded)):
+                return self._generate(chunk, visuals, most)
         except torch.OutOfMemoryError:
             return None
 
-    def _halve(self, loaded: Sequence[LoadedQuestion]) -> None:
+    def _halve(self, loaded: Sequence[LoadedQuestion], visuals: Visuals) -> None:
+        at_once = max(len(loaded), visuals.pass_size)
+        self.cache.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if len(loaded) == 1:
+        if at_once == 1:
             one = loaded[0]
             raise DeviceMemoryError(
                 f"{one.question.name}: the device's memory does not suffice for this question alone"
                 f" ({len(one.images)} images, {len(one.videos)} videos, {len(one.prompt)} characters). Use a smaller"
                 " budget, model.dtype=bfloat16, model.quantization=4bit or a larger device; answers so far are kept."
             )
-        self.chunk_size = (len(loaded) + 1) // 2
+        self.chunk_size = (at_once + 1) // 2
         logger.warning(
             "out of memory with %d questions at once (the first: %s): going on with %d",
-            len(loaded),
+            at_once,
             loaded[0].question.name,
             self.chunk_size,
         )
 
-    def _generate(
-        self, loaded: Sequence[LoadedQuestion], inputs: dict[str, Tensor], most: int | None
-    ) -> list[SampleLog]:
+    def _generate(self, chunk: Chunk, visuals: Visuals, most: int | None) -> list[SampleLog]:
+        loaded = chunk.loaded
+        prompts = write_prompts(self.vlm, loaded, visuals) if chunk.prompts is None else chunk.prompts
         settings = loaded[0].question.settings
         kwargs = dict(settings.kwargs)
         if most is not None:
             kwargs["max_new_tokens"] = most
         if self.tokenizer.pad_token_id is not None:
             kwargs["pad_token_id"] = self.tokenizer.pad_token_id
+        encoded = visuals.encoded([one.shown for one in loaded], self.cache)
         if kwargs["do_sample"]:
             torch.manual_seed(_seed_of(self.seed, loaded[0]))
         with torch.no_grad():
-            new_tokens = self.vlm.generate(**inputs, questions=[one.asked for one in loaded], **kwargs)
-        measured = check_token_counts(
-            self.vlm, inputs, [len(one.images) for one in loaded], [len(one.videos) for one in loaded]
-        )
+            new_tokens = self.vlm.generate(**prompts, encoded=encoded, **kwargs)
+        num_images, num_videos = [len(one.images) for one in loaded], [len(one.videos) for one in loaded]
+        measured = check_token_counts(self.vlm, {"encoded": encoded}, num_images, num_videos)
         texts = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-        layers = _layers(self.vlm, [len(one.images) for one in loaded], [len(one.videos) for one in loaded])
+        layers = _layers(self.vlm, num_images, num_videos)
         return [
             SampleLog(one.prompt, cut_at(text, settings.until), counts, of_layers)
             for one, text, counts, of_layers in zip(loaded, texts, measured, layers, strict=True)

@@ -62,10 +62,8 @@ def _refuse_placeholders(text: str, task: str, doc_id: int, placeholders: Mappin
 
 
 def _as_image(image: object, task: str, doc_id: int) -> Image.Image:
-    if isinstance(image, str):
+    if isinstance(image, str | Image.Image):
         return load_image(image)
-    if isinstance(image, Image.Image):
-        return image
     raise PromptError(
         f"task {task}, question {doc_id}: doc_to_visual returned a {type(image).__name__}; images are PIL images or"
         " paths of image files."

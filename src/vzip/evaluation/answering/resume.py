@@ -33,7 +33,7 @@ PARTIAL_NAME = "answers.partial.jsonl"
 _PARTIAL_FILES = "answers.partial*.jsonl"
 # Parts of a configuration that say where and how a run is carried out, not what is asked.
 _NOT_ASKED = ("launcher", "paths", "overwrite", "dry_run")
-_NOT_ASKED_OF_EVAL = ("batch_size", "num_workers", "on_problem", "tower_cache_gib", "trackers")
+_NOT_ASKED_OF_EVAL = ("batch_size", "num_workers", "on_problem", "tower_cache_gib", "visual_cache_gib", "trackers")
 
 
 def settings_of(vlm: CompressedVlm, config: Mapping[str, Any] | None, **settings: Any) -> dict[str, str]:

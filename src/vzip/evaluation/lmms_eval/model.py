@@ -12,6 +12,7 @@ import contextlib
 import logging
 import random
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,11 +24,26 @@ from rich.console import Console
 
 from vzip.errors import ManifestError, UnsupportedModelError
 from vzip.evaluation.answering.answers import Answerer, SampleLog
-from vzip.evaluation.answering.batching import BatchSize, check_batch_size, plan_batches, planned_size
+from vzip.evaluation.answering.batching import (
+    VISUAL_CACHE_GIB,
+    BatchSize,
+    check_batch_size,
+    plan_sections,
+    planned_size,
+)
 from vzip.evaluation.answering.generation import check_overrides
 from vzip.evaluation.answering.processes import Processes
-from vzip.evaluation.answering.questions import Key, PreparedBatch, Preparer, Question, list_questions
+from vzip.evaluation.answering.questions import (
+    Key,
+    LoadedQuestion,
+    PreparedSection,
+    Preparer,
+    Question,
+    images_of,
+    list_questions,
+)
 from vzip.evaluation.answering.read_ahead import prepare_ahead
+from vzip.evaluation.answering.visuals import EncodedCache
 from vzip.evaluation.benchmarks.question_counts import compare_counts
 from vzip.evaluation.benchmarks.question_groups import partners_of
 from vzip.installed import missing_package
@@ -69,6 +85,8 @@ class VzipLmms(lmms):
         seed: of sampled answers.
         store: answers of an interrupted run, and where to keep new ones; None for neither.
         processes: that share the questions.
+        visual_cache_gib: memory for visual tokens of images that several questions show, on the model's device; 0:
+            each batch encodes its own.
         num_images: how many questions of a task have their image kept in ``images``.
 
     Attributes:
@@ -77,6 +95,8 @@ class VzipLmms(lmms):
         batch_sizes: how often how many questions were generated at once.
         problems: why a question could not be asked.
         num_questions: of all tasks; None before they are asked.
+        answering_time_s: of this process, from the first image opened to the last answer.
+        cache: of visual tokens, which counts what was encoded and shown; of several processes of this one.
         images: the first image of the first questions answered, to be shown.
 
     Raises:
@@ -99,10 +119,12 @@ class VzipLmms(lmms):
         seed: int = 0,
         store: AnswerStore | None = None,
         processes: Processes | None = None,
+        visual_cache_gib: float = VISUAL_CACHE_GIB,
         num_images: int = 0,
     ) -> None:
         super().__init__()
         check_batch_size(batch_size)
+        self.cache = EncodedCache(visual_cache_gib)
         _check_processor(vlm.processor)
         self.vlm = vlm
         self.batch_size = planned_size(batch_size, vlm.device)
@@ -118,6 +140,7 @@ class VzipLmms(lmms):
         self.batch_sizes: Counter[int] = Counter()
         self.problems: dict[Key, str] = {}
         self.num_questions: int | None = None
+        self.answering_time_s = 0.0
         self.num_images = num_images
         self.images: dict[Key, Image.Image] = {}
         # Opened now: lmms-eval's own output may be redirected while it runs.
@@ -163,12 +186,14 @@ class VzipLmms(lmms):
             compare_counts((task, len(self.task_dict[task][split])) for task, split in splits.items())
         known = {} if self.store is None else {q.key: log for q in questions if (log := self.store.find(q)) is not None}
         self.samples = known
-        batches = self._plan(questions, known)
+        sections = self._plan(questions, known)
         if known and self.progress and self.processes.is_first:  # not logged: that goes to lmms-eval's log meanwhile
             told = f"{len(known)} of {len(questions)} answers kept from the interrupted run"
             print(told, file=self._console.file, flush=True)
+        started = time.perf_counter()
         with strict_decoding():
-            self._answer(self.processes.share(batches), len(known))
+            self._answer(self.processes.share(sections), known)
+        self.answering_time_s = time.perf_counter() - started
         self._collect()
         if self.problems:
             self._leave_out(questions)
@@ -179,46 +204,57 @@ class VzipLmms(lmms):
         # A question that is left out has no answer; lmms-eval does not score the empty text.
         return [self.samples[q.key].answer if q.key in self.samples else "" for q in questions]
 
-    def _plan(self, questions: Sequence[Question], known: Mapping[Key, SampleLog]) -> list[list[Question]]:
-        """What is left to do: the batches of the whole run without the questions that are answered already."""
+    def _plan(self, questions: Sequence[Question], known: Mapping[Key, SampleLog]) -> list[list[list[Question]]]:
+        """What is left to do: the sections of the whole run in which not every question is answered already."""
         tokenizer: Any = self.vlm.processor.tokenizer  # type: ignore[union-attr]
         lengths = [len(ids) for ids in tokenizer([question.text for question in questions])["input_ids"]]
-        plan = plan_batches(lengths, [question.settings for question in questions], self.batch_size)
-        left = [[questions[position] for position in batch if questions[position].key not in known] for batch in plan]
-        return [batch for batch in left if batch]
+        images = images_of(questions, self.task_dict)
+        plan = plan_sections(lengths, [question.settings for question in questions], images, self.batch_size)
+        sections = [[[questions[position] for position in batch] for batch in section] for section in plan]
+        if not self.cache.max_gib:
+            sections = [[batch] for section in sections for batch in section]
+        return [s for s in sections if any(question.key not in known for batch in s for question in batch)]
 
-    def _answer(self, batches: list[list[Question]], num_known: int) -> None:
+    def _answer(self, sections: list[list[list[Question]]], known: Mapping[Key, SampleLog]) -> None:
         """Answers this process's share and keeps each batch at once."""
         kept = None if self.store is None else self.store.kept
         chunk_size = min(self.batch_size, (kept and kept.chunk_size) or self.batch_size)
-        answerer = Answerer(self.vlm, chunk_size, self.seed)
-        preparer = Preparer(self.vlm, self.task_dict, self.system_prompt)
+        answerer = Answerer(self.vlm, chunk_size, self.seed, self.cache)
+        preparer = Preparer(self.vlm, self.task_dict, self.system_prompt, self.cache.max_gib)
+        already = frozenset(known)
 
-        def prepare(batch: list[Question]) -> PreparedBatch:
-            return preparer.prepare(batch, answerer.chunk_size)
+        def prepare(section: list[list[Question]]) -> PreparedSection:
+            return preparer.prepare(section, answerer.chunk_size, already)
 
-        ahead = prepare_ahead(batches, prepare, self.num_workers)
-        num_left = sum(map(len, batches))
-        with self._progress(num_known, num_left) as progress, contextlib.closing(ahead) as prepared:
-            for batch in prepared:
-                asked = [one.question for chunk in batch.chunks for one in chunk.loaded]
-                self._keep_images(batch)
-                logs, sizes = answerer.answer(batch.chunks)
-                batch.problems.update(answerer.problems)
-                asked = [question for question in asked if question.key not in answerer.problems]
-                answerer.problems.clear()
-                answered = list(zip(asked, logs, strict=True))
-                if self.store is not None and answered:
-                    self.store.add(answered, sizes)
-                self.samples.update({question.key: log for question, log in answered})
-                self.batch_sizes.update(sizes)
-                self.problems.update(batch.problems)
-                for key, problem in batch.problems.items():
-                    logger.warning("task %s, question %d cannot be asked: %s", key[0], key[1], problem)
-                progress.advance(len(asked) + len(batch.problems))
+        ahead = prepare_ahead(sections, prepare, self.num_workers)
+        num_left = sum(question.key not in already for section in sections for batch in section for question in batch)
+        with self._progress(len(already), num_left) as progress, contextlib.closing(ahead) as prepared:
+            for section in prepared:
+                for key, problem in section.problems.items():
+                    self._put_down(key, problem)
+                progress.advance(len(section.problems))
+                for chunks, visuals in section.batches:
+                    loaded = [one for chunk in chunks for one in chunk.loaded]
+                    self._keep_images(loaded)
+                    logs, sizes = answerer.answer(chunks, visuals)
+                    asked = [one.question for one in loaded if one.question.key not in answerer.problems]
+                    answered = list(zip(asked, logs, strict=True))
+                    if self.store is not None and answered:
+                        self.store.add(answered, sizes)
+                    self.samples.update({question.key: log for question, log in answered})
+                    self.batch_sizes.update(sizes)
+                    for key, problem in answerer.problems.items():
+                        self._put_down(key, problem)
+                    answerer.problems.clear()
+                    progress.advance(len(loaded))
+        self.cache.clear()
 
-    def _keep_images(self, batch: PreparedBatch) -> None:
-        for one in (one for chunk in batch.chunks for one in chunk.loaded):
+    def _put_down(self, key: Key, problem: str) -> None:
+        self.problems[key] = problem
+        logger.warning("task %s, question %d cannot be asked: %s", key[0], key[1], problem)
+
+    def _keep_images(self, loaded: Sequence[LoadedQuestion]) -> None:
+        for one in loaded:
             kept = sum(key[0] == one.question.key[0] for key in self.images)
             if one.images and kept < self.num_images:
                 self.images[one.question.key] = one.images[0]

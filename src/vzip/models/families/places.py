@@ -36,6 +36,25 @@ class VisualTokens:
 
 
 @dataclass(frozen=True)
+class EncodedVisuals:
+    """Images and videos that are encoded already, whatever prompts will show them.
+
+    Attributes:
+        images: of each its shape and its tokens.
+        videos: likewise.
+    """
+
+    images: Sequence[tuple[VisionShape, VisualTokens]] = ()
+    videos: Sequence[tuple[VisionShape, VisualTokens]] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all their tokens."""
+        parts = [part for _, own in (*self.images, *self.videos) for part in (own.rows, own.place_index, own.planes)]
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
 class Piece:
     """A stretch of a prompt: text positions start..stop, or an image (``visual``: its number; videos after images).
 
