@@ -9,7 +9,7 @@ import types
 import pytest
 
 from vzip import cli
-from vzip.cli import serve
+from vzip.cli import page
 from vzip.demo import page as demo_page
 
 
@@ -62,7 +62,7 @@ def test_the_controls_stand_where_the_settings_say(monkeypatch, words, method, n
     widgets.serve = lambda studio, page, title, *controls: shown.extend(controls[:2])  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vzip.demo.page.widgets", widgets)
     monkeypatch.setattr(demo_page, "widgets", widgets, raising=False)
-    monkeypatch.setattr(serve, "_until_terminated", lambda: None)
+    monkeypatch.setattr(page, "_until_terminated", lambda: None)
     assert cli.main(["demo", "serve", "--port", _free(), *words]) == 0
     assert shown == [method, num_tokens]
 
