@@ -69,11 +69,11 @@ def test_the_controls_stand_where_the_settings_say(monkeypatch, words, method, n
 
 def test_others_than_this_machine_are_warned_of(monkeypatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(serve._LOG, "warning", lambda message, *values: said.append(message % values))
-    serve._check_address("127.0.0.1", int(_free()))
-    serve._check_address("localhost", int(_free()))
+    monkeypatch.setattr(page._LOG, "warning", lambda message, *values: said.append(message % values))
+    page._check_address("127.0.0.1", int(_free()))
+    page._check_address("localhost", int(_free()))
     assert not said
-    serve._check_address("0.0.0.0", int(_free()))
+    page._check_address("0.0.0.0", int(_free()))
     assert "--host=0.0.0.0: everyone who reaches this machine can use the page" in said[0]
 
 

@@ -1,6 +1,6 @@
 """Writes the visual tokens of images or videos, which vLLM takes in place of an image (--enable-mm-embeds).
 
-python -m vzip embed photo.jpg --question "What color is the star?" compressor=cdpruner budget=64tok --out photo.safetensors
+python -m vzip embed photo.jpg compressor=mmtok budget=64tok --question "What color is the star?" --out F.safetensors
 python -m vzip embed a.jpg b.jpg --model llava15_7b compressor=flowcut budget=64tok --out embeds
 python -m vzip embed clip.mp4 --model video_llava_7b budget=17tok --out clip.safetensors
 
@@ -51,7 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
     model, compressor = model_plan([f"model={arguments.model}", *settings])
     if model["pruner"] is not None:
         raise ConfigError(
-            "pruner=: a pruner drops tokens inside the language model, so nothing of it is in what enters. Leave it out."
+            "pruner=: a pruner drops tokens inside the language model, so nothing of it is what enters; leave it out."
         )
     if compressor.reads_text and arguments.question is None:
         raise ConfigError(
@@ -118,13 +118,11 @@ def _targets(files: list[str], out: Path, overwrite: bool) -> dict[Path, Path]:
 
 def _check_family(model: dict[str, Any]) -> None:
     """Refuses families whose tokens do not say all that enters the language model."""
+    from vzip.config.serving import config_of
     from vzip.models.families import adapter_class_for_config
-    from vzip.models.hub import Checkpoint
-    from vzip.models.load import read_config, resolve_checkpoint
 
-    source = resolve_checkpoint(model["name_or_path"])
-    directory = Checkpoint(source, model["revision"], key="model.name_or_path").directory
-    family = adapter_class_for_config(read_config(directory))
+    source, config = config_of(model)
+    family = adapter_class_for_config(config)
     if family.keeps_places or family.has_planes or model["positions"] == "original":
         raise UnsupportedModelError(
             f"model.name_or_path={source}: its visual tokens keep the positions that they have in the image, and vLLM"

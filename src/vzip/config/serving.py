@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -103,9 +104,9 @@ def serve_plan(model: str, words: Sequence[str]) -> ServePlan:
     from vzip.serving.settings import check_settings
 
     model_group = config["model"]
-    checkpoint, of_model = _of_checkpoint(model_group)
+    source, of_model = config_of(model_group)
     family = adapter_class_for_config(of_model)
-    architecture = _architecture(checkpoint, family.model_class.__name__)
+    architecture = _architecture(source, family.model_class.__name__)
     settings = {
         "compressor": {k: v for k, v in config["compressor"].items() if k not in ("_target_", "budget")},
         "budget": _counts(config["budget"], config["compressor"]),
@@ -118,7 +119,7 @@ def serve_plan(model: str, words: Sequence[str]) -> ServePlan:
     given = {word.partition("=")[0].replace("_", "-") for word in of_vllm}
     usual = {"--dtype": _dtype(model_group["dtype"], of_model), "--revision": model_group["revision"]}
     ours = [part for option, value in usual.items() if value and option not in given for part in (option, value)]
-    return ServePlan(checkpoint, architecture, settings, (*ours, *of_vllm), bool(config["dry_run"]))
+    return ServePlan(str(source), architecture, settings, (*ours, *of_vllm), bool(config["dry_run"]))
 
 
 def model_words(model: str) -> list[str]:
@@ -179,38 +180,46 @@ def _counts(budget: Mapping[str, Any], compressor: Mapping[str, Any]) -> dict[st
     counts = {key: budget.get(key) for key in ("num_dominant", "num_contextual")}
     if not all(isinstance(count, int) for count in counts.values()):
         raise ConfigError(
-            f"budget={budget.get('name')}: a server's budget is a number of tokens a crop, as budget=64tok, by which vLLM"
-            " makes room before it sees an image."
+            f"budget={budget.get('name')}: a server's budget is a number of tokens a crop, as budget=64tok, by which"
+            " vLLM makes room before it sees an image."
         )
     return {key: int(count) for key, count in counts.items() if count is not None}
 
 
-def _of_checkpoint(model: Mapping[str, Any]) -> tuple[str, Any]:
-    """What vLLM is given, and its configuration; no weight is read."""
+def config_of(model: Mapping[str, Any]) -> tuple[Path | str, Any]:
+    """Where a checkpoint is, and its configuration, which of published ones is known without asking a hub.
+
+    Args:
+        model: ``name_or_path`` and ``revision``.
+
+    Raises:
+        CheckpointError: it is not to be had, or cannot be read.
+    """
     from vzip.bench.shapes import name_of, resolve
-    from vzip.models.families import original_checkpoint
     from vzip.models.hub import Checkpoint
     from vzip.models.load import read_config, resolve_checkpoint
 
     source = resolve_checkpoint(model["name_or_path"])
     if (published := name_of(str(source))) is not None:
-        return str(source), resolve(published).config  # known without asking a hub
+        return source, resolve(published).config
     directory = Checkpoint(source, model["revision"], key="model.name_or_path").directory
-    if original_checkpoint(directory) is not None:
+    return directory if isinstance(source, Path) else source, read_config(directory)
+
+
+def _architecture(source: Path | str, stock: str) -> str:
+    from vzip.models.families import original_checkpoint
+    from vzip.serving import ARCHITECTURES
+
+    if isinstance(source, Path) and original_checkpoint(source) is not None:
         raise UnsupportedModelError(
             f"model.name_or_path={source}: is in its authors' layout, which vLLM does not read; give the checkpoint in"
             " Hugging Face's, as llava-hf/llava-1.5-7b-hf."
         )
-    return str(source), read_config(directory)
-
-
-def _architecture(source: str, stock: str) -> str:
-    from vzip.serving import ARCHITECTURES
-
     if stock not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"model.name_or_path={source}: {stock} is not served with compression; served are"
-            f" {', '.join(ARCHITECTURES)}. `{program('embed')}` makes visual tokens of other families here."
+            f" {', '.join(ARCHITECTURES)}. `{program('embed')}` makes visual tokens of LLaVA's other kin"
+            " here."
         )
     return ARCHITECTURES[stock]
 

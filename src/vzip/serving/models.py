@@ -160,9 +160,7 @@ class _LlavaProcessor(_Processor, llava.LlavaMultiModalProcessor):
     pass
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    _LlavaProcessor, info=_LlavaInfo, dummy_inputs=llava.LlavaDummyInputsBuilder
-)
+@MULTIMODAL_REGISTRY.register_processor(_LlavaProcessor, info=_LlavaInfo, dummy_inputs=llava.LlavaDummyInputsBuilder)
 class VzipLlavaForConditionalGeneration(_Model, llava.LlavaForConditionalGeneration):
     hf_to_vllm_mapper = llava.LlavaForConditionalGeneration.hf_to_vllm_mapper | _NAMES
 

@@ -106,7 +106,7 @@ def check_settings(config: Any, values: object) -> ServingSettings:
     architecture, adapter_class = served_adapter(config)
     if not isinstance(values, Mapping):
         raise ConfigError(
-            f"{KEY}={values!r}: must be a mapping with compressor and budget, as --hf-overrides '{{\"{KEY}\":"
+            f'{KEY}={values!r}: must be a mapping with compressor and budget, as --hf-overrides \'{{"{KEY}":'
             ' {"compressor": {"name": "visionzip"}, "budget": {"num_dominant": 54, "num_contextual": 10}}}\'.'
         )
     for key in values.keys() - set(_KEYS):
