@@ -22,7 +22,7 @@ check_signatures(Path(vllm.__file__).parent, vllm.__version__)
 
 from vllm.config import VllmConfig  # noqa: E402
 from vllm.distributed import tensor_model_parallel_all_gather  # noqa: E402
-from vllm.model_executor.models import llava, llava_next  # noqa: E402
+from vllm.model_executor.models import SupportsMultiModal, llava, llava_next  # noqa: E402
 from vllm.model_executor.models.utils import WeightsMapper  # noqa: E402
 from vllm.multimodal import MULTIMODAL_REGISTRY  # noqa: E402
 from vllm.multimodal.inputs import MultiModalFieldConfig  # noqa: E402
@@ -46,7 +46,7 @@ def _budget(counts: Tensor) -> TokenBudget | None:
     return TokenBudget(num_dominant, num_contextual) if num_dominant + num_contextual else None
 
 
-class _Info:
+class _Info(llava.BaseLlavaProcessingInfo):
     """How many tokens an image becomes, and what vLLM's caches know a model by."""
 
     @cached_property
@@ -67,7 +67,7 @@ class _Info:
         return self.served.compressor.num_visual_tokens(self.adapter.shape(image))
 
 
-class _Processor:
+class _Processor(llava.BaseLlavaMultiModalProcessor):
     """Images as ``CompressedVlm`` prepares them, each with its request's budget."""
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
@@ -109,7 +109,7 @@ class _Processor:
         return [PromptReplacement(modality="image", target=[placeholder], replacement=placeholders)]
 
 
-class _Model:
+class _Model(SupportsMultiModal):
     """The vision tower tapped, its tokens compressed, then projected; the language model is vLLM's."""
 
     # Whether tokens pass the projector before or after compression is the method's, so their number is not vLLM's.
@@ -160,9 +160,7 @@ class _LlavaProcessor(_Processor, llava.LlavaMultiModalProcessor):
     pass
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    _LlavaProcessor, info=_LlavaInfo, dummy_inputs=llava.LlavaDummyInputsBuilder
-)
+@MULTIMODAL_REGISTRY.register_processor(_LlavaProcessor, info=_LlavaInfo, dummy_inputs=llava.LlavaDummyInputsBuilder)
 class VzipLlavaForConditionalGeneration(_Model, llava.LlavaForConditionalGeneration):
     hf_to_vllm_mapper = llava.LlavaForConditionalGeneration.hf_to_vllm_mapper | _NAMES
 

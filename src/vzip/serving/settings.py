@@ -71,9 +71,8 @@ class ServingSettings:
         budget = _budget(asked, f"mm_processor_kwargs.{KEY}")
         if budget.num_tokens > self.budget.num_tokens:
             raise ConfigError(
-                f"mm_processor_kwargs.{KEY} asks for {budget.num_tokens} visual tokens per crop: this server keeps up to"
-                f" {self.budget.num_tokens} (its own {self.budget.num_dominant} + {self.budget.num_contextual}). Ask for"
-                " fewer, or start it with a larger budget."
+                f"mm_processor_kwargs.{KEY} asks for {budget.num_tokens} visual tokens per crop: this server keeps"
+                f" {self.budget.num_tokens} at most. Ask for fewer, or start it with a larger budget."
             )
         return budget
 
@@ -90,8 +89,8 @@ def read_settings(config: Any) -> ServingSettings:
     Args:
         config: Hugging Face's configuration, its ``architectures`` one of ours, with ``vzip``, a mapping of
             ``compressor``: ``name`` (an option of ``compressor``) and its own settings; ``budget``: ``num_dominant``
-            and ``num_contextual``, or null for a method without one; ``preprocess``, ``projector``, ``drop_padding`` and
-            ``row_newline`` as ``load_vlm``'s.
+            and ``num_contextual``, or null for a method without one; ``preprocess`` (``llava`` by default),
+            ``projector``, ``drop_padding`` and ``row_newline`` as ``load_vlm``'s.
 
     Raises:
         ConfigError: an unknown key, method or setting; a budget that does not fit the vision tower; a method that
@@ -106,7 +105,7 @@ def check_settings(config: Any, values: object) -> ServingSettings:
     architecture, adapter_class = served_adapter(config)
     if not isinstance(values, Mapping):
         raise ConfigError(
-            f"{KEY}={values!r}: must be a mapping with compressor and budget, as --hf-overrides '{{\"{KEY}\":"
+            f'{KEY}={values!r}: must be a mapping with compressor and budget, as --hf-overrides \'{{"{KEY}":'
             ' {"compressor": {"name": "visionzip"}, "budget": {"num_dominant": 54, "num_contextual": 10}}}\'.'
         )
     for key in values.keys() - set(_KEYS):
@@ -120,7 +119,7 @@ def check_settings(config: Any, values: object) -> ServingSettings:
     if method.has_budget == (budget is None):
         needs = "needs a budget" if method.has_budget else "takes no budget"
         raise ConfigError(f"{KEY}.budget={budget!r}: compressor={method.name} {needs}.")
-    preprocess = values.get("preprocess") or "llava"
+    preprocess: Any = values.get("preprocess") or "llava"
     if preprocess not in get_args(Preprocess):
         raise ConfigError(f"{KEY}.preprocess={preprocess!r}: must be one of {', '.join(get_args(Preprocess))}.")
     options = FamilyOptions(values.get("drop_padding", False), values.get("row_newline", False))
