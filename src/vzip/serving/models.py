@@ -20,19 +20,19 @@ from .signatures import check_signatures
 
 check_signatures(Path(vllm.__file__).parent, vllm.__version__)
 
-from vllm.config import VllmConfig  # noqa: E402
-from vllm.distributed import tensor_model_parallel_all_gather  # noqa: E402
-from vllm.model_executor.models import SupportsMultiModal, llava, llava_next  # noqa: E402
-from vllm.model_executor.models.utils import WeightsMapper  # noqa: E402
-from vllm.multimodal import MULTIMODAL_REGISTRY  # noqa: E402
-from vllm.multimodal.inputs import MultiModalFieldConfig  # noqa: E402
-from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems  # noqa: E402
-from vllm.multimodal.processing import PromptReplacement, PromptUpdate  # noqa: E402
+from vllm.config import VllmConfig
+from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.model_executor.models import SupportsMultiModal, llava, llava_next
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
+from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 
-from vzip.compressors import TokenBudget  # noqa: E402
+from vzip.compressors import TokenBudget
 
-from .adapters import ServedAdapter, served_adapter  # noqa: E402
-from .settings import KEY, ServingSettings, read_settings  # noqa: E402
+from .adapters import ServedAdapter, served_adapter
+from .settings import KEY, ServingSettings, read_settings
 
 BUDGET = "vzip_budget"  # of each image: [num_dominant, num_contextual], zeros of a method without a budget
 

@@ -131,8 +131,8 @@ def check_settings(config: Any, values: object) -> ServingSettings:
         None if projector is None else TunedProjector.read(projector, architecture),
         options,
     )
-    adapter_class.check_settings(config, settings.compressor, settings.options)
     _check_method(settings.compressor, method.name, adapter_class, config)
+    adapter_class.check_settings(config, settings.compressor, settings.options)
     return settings
 
 
