@@ -59,18 +59,18 @@ class Layer(nn.Module):
         return hidden_states + own.mlp(own.layer_norm2(hidden_states))
 
 
-def like_vllm(model: Any, num_parts: int = 1) -> SimpleNamespace:
-    """The parts by vLLM's names: the tower up to the select layer only."""
+def like_vllm(model: Any, num_layers: int, num_parts: int = 1) -> SimpleNamespace:
+    """The parts by vLLM's names, the tower of so many layers."""
     tower, config = model.model.vision_tower, model.config
     inner = getattr(tower, "vision_model", tower)
-    select, vision = config.vision_feature_layer, config.vision_config
-    count = select if select >= 0 else vision.num_hidden_layers + 1 + select
     transformer = nn.Module()
     transformer.embeddings = inner.embeddings
     if hasattr(inner, "pre_layrnorm"):
         transformer.pre_layrnorm = inner.pre_layrnorm
     transformer.encoder = nn.Module()
-    layers = [Layer(own, vision.num_attention_heads, num_parts) for own in inner.encoder.layers[:count]]
+    layers = [
+        Layer(own, config.vision_config.num_attention_heads, num_parts) for own in inner.encoder.layers[:num_layers]
+    ]
     transformer.encoder.layers = nn.ModuleList(layers)
     parts = nn.Module()
     parts.vision_model = transformer

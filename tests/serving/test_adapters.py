@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-import vzip
 from tests import methods, tiny
 from tests.serving.like_vllm import like_vllm
+
+import vzip
 from vzip.models.families.options import FamilyOptions
 from vzip.serving.adapters import ServedAdapter, ServedLlava, ServedLlavaNext, served_adapter
 
-BUDGET = vzip.TokenBudget(12, 4)
+BUDGET, NO_OPTIONS = vzip.TokenBudget(12, 4), FamilyOptions()
+SETTINGS = {"vscan": {"local_layer": 2}}  # of the small tower's four
 # Those that act inside the tower or read the question are refused, see test_settings.py.
 SERVED = [
     name
     for name in methods.METHODS
-    if name != "none"
-    and (method := methods.build(name, BUDGET)).tower_use == "whole"
-    and not method.reads_text
+    if name != "none" and (method := methods.build(name, BUDGET)).tower_use == "whole" and not method.reads_text
 ]
 
 
@@ -30,12 +29,13 @@ def served_tokens(adapter: ServedAdapter, inputs: dict, compressor: vzip.Compres
         return adapter.tokens(crops, shapes, compressor)
 
 
-def compare(model, kind, inputs, compressor, options=FamilyOptions(), num_parts=1, gather=lambda heads: heads):
+def compare(model, kind, inputs, compressor, options=NO_OPTIONS):
     own = {"drop_padding": options.drop_padding, "row_newline": options.row_newline}
     vlm = vzip.CompressedVlm(model, compressor, **own)
     with torch.no_grad():
         expected = vlm.encode_images(**inputs)
-    found = served_tokens(kind(like_vllm(model, num_parts), options, gather), inputs, compressor)
+    parts = like_vllm(model, kind.num_layers(model.config, compressor))
+    found = served_tokens(kind(parts, options, lambda heads: heads), inputs, compressor)
     assert [len(tokens) for tokens in found] == [len(tokens) for tokens in expected]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -44,7 +44,7 @@ def compare(model, kind, inputs, compressor, options=FamilyOptions(), num_parts=
 
 @pytest.mark.parametrize("name", SERVED)
 def test_llava_has_the_tokens_of_compressed_vlm_with_every_method(name):
-    compare(tiny.llava(), ServedLlava, tiny.llava_inputs(3), methods.build(name, BUDGET))
+    compare(tiny.llava(), ServedLlava, tiny.llava_inputs(3), methods.build(name, BUDGET, **SETTINGS.get(name, {})))
 
 
 @pytest.mark.parametrize("name", ["visionzip", "divprune", "fastervlm", "prunesid"])
@@ -73,35 +73,28 @@ def test_without_compression_it_is_the_stock_models_output(kind):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["visionzip", "vispruner", "flowcut_like_keys"])
+@pytest.mark.parametrize("name", ["visionzip", "vispruner"])
 def test_heads_of_several_processes_are_gathered_before_anything_is_chosen(name):
-    """One process has half of the heads; with them alone it would keep other tokens."""
-    model = tiny.llava()
-    compressor = vzip.VisionZip(BUDGET) if name == "flowcut_like_keys" else methods.build(name, BUDGET)
-    others: dict[tuple, torch.Tensor] = {}
-    served = like_vllm(model, 2)
-    for layer in served.vision_tower.vision_model.encoder.layers:
-
-        def keep(module, inputs):
-            others["inputs"] = inputs
-
-        layer.parts[1].attn.register_forward_pre_hook(keep)
+    """One process has half of the heads: from these alone it would choose other tokens, each process its own."""
+    model, compressor, inputs = tiny.llava(), methods.build(name, BUDGET), tiny.llava_inputs(3)
+    parts = like_vllm(model, ServedLlava.num_layers(model.config, compressor), num_parts=2)
+    calls: list[tuple[torch.Tensor, ...]] = []  # what the two halves of a layer's heads were called with, in turn
+    for layer in parts.vision_tower.vision_model.encoder.layers:
+        for half in reversed(layer.parts):
+            half.attn.register_forward_pre_hook(lambda _module, given: calls.append(given))
 
     def gather(heads: torch.Tensor) -> torch.Tensor:
-        # Of the other process's inputs the one that stands where these do: queries or keys.
-        mine = inputs_of_first["inputs"]
-        number = next(n for n, each in enumerate(mine) if each is heads)
-        return torch.cat([heads, others["inputs"][number]], dim=-1)
+        others, mine = calls[-2:]
+        return torch.cat([heads, next(o for o, m in zip(others, mine, strict=True) if m is heads)], dim=-1)
 
-    inputs_of_first: dict[str, tuple] = {}
-    for layer in served.vision_tower.vision_model.encoder.layers:
-        layer.parts[0].attn.register_forward_pre_hook(lambda _m, inputs: inputs_of_first.update(inputs=inputs))
-    inputs = tiny.llava_inputs(3)
-    found = served_tokens(ServedLlava(served, FamilyOptions(), gather), inputs, compressor)
     with torch.no_grad():
         expected = vzip.CompressedVlm(model, compressor).encode_images(**inputs)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    found = served_tokens(ServedLlava(parts, FamilyOptions(), gather), inputs, compressor)
+    alone = served_tokens(
+        ServedLlava(parts, FamilyOptions(), lambda heads: torch.cat([heads, heads], -1)), inputs, compressor
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not all(torch.allclose(ours, theirs, atol=1e-3) for ours, theirs in zip(alone, expected, strict=True))
 
 
 def test_counts_need_no_model():
@@ -117,5 +110,6 @@ def test_counts_need_no_model():
         assert [compressor.num_visual_tokens(shape) for shape in shapes] == expected
     # Square and small: the two rules take each other's transpose.
     hf, llava = (adapter.shape(adapter.blank(100, 100, each)).tiles for each in ("hf", "llava"))
-    assert hf == llava[::-1]
+    assert hf == llava[::-1] and hf != llava
+    model.config.architectures = ["LlavaNextForConditionalGeneration"]
     assert served_adapter(model.config) == ("VzipLlavaNextForConditionalGeneration", ServedLlavaNext)

@@ -57,7 +57,9 @@ def write_vllm(folder: Path) -> None:
         lines: list[str] = []
         for name, arguments in names.items():
             kind, _, function = name.rpartition(".")
-            lines.append(f"class {kind}:\n    def {function}({arguments}): ..." if kind else f"def {function}({arguments}): ...")
+            lines.append(
+                f"class {kind}:\n    def {function}({arguments}): ..." if kind else f"def {function}({arguments}): ..."
+            )
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text("\n".join(lines))
 

@@ -117,9 +117,18 @@ class _Model(SupportsMultiModal):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
-        self.served = read_settings(config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.adapter = served_adapter(config)[1](self, self.served.options, _gathered)
+        served, (_, adapter_class), select_layer = (
+            read_settings(config),
+            served_adapter(config),
+            config.vision_feature_layer,
+        )
+        # vLLM builds the tower up to this layer, and a method may read a later one.
+        config.vision_feature_layer = adapter_class.num_layers(config, served.compressor)
+        try:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        finally:
+            config.vision_feature_layer = select_layer
+        self.served, self.adapter = served, adapter_class(self, served.options, _gathered)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         if kwargs.get("pixel_values") is None:  # visual tokens given, or nothing

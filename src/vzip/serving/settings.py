@@ -14,7 +14,7 @@ from vzip.methods import MethodFile, find_method
 from vzip.models.families.options import FamilyOptions
 from vzip.option_files import COUNTS
 
-from .adapters import ServedAdapter, served_adapter
+from .adapters import served_adapter
 from .projector import TunedProjector
 
 KEY = "vzip"
@@ -131,7 +131,7 @@ def check_settings(config: Any, values: object) -> ServingSettings:
         None if projector is None else TunedProjector.read(projector, architecture),
         options,
     )
-    _check_method(settings.compressor, method.name, adapter_class, config)
+    _check_method(settings.compressor, method.name)
     adapter_class.check_settings(config, settings.compressor, settings.options)
     return settings
 
@@ -142,7 +142,7 @@ def _budget(values: object, key: str) -> TokenBudget:
     return TokenBudget(values.get("num_dominant", 0), values.get("num_contextual", 0))
 
 
-def _check_method(compressor: Compressor, name: str, adapter_class: type[ServedAdapter], config: Any) -> None:
+def _check_method(compressor: Compressor, name: str) -> None:
     """Raises ConfigError for a method that needs what a server does not have when it computes an image's tokens."""
     if compressor.reads_text:
         raise ConfigError(
@@ -150,11 +150,3 @@ def _check_method(compressor: Compressor, name: str, adapter_class: type[ServedA
         )
     if compressor.tower_use != "whole":
         raise ConfigError(f"compressor={name} acts inside the vision tower, which vLLM runs as a whole: {_EMBED}.")
-    geometry, select_layer = adapter_class.check_config(config), adapter_class.read_select_layer(config)
-    built = geometry.num_layers_to_run(select_layer)
-    for signal in compressor.reads():
-        if signal.layer is not None and geometry.num_layers_to_run(signal.layer) > built:
-            raise ConfigError(
-                f"compressor={name} reads layer {signal.layer} of the vision tower, and vLLM builds it only up to the"
-                f" select layer, {select_layer}: choose a layer up to that, or {_EMBED}."
-            )
