@@ -15,7 +15,7 @@ ARCHITECTURES = {
 
 
 def register() -> None:
-    """Tells vLLM the architectures; it calls this in each of its processes and imports the classes when it needs one."""
+    """Tells vLLM the architectures; called in each of its processes, it leaves their import to vLLM."""
     from vllm import ModelRegistry
 
     for name in ARCHITECTURES.values():

@@ -48,7 +48,7 @@ class AttentionInput(nn.Module):
 
 @dataclass(frozen=True)
 class ServedTower(Tower):
-    """A vision tower of vLLM, built up to the select layer.
+    """A vision tower of vLLM, of no more layers than are needed.
 
     Attributes:
         gather: the heads of all processes side by side, of one process's: all then choose the same.
@@ -76,6 +76,15 @@ class ServedAdapter(LlavaBase):
     def of_config(cls, config: Any, options: FamilyOptions) -> ServedAdapter:
         """For counts alone."""
         return cls(SimpleNamespace(config=config), options)
+
+    @classmethod
+    def num_layers(cls, config: Any, compressor: Compressor) -> int:
+        """Layers of the vision tower that the model's output and the method's signals need."""
+        layers = {signal.layer for signal in compressor.reads()} - {None}
+        geometry = cls.check_config(config)
+        return max(
+            geometry.num_layers_to_run(layer) for layer in {*layers, cls.read_select_layer(config)} if layer is not None
+        )
 
     @property
     def vision_tower(self) -> nn.Module:

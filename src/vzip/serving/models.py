@@ -20,19 +20,19 @@ from .signatures import check_signatures
 
 check_signatures(Path(vllm.__file__).parent, vllm.__version__)
 
-from vllm.config import VllmConfig  # noqa: E402
-from vllm.distributed import tensor_model_parallel_all_gather  # noqa: E402
-from vllm.model_executor.models import llava, llava_next  # noqa: E402
-from vllm.model_executor.models.utils import WeightsMapper  # noqa: E402
-from vllm.multimodal import MULTIMODAL_REGISTRY  # noqa: E402
-from vllm.multimodal.inputs import MultiModalFieldConfig  # noqa: E402
-from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems  # noqa: E402
-from vllm.multimodal.processing import PromptReplacement, PromptUpdate  # noqa: E402
+from vllm.config import VllmConfig
+from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.model_executor.models import SupportsMultiModal, llava, llava_next
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
+from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 
-from vzip.compressors import TokenBudget  # noqa: E402
+from vzip.compressors import TokenBudget
 
-from .adapters import ServedAdapter, served_adapter  # noqa: E402
-from .settings import KEY, ServingSettings, read_settings  # noqa: E402
+from .adapters import ServedAdapter, served_adapter
+from .settings import KEY, ServingSettings, read_settings
 
 BUDGET = "vzip_budget"  # of each image: [num_dominant, num_contextual], zeros of a method without a budget
 
@@ -46,7 +46,7 @@ def _budget(counts: Tensor) -> TokenBudget | None:
     return TokenBudget(num_dominant, num_contextual) if num_dominant + num_contextual else None
 
 
-class _Info:
+class _Info(llava.BaseLlavaProcessingInfo):
     """How many tokens an image becomes, and what vLLM's caches know a model by."""
 
     @cached_property
@@ -67,7 +67,7 @@ class _Info:
         return self.served.compressor.num_visual_tokens(self.adapter.shape(image))
 
 
-class _Processor:
+class _Processor(llava.BaseLlavaMultiModalProcessor):
     """Images as ``CompressedVlm`` prepares them, each with its request's budget."""
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
@@ -109,7 +109,7 @@ class _Processor:
         return [PromptReplacement(modality="image", target=[placeholder], replacement=placeholders)]
 
 
-class _Model:
+class _Model(SupportsMultiModal):
     """The vision tower tapped, its tokens compressed, then projected; the language model is vLLM's."""
 
     # Whether tokens pass the projector before or after compression is the method's, so their number is not vLLM's.
@@ -117,9 +117,18 @@ class _Model:
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
-        self.served = read_settings(config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.adapter = served_adapter(config)[1](self, self.served.options, _gathered)
+        served, (_, adapter_class), select_layer = (
+            read_settings(config),
+            served_adapter(config),
+            config.vision_feature_layer,
+        )
+        # vLLM builds the tower up to this layer, and a method may read a later one.
+        config.vision_feature_layer = adapter_class.num_layers(config, served.compressor)
+        try:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        finally:
+            config.vision_feature_layer = select_layer
+        self.served, self.adapter = served, adapter_class(self, served.options, _gathered)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         if kwargs.get("pixel_values") is None:  # visual tokens given, or nothing

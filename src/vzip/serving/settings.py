@@ -14,7 +14,7 @@ from vzip.methods import MethodFile, find_method
 from vzip.models.families.options import FamilyOptions
 from vzip.option_files import COUNTS
 
-from .adapters import ServedAdapter, served_adapter
+from .adapters import served_adapter
 from .projector import TunedProjector
 
 KEY = "vzip"
@@ -71,9 +71,8 @@ class ServingSettings:
         budget = _budget(asked, f"mm_processor_kwargs.{KEY}")
         if budget.num_tokens > self.budget.num_tokens:
             raise ConfigError(
-                f"mm_processor_kwargs.{KEY} asks for {budget.num_tokens} visual tokens per crop: this server keeps up to"
-                f" {self.budget.num_tokens} (its own {self.budget.num_dominant} + {self.budget.num_contextual}). Ask for"
-                " fewer, or start it with a larger budget."
+                f"mm_processor_kwargs.{KEY} asks for {budget.num_tokens} visual tokens per crop: this server keeps"
+                f" {self.budget.num_tokens} at most. Ask for fewer, or start it with a larger budget."
             )
         return budget
 
@@ -90,8 +89,8 @@ def read_settings(config: Any) -> ServingSettings:
     Args:
         config: Hugging Face's configuration, its ``architectures`` one of ours, with ``vzip``, a mapping of
             ``compressor``: ``name`` (an option of ``compressor``) and its own settings; ``budget``: ``num_dominant``
-            and ``num_contextual``, or null for a method without one; ``preprocess``, ``projector``, ``drop_padding`` and
-            ``row_newline`` as ``load_vlm``'s.
+            and ``num_contextual``, or null for a method without one; ``preprocess`` (``llava`` by default),
+            ``projector``, ``drop_padding`` and ``row_newline`` as ``load_vlm``'s.
 
     Raises:
         ConfigError: an unknown key, method or setting; a budget that does not fit the vision tower; a method that
@@ -120,7 +119,7 @@ def check_settings(config: Any, values: object) -> ServingSettings:
     if method.has_budget == (budget is None):
         needs = "needs a budget" if method.has_budget else "takes no budget"
         raise ConfigError(f"{KEY}.budget={budget!r}: compressor={method.name} {needs}.")
-    preprocess = values.get("preprocess") or "llava"
+    preprocess: Any = values.get("preprocess") or "llava"
     if preprocess not in get_args(Preprocess):
         raise ConfigError(f"{KEY}.preprocess={preprocess!r}: must be one of {', '.join(get_args(Preprocess))}.")
     options = FamilyOptions(values.get("drop_padding", False), values.get("row_newline", False))
@@ -132,8 +131,8 @@ def check_settings(config: Any, values: object) -> ServingSettings:
         None if projector is None else TunedProjector.read(projector, architecture),
         options,
     )
+    _check_method(settings.compressor, method.name)
     adapter_class.check_settings(config, settings.compressor, settings.options)
-    _check_method(settings.compressor, method.name, adapter_class, config)
     return settings
 
 
@@ -143,7 +142,7 @@ def _budget(values: object, key: str) -> TokenBudget:
     return TokenBudget(values.get("num_dominant", 0), values.get("num_contextual", 0))
 
 
-def _check_method(compressor: Compressor, name: str, adapter_class: type[ServedAdapter], config: Any) -> None:
+def _check_method(compressor: Compressor, name: str) -> None:
     """Raises ConfigError for a method that needs what a server does not have when it computes an image's tokens."""
     if compressor.reads_text:
         raise ConfigError(
@@ -151,11 +150,3 @@ def _check_method(compressor: Compressor, name: str, adapter_class: type[ServedA
         )
     if compressor.tower_use != "whole":
         raise ConfigError(f"compressor={name} acts inside the vision tower, which vLLM runs as a whole: {_EMBED}.")
-    geometry, select_layer = adapter_class.check_config(config), adapter_class.read_select_layer(config)
-    built = geometry.num_layers_to_run(select_layer)
-    for signal in compressor.reads():
-        if signal.layer is not None and geometry.num_layers_to_run(signal.layer) > built:
-            raise ConfigError(
-                f"compressor={name} reads layer {signal.layer} of the vision tower, and vLLM builds it only up to the"
-                f" select layer, {select_layer}: choose a layer up to that, or {_EMBED}."
-            )
