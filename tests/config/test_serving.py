@@ -140,6 +140,17 @@ def test_a_plug_in_that_vllm_would_not_load_is_refused(monkeypatch: pytest.Monke
         serving.check_vllm()
 
 
+def test_a_vllm_that_the_plug_in_was_not_written_for_is_refused_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    _installed(monkeypatch, {"vllm": "0.99.0"})
+    with pytest.raises(UnsupportedModelError, match=r"vLLM 0\.99\.0: .* is not there any more"):
+        serving.check_vllm()
+
+
 def test_vllm_takes_this_process_over(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Replaced(Exception):
         pass

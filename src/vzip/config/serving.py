@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -235,7 +236,10 @@ def check_vllm() -> str:
 
     Raises:
         MissingPackageError: there is none, it is too old, or vLLM would not find the plug-in.
+        UnsupportedModelError: a version that lacks something that the plug-in was written for.
     """
+    from vzip.serving.signatures import check_signatures
+
     found = {name: own.version for name in _DISTRIBUTIONS for own in metadata.distributions(name=name)}
     how = (
         "`make .venv-vllm` installs one for CPUs, `.venv-vllm/bin/python -m vzip serve` runs in it; for GPUs:"
@@ -256,6 +260,9 @@ def check_vllm() -> str:
             "vzip is on the path but not installed, so vLLM does not find its plug-in (an entry point of"
             f" {PLUGINS}): pip install --no-deps -e . (or of the wheel) in {sys.prefix}."
         )
+    folders = getattr(importlib.util.find_spec("vllm"), "submodule_search_locations", None)
+    if folders:
+        check_signatures(Path(folders[0]), version)
     chosen = os.environ.get("VLLM_PLUGINS")
     if chosen is not None and "vzip" not in chosen.split(","):
         raise ConfigError(f"VLLM_PLUGINS={chosen}: vLLM loads these plug-ins alone; add vzip, or unset it.")
