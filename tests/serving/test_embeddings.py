@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tests.media import clips
 
 import vzip
 from vzip import cli
@@ -57,6 +58,22 @@ def test_each_image_has_a_file_and_a_method_inside_the_tower_is_no_obstacle(tmp_
         tokens, about = embeddings.read(tmp_path / "out" / f"{name}.safetensors")
         torch.testing.assert_close(tokens, encoded(method, None, image), rtol=0, atol=1e-5)
         assert about["question"] is None
+
+
+@pytest.mark.parametrize(("family", "num_tokens"), [("video_llava", 8 * 17), ("mini_gemini", 17)])
+def test_families_that_no_server_has(family: str, num_tokens: int, tmp_path: Path) -> None:
+    """Small random ones, a directory each, as `--model` takes it."""
+    script = [sys.executable, "scripts/make_random_model.py", family, str(tmp_path / family)]
+    subprocess.run(script, cwd=ROOT, check=True, capture_output=True)
+    shown = SCENE
+    if family == "video_llava":
+        shown = tmp_path / "clip.mp4"
+        clips.write(shown)
+    target = tmp_path / "out.safetensors"
+    words = ["embed", str(shown), "--model", str(tmp_path / family), "budget=17tok", "--out", str(target)]
+    assert cli.main(words) == 0
+    tokens, _ = embeddings.read(target)
+    assert tokens.shape[0] == num_tokens and torch.isfinite(tokens).all()
 
 
 @pytest.mark.parametrize(

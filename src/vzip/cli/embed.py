@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words", nargs="+", metavar="FILE ... KEY=VALUE ...", help="images or videos; settings as for eval.py"
     )
     parser.add_argument("--question", help="what will be asked about them; a text-aware method must know it")
-    parser.add_argument("--model", default="tiny", help="a name in configs/model (default: tiny)")
+    parser.add_argument("--model", default="tiny", help="a name in configs/model, a directory or a hub id [tiny]")
     parser.add_argument(
         "--out", type=Path, required=True, help=f"a file that ends in {ENDING}, or a folder: a file for each image"
     )
@@ -45,10 +45,11 @@ def main(arguments: argparse.Namespace) -> int:
     settings = [word for word in arguments.words if _SETTING.fullmatch(word) and not is_file(word)]
     targets = _targets([word for word in arguments.words if word not in settings], arguments.out, arguments.overwrite)
     from vzip.config.build import model_plan
+    from vzip.config.serving import model_words
     from vzip.media.images import load_image
     from vzip.media.video import check_video, is_image
 
-    model, compressor = model_plan([f"model={arguments.model}", *settings])
+    model, compressor = model_plan([*model_words(arguments.model), *settings])
     if model["pruner"] is not None:
         raise ConfigError(
             "pruner=: a pruner drops tokens inside the language model, so nothing of it is what enters; leave it out."

@@ -31,7 +31,7 @@ from vzip.serving import embeddings
 
 pytestmark = pytest.mark.serve
 ROOT = config_dir().parent
-START_S = 300
+START_S = 1200  # of a machine that is busy with other things
 NUM_REQUESTS = 32
 OPTIONS = ["--host=127.0.0.1", "--max-model-len=1024", "--block-size=32", "--max-num-seqs=32", "--enforce-eager"]
 OPTIONS += ["--enable-mm-embeds", "--served-model-name=tiny"]
@@ -238,7 +238,7 @@ def test_the_bench_measures_both_and_counts_blocks_as_by_the_formula(tmp_path: P
     words = ["bench", "serve", "concurrency=1,2", "num_requests=4", "repeats=1", "engine.enforce_eager=true"]
     words += ["engine.max_model_len=1024", f"out={tmp_path}"]
     done = subprocess.run(
-        [sys.executable, "-m", "vzip", *words], cwd=ROOT, env=_env(), capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "vzip", *words], cwd=ROOT, env=_env(), capture_output=True, text=True, timeout=START_S
     )
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "serve.json").read_text())
