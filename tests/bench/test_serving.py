@@ -71,6 +71,15 @@ def test_an_answer_of_another_length_is_no_measurement() -> None:
         serving.run_load(Short([0.0], 1.0, 100), REQUESTS, 4, 3)
 
 
+def test_an_answer_that_is_told_at_its_end_alone_has_no_times() -> None:
+    class Silent(Scripted):
+        def step(self) -> list[Progressed]:
+            return [told for told in super().step() if told.is_finished]
+
+    with pytest.raises(RuntimeError, match="all its tokens were told at once"):
+        serving.run_load(Silent([0.0], 1.0, 100), REQUESTS, 4, 3)
+
+
 @pytest.mark.parametrize("prompt_tokens", [595, 600, 77, 89, 90])
 def test_blocks_are_counted_where_the_last_token_is_made(prompt_tokens: int) -> None:
     engine = Scripted([0.0], 1.0, prompt_tokens)

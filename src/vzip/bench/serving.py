@@ -152,7 +152,7 @@ def run_load(
     """Keeps ``concurrency`` requests in flight until all are answered.
 
     Raises:
-        RuntimeError: an answer of another length; its times would say something else.
+        RuntimeError: an answer of another length, or told of at its end alone; its times would say something else.
     """
     waiting = deque(requests)
     began: dict[str, float] = {}
@@ -171,8 +171,10 @@ def run_load(
                 if num_tokens != num_new_tokens:
                     raise RuntimeError(f"request {name}: {num_tokens} tokens instead of {num_new_tokens}.")
                 (first_at, num_first), added = first.pop(name), began.pop(name)
+                if num_first == num_tokens:
+                    raise RuntimeError(f"request {name}: all its tokens were told at once, so their times are unknown.")
                 ttft_ms.append((first_at - added) * 1000)
-                tpot_ms.append((now - first_at) * 1000 / max(1, num_tokens - num_first))
+                tpot_ms.append((now - first_at) * 1000 / (num_tokens - num_first))
     return Load(clock() - start, ttft_ms, tpot_ms)
 
 
@@ -358,14 +360,18 @@ class VllmEngine:
 
         usual = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0, "disable_log_stats": True}
         self.llm = LLM(model, **{**usual, **arguments})
+        self._num_added = 0
 
     def add(self, request: Mapping[str, Any], num_new_tokens: int) -> str:
         """Hands a request in, as ``vllm.LLM.generate`` takes it; its answer goes on where it would end."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=num_new_tokens, ignore_eos=True, detokenize=False)
-        (name,) = self.llm.enqueue([dict(request)], params, use_tqdm=False)
-        return str(name).rsplit("-", 1)[0]  # without what vLLM appends inside: it tells of the request by this
+        self._num_added += 1
+        name = str(self._num_added)
+        # Past LLM's own methods, which have requests told of at their end alone.
+        self.llm.llm_engine.add_request(name, dict(request), params)
+        return name
 
     def step(self) -> list[Progressed]:
         """One step of the engine: a batch of whatever is in flight."""
@@ -403,9 +409,7 @@ def table(result: ServingResult) -> Any:
     """A row for each level and engine."""
     from rich.table import Table
 
-    shown = Table(
-        "in flight", "", title="median of the rounds; p50/p90/p99 over all requests", title_justify="left"
-    )
+    shown = Table("in flight", "", title="median of the rounds; p50/p90/p99 over all requests", title_justify="left")
     for name in ("requests/s", "first token, ms", "later ones, ms"):
         shown.add_column(name, justify="right")
     ours, stock = result.methods[COMPRESSED], result.methods[STOCK]
