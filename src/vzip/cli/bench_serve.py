@@ -103,7 +103,7 @@ def _measure(
 ) -> serving.ServingResult:
     # Engines in this process: two of them take turns, and their cache blocks can be counted.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB of each; else the first takes most of the memory
     import torch
 
