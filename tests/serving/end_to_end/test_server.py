@@ -35,7 +35,7 @@ ROOT = config_dir().parent
 START_S = 1200  # of a machine that is busy with other things
 NUM_REQUESTS = 32
 OPTIONS = ["--host=127.0.0.1", "--max-model-len=1024", "--block-size=32", "--max-num-seqs=32", "--enforce-eager"]
-OPTIONS += ["--enable-mm-embeds", "--served-model-name=tiny"]
+OPTIONS += ["--enable-mm-embeds", "--trust-request-mm-kwargs", "--served-model-name=tiny"]
 
 
 class Server:
