@@ -41,7 +41,10 @@ class SelfAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """vLLM's ``CLIPEncoderLayer``, or ``SiglipEncoderLayer``, which returns a pair; the parts of several processes in one, so that their sum needs no network."""
+    """vLLM's ``CLIPEncoderLayer``, or ``SiglipEncoderLayer``, which returns a pair.
+
+    The parts of several processes are in one, so that their sum needs no network.
+    """
 
     def __init__(self, own: Any, num_heads: int, num_parts: int) -> None:
         super().__init__()
