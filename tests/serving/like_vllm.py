@@ -41,7 +41,10 @@ class SelfAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """vLLM's ``CLIPEncoderLayer``; the parts of several processes in one, so that their sum needs no network."""
+    """vLLM's ``CLIPEncoderLayer``, or ``SiglipEncoderLayer``, which returns a pair.
+
+    The parts of several processes are in one, so that their sum needs no network.
+    """
 
     def __init__(self, own: Any, num_heads: int, num_parts: int) -> None:
         super().__init__()
@@ -51,12 +54,13 @@ class Layer(nn.Module):
         self.self_attn = self.parts[0]
         self.own = (own,)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Any:
         own, normed = self.own[0], self.own[0].layer_norm1(hidden_states)
         # The process whose attention is tapped is the last, when the others' heads can be gathered.
         outputs = [part(normed)[0] for part in reversed(self.parts)]
         hidden_states = hidden_states + sum(outputs) + self.self_attn.out_bias
-        return hidden_states + own.mlp(own.layer_norm2(hidden_states))
+        hidden_states = hidden_states + own.mlp(own.layer_norm2(hidden_states))
+        return (hidden_states, None) if "Siglip" in type(own).__name__ else hidden_states
 
 
 def like_vllm(model: Any, num_layers: int, num_parts: int = 1) -> SimpleNamespace:

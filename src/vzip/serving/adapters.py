@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +56,10 @@ class ServedTower(Tower):
 
     gather: Gather = lambda heads: heads
 
+    def run_layer(self, layer_index: int, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        output = self.layers[layer_index](hidden)
+        return output[0] if isinstance(output, tuple) else output  # SigLIP's layers return a pair
+
     def attention_of(self, layer_index: int) -> tuple[nn.Module, nn.Module, float]:
         own = self.layers[layer_index].get_submodule("self_attn")
         attention, gather = own.get_submodule("attn"), self.gather if own.tp_size > 1 else lambda heads: heads  # type: ignore[operator]
@@ -98,7 +102,7 @@ class ServedAdapter(LlavaBase):
         if self._gather is None:
             return None  # type: ignore[return-value]
         parts = parts_of(self.vision_tower, self.model.config.vision_config)
-        return ServedTower(**parts | {"family": replace(parts["family"], plain_calls=True)}, gather=self._gather)
+        return ServedTower(**parts, gather=self._gather)
 
     def newline(self, like: Tensor) -> Tensor:
         return self.model.image_newline.to(like)

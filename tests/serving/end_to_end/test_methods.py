@@ -57,7 +57,7 @@ def test_embeddings_made_elsewhere(tiny_path):
     """What carries text-aware methods: visual tokens of any number go through as they are."""
     from vllm import SamplingParams
 
-    compressor = find_method("mmtok").build(vzip.TokenBudget(**engines.BUDGET), text_encoder=None)
+    compressor = find_method("mmtok").build(vzip.TokenBudget(**engines.BUDGET))
     vlm = vzip.load_vlm("vzip/tiny", compressor=compressor)
     engine = engines.start(tiny_path, enable_mm_embeds=True, max_num_seqs=8)
     for asked in scene_questions(3):
