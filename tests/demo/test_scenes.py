@@ -18,6 +18,7 @@ from vzip.demo.questions import (
     attribute_questions,
     counting_pairs,
     existence_questions,
+    reading_questions,
     tuning_questions,
 )
 from vzip.demo.render import CHARACTERS, SUPERSAMPLE, render, shape_mask
@@ -246,5 +247,7 @@ def test_tuning_asks_in_the_benchmarks_forms():
         assert count["existence"] == count["reading"] == 1 and count["counting"] == 4, count
         assert len(asked) == len({question.text for question in asked}) <= 7
         assert {question.kind for question in asked} <= kinds
+        nine = tuning_questions(scene, np.random.RandomState(scene.seed), 9)
+        assert nine[:-2] == asked and nine[-2:] == 2 * reading_questions(scene), "the sign weighs three times as much"
     answers = Counter(q.answer for s in scenes for q in tuning_questions(s, np.random.RandomState(s.seed), 7))
     assert abs(answers["yes"] - answers["no"]) < 30, "neither yes nor no may be the better guess"
