@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tests.config.kit import run
@@ -213,4 +212,4 @@ def test_an_evaluation_is_at_one(run: Any) -> None:
 def test_the_plan_of_one_budget_is_as_ever() -> None:
     assert tuning_plan(checked(composed("+exp=tiny_64tok", "launcher=inline"))).compressors == ()
     assert StepSchedule(Samples(), np.arange(24), SETTINGS, 0).budget(5) == 0
-    assert torch.is_tensor(torch.zeros(1)) and make_plan(Path("x")).compressors == ()
+    assert make_plan(Path("x")).compressors == ()

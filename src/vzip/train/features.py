@@ -13,7 +13,7 @@ import inspect
 import json
 import logging
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -368,7 +368,7 @@ def _described(value: Any, where: str) -> Any:
         source = hashlib.blake2b(Path(inspect.getfile(kind)).read_bytes(), digest_size=16).hexdigest()
     except (OSError, TypeError):  # written at a prompt
         source = None
-    idle: Collection[str] = value.idle if isinstance(value, Compressor) else ()
+    idle = value.idle if isinstance(value, Compressor) else frozenset[str]()
     names = [f.name for f in dataclasses.fields(value) if f.name not in idle]
     fields = {name: _described(getattr(value, name), f"{where}.{name}") for name in names}
     return {"class": f"{kind.__module__}.{kind.__qualname__}", "source": source, **fields}
