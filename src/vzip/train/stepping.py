@@ -313,8 +313,8 @@ class Stepper:
         skipped: list[str] = []
         cut_off: list[str] = []
         objective = self.accelerator.unwrap_model(self.model)
-        counted = [collator] * len(lists)
-        for batch in load_batches(data, counted, lists, self.launch.num_workers, self.accelerator.device):
+        collators = [collator] * len(lists)
+        for batch in load_batches(data, collators, lists, self.launch.num_workers, self.accelerator.device):
             with self.accelerator.autocast():
                 nats = objective(batch.to(self.accelerator.device))
             added += self._added(nats, batch).item()
