@@ -190,7 +190,7 @@ def test_more_than_the_servers_budget_is_a_bad_request_and_fewer_are_given(
 
     _, length = asyncio.run(one(num_dominant=27, num_contextual=5))
     assert length == expected[0][1] - 32
-    with pytest.raises(openai.BadRequestError, match="up to 64"):
+    with pytest.raises(openai.BadRequestError, match="asks for 70 visual tokens per crop: this server keeps 64"):
         asyncio.run(one(num_dominant=60, num_contextual=10))
     assert server.is_up() and ask_all(server, asked[:1]) == expected[:1]
 
