@@ -28,11 +28,12 @@ from vzip.methods import find_method, method_names
 from vzip.models.towers import tap
 from vzip.models.weights.from_config import new_image_processor
 from vzip.train import features
-from vzip.train.features import FeatureCache, check_room, frozen_digest, how_it_runs, visual_tokens
+from vzip.train.distributed import build_accelerator
+from vzip.train.features import FeatureCache, check_room, frozen_digest, how_it_runs, open_caches, visual_tokens
 from vzip.train.loop import train
 
 CPU = torch.device("cpu")
-RUN = how_it_runs("float32", False, CPU)
+RUN = how_it_runs("float32", False, CPU, autocast=False)
 
 
 @pytest.fixture
@@ -201,11 +202,22 @@ def test_what_decides_features_parts_them(tmp_path: Path) -> None:
         return cache(tmp_path, vlm, run)
 
     part = ["budget", "an argument", "method", "seed", "tower's weights", "preprocessing", "processor's settings"]
-    part += ["random targets", "seed of random targets", "select layer", "version", "precision", "tf32", "device"]
+    part += ["random targets", "seed of random targets", "select layer", "version", "precision"]
+    part += ["autocast", "tf32", "device"]
     same = ["nothing", "a seed without effect", "projector's weights", "language model's weights"]
     folders = {name: change(name).folder.name for name in part + same}
     assert len({folders[name] for name in same}) == 1
     assert len({*folders.values()}) == len(part) + 1, folders
+
+
+def test_under_deepspeed_they_are_others(plan: Any, tmp_path: Path) -> None:
+    """It goes without autocast, in which a GPU's tower makes float32 rows, which DeepSpeed's projector cannot take."""
+    settings, vlm = plan(precision="bfloat16").train, load_model()
+    vlm.model.requires_grad_(False)
+    alone: Any = build_accelerator(settings, plan().launch, 1)
+    sharded: Any = SimpleNamespace(device=alone.device, native_amp=False)  # as accelerate has it with DeepSpeed
+    one, other = (open_caches(tmp_path, vlm, [None], settings, each)[0].folder for each in (alone, sharded))
+    assert alone.native_amp and one != other
 
 
 def test_a_methods_own_file_parts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,6 +356,15 @@ def test_the_estimate_is_the_size(plan: Any, tmp_path: Path, caplog: pytest.LogC
     assert needed == there == sum(map(len, files(root).values())), "all images are of one size here"
     assert f"in {root}" in caplog.text and "features of all images: about" in caplog.text
     assert check_room(root, 2**31, 2**30).startswith("features of all images: about 2.0 GiB")
+
+
+def test_an_image_of_several_samples_is_estimated_once(tmp_path: Path) -> None:
+    images = Samples(40)
+    images.has_images[:] = True
+    kept = cache(tmp_path, load_model())
+    needed, _ = kept.measure(images, CPU)
+    images.image_groups = np.arange(40) // 4
+    assert kept.measure(images, CPU)[0] == needed // 4
 
 
 def test_an_image_that_cannot_be_read(plan: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -137,7 +137,9 @@ class FeatureCache:
         Returns:
             Estimated bytes of the features of all images, and those that are on disk already.
         """
+        # Samples about the same images share their files.
         numbers = np.flatnonzero(data.has_images)
+        numbers = numbers[np.unique(data.image_groups[numbers], return_index=True)[1]]
         taken = numbers[np.unique(np.linspace(0, len(numbers) - 1, _MEASURED).astype(int))] if len(numbers) else []
         sizes: list[int] = []
         for number in taken:
@@ -165,7 +167,7 @@ def open_caches(
     Raises:
         ConfigError: as ``FeatureCache``.
     """
-    run = how_it_runs(settings.precision, settings.tf32, accelerator.device)
+    run = how_it_runs(settings.precision, settings.tf32, accelerator.device, accelerator.native_amp)
     weights = frozen_digest(vlm.adapter)
     return [FeatureCache(root, vlm, each or vlm.compressor, run, weights) for each in compressors]
 
@@ -313,10 +315,19 @@ def frozen_digest(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
-def how_it_runs(precision: str, tf32: bool, device: torch.device) -> dict[str, Any]:
-    """What of a training's settings and machine decides the last bits."""
+def how_it_runs(precision: str, tf32: bool, device: torch.device, autocast: bool) -> dict[str, Any]:
+    """What of a training's settings and machine decides the last bits.
+
+    With ``autocast``, which DeepSpeed goes without, a GPU's tower makes float32 rows of bfloat16 weights.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"precision": precision, "tf32": tf32, "device": device.type, "device_name": name}
+    return {
+        "precision": precision,
+        "autocast": autocast,
+        "tf32": tf32,
+        "device": device.type,
+        "device_name": name,
+    }
 
 
 def fingerprint(vlm: CompressedVlm, compressor: Compressor, run: Mapping[str, Any], weights: str) -> dict[str, Any]:
