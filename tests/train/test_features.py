@@ -102,6 +102,56 @@ def test_several_budgets_have_features_of_their_own(plan: Any, tmp_path: Path, t
     assert len(folders) == 2 and len(towers) == sum(folders)
 
 
+class OfFiles(Samples):
+    """Three samples a file one after the other, text between them; the file of three of them is none."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(30)
+        self.folder = folder
+        groups = np.arange(self.count) // 3
+        self.image_groups = np.where(self.has_images, groups, self.count + np.arange(self.count))
+        for group in set(groups):
+            noise = np.random.RandomState(group).randint(0, 255, (40, 60, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / f"{group}.png")
+        (folder / "4.png").write_text("no image")
+
+    def __getitem__(self, index: int) -> TrainingSample:
+        sample = super().__getitem__(index)
+        images = [self.folder / f"{index // 3}.png"] if sample.images else []
+        return dataclasses.replace(sample, images=images)
+
+
+def test_shared_images_several_budgets_and_validation(plan: Any, tmp_path: Path, towers: list[int]) -> None:
+    """All at once, with a file that is none and a run that is killed: as without features."""
+    data = OfFiles(tmp_path)
+    several = tuple(vzip.VisionZip(vzip.TokenBudget(num - 1, 1)) for num in (3, 9))
+    changes: dict[str, Any] = {
+        "load_data": lambda: data,
+        "share_images": True,
+        "budgets": ("3tok", "9tok"),
+        "compressors": several,
+        "num_validation_samples": 6,
+        "skip_unreadable": True,
+        "num_steps": 6,
+        "save_every": 2,
+    }
+    plain, cached = plan("plain", **changes), plan("cached", **changes, features_dir=tmp_path / "features")
+    train(plain)
+    towers.clear()
+    with dying_at(3):
+        train(cached)
+    train(cached)
+    made = list((tmp_path / "features").rglob("*.safetensors"))
+    assert set(towers) == {1} and len(towers) == len(made) <= 2 * 9, "once a file and budget"
+    assert sum(row["num_skipped"] for row in metrics(cached.run_dir)) > 0
+    for one, other in zip(metrics(plain.run_dir), metrics(cached.run_dir), strict=True):
+        assert other.keys() == one.keys()
+        for key in ("budget_tokens", "num_target_tokens", "num_visual_tokens", "num_skipped"):
+            assert other[key] == one[key]
+        for key in ("loss", "grad_norm", *(key for key in one if key.startswith("validation_loss"))):
+            assert other[key] == pytest.approx(one[key], rel=1e-4)
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(plan: Any, tmp_path: Path) -> None:
     root = tmp_path / "features"
     whole = plan("whole", features_dir=root)
