@@ -151,7 +151,8 @@ class FeatureCache:
             for each in kept:
                 made(self._vlm.adapter, each, self._compressor, device)
             sizes.append(sum(each.path.stat().st_size for each in kept))
-        there = sum(path.stat().st_size for path in self.folder.glob("??/*.safetensors"))
+        # Without the hidden files that other processes are writing, and rename.
+        there = sum(path.stat().st_size for path in self.folder.glob("??/[!.]*.safetensors"))
         return (round(sum(sizes) / len(sizes) * len(numbers)) if sizes else 0), there
 
 
