@@ -102,6 +102,17 @@ def test_settings_that_nobody_reads_are_told_where_they_must_be(runs: list[Run],
     assert method_labels(runs[:1]) == [f"VisionZip{', tuned' if 'tuned' in words[0] else ''}"]
 
 
+def test_weights_of_each_budgets_own_are_one_line_and_those_for_several_another() -> None:
+    def tuned(tokens: int, name: str, **more: Any) -> Run:
+        return run(tokens=tokens, model={"projector": name, "projector_sha256": name * 64, **more})
+
+    own = [tuned(32, "1"), tuned(64, "2")]
+    both = [tuned(tokens, "3", projector_compressors=["VisionZip(32)", "VisionZip(64)"]) for tokens in (32, 64)]
+    assert method_labels([*own, *both]) == ["VisionZip, tuned"] * 2 + ["VisionZip, tuned for several budgets"] * 2
+    words = [f"VisionZip, tuned, projector={name}, projector_sha256={name * 8}" for name in "124"]
+    assert method_labels([*own, tuned(64, "4")]) == words, "two of one budget"
+
+
 def test_a_pruners_sizes_are_points_of_one_line_unless_they_give_as_many_tokens() -> None:
     def pruned(keep: Any, tokens: float, **more: Any) -> Run:
         own = {**option_values(CONFIGS, "pruner", "pyramiddrop"), "keep": keep, **more}

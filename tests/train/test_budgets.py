@@ -17,6 +17,7 @@ from tests.train.kit import BUDGET, SETTINGS, Samples, dying_at, load_model, mak
 from tests.train.runs import curve, finish, metrics
 
 import vzip
+from vzip.config.memory_plan import memory_plan
 from vzip.config.options import config_dir
 from vzip.config.overrides import check_overrides
 from vzip.config.run_directory import training_directory
@@ -202,6 +203,11 @@ def test_refusals(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         checked(composed("+exp=tiny_64tok", "train.budgets=[48tok,64tok]", *words))
     assert said in str(caught.value)
+
+
+def test_memory_is_of_one_of_them_too() -> None:
+    with pytest.raises(ConfigError, match=r"budget=96tok is none of train\.budgets=\[48tok,64tok\]"):
+        memory_plan(["+exp=tiny_64tok", "train.budgets=[48tok,64tok]", "budget=96tok"])
 
 
 def test_an_evaluation_is_at_one(run: Any) -> None:

@@ -28,11 +28,12 @@ from vzip.methods import find_method, method_names
 from vzip.models.towers import tap
 from vzip.models.weights.from_config import new_image_processor
 from vzip.train import features
-from vzip.train.features import FeatureCache, check_room, frozen_digest, how_it_runs, visual_tokens
+from vzip.train.distributed import build_accelerator
+from vzip.train.features import FeatureCache, check_room, frozen_digest, how_it_runs, open_caches, visual_tokens
 from vzip.train.loop import train
 
 CPU = torch.device("cpu")
-RUN = how_it_runs("float32", False, CPU)
+RUN = how_it_runs("float32", False, CPU, autocast=False)
 
 
 @pytest.fixture
@@ -99,6 +100,56 @@ def test_several_budgets_have_features_of_their_own(plan: Any, tmp_path: Path, t
     assert curve(cached.run_dir) == curve(plain.run_dir)
     folders = sorted(len(files(folder)) for folder in (tmp_path / "features").iterdir())
     assert len(folders) == 2 and len(towers) == sum(folders)
+
+
+class OfFiles(Samples):
+    """Three samples a file one after the other, text between them; the file of three of them is none."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(30)
+        self.folder = folder
+        groups = np.arange(self.count) // 3
+        self.image_groups = np.where(self.has_images, groups, self.count + np.arange(self.count))
+        for group in set(groups):
+            noise = np.random.RandomState(group).randint(0, 255, (40, 60, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / f"{group}.png")
+        (folder / "4.png").write_text("no image")
+
+    def __getitem__(self, index: int) -> TrainingSample:
+        sample = super().__getitem__(index)
+        images = [self.folder / f"{index // 3}.png"] if sample.images else []
+        return dataclasses.replace(sample, images=images)
+
+
+def test_shared_images_several_budgets_and_validation(plan: Any, tmp_path: Path, towers: list[int]) -> None:
+    """All at once, with a file that is none and a run that is killed: as without features."""
+    data = OfFiles(tmp_path)
+    several = tuple(vzip.VisionZip(vzip.TokenBudget(num - 1, 1)) for num in (3, 9))
+    changes: dict[str, Any] = {
+        "load_data": lambda: data,
+        "share_images": True,
+        "budgets": ("3tok", "9tok"),
+        "compressors": several,
+        "num_validation_samples": 6,
+        "skip_unreadable": True,
+        "num_steps": 6,
+        "save_every": 2,
+    }
+    plain, cached = plan("plain", **changes), plan("cached", **changes, features_dir=tmp_path / "features")
+    train(plain)
+    towers.clear()
+    with dying_at(3):
+        train(cached)
+    train(cached)
+    made = list((tmp_path / "features").rglob("*.safetensors"))
+    assert set(towers) == {1} and len(towers) == len(made) <= 2 * 9, "once a file and budget"
+    assert sum(row["num_skipped"] for row in metrics(cached.run_dir)) > 0
+    for one, other in zip(metrics(plain.run_dir), metrics(cached.run_dir), strict=True):
+        assert other.keys() == one.keys()
+        for key in ("budget_tokens", "num_target_tokens", "num_visual_tokens", "num_skipped"):
+            assert other[key] == one[key]
+        for key in ("loss", "grad_norm", *(key for key in one if key.startswith("validation_loss"))):
+            assert other[key] == pytest.approx(one[key], rel=1e-4)
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(plan: Any, tmp_path: Path) -> None:
@@ -201,11 +252,22 @@ def test_what_decides_features_parts_them(tmp_path: Path) -> None:
         return cache(tmp_path, vlm, run)
 
     part = ["budget", "an argument", "method", "seed", "tower's weights", "preprocessing", "processor's settings"]
-    part += ["random targets", "seed of random targets", "select layer", "version", "precision", "tf32", "device"]
+    part += ["random targets", "seed of random targets", "select layer", "version", "precision"]
+    part += ["autocast", "tf32", "device"]
     same = ["nothing", "a seed without effect", "projector's weights", "language model's weights"]
     folders = {name: change(name).folder.name for name in part + same}
     assert len({folders[name] for name in same}) == 1
     assert len({*folders.values()}) == len(part) + 1, folders
+
+
+def test_under_deepspeed_they_are_others(plan: Any, tmp_path: Path) -> None:
+    """It goes without autocast, in which a GPU's tower makes float32 rows, which DeepSpeed's projector cannot take."""
+    settings, vlm = plan(precision="bfloat16").train, load_model()
+    vlm.model.requires_grad_(False)
+    alone: Any = build_accelerator(settings, plan().launch, 1)
+    sharded: Any = SimpleNamespace(device=alone.device, native_amp=False)  # as accelerate has it with DeepSpeed
+    one, other = (open_caches(tmp_path, vlm, [None], settings, each)[0].folder for each in (alone, sharded))
+    assert alone.native_amp and one != other
 
 
 def test_a_methods_own_file_parts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,6 +406,17 @@ def test_the_estimate_is_the_size(plan: Any, tmp_path: Path, caplog: pytest.LogC
     assert needed == there == sum(map(len, files(root).values())), "all images are of one size here"
     assert f"in {root}" in caplog.text and "features of all images: about" in caplog.text
     assert check_room(root, 2**31, 2**30).startswith("features of all images: about 2.0 GiB")
+
+
+def test_an_image_of_several_samples_is_estimated_once(tmp_path: Path) -> None:
+    images = Samples(40)
+    images.has_images[:] = True
+    kept = cache(tmp_path, load_model())
+    (kept.folder / "ab").mkdir()
+    (kept.folder / "ab" / ".c.1-2.tmp.safetensors").symlink_to("gone")  # another process has renamed it meanwhile
+    needed, _ = kept.measure(images, CPU)
+    images.image_groups = np.arange(40) // 4
+    assert kept.measure(images, CPU)[0] == needed // 4
 
 
 def test_an_image_that_cannot_be_read(plan: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,6 +17,7 @@ from tests.train.kit import SETTINGS, dying_at, load_in_float64, load_model
 from tests.train.runs import curve, finish
 
 import vzip
+from vzip.config.memory_plan import memory_plan
 from vzip.config.training import checked, tuning_plan
 from vzip.data.collate import Batch, Collator, TrainingSample
 from vzip.data.conversations import find_template
@@ -263,6 +264,8 @@ def test_what_cannot_share_is_refused_by_name() -> None:
     flash = checked(composed([*recipe, "model.attn_implementation=flash_attention_2"]))
     with pytest.raises(ConfigError, match=r"share_images=true with model\.attn_implementation=flash_attention_2"):
         tuning_plan(flash)  # nothing is loaded yet
+    with pytest.raises(ConfigError, match=r"share_images=true with model\.attn_implementation=flash_attention_2"):
+        memory_plan(["+exp=tiny_32tok", "model.attn_implementation=flash_attention_2"])
     assert not tuning_plan(checked(composed([*recipe, "train=projector"]))).train.share_images
     with pytest.raises(ConfigError, match=r"share_images=true with train\.template=plain"):
         dataclasses.replace(SETTINGS, share_images=True, template="plain")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from tests.train.kit import LAUNCH, SETTINGS
+from tests.train.kit import LAUNCH, SETTINGS, Samples, load_model
 from torch import Tensor, nn
 
-from vzip.data.collate import Batch
+from vzip.data.collate import Batch, Collator
+from vzip.data.conversations import find_template
 from vzip.train import stepping
+from vzip.train.objective import AnswerLoss, ModelView
 from vzip.train.stepping import Stepper, StepTimer
 
 
@@ -77,3 +83,36 @@ def test_every_tensor_of_a_batch_is_pinned_and_sent(monkeypatch: pytest.MonkeyPa
     there = batch.to(torch.device("meta"))
     assert {t.device.type for t in (there.input_ids, there.labels, *there.images.values())} == {"meta"}
     assert (batch.ids, there.ids, batch.input_ids.device.type) == (["a"], ["a"], "cpu")
+
+
+def test_processes_validate_in_as_many_batches() -> None:
+    """Five samples, two at once: one process has three of them, the other two. ZeRO-3's would wait for each other."""
+    vlm, data = load_model(), Samples()
+    collator = Collator(
+        vlm.processor, ModelView(vlm), find_template("vicuna_v1"), None, vlm.adapter.image_token_id, 200
+    )
+    numbers, launch = np.arange(1, 6), dataclasses.replace(LAUNCH, batch_size=2, num_workers=0)
+
+    def validated(index: int, count: int, whole: bool) -> tuple[int, np.ndarray]:
+        """How often the model ran, and what the process adds to the sums."""
+        totals: list[Tensor] = []
+        accelerator: Any = SimpleNamespace(
+            process_index=index,
+            num_processes=count,
+            device=torch.device("cpu"),
+            unwrap_model=lambda model: model,
+            autocast=contextlib.nullcontext,
+            reduce=lambda own, reduction: totals.append(own) or own,
+        )
+        model = AnswerLoss(vlm, always_whole=whole)
+        ran: list[Batch] = []
+        model.register_forward_pre_hook(lambda _, given: ran.append(given[0]))
+        stepper = Stepper(accelerator, model, None, SETTINGS, launch, seed=0)
+        stepper.validate(data, numbers, collator)
+        return len(ran), totals[0].numpy()
+
+    alone = validated(0, 1, False)
+    for whole in (False, True):
+        (runs, own), (other_runs, other) = (validated(index, 2, whole) for index in range(2))
+        assert runs == other_runs == 2
+        np.testing.assert_allclose(own + other, alone[1], rtol=1e-5)

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from vzip.config.build import launch_of, load_arguments, one_process, resolved
 from vzip.config.options import config_dir
 from vzip.config.overrides import check_overrides
-from vzip.config.several_budgets import at_largest_budget, spelled_out
+from vzip.config.several_budgets import at_largest_budget, check_is_one_of_them, spelled_out
 from vzip.config.training import settings_of, tuning_plan
 from vzip.config.validate import build_compressor, validate
 from vzip.errors import ConfigError
@@ -88,6 +88,7 @@ def memory_plan(
     config["launcher"] = one_process(config["launcher"])
     trains = "kind" in config["train"] and not inference
     if trains:
+        check_is_one_of_them(config)
         config = at_largest_budget(config)
     _check_asked(config["train"], trains, length, num_new_tokens)
     train, launch = settings_of(config) if trains else (None, launch_of(config))

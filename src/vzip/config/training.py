@@ -81,10 +81,6 @@ def tuning_plan(config: Mapping[str, Any]) -> TrainPlan:
             " time. Merge the first into the weights (PEFT's merge_and_unload), or set either to null."
         )
     from vzip.compressors.base import check_reads_no_text
-    from vzip.models.sharing import check_attention
-
-    if settings.share_images:
-        check_attention(model["attn_implementation"])
 
     compressor = build_compressor(config["compressor"])
     check_reads_no_text(compressor, "a training encodes each image once for all its conversations")
@@ -153,11 +149,15 @@ def settings_of(config: Mapping[str, Any]) -> tuple[TrainSettings, LaunchSetting
     """The ``train`` and ``launcher`` groups as objects.
 
     Raises:
-        ConfigError: settings of ``train`` that contradict one another.
+        ConfigError: settings of ``train`` that contradict one another, or the model's attention.
     """
+    from vzip.models.sharing import check_attention
     from vzip.train.settings import TrainSettings
 
-    return TrainSettings.of_group(config["train"]), launch_of(config)
+    settings = TrainSettings.of_group(config["train"])
+    if settings.share_images:
+        check_attention(config["model"]["attn_implementation"])
+    return settings, launch_of(config)
 
 
 def data_loader(data: Mapping[str, Any], cache: str | None = None) -> Callable[[], TrainingSet]:

@@ -20,13 +20,15 @@ _NOT_OF_METHOD = ("name", "_target_", "budget", "seed")
 SIZES = ("keep", "num_claimed", "scale", "bias")
 # Weights on top of the model, told by a word as long as there are no two of them.
 _ON_TOP = {"projector": "tuned", "adapter_path": "LoRA adapter"}
+_WEIGHTS = ("projector", "projector_sha256")  # which: of each budget its own are one method, as the paper's tuned rows
 
 
 def method_labels(runs: Sequence[Run], asked: Mapping[str, Any] | None = None) -> list[str]:
     """A label a run: the methods' classes, and which settings are not as their option's file has them.
 
-    Two runs have one label only if they differ in nothing but budget, seed, and where and how fast they ran. Settings
-    that do not tell (paths of weights, settings of a run that was not configured) are added where they must.
+    Two runs have one label only if they differ in nothing but budget, weights tuned for it, seed, and where and how
+    fast they ran. Settings that do not tell (paths of weights, settings of a run that was not configured) are added
+    where they must.
 
     Args:
         runs: of one model.
@@ -34,8 +36,19 @@ def method_labels(runs: Sequence[Run], asked: Mapping[str, Any] | None = None) -
     """
     directory = checkout() / "configs"
     told = [_changed(run.record, asked or {}, directory) for run in runs]
-    labels = [", ".join([_base(run), *_words(own)]) for run, (own, _) in zip(runs, told, strict=True)]
+    labels = [
+        ", ".join([_base(run), *_words(own, more.pop("projector_compressors", None) is not None)])
+        for run, (own, more) in zip(runs, told, strict=True)
+    ]
     hidden = [own | more | _hidden(run.record) for run, (own, more) in zip(runs, told, strict=True)]
+    weights: dict[tuple[object, ...], set[str]] = {}
+    for label, run, own in zip(labels, runs, hidden, strict=True):
+        of_place = weights.setdefault((label, visual_tokens_of(run.record)), set())
+        of_place.add(str([own.get(key) for key in _WEIGHTS]))
+    several = {label for (label, _), found in weights.items() if len(found) > 1}
+    for label, own in zip(labels, hidden, strict=True):
+        for key in _WEIGHTS if label not in several else ():
+            own.pop(key, None)
     places: list[tuple[object, ...]] = [(label,) for label in labels]
     labels = _set_apart(labels, places, hidden)
     sizes = [_sizes(run.record) for run in runs]
@@ -64,8 +77,10 @@ def _base(run: Run) -> str:
     return VANILLA if is_vanilla(run.record) else method_of(run.record).removeprefix("Identity+")
 
 
-def _words(changed: Mapping[str, Any]) -> list[str]:
-    return [_ON_TOP[key] if key in _ON_TOP and value else f"{key}={_shown(value)}" for key, value in changed.items()]
+def _words(changed: Mapping[str, Any], for_several: bool) -> list[str]:
+    """``for_several``: the weights are tuned once for several budgets."""
+    on_top = _ON_TOP | ({"projector": "tuned for several budgets"} if for_several else {})
+    return [on_top[key] if key in on_top and value else f"{key}={_shown(value)}" for key, value in changed.items()]
 
 
 def _changed(

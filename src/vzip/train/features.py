@@ -137,7 +137,9 @@ class FeatureCache:
         Returns:
             Estimated bytes of the features of all images, and those that are on disk already.
         """
+        # Samples about the same images share their files.
         numbers = np.flatnonzero(data.has_images)
+        numbers = numbers[np.unique(data.image_groups[numbers], return_index=True)[1]]
         taken = numbers[np.unique(np.linspace(0, len(numbers) - 1, _MEASURED).astype(int))] if len(numbers) else []
         sizes: list[int] = []
         for number in taken:
@@ -149,7 +151,8 @@ class FeatureCache:
             for each in kept:
                 made(self._vlm.adapter, each, self._compressor, device)
             sizes.append(sum(each.path.stat().st_size for each in kept))
-        there = sum(path.stat().st_size for path in self.folder.glob("??/*.safetensors"))
+        # Without the hidden files that other processes are writing, and rename.
+        there = sum(path.stat().st_size for path in self.folder.glob("??/[!.]*.safetensors"))
         return (round(sum(sizes) / len(sizes) * len(numbers)) if sizes else 0), there
 
 
@@ -165,7 +168,7 @@ def open_caches(
     Raises:
         ConfigError: as ``FeatureCache``.
     """
-    run = how_it_runs(settings.precision, settings.tf32, accelerator.device)
+    run = how_it_runs(settings.precision, settings.tf32, accelerator.device, accelerator.native_amp)
     weights = frozen_digest(vlm.adapter)
     return [FeatureCache(root, vlm, each or vlm.compressor, run, weights) for each in compressors]
 
@@ -313,10 +316,19 @@ def frozen_digest(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
-def how_it_runs(precision: str, tf32: bool, device: torch.device) -> dict[str, Any]:
-    """What of a training's settings and machine decides the last bits."""
+def how_it_runs(precision: str, tf32: bool, device: torch.device, autocast: bool) -> dict[str, Any]:
+    """What of a training's settings and machine decides the last bits.
+
+    With ``autocast``, which DeepSpeed goes without, a GPU's tower makes float32 rows of bfloat16 weights.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"precision": precision, "tf32": tf32, "device": device.type, "device_name": name}
+    return {
+        "precision": precision,
+        "autocast": autocast,
+        "tf32": tf32,
+        "device": device.type,
+        "device_name": name,
+    }
 
 
 def fingerprint(vlm: CompressedVlm, compressor: Compressor, run: Mapping[str, Any], weights: str) -> dict[str, Any]:

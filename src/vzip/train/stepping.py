@@ -308,7 +308,9 @@ class Stepper:
         """The loss over the samples given as over a step's, shared out over the processes."""
         mine = numbers[self.accelerator.process_index :: self.accelerator.num_processes].tolist()
         size = self.launch.batch_size
-        lists = [mine[start : start + size] for start in range(0, len(mine), size)]
+        # As many for each process, the last maybe empty: with the weights shared out all run the model together.
+        num_batches = -(-len(numbers) // (size * self.accelerator.num_processes))
+        lists = [mine[start : start + size] for start in range(0, size * num_batches, size)]
         added = counted = num_targets = 0.0
         skipped: list[str] = []
         cut_off: list[str] = []
