@@ -16,7 +16,8 @@ from transformers import LlavaConfig, PreTrainedModel
 
 from vzip.bench import operations, shapes, workload
 from vzip.bench.device_memory import PeakMemory, release_unused
-from vzip.bench.run import Measurement, environment, resolved_settings
+from vzip.bench.measurement import Measurement
+from vzip.bench.run import environment, resolved_settings
 from vzip.bench.settings import BenchSettings
 from vzip.bench.shapes import BenchModel
 from vzip.bench.stages import METHOD_CLASSES, Method, PassResult, run_pass

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vzip.bench.device_memory import GIB
-from vzip.bench.run import BenchResult, Measurement, MethodResult
+from vzip.bench.measurement import Measurement
+from vzip.bench.run import BenchResult, MethodResult
 from vzip.bench.stages import STAGES
 from vzip.bench.timing import Timing
 from vzip.installed import missing_package

@@ -18,6 +18,7 @@ from vzip.bench import flops, limit, operations, shapes, workload
 from vzip.bench.device_memory import PeakMemory, kv_cache_formula_bytes, release_unused
 from vzip.bench.eager_maps import Agreement, check_agreement
 from vzip.bench.hooks import Seen
+from vzip.bench.measurement import Measurement
 from vzip.bench.settings import COMPILED, BenchSettings
 from vzip.bench.stages import (
     METHOD_CLASSES,
@@ -35,7 +36,6 @@ from vzip.bench.visuals import Images
 from vzip.bench.workload import Workload
 from vzip.results.provenance import code_state, hardware, source_sha256, versions
 
-SCHEMA_VERSION = 1
 _BARE = "bare products"  # taking turns with the methods
 
 
@@ -83,31 +83,6 @@ class MethodResult:
     def median_ms(self, *stages: str) -> float:
         """Sum of the medians of stages; those this method does not have count nothing."""
         return sum(self.stages[stage].median_ms for stage in stages if stage in self.stages)
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A whole measurement, of whatever kind; ``to_json`` is what is written.
-
-    Attributes:
-        model: its name.
-        settings: as given, with what ``auto`` came to under ``resolved``.
-        resolved: device, dtype, budget, weights and crops in effect.
-        environment: command, code, versions and hardware.
-        methods: results by name.
-        notes: what a reader must know.
-    """
-
-    model: str
-    settings: dict[str, Any]
-    resolved: dict[str, Any]
-    environment: dict[str, Any]
-    methods: dict[str, Any]
-    notes: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain values for ``json.dump``."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from vzip.bench.run import Measurement
+from vzip.bench.measurement import Measurement
 from vzip.errors import ConfigError, nearest
 from vzip.installed import missing_package
 from vzip.keys import SEED, Rule, check_value, key, keys_of, one_of, raise_all, show

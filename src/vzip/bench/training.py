@@ -15,11 +15,12 @@ import torch
 
 from vzip.bench import shapes, workload
 from vzip.bench.device_memory import PeakMemory, refuse_if_too_large
+from vzip.bench.measurement import Measurement
 from vzip.bench.memory.estimate import estimate_training
 from vzip.bench.memory.measure import real_stepper
 from vzip.bench.memory.model_shape import ModelShape
 from vzip.bench.memory.workload import Workload, num_visual_tokens, training_batch
-from vzip.bench.run import Measurement, environment, resolved_settings
+from vzip.bench.run import environment, resolved_settings
 from vzip.bench.settings import BenchSettings
 from vzip.bench.shapes import BenchModel
 from vzip.bench.timing import StageTimes, Stopwatch, Timing, run_interleaved

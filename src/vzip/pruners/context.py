@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_causal_mask
 
 from vzip.errors import ConfigError, PromptError
+from vzip.ops.uncompiled import uncompiled
 
 from .base import Cut, Decoder, LayerInput, PositionEmbeddings, PromptState, Pruner
 
@@ -437,7 +438,7 @@ def pruning(
     """
     run = PrunedRun(pruner, decoder, visual_index, CacheStages() if held is None else held)
     # Hooks are no reason for a compiled model to compile anew: it would go on without them.
-    with torch.compiler.set_stance("force_eager"), run.hooks():
+    with uncompiled(), run.hooks():
         yield run
 
 

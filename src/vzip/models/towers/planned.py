@@ -18,6 +18,7 @@ from vzip.compressors.vision import Signal, VisionOutput
 from vzip.errors import UnsupportedModelError
 from vzip.ops.grid import middle_places
 from vzip.ops.select import gather_rows
+from vzip.ops.uncompiled import uncompiled
 
 from .structure import Tower
 from .tap import record_output, run_tower
@@ -101,7 +102,7 @@ def _pruned(tower: Tower, hidden: Tensor, num_layers: int, pruner: TowerPruner) 
         taps = {"queries": queries, "keys": keys, "values": tower.values_of(index)}
         found: dict[str, Tensor] = {}
         with ExitStack() as stack:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled layer would skip the hooks
+            stack.enter_context(uncompiled())  # a compiled layer would skip the hooks
             for name, module in taps.items():
                 stack.enter_context(record_output(module, name, found))
             hidden = tower.run_layer(index, hidden, mask)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vzip.compressors.vision import Signal, VisionOutput, of_tower
 from vzip.errors import UnsupportedModelError
 from vzip.ops.attention import at_least_float32, cls_attention, key_norms, mean_keys, received_attention
+from vzip.ops.uncompiled import uncompiled
 
 from .structure import Tower
 from .units import as_units
@@ -128,7 +129,7 @@ def _reading(tower: Tower, tapped: Mapping[int, set[str]], into: dict[str, Tenso
     """Stores what these layers' (1-based) projections make for signals, while they run within the context."""
     with ExitStack() as stack:
         if tapped:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled layer would skip the hooks
+            stack.enter_context(uncompiled())  # a compiled layer would skip the hooks
         for layer, names in tapped.items():
             query_projection, key_projection, _ = tower.attention_of(layer - 1)
             stack.enter_context(record_output(key_projection, f"keys{layer}", into))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 
 from vzip.errors import ConfigError
+from vzip.ops.uncompiled import uncompiled
 from vzip.pruners.base import Pruner
 
 from ..qwen2_5_vl.adapter import Qwen2_5VlAdapter
@@ -96,7 +97,7 @@ class Qwen3VlAdapter(Qwen2_5VlAdapter):
 
         handle = self.language_model.register_forward_pre_hook(add, with_kwargs=True)
         try:
-            with torch.compiler.set_stance("force_eager"):  # compiled before, it would go on without the hook
+            with uncompiled():  # compiled before, it would go on without the hook
                 yield
         finally:
             handle.remove()
