@@ -117,18 +117,19 @@ class _Model(SupportsMultiModal):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
-        served, (_, adapter_class), select_layer = (
-            read_settings(config),
-            served_adapter(config),
-            config.vision_feature_layer,
-        )
+        served, select_layer = read_settings(config), config.vision_feature_layer
         # vLLM builds the tower up to this layer, and a method may read a later one.
-        config.vision_feature_layer = adapter_class.num_layers(config, served.compressor)
+        config.vision_feature_layer = served_adapter(config)[1].num_layers(config, served.compressor)
         try:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         finally:
             config.vision_feature_layer = select_layer
-        self.served, self.adapter = served, adapter_class(self, served.options, _gathered)
+        self.served = served
+
+    @cached_property
+    def adapter(self) -> ServedAdapter:
+        # At the first image: where none may come (--limit-mm-per-prompt), vLLM leaves the tower out.
+        return served_adapter(self.config)[1](self, self.served.options, _gathered)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         if kwargs.get("pixel_values") is None:  # visual tokens given, or nothing
