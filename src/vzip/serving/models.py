@@ -133,7 +133,8 @@ class _Model(SupportsMultiModal):
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         if kwargs.get("pixel_values") is None:  # visual tokens given, or nothing
-            return super().embed_multimodal(**kwargs)
+            # Requests that meet here have different numbers of them, for which vLLM's own would end the engine.
+            return [] if kwargs.get("image_embeds") is None else list(kwargs["image_embeds"])
         names = [name for name in (*self.adapter.input_names, BUDGET) if name in kwargs]
         images = [{name: kwargs[name][number] for name in names} for number in range(len(kwargs["pixel_values"]))]
         shapes = [self.adapter.shape(image) for image in images]
