@@ -87,6 +87,7 @@ def test_families_that_no_server_has(family: str, num_tokens: int, tmp_path: Pat
         ([str(ROOT / "docs" / "view.png"), "--out", "one.safetensors"], "one file for 2 images"),
         ([str(SCENE)], "several files would be written as one"),
         (["nowhere.png"], "nowhere.png: no such file"),
+        (["dry_run=true"], "dry_run=true: has no effect here"),
     ],
 )
 def test_what_cannot_be_handed_to_a_server(

@@ -44,11 +44,12 @@ def main(arguments: argparse.Namespace) -> int:
     """Encodes; everything that can be wrong is checked before the model is loaded."""
     settings = [word for word in arguments.words if _SETTING.fullmatch(word) and not is_file(word)]
     targets = _targets([word for word in arguments.words if word not in settings], arguments.out, arguments.overwrite)
-    from vzip.config.build import model_plan
+    from vzip.config.build import model_plan, refuse_unused
     from vzip.config.serving import model_words
     from vzip.media.images import load_image
     from vzip.media.video import check_video, is_image
 
+    refuse_unused(settings)
     model, compressor = model_plan([*model_words(arguments.model), *settings])
     if model["pruner"] is not None:
         raise ConfigError(
