@@ -145,6 +145,7 @@ def test_words_are_the_benchs_or_the_servers_and_mistakes_are_named_at_once() ->
         (["compressor=flowcut"], "vzip embed"),
         (["concurency=1"], "is not for a server"),
         (["dry_run=true"], "a measurement has none"),
+        (["model=tiny", "model=llava15_7b"], "model is given twice"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_vllm_is_looked_for(

@@ -45,6 +45,8 @@ def main(args: argparse.Namespace) -> int:
     """
     settings, words = serving.parse(args.overrides)
     named = [word.partition("=")[2] for word in words if word.startswith("model=")]
+    if len(named) > 1:
+        raise ConfigError(f"model is given twice: {', '.join(named)}. A measurement is of one.")
     words = [word for word in words if not word.startswith("model=")]
     model = named[-1] if named else "tiny"
     plan = serve_plan(model, words)
@@ -107,6 +109,7 @@ def _measure(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB of each; else the first takes most of the memory
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a GPU is looked for in a way that vLLM can fork after
     import torch
 
     from vzip.bench.run import environment
