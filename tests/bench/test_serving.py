@@ -67,8 +67,14 @@ def test_an_answer_of_another_length_is_no_measurement() -> None:
         def add(self, request: Mapping[str, Any], num_new_tokens: int) -> str:
             return super().add(request, num_new_tokens - 1)
 
-    with pytest.raises(RuntimeError, match="2 tokens instead of 3"):
+        def step(self) -> list[Progressed]:
+            assert self.running, "nothing is in flight, so this would not end"
+            return super().step()
+
+    with pytest.raises(ConfigError, match=r"2 tokens instead of 3: engine\.max_model_len must have room"):
         serving.run_load(Short([0.0], 1.0, 100), REQUESTS, 4, 3)
+    with pytest.raises(ConfigError, match="3 tokens instead of 4"):
+        serving.count_blocks(Short([0.0], 1.0, 100), REQUESTS, 3)
 
 
 def test_an_answer_that_is_told_at_its_end_alone_has_no_times() -> None:
@@ -124,7 +130,10 @@ def test_words_are_the_benchs_or_the_servers_and_mistakes_are_named_at_once() ->
     assert settings.engine == {"gpu_memory_utilization": 0.4} and others == ["model=tiny", "budget=64tok"]
     assert settings.num_requests_at(64) == 128 and settings.num_requests_at(4) == 40
     with pytest.raises(ConfigError) as caught:
-        serving.parse(["concurrency=0,1", "num_new_tokens=1", "stock=hf", "repeats=2", "repeats=3", "fast"])
+        serving.parse(
+            ["concurrency=0,1", "num_new_tokens=1", "stock=hf", "repeats=2", "repeats=3", "fast", "engine.model=a/b"]
+        )
+    assert "engine.model: is what model (without engine.) says" in str(caught.value)
     for part in ("concurrency=(0, 1)", "num_new_tokens=1", "stock=hf", "repeats is given twice", "'fast' is not of"):
         assert part.replace("=(0, 1)", "") in str(caught.value)
 
@@ -135,6 +144,8 @@ def test_words_are_the_benchs_or_the_servers_and_mistakes_are_named_at_once() ->
         (["compressor=none", "budget=full"], "both engines would be the same"),
         (["compressor=flowcut"], "vzip embed"),
         (["concurency=1"], "is not for a server"),
+        (["dry_run=true"], "a measurement has none"),
+        (["model=tiny", "model=llava15_7b"], "model is given twice"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_vllm_is_looked_for(

@@ -19,6 +19,7 @@ from vzip.demo import page as demo_page
         (["--port", "0"], "--port=0: must be 1 to 65535"),
         (["--max-new-tokens", "0"], "--max-new-tokens=0: must be 1 or more"),
         (["--host", "203.0.113.7"], "nobody can listen there"),
+        (["--host", 70 * "a"], "nobody can listen there"),
         (["--model", "tinny"], "did you mean 'tiny'?"),
         (["budget=3toks"], "budget=3toks"),
         (["compressor=none", "budget=full"], "compressor=none: the page has the model without compression"),

@@ -54,6 +54,10 @@ def test_a_published_model_is_of_the_commit_in_its_file_and_options_given_are_no
     assert plan.options[2:] == ("--dtype=bfloat16", "--max_model_len", "4096") and "--dtype" not in plan.options
 
 
+def test_a_value_of_vllms_may_be_a_word_of_ours() -> None:
+    assert serve_plan("tiny", ["--served-model-name", "budget"]).options[-1] == "budget"
+
+
 def test_uncompressed_is_served_only_if_both_words_say_so() -> None:
     settings = serve_plan("tiny", ["compressor=none", "budget=full"]).settings
     assert settings["compressor"] == {"name": "none"} and settings["budget"] is None
@@ -76,6 +80,8 @@ def test_uncompressed_is_served_only_if_both_words_say_so() -> None:
         (["budgt=64tok"], "did you mean 'budget'"),
         (["--hf-overrides.vzip.budget=null"], "is written by this command"),
         (["--port", "1", "budget=64tok"], "put it before them"),
+        (["--port", "1", "dry_run=true"], "put it before them"),
+        (["--port", "1", "model.projector=a/b"], "put it before them"),
         (["64"], "must be key=value"),
     ],
 )

@@ -8,6 +8,7 @@ from tests import methods, tiny
 from tests.serving.like_vllm import like_vllm
 
 import vzip
+from vzip.errors import PromptError
 from vzip.models.families.options import FamilyOptions
 from vzip.serving.adapters import ServedAdapter, ServedLlava, ServedLlavaNext, served_adapter
 
@@ -113,3 +114,14 @@ def test_counts_need_no_model():
     assert hf == llava[::-1] and hf != llava
     model.config.architectures = ["LlavaNextForConditionalGeneration"]
     assert served_adapter(model.config) == ("VzipLlavaNextForConditionalGeneration", ServedLlavaNext)
+
+
+def test_pixels_of_another_size_are_refused_before_they_reach_the_engine():
+    """As a request's own ``mm_processor_kwargs`` may make them."""
+    for kind, model, shape in (
+        (ServedLlava, tiny.llava(), (3, 8, 8)),
+        (ServedLlavaNext, tiny.llava_next(), (5, 3, 8, 8)),
+    ):
+        adapter = kind.of_config(model.config, FamilyOptions())
+        with pytest.raises(PromptError, match=r"8 x 8 pixels .* leave out of mm_processor_kwargs"):
+            adapter.shape({"pixel_values": torch.zeros(shape), "image_sizes": torch.tensor([50, 50])})

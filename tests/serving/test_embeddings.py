@@ -6,6 +6,7 @@ import base64
 import io
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -80,11 +81,13 @@ def test_families_that_no_server_has(family: str, num_tokens: int, tmp_path: Pat
     ("words", "why"),
     [
         (["compressor=mmtok", "budget=64tok"], "MMTok is text-aware"),
+        (["compressor=mmtok", "budget=64tok", "--question", " "], "MMTok is text-aware"),
         (["pruner=fastv", "compressor=none", "budget=full"], "a pruner drops tokens inside the language model"),
         (["--model", "qwen2_5_vl_3b", "budget=64tok"], "keep the positions that they have in the image"),
         ([str(ROOT / "docs" / "view.png"), "--out", "one.safetensors"], "one file for 2 images"),
         ([str(SCENE)], "several files would be written as one"),
         (["nowhere.png"], "nowhere.png: no such file"),
+        (["dry_run=true"], "dry_run=true: has no effect here"),
     ],
 )
 def test_what_cannot_be_handed_to_a_server(
@@ -95,6 +98,29 @@ def test_what_cannot_be_handed_to_a_server(
     given = ["embed", str(SCENE), *(words if "--out" in words else [*words, "--out", "out"])]
     assert cli.main(given) == 2
     assert why in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_images_are_checked_first_and_read_again_in_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of thousands of photos all at once would not fit the memory."""
+
+    class Loading(Exception):
+        pass
+
+    read: list[weakref.ref[Image.Image]] = []
+
+    def load_image(file: Path) -> Image.Image:
+        image = Image.new("RGB", (8, 8))
+        read.append(weakref.ref(image))
+        return image
+
+    def load_vlm(**_: object) -> None:
+        assert len(read) == 2 and not any(image() for image in read)
+        raise Loading
+
+    monkeypatch.setattr("vzip.media.images.load_image", load_image)
+    monkeypatch.setattr(vzip, "load_vlm", load_vlm)
+    with pytest.raises(Loading):
+        cli.main(["embed", str(SCENE), str(ROOT / "docs" / "view.png"), "--out", str(tmp_path / "out")])
 
 
 def test_a_message_holds_the_tokens_as_vllm_reads_them_and_nothing_else() -> None:

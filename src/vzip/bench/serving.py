@@ -29,6 +29,7 @@ STOCK, COMPRESSED = "stock", "compressed"
 PERCENTILES = (50, 90, 99)
 NUM_WARMUP = 4  # requests, the ones whose cache blocks are counted
 _ENGINE = "engine."
+_NOT_ENGINES = {"model": "model", "hf_overrides": "compressor and budget", "block_size": "block_size"}
 _LEVELS = Rule(
     "whole numbers, 1 or more, with commas, each once",
     lambda v: isinstance(v, tuple) and all(isinstance(n, int) and n > 0 for n in v) and len(set(v)) == len(v) > 0,
@@ -85,7 +86,10 @@ def parse(words: Sequence[str]) -> tuple[ServingSettings, list[str]]:
         if not separator:
             problems.append(f"{word!r} is not of the form key=value{nearest(name, KEYS)}; keys: {', '.join(KEYS)}")
         elif name.startswith(_ENGINE):
-            engine[name.removeprefix(_ENGINE)] = read_yaml(text)
+            argument = name.removeprefix(_ENGINE)
+            engine[argument] = read_yaml(text)
+            if argument in _NOT_ENGINES:
+                problems.append(f"{name}: is what {_NOT_ENGINES[argument]} (without engine.) says; leave it out")
         elif name not in KEYS:
             others.append(word)
         elif name in given:
@@ -152,7 +156,8 @@ def run_load(
     """Keeps ``concurrency`` requests in flight until all are answered.
 
     Raises:
-        RuntimeError: an answer of another length, or told of at its end alone; its times would say something else.
+        ConfigError: an answer of another length.
+        RuntimeError: one told of at its end alone, of whose times nothing is known.
     """
     waiting = deque(requests)
     began: dict[str, float] = {}
@@ -169,7 +174,7 @@ def run_load(
                 first[name] = now, num_tokens
             if is_finished:
                 if num_tokens != num_new_tokens:
-                    raise RuntimeError(f"request {name}: {num_tokens} tokens instead of {num_new_tokens}.")
+                    raise _wrong_length(num_tokens, num_new_tokens)
                 (first_at, num_first), added = first.pop(name), began.pop(name)
                 if num_first == num_tokens:
                     raise RuntimeError(f"request {name}: all its tokens were told at once, so their times are unknown.")
@@ -178,10 +183,20 @@ def run_load(
     return Load(clock() - start, ttft_ms, tpot_ms)
 
 
+def _wrong_length(num_tokens: int, num_new_tokens: int) -> ConfigError:
+    return ConfigError(
+        f"an answer ended after {num_tokens} tokens instead of {num_new_tokens}: engine.max_model_len must have room"
+        " for prompt, answer and one token more. Raise it, or lower num_new_tokens."
+    )
+
+
 def count_blocks(engine: Engine, requests: Sequence[Mapping[str, Any]], num_new_tokens: int) -> list[int]:
     """Cache blocks that each request holds when the last token of its answer is made, one request at a time.
 
     It is let make one token more, since blocks are given back in the step that ends a request.
+
+    Raises:
+        ConfigError: an answer that ends before.
     """
     found = []
     for request in requests:
@@ -190,6 +205,8 @@ def count_blocks(engine: Engine, requests: Sequence[Mapping[str, Any]], num_new_
         while num_tokens <= num_new_tokens:
             for progressed in engine.step():
                 num_tokens = progressed.num_tokens
+                if progressed.is_finished and num_tokens <= num_new_tokens:
+                    raise _wrong_length(num_tokens, num_new_tokens + 1)
             if num_tokens <= num_new_tokens:
                 most = max([most, *engine.num_blocks()])
         found.append(most)
@@ -380,7 +397,7 @@ class VllmEngine:
 
     def num_blocks(self) -> list[int]:
         """Cache blocks that each request in flight holds now."""
-        scheduler = self._core.scheduler
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
         manager = scheduler.kv_cache_manager
         return [sum(map(len, manager.get_block_ids(request.request_id))) for request in scheduler.running]
 
@@ -388,13 +405,6 @@ class VllmEngine:
     def num_kv_blocks(self) -> int:
         """Cache blocks of the engine."""
         return int(self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks)
-
-    @property
-    def _core(self) -> Any:
-        core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
-        if core is None:
-            raise ConfigError("VLLM_ENABLE_V1_MULTIPROCESSING=1: cache blocks are counted inside the engine; unset it.")
-        return core
 
     def prompt_tokens(self, requests: Sequence[Mapping[str, Any]]) -> list[int]:
         """Tokens that each request's prompt takes in the engine."""

@@ -2,7 +2,7 @@
 
   python -m vzip bench serve                                          the built-in model, 64 visual tokens
   python -m vzip bench serve concurrency=1,8 repeats=5 num_requests=40
-  python -m vzip bench serve model=llava15_7b budget=64tok engine.gpu_memory_utilization=0.45
+  python -m vzip bench serve model=llava15_7b budget=64tok engine.max_model_len=2048
 
 Two engines of vLLM in one process take turns. It needs vLLM: .venv-vllm/bin/python -m vzip bench serve, where
 `make .venv-vllm` has made that environment. Questions and images are those of the built-in benchmark.
@@ -45,9 +45,13 @@ def main(args: argparse.Namespace) -> int:
     """
     settings, words = serving.parse(args.overrides)
     named = [word.partition("=")[2] for word in words if word.startswith("model=")]
+    if len(named) > 1:
+        raise ConfigError(f"model is given twice: {', '.join(named)}. A measurement is of one.")
     words = [word for word in words if not word.startswith("model=")]
     model = named[-1] if named else "tiny"
     plan = serve_plan(model, words)
+    if plan.dry_run:
+        raise ConfigError("dry_run=true: is `serve`'s, which shows its line; a measurement has none. Leave it out.")
     if plan.settings["budget"] is None:
         raise ConfigError("compressor=none: both engines would be the same; name a compressor and a budget.")
     if settings.stock == "vzip":
@@ -102,14 +106,18 @@ def _measure(
     settings: ServingSettings, plan: ServePlan, stock: Mapping[str, Any], model: str, label: str, version: str
 ) -> serving.ServingResult:
     # Engines in this process: two of them take turns, and their cache blocks can be counted.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB of each; else the first takes most of the memory
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a GPU is looked for in a way that vLLM can fork after
     import torch
 
     from vzip.bench.run import environment
 
-    arguments = {**_as_arguments(plan.options), "block_size": settings.block_size, **settings.engine}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Of a GPU each engine would take nearly all, and the second would not start.
+    shared = {"gpu_memory_utilization": 0.45} if device.type == "cuda" else {}
+    arguments = {**shared, **_as_arguments(plan.options), "block_size": settings.block_size, **settings.engine}
     sides = {STOCK: stock, COMPRESSED: plan.hf_overrides}
     total = len(sides) * len(settings.concurrency) * settings.repeats
     requests = _requests(plan.checkpoint, arguments.get("revision"), settings)
@@ -124,7 +132,6 @@ def _measure(
         name: serving.SideResult(levels, blocks, engines[name].num_kv_blocks, engines[name].prompt_tokens(few))
         for name, (levels, blocks) in found.items()
     }
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return serving.ServingResult(
         model=model,
         settings={**vars(settings), "model": model},

@@ -44,24 +44,25 @@ def main(arguments: argparse.Namespace) -> int:
     """Encodes; everything that can be wrong is checked before the model is loaded."""
     settings = [word for word in arguments.words if _SETTING.fullmatch(word) and not is_file(word)]
     targets = _targets([word for word in arguments.words if word not in settings], arguments.out, arguments.overwrite)
-    from vzip.config.build import model_plan
+    from vzip.config.build import model_plan, refuse_unused
     from vzip.config.serving import model_words
     from vzip.media.images import load_image
     from vzip.media.video import check_video, is_image
 
+    refuse_unused(settings)
     model, compressor = model_plan([*model_words(arguments.model), *settings])
     if model["pruner"] is not None:
         raise ConfigError(
             "pruner=: a pruner drops tokens inside the language model, so nothing of it is what enters; leave it out."
         )
-    if compressor.reads_text and arguments.question is None:
+    if compressor.reads_text and not (arguments.question or "").strip():
         raise ConfigError(
             f"{type(compressor).__name__} is text-aware: which tokens it keeps depends on the question. Add --question"
             " TEXT, the same that the server will be asked."
         )
-    images = {file: load_image(file) for file in targets if is_image(file)}
-    for file in targets.keys() - images.keys():
-        check_video(file)
+    images = {file for file in targets if is_image(file)}
+    for file in targets:  # read to see that it can be; of many, not all are held until their turn
+        (load_image if file in images else check_video)(file)
 
     import vzip
     from vzip.models.load import check_takes_videos
@@ -77,7 +78,7 @@ def main(arguments: argparse.Namespace) -> int:
     told = []
     with Progress("encoding", "files", len(targets)) as progress:
         for file, target in targets.items():
-            tokens = _encode(vlm, images.get(file, file), question)
+            tokens = _encode(vlm, load_image(file) if file in images else file, question)
             about = {
                 "model": vlm.name_or_path,
                 "revision": vlm.revision,

@@ -112,10 +112,10 @@ def _check_address(host: str, port: int) -> None:
         with socket.socket(family, socket.SOCK_STREAM) as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of a name that none can have, as one of 70 letters
+        why = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--host={host} --port={port}: nobody can listen there ({error.strerror or error}). Name another port, or"
-            " leave --host out."
+            f"--host={host} --port={port}: nobody can listen there ({why}). Name another port, or leave --host out."
         ) from error
     if not ipaddress.ip_address(address[0]).is_loopback:
         _LOG.warning(

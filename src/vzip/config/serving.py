@@ -165,10 +165,10 @@ def _wrong_words(words: Sequence[str]) -> list[str]:
 def _wrong_options(words: Sequence[str]) -> list[str]:
     problems = []
     for word in words:
-        option = word.partition("=")[0].replace("_", "-").partition(".")[0]
-        if option in _OURS:
+        key, separator, _ = word.partition("=")
+        if key.replace("_", "-").partition(".")[0] in _OURS:
             problems.append(f"{word}: is written by this command; leave it out.")
-        elif word.partition("=")[0].partition(".")[0] in _GROUPS:
+        elif separator and (key in _KEYS or key.partition(".")[0] in (*_GROUPS, "pruner")):
             problems.append(f"{word}: stands behind {words[0]}, where words are vLLM's; put it before them.")
     return problems
 
@@ -178,13 +178,13 @@ def _counts(budget: Mapping[str, Any], compressor: Mapping[str, Any]) -> dict[st
         return None
     if budget.get("scope", "crop") != "crop":
         raise ConfigError(f"budget.scope={budget['scope']}: is for videos; images are served, leave it out.")
-    counts = {key: budget.get(key) for key in ("num_dominant", "num_contextual")}
+    counts: dict[str, Any] = {key: budget.get(key) for key in ("num_dominant", "num_contextual")}
     if not all(isinstance(count, int) for count in counts.values()):
         raise ConfigError(
             f"budget={budget.get('name')}: a server's budget is a number of tokens a crop, as budget=64tok, by which"
             " vLLM makes room before it sees an image."
         )
-    return {key: int(count) for key, count in counts.items() if count is not None}
+    return counts
 
 
 def config_of(model: Mapping[str, Any]) -> tuple[Path | str, Any]:

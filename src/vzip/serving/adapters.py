@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vzip.compressors.base import Compressor
 from vzip.compressors.vision import VisionShape
-from vzip.errors import UnsupportedModelError, nearest
+from vzip.errors import PromptError, UnsupportedModelError, nearest
 from vzip.media.images import Preprocess
 from vzip.models.families.base import VisualInputs
 from vzip.models.families.llava.adapter import LlavaAdapter
@@ -111,7 +111,17 @@ class ServedAdapter(LlavaBase):
         return visual.tensors["pixel_values"]
 
     def shape(self, image: Mapping[str, Tensor]) -> VisionShape:
-        """The shape of one image, of what ``prepare_images`` returns its own row of each tensor."""
+        """The shape of one image, of what ``prepare_images`` returns its own row of each tensor.
+
+        Raises:
+            PromptError: pixels that the tower does not take, with which the whole engine would end later.
+        """
+        side, given = self.image_side, tuple(image["pixel_values"].shape[-2:])
+        if given != (side, side):
+            raise PromptError(
+                f"pixel_values are {given[0]} x {given[1]} pixels (height x width), and the vision tower takes {side} x"
+                f" {side}: leave out of mm_processor_kwargs what changes an image's size."
+            )
         tensors = {name: image[name][None] for name in self.input_names if name in image}
         return self.image_shapes(tensors)[0]
 

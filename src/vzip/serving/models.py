@@ -117,22 +117,24 @@ class _Model(SupportsMultiModal):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
-        served, (_, adapter_class), select_layer = (
-            read_settings(config),
-            served_adapter(config),
-            config.vision_feature_layer,
-        )
+        served, select_layer = read_settings(config), config.vision_feature_layer
         # vLLM builds the tower up to this layer, and a method may read a later one.
-        config.vision_feature_layer = adapter_class.num_layers(config, served.compressor)
+        config.vision_feature_layer = served_adapter(config)[1].num_layers(config, served.compressor)
         try:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         finally:
             config.vision_feature_layer = select_layer
-        self.served, self.adapter = served, adapter_class(self, served.options, _gathered)
+        self.served = served
+
+    @cached_property
+    def adapter(self) -> ServedAdapter:
+        # At the first image: where none may come (--limit-mm-per-prompt), vLLM leaves the tower out.
+        return served_adapter(self.config)[1](self, self.served.options, _gathered)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         if kwargs.get("pixel_values") is None:  # visual tokens given, or nothing
-            return super().embed_multimodal(**kwargs)
+            # Requests that meet here have different numbers of them, for which vLLM's own would end the engine.
+            return [] if kwargs.get("image_embeds") is None else list(kwargs["image_embeds"])
         names = [name for name in (*self.adapter.input_names, BUDGET) if name in kwargs]
         images = [{name: kwargs[name][number] for name in names} for number in range(len(kwargs["pixel_values"]))]
         shapes = [self.adapter.shape(image) for image in images]
