@@ -49,7 +49,7 @@ def test_interrupted_resumed_and_taken_as_it_is(
     rows = {row["method"]: row for row in table["entries"]}
     assert set(rows) == {"vanilla", "visionzip", "random", "uniform"}
     record = json.loads((out / rows["visionzip"]["run"] / "run.json").read_text())
-    num_images = record["visual_cache"]["encoded"]
+    num_images = record["visual_cache"]["num_encoded"]
     assert num_images == 2, "of eight questions"
     # Vanilla and visionzip ran before the interruption, the others after it on a model loaded anew.
     crops = {name: json.loads((out / rows[name]["run"] / "run.json").read_text())["tower_cache"] for name in rows}
