@@ -20,7 +20,7 @@ from vzip.evaluation.answering.questions import images_of
 from vzip.evaluation.answering.resume import AnswerStore
 from vzip.evaluation.answering.visuals import EncodedCache, Visual, Visuals
 from vzip.evaluation.run import evaluate
-from vzip.models.families.places import EncodedVisuals
+from vzip.models.families.places import EncodedVisuals, VisualTokens
 from vzip.results.record import read_samples
 
 NUM_IMAGES, QUESTIONS = 5, ("is there a dog?", "how many are red?", "what does it say there?", "where?")
@@ -197,7 +197,11 @@ def test_what_cannot_be_used_is_left_out_for_good():
         return {"pixel_values": torch.ones(len(images))}
 
     tried: list[Any] = []
-    vlm: Any = SimpleNamespace(preprocess_images=preprocess, visual_bytes=lambda pixel_values: [8] * len(pixel_values))
+    vlm: Any = SimpleNamespace(
+        preprocess_images=preprocess,
+        visual_bytes=lambda pixel_values: [8] * len(pixel_values),
+        device=torch.device("cpu"),
+    )
     visuals = Visuals(vlm)
     keys = [key for side in (1, 2, 3, 2) for key in visuals.add([Visual(Image.new("RGB", (side, 1)))])]
     assert keys[3] == keys[1] and len(set(keys)) == 3
@@ -207,6 +211,35 @@ def test_what_cannot_be_used_is_left_out_for_good():
     visuals.arrange(2)
     assert visuals.preprocess(set(keys)) == {}
     assert tried[-2:] == [[(1, 1)], [(3, 1)]]
+
+
+def test_pixels_for_a_gpu_wait_in_pinned_memory_and_are_sent_without_waiting(monkeypatch):
+    """By threads that read ahead; the model's thread only says where they go."""
+    asked: list[tuple[str, Any]] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        asked.append(("pin", tuple(tensor.shape)))
+        return tensor
+
+    def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        asked.append(("send", (device.type, non_blocking)))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    vlm: Any = SimpleNamespace(
+        preprocess_images=lambda images, _num: {"pixel_values": torch.ones(len(images), 3)},
+        visual_bytes=lambda pixel_values: [8],
+        device=torch.device("cuda"),
+        encode=lambda _asked, pixel_values: EncodedVisuals(images=[(None, VisualTokens(pixel_values))]),  # type: ignore[list-item]
+    )
+    visuals = Visuals(vlm)
+    shown = visuals.add([Visual(Image.new("RGB", (2, 1)))])
+    visuals.arrange(1)
+    visuals.preprocess(set(shown))
+    assert asked == [("pin", (1, 3))]
+    visuals.encoded([shown], EncodedCache(0))
+    assert asked[1:] == [("pin", (1, 3)), ("send", ("cuda", True))], "what is pinned stays where it is"
 
 
 class TestCache:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vzip.errors import ImageError, VideoError
 from vzip.evaluation.answering.messages import read_messages
+from vzip.models.devices import sent
 
 from .batching import VISUAL_CACHE_GIB, cut
 from .generation import GenerationSettings, settings_for
@@ -179,7 +180,7 @@ def write_prompts(vlm: CompressedVlm, loaded: Sequence[LoadedQuestion], visuals:
     written = visuals.written([key for one in loaded for key in one.shown[len(one.images) :]])
     num_images, num_videos = [len(one.images) for one in loaded], [len(one.videos) for one in loaded]
     prompts = vlm.write_prompts([one.prompt for one in loaded], num_images, num_videos, written)
-    return {name: tensor.to(vlm.device) for name, tensor in prompts.items()}
+    return sent(prompts, vlm.device)
 
 
 class Preparer:

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from vzip.errors import ConfigError, ImageError, VideoError
+from vzip.models.devices import pinned, sent
 from vzip.models.families.places import EncodedVisuals
 
 from .batching import cut
@@ -74,7 +75,7 @@ class _Pass:
 
     Attributes:
         visuals: by key.
-        inputs: the processor's outputs in host memory; None: not made, or no longer needed.
+        inputs: the processor's outputs in host memory, for a GPU pinned; None: not made, or no longer needed.
         written: of each video what prompts have in its place, where the family writes it; None: not known yet.
     """
 
@@ -179,7 +180,7 @@ class Visuals:
                 of_videos = self.vlm.preprocess_videos(files)
                 one.written = dict(zip(videos, self.vlm.adapter.video_texts(of_videos) or (), strict=False))
                 inputs |= of_videos
-            one.inputs = inputs
+            one.inputs = pinned(inputs, self.vlm.device)
             if inputs:
                 self.largest = max(self.largest, *self.vlm.visual_bytes(**inputs))
         except torch.OutOfMemoryError:  # tried again when their turn comes
@@ -222,7 +223,7 @@ class Visuals:
             raise torch.OutOfMemoryError("the device's memory does not suffice for the pixels")
         asked = [visual.asked for visual in one.visuals.values()]
         with torch.no_grad():
-            encoded = self.vlm.encode(asked, **{name: value.to(self.vlm.device) for name, value in one.inputs.items()})
+            encoded = self.vlm.encode(asked, **sent(one.inputs, self.vlm.device))
         one.inputs = None
         own = [EncodedVisuals(images=[each]) for each in encoded.images]
         own += [EncodedVisuals(videos=[each]) for each in encoded.videos]
