@@ -101,6 +101,15 @@ def test_more_shapes_than_dynamo_allows_a_function_by_itself() -> None:
     assert num_graphs() == 2
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_more_shapes_than_any_graphs_are_worth_end_in_a_sentence(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_MAX_GRAPHS", 1)
+    own = wrapped(part)
+    own.generate(**prompts(1, 5), max_new_tokens=2, do_sample=False)
+    with pytest.raises(ConfigError, match=f"model.compile: {part} met more than 1 shapes.*Take {part} out"):
+        own.generate(**prompts(2, 30), max_new_tokens=2, do_sample=False)
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = small()
     before = [(name, sorted(vars(module))) for name, module in model.named_modules()]

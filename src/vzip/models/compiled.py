@@ -13,8 +13,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -185,9 +185,18 @@ def check_generation(parts: Sequence[Part], settings: Mapping[str, Any], of_mode
         )
 
 
-def many_graphs() -> AbstractContextManager[None]:
-    """Lets a function have as many graphs as there are shapes, where torch would stop at 8."""
-    return torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS, accumulated_recompile_limit=8 * _MAX_GRAPHS)
+@contextmanager
+def many_graphs(part: Part) -> Iterator[None]:
+    """Lets a function have as many graphs as there are shapes, where torch would stop at 8; ConfigError for more."""
+    try:
+        with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS, accumulated_recompile_limit=8 * _MAX_GRAPHS):
+            yield
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise ConfigError(
+            f"model.compile: {part} met more than {_MAX_GRAPHS} shapes, and each is a graph of its own: of tower the"
+            f" images of a pass, how each is cut, and for a text-aware method their questions' lengths. Take {part} out"
+            " of model.compile."
+        ) from error
 
 
 class CompiledEncoder:
@@ -207,7 +216,7 @@ class CompiledEncoder:
             ConfigError: a method that does what no graph can hold.
         """
         try:
-            with many_graphs():
+            with many_graphs("tower"):
                 tokens: list[VisualTokens] = self._run(visual, compressor)
         except torch._dynamo.exc.Unsupported as error:
             what = str(error).strip().splitlines()[0]
@@ -297,7 +306,7 @@ class CompiledLanguageModel:
         own = column[:padded, None]
         # Padding attends to itself: a softmax over nothing would be NaN, and enter the cache.
         mask = (allowed[:, None, None] & (column <= own)) | (column == own)
-        with many_graphs():
+        with many_graphs("prefill"):
             logits = self._prefill(embeds, self._as_taken(mask), position_ids, cache)
         return Reading(logits[:num_prompts], cache, allowed, position_ids[..., -1:], padded, num_prompts)
 
@@ -308,7 +317,7 @@ class CompiledLanguageModel:
         reading.allowed[:, reading.length] = True
         reading.position_ids = reading.position_ids + 1
         mask = self._as_taken(reading.allowed[:, None, None])
-        with many_graphs():
+        with many_graphs("decode"):
             logits = self._decode(self._embed(ids[:, None]), mask, reading.position_ids, reading.cache)
         reading.logits = logits[: reading.num_prompts]
         reading.length += 1
