@@ -319,4 +319,8 @@ def test_keys_tell_apart_what_becomes_other_tokens(tmp_path):
     file.write_bytes(b"another")
     keys = [Visual(image).key, Visual(other).key, Visual(Image.new("RGB", (4, 2), "red")).key, Visual(image, 2).key]
     keys += [Visual(image, 1, "what?").key, Visual([image]).key, Visual([image, image]).key, before, Visual(file).key]
+    frames = [Image.new("P", (4, 2)) for _ in range(2)]
+    for frame, colour in zip(frames, ([200, 10, 10], [10, 200, 10]), strict=True):  # indices alike
+        frame.putpalette(colour)
+    keys += [Visual([frame]).key for frame in frames]
     assert len(set(keys)) == len(keys)

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from vzip.errors import ConfigError, ImageError, VideoError
+from vzip.media.images import load_image
 from vzip.models.devices import pinned, sent
 from vzip.models.families.places import EncodedVisuals
 
@@ -66,7 +67,7 @@ def _content(source: Image.Image | VideoSource) -> tuple[Hashable, ...]:
         path = Path(source)
         state = path.stat() if path.is_file() else None  # one that is missing is refused where it is opened
         return str(source), *(() if state is None else (state.st_size, state.st_mtime_ns))
-    return ("frames", *(_content(frame) for frame in source))
+    return ("frames", *(_content(load_image(frame)) for frame in source))  # of a palette image the indices say nothing
 
 
 @dataclass
