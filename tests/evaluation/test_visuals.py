@@ -20,6 +20,7 @@ from vzip.evaluation.answering.questions import images_of
 from vzip.evaluation.answering.resume import AnswerStore
 from vzip.evaluation.answering.visuals import EncodedCache, Visual, Visuals
 from vzip.evaluation.run import evaluate
+from vzip.models import compiled
 from vzip.models.families.places import EncodedVisuals, VisualTokens
 from vzip.results.record import read_samples
 
@@ -171,6 +172,18 @@ class TestAnswers:
             assert record["num_resumed_answers"] > 0 and set(encoded.get(into, [])) <= set(encoded["whole"])
             assert read_samples(tmp_path / into) == read_samples(tmp_path / "whole")
         assert encoded["killed1"] == encoded["whole"], "the first batch is answered, its images are needed again"
+
+    @pytest.mark.slow  # Dynamo: half a minute
+    def test_compiled_parts_answer_alike(self, vlm, model, processor, tasks, tmp_path, monkeypatch):
+        """The tower's graph makes what is encoded ahead, the others read it; captured, and run uncompiled."""
+        monkeypatch.setattr(compiled, "BACKEND", "eager")
+        torch._dynamo.reset()
+        run(vlm, tasks, tmp_path / "alone", batch_size=1, visual_cache_gib=0)
+        own = vzip.CompressedVlm(model, vlm.compressor, processor, compile=compiled.PARTS)
+        record = run(own, tasks, tmp_path / "compiled", batch_size=3)
+        torch._dynamo.reset()
+        assert record["visual_cache"]["num_encoded"] == NUM_IMAGES and record["model"]["compile"] == [*compiled.PARTS]
+        assert read_samples(tmp_path / "compiled") == read_samples(tmp_path / "alone")
 
     def test_a_tower_that_does_not_fit_takes_fewer_at_once(self, vlm, tasks, tmp_path, monkeypatch):
         run(vlm, tasks, tmp_path / "alone", batch_size=1, visual_cache_gib=0)
