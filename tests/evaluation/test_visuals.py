@@ -16,9 +16,10 @@ from PIL import Image
 
 import vzip
 from vzip.errors import ConfigError, ImageError
-from vzip.evaluation.answering.questions import images_of
+from vzip.evaluation.answering.generation import settings_for
+from vzip.evaluation.answering.questions import Preparer, Question, images_of
 from vzip.evaluation.answering.resume import AnswerStore
-from vzip.evaluation.answering.visuals import EncodedCache, Visual, Visuals
+from vzip.evaluation.answering.visuals import BYTES_PER_GIB, EncodedCache, Visual, Visuals
 from vzip.evaluation.run import evaluate
 from vzip.models import compiled
 from vzip.models.families.places import EncodedVisuals, VisualTokens
@@ -219,10 +220,10 @@ def test_what_cannot_be_used_is_left_out_for_good():
     keys = [key for side in (1, 2, 3, 2) for key in visuals.add([Visual(Image.new("RGB", (side, 1)))])]
     assert keys[3] == keys[1] and len(set(keys)) == 3
     visuals.arrange(3)
-    assert {key: str(error) for key, error in visuals.preprocess(set(keys)).items()} == {keys[1]: "damaged"}
+    assert {key: str(error) for key, error in visuals.preprocess().items()} == {keys[1]: "damaged"}
     assert tried[-1] == [(1, 1), (3, 1)] and visuals.num_bytes == 24
     visuals.arrange(2)
-    assert visuals.preprocess(set(keys)) == {}
+    assert visuals.preprocess() == {}
     assert tried[-2:] == [[(1, 1)], [(3, 1)]]
 
 
@@ -249,10 +250,37 @@ def test_pixels_for_a_gpu_wait_in_pinned_memory_and_are_sent_without_waiting(mon
     visuals = Visuals(vlm)
     shown = visuals.add([Visual(Image.new("RGB", (2, 1)))])
     visuals.arrange(1)
-    visuals.preprocess(set(shown))
+    visuals.preprocess()
     assert asked == [("pin", (1, 3))]
     visuals.encoded([shown], EncodedCache(0))
     assert asked[1:] == [("pin", (1, 3)), ("send", ("cuda", True))], "what is pinned stays where it is"
+
+
+@pytest.mark.parametrize("known", [(), (0,)])
+def test_whether_a_section_is_too_large_does_not_depend_on_what_is_answered(known):
+    """Of two batches the first shows a large image, the second a small one."""
+    vlm: Any = SimpleNamespace(
+        device=torch.device("cpu"),
+        adapter=SimpleNamespace(video_token_id=None),
+        compressor=SimpleNamespace(reads_text=False),
+        processor=SimpleNamespace(image_token="<image>", apply_chat_template=lambda *_, **__: "<image> what?"),
+        preprocess_images=lambda images, _num: {"sides": torch.tensor([image.width for image in images])},
+        visual_bytes=lambda sides: sides.tolist(),
+        write_prompts=lambda *_: {},
+    )
+
+    def messages(side: int) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [{"type": "image", "url": Image.new("RGB", (side, 1))}]}]
+
+    def question(number: int) -> Question:
+        request: Any = SimpleNamespace(args=("what?", messages, None, number, "t", "s"))
+        return Question(("t", number, 0), settings_for("t", {}, {}), "what?", request)
+
+    preparer = Preparer(vlm, {"t": {"s": [6, 1]}}, None, cache_gib=7 / BYTES_PER_GIB)
+    prepared = preparer.prepare([[question(0)], [question(1)]], 1, {("t", number, 0) for number in known})
+    of_batches = [visuals for chunks, visuals in prepared.batches if chunks]
+    assert len(of_batches) == 2 - len(known)
+    assert [len(visuals._passes) for visuals in of_batches] == [1] * len(of_batches), "so each encodes its own"
 
 
 class TestCache:

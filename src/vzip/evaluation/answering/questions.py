@@ -218,8 +218,8 @@ class Preparer:
         Args:
             section: its batches.
             chunk_size: questions answered at once, and whose images go through the vision tower at once, at most.
-            known: questions that are answered already. They are opened all the same, for what goes through the tower
-                together must be what it is where none is answered.
+            known: questions that are answered already. They are opened and preprocessed all the same, for what goes
+                through the tower together must be what it is where none is answered.
 
         Raises:
             PromptError, UnsupportedModelError: see ``read_messages``.
@@ -242,9 +242,11 @@ class Preparer:
         visuals.arrange(chunk_size)
         left = [one for batch in batches for one in batch]
         with NamingTheQuestion(names_of(left)):
-            unusable = visuals.preprocess({key for one in left for key in one.shown})
+            unusable = visuals.preprocess()
         if len(section) > 1 and visuals.num_bytes > self.cache_gib * BYTES_PER_GIB:
-            parts = [self.prepare([batch], chunk_size, known) for batch in section]
+            del visuals  # whose inputs are made anew, batch by batch
+            unanswered = [batch for batch in section if any(question.key not in known for question in batch)]
+            parts = [self.prepare([batch], chunk_size, known) for batch in unanswered]
             for part in parts:
                 problems |= part.problems
             return PreparedSection([batch for part in parts for batch in part.batches], problems)

@@ -139,20 +139,19 @@ class Visuals:
     def _is(self, key: Hashable, kind: str) -> bool:
         return self._visuals[key].kind == kind
 
-    def preprocess(self, needed: Collection[Hashable]) -> dict[Hashable, BaseException]:
-        """Makes the inputs of every pass in which something is needed.
+    def preprocess(self) -> dict[Hashable, BaseException]:
+        """Makes the inputs of every pass.
 
         Returns:
             what cannot be used, and why; it is left out of its pass.
         """
         unusable: dict[Hashable, BaseException] = {}
         for one in self._passes:
-            if not one.visuals.keys().isdisjoint(needed):
-                try:
-                    self._preprocess(one)
-                except UNUSABLE:
-                    unusable |= self._leave_out(one)
-                    self._preprocess(one)
+            try:
+                self._preprocess(one)
+            except UNUSABLE:
+                unusable |= self._leave_out(one)
+                self._preprocess(one)
         return unusable
 
     def _leave_out(self, one: _Pass) -> dict[Hashable, BaseException]:
