@@ -154,7 +154,8 @@ def check_compiler(parts: Sequence[Part], device: torch.device) -> None:
     """Raises MissingPackageError where torch.compile lacks a compiler of its own on this machine."""
     if not parts:
         return
-    kind, usual = ("C++", ("g++", "clang++", "c++")) if device.type == "cpu" else ("C", ("gcc", "clang", "cc"))
+    of_cpu = ("clang++",) if sys.platform == "darwin" else ("g++",)  # the one that torch looks for
+    kind, usual = ("C++", of_cpu) if device.type == "cpu" else ("C", ("gcc", "clang", "cc"))
     named = os.environ.get("CXX" if device.type == "cpu" else "CC")
     if sys.platform != "win32" and not any(map(shutil.which, [named] if named else usual)):
         raise MissingPackageError(
