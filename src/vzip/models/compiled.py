@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn import functional
 from transformers import PreTrainedModel, StaticCache
 
@@ -187,8 +188,16 @@ def check_generation(parts: Sequence[Part], settings: Mapping[str, Any], of_mode
 
 
 @contextmanager
-def many_graphs(part: Part) -> Iterator[None]:
-    """Lets a function have as many graphs as there are shapes, where torch would stop at 8; ConfigError for more."""
+def many_graphs(part: Part, of: str = "") -> Iterator[None]:
+    """Lets a function have as many graphs as there are shapes, where torch would stop at 8.
+
+    Args:
+        part: that the function is.
+        of: what else tells what is compiled, for messages.
+
+    Raises:
+        ConfigError: more shapes than may be, or something that no graph can hold.
+    """
     try:
         with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS, accumulated_recompile_limit=8 * _MAX_GRAPHS):
             yield
@@ -197,6 +206,11 @@ def many_graphs(part: Part) -> Iterator[None]:
             f"model.compile: {part} met more than {_MAX_GRAPHS} shapes, and each is a graph of its own: of tower the"
             f" images of a pass, how each is cut, and for a text-aware method their questions' lengths. Take {part} out"
             " of model.compile."
+        ) from error
+    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError, GuardOnDataDependentSymNode) as error:
+        what = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.compile: {part}{of} is no single graph ({what}). Take {part} out of model.compile."
         ) from error
 
 
@@ -216,15 +230,8 @@ class CompiledEncoder:
         Raises:
             ConfigError: a method that does what no graph can hold.
         """
-        try:
-            with many_graphs("tower"):
-                tokens: list[VisualTokens] = self._run(visual, compressor)
-        except torch._dynamo.exc.Unsupported as error:
-            what = str(error).strip().splitlines()[0]
-            raise ConfigError(
-                f"model.compile: pixels to visual tokens by compressor={type(compressor).__name__} are no single graph"
-                f" ({what}). Take tower out of model.compile."
-            ) from error
+        with many_graphs("tower", f" with compressor={type(compressor).__name__}"):
+            tokens: list[VisualTokens] = self._run(visual, compressor)
         return tokens
 
 
