@@ -15,6 +15,7 @@ from PIL import Image
 
 from vzip.errors import DeviceMemoryError, ManifestError
 from vzip.evaluation.answering import batching
+from vzip.evaluation.answering.resume import AnswerStore
 from vzip.evaluation.run import evaluate
 from vzip.results.record import read_samples
 
@@ -241,3 +242,14 @@ class TestLongPrompts:
         assert read_samples(tmp_path / "four") == read_samples(tmp_path / "one")
         assert together["tasks"] == alone["tasks"]
         assert "task own_exact, question" in caplog.text and "Its answer is cut there." in caplog.text
+
+        added: list[Any] = []
+        add = AnswerStore.add
+
+        def noting(self: AnswerStore, *args: Any) -> None:
+            add(self, *args)
+            added.append(args[1:])
+
+        monkeypatch.setattr(AnswerStore, "add", noting)
+        run(vlm, include_path, tmp_path / "noted", batch_size=4, **settings)
+        assert added == [([1, 1, 1, 1], None)], "one by one, and yet a run that goes on is not to ask so"

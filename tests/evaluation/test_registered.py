@@ -105,6 +105,7 @@ def test_arguments_reach_the_loader(monkeypatch):
         ("pretrained=X", {}, "compressor is missing, and so are counts"),
         ("compresor=none,num_dominant=5", {"max_batch_size": 8}, "3 problems"),
         ("pretrained=X,compressor=visionzap", {}, "did you mean 'visionzip'"),
+        ("pretrained=X,compressor=none,visual_cache_gib=-1", {}, "visual_cache_gib=-1.0: must be a number of GiB"),
         ("pretrained=X,compressor=none,num_dominant=5", {}, "keeps every token"),
         ("pretrained=X,compressor=visionzip,num_dominant=5", {}, "needs num_contextual"),
         ("pretrained=X,dominant=0.5", {}, "needs contextual"),

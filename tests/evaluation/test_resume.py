@@ -100,12 +100,13 @@ class TestStore:
         filled(tmp_path, 0, 1)
         shutil.move(tmp_path / PARTIAL, tmp_path / "answers.partial.rank1.jsonl")
         filled_again = AnswerStore(tmp_path, SETTINGS, Processes())
-        filled_again.add([(question(2), log("x")), (question(3), log("y"))], [1, 1])
+        filled_again.add([(question(2), log("x")), (question(3), log("y"))], [1, 1], 5)
+        filled_again.add([(question(4), log("z"))], [1], 3)
         filled_again.close()
         store = found(tmp_path)
-        assert sorted(doc_id for _, doc_id, _ in store.kept.answers) == [0, 1, 2, 3]
+        assert sorted(doc_id for _, doc_id, _ in store.kept.answers) == [0, 1, 2, 3, 4]
         assert [path.name for path in tmp_path.iterdir()] == [PARTIAL]
-        assert store.kept.sizes == {1: 4} and store.kept.chunk_size == 1
+        assert store.kept.sizes == {1: 5} and store.kept.chunk_size == 3
         store.delete()
         assert not list(tmp_path.iterdir())
 

@@ -16,11 +16,13 @@ from PIL import Image
 
 import vzip
 from vzip.errors import ConfigError, ImageError
-from vzip.evaluation.answering.questions import images_of
+from vzip.evaluation.answering.generation import settings_for
+from vzip.evaluation.answering.questions import Preparer, Question, images_of
 from vzip.evaluation.answering.resume import AnswerStore
-from vzip.evaluation.answering.visuals import EncodedCache, Visual, Visuals
+from vzip.evaluation.answering.visuals import BYTES_PER_GIB, EncodedCache, Visual, Visuals
 from vzip.evaluation.run import evaluate
-from vzip.models.families.places import EncodedVisuals
+from vzip.models import compiled
+from vzip.models.families.places import EncodedVisuals, VisualTokens
 from vzip.results.record import read_samples
 
 NUM_IMAGES, QUESTIONS = 5, ("is there a dog?", "how many are red?", "what does it say there?", "where?")
@@ -172,6 +174,18 @@ class TestAnswers:
             assert read_samples(tmp_path / into) == read_samples(tmp_path / "whole")
         assert encoded["killed1"] == encoded["whole"], "the first batch is answered, its images are needed again"
 
+    @pytest.mark.slow  # Dynamo: half a minute
+    def test_compiled_parts_answer_alike(self, vlm, model, processor, tasks, tmp_path, monkeypatch):
+        """The tower's graph makes what is encoded ahead, the others read it; captured, and run uncompiled."""
+        monkeypatch.setattr(compiled, "BACKEND", "eager")
+        torch._dynamo.reset()
+        run(vlm, tasks, tmp_path / "alone", batch_size=1, visual_cache_gib=0)
+        own = vzip.CompressedVlm(model, vlm.compressor, processor, compile=compiled.PARTS)
+        record = run(own, tasks, tmp_path / "compiled", batch_size=3)
+        torch._dynamo.reset()
+        assert record["visual_cache"]["num_encoded"] == NUM_IMAGES and record["model"]["compile"] == [*compiled.PARTS]
+        assert read_samples(tmp_path / "compiled") == read_samples(tmp_path / "alone")
+
     def test_a_tower_that_does_not_fit_takes_fewer_at_once(self, vlm, tasks, tmp_path, monkeypatch):
         run(vlm, tasks, tmp_path / "alone", batch_size=1, visual_cache_gib=0)
         encode, tried = vlm.encode, []
@@ -197,16 +211,76 @@ def test_what_cannot_be_used_is_left_out_for_good():
         return {"pixel_values": torch.ones(len(images))}
 
     tried: list[Any] = []
-    vlm: Any = SimpleNamespace(preprocess_images=preprocess, visual_bytes=lambda pixel_values: [8] * len(pixel_values))
+    vlm: Any = SimpleNamespace(
+        preprocess_images=preprocess,
+        visual_bytes=lambda pixel_values: [8] * len(pixel_values),
+        device=torch.device("cpu"),
+    )
     visuals = Visuals(vlm)
     keys = [key for side in (1, 2, 3, 2) for key in visuals.add([Visual(Image.new("RGB", (side, 1)))])]
     assert keys[3] == keys[1] and len(set(keys)) == 3
     visuals.arrange(3)
-    assert {key: str(error) for key, error in visuals.preprocess(set(keys)).items()} == {keys[1]: "damaged"}
+    assert {key: str(error) for key, error in visuals.preprocess().items()} == {keys[1]: "damaged"}
     assert tried[-1] == [(1, 1), (3, 1)] and visuals.num_bytes == 24
     visuals.arrange(2)
-    assert visuals.preprocess(set(keys)) == {}
+    assert visuals.preprocess() == {}
     assert tried[-2:] == [[(1, 1)], [(3, 1)]]
+
+
+def test_pixels_for_a_gpu_wait_in_pinned_memory_and_are_sent_without_waiting(monkeypatch):
+    """By threads that read ahead; the model's thread only says where they go."""
+    asked: list[tuple[str, Any]] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        asked.append(("pin", tuple(tensor.shape)))
+        return tensor
+
+    def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        asked.append(("send", (device.type, non_blocking)))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    vlm: Any = SimpleNamespace(
+        preprocess_images=lambda images, _num: {"pixel_values": torch.ones(len(images), 3)},
+        visual_bytes=lambda pixel_values: [8],
+        device=torch.device("cuda"),
+        encode=lambda _asked, pixel_values: EncodedVisuals(images=[(None, VisualTokens(pixel_values))]),  # type: ignore[list-item]
+    )
+    visuals = Visuals(vlm)
+    shown = visuals.add([Visual(Image.new("RGB", (2, 1)))])
+    visuals.arrange(1)
+    visuals.preprocess()
+    assert asked == [("pin", (1, 3))]
+    visuals.encoded([shown], EncodedCache(0))
+    assert asked[1:] == [("pin", (1, 3)), ("send", ("cuda", True))], "what is pinned stays where it is"
+
+
+@pytest.mark.parametrize("known", [(), (0,)])
+def test_whether_a_section_is_too_large_does_not_depend_on_what_is_answered(known):
+    """Of two batches the first shows a large image, the second a small one."""
+    vlm: Any = SimpleNamespace(
+        device=torch.device("cpu"),
+        adapter=SimpleNamespace(video_token_id=None),
+        compressor=SimpleNamespace(reads_text=False),
+        processor=SimpleNamespace(image_token="<image>", apply_chat_template=lambda *_, **__: "<image> what?"),
+        preprocess_images=lambda images, _num: {"sides": torch.tensor([image.width for image in images])},
+        visual_bytes=lambda sides: sides.tolist(),
+        write_prompts=lambda *_: {},
+    )
+
+    def messages(side: int) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [{"type": "image", "url": Image.new("RGB", (side, 1))}]}]
+
+    def question(number: int) -> Question:
+        request: Any = SimpleNamespace(args=("what?", messages, None, number, "t", "s"))
+        return Question(("t", number, 0), settings_for("t", {}, {}), "what?", request)
+
+    preparer = Preparer(vlm, {"t": {"s": [6, 1]}}, None, cache_gib=7 / BYTES_PER_GIB)
+    prepared = preparer.prepare([[question(0)], [question(1)]], 1, {("t", number, 0) for number in known})
+    of_batches = [visuals for chunks, visuals in prepared.batches if chunks]
+    assert len(of_batches) == 2 - len(known)
+    assert [len(visuals._passes) for visuals in of_batches] == [1] * len(of_batches), "so each encodes its own"
 
 
 class TestCache:
@@ -286,4 +360,8 @@ def test_keys_tell_apart_what_becomes_other_tokens(tmp_path):
     file.write_bytes(b"another")
     keys = [Visual(image).key, Visual(other).key, Visual(Image.new("RGB", (4, 2), "red")).key, Visual(image, 2).key]
     keys += [Visual(image, 1, "what?").key, Visual([image]).key, Visual([image, image]).key, before, Visual(file).key]
+    frames = [Image.new("P", (4, 2)) for _ in range(2)]
+    for frame, colour in zip(frames, ([200, 10, 10], [10, 200, 10]), strict=True):  # indices alike
+        frame.putpalette(colour)
+    keys += [Visual([frame]).key for frame in frames]
     assert len(set(keys)) == len(keys)

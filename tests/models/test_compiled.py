@@ -6,6 +6,7 @@ seconds; what the compiler makes of them is the slow test's.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerate import cpu_offload
 from tests import tiny, tiny_qwen, tiny_qwen3
 from tests.tiny import IMAGE_TOKEN
 from torch._dynamo.utils import counters
+from transformers import LlavaForConditionalGeneration
 
 import vzip
 from vzip.bench.settings import BenchSettings, parse
@@ -99,6 +101,31 @@ def test_more_shapes_than_dynamo_allows_a_function_by_itself() -> None:
         for length in (5, 30):
             own.generate(**prompts(1, length), max_new_tokens=1, do_sample=False)
     assert num_graphs() == 2
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_more_shapes_than_any_graphs_are_worth_end_in_a_sentence(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_MAX_GRAPHS", 1)
+    own = wrapped(part)
+    own.generate(**prompts(1, 5), max_new_tokens=2, do_sample=False)
+    with pytest.raises(ConfigError, match=f"model.compile: {part} met more than 1 shapes.*Take {part} out"):
+        own.generate(**prompts(2, 30), max_new_tokens=2, do_sample=False)
+
+
+def test_what_no_graph_can_hold_is_said_in_a_sentence() -> None:
+    config = copy.deepcopy(small().config)
+    config.text_config.rope_parameters |= {"rope_type": "dynamic", "factor": 2.0}  # goes by the longest prompt so far
+    own = wrapped("prefill", LlavaForConditionalGeneration(config).eval())
+    with pytest.raises(ConfigError, match=r"model.compile: prefill is no single graph \(.*\). Take prefill out"):
+        own.generate(**prompts(1, 8), **GREEDY)
+
+    class OnTheHost(vzip.RandomTokens):
+        def choose(self, vision: Any, num_tokens: int) -> torch.Tensor:
+            return super().choose(vision, num_tokens) if vision.hidden.sum().item() else torch.arange(num_tokens)
+
+    tower = vzip.CompressedVlm(small(), OnTheHost(vzip.TokenBudget(6, 3)), compile="tower")
+    with pytest.raises(ConfigError, match=r"tower with compressor=OnTheHost is no single graph"):
+        tower.encode_images(tiny.pixels(1))
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -281,7 +308,8 @@ def test_the_parts_are_the_same_everywhere() -> None:
 @pytest.mark.parametrize(("device", "kind"), [("cpu", r"C\+\+"), ("cuda", "C")])
 def test_a_missing_compiler_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch, device: str, kind: str) -> None:
     check_compiler((), torch.device(device))
-    monkeypatch.setattr(compiled.shutil, "which", lambda _name: None)
+    monkeypatch.setattr(compiled.sys, "platform", "linux")
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: name if name == "clang++" else None)  # torch takes g++
     check_compiler((), torch.device(device))
     with pytest.raises(MissingPackageError, match=f"torch.compile needs a {kind} compiler, and .* is not found"):
         check_compiler(("tower",), torch.device(device))

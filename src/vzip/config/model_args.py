@@ -18,6 +18,7 @@ from vzip import log
 from vzip.config.schema import OPEN_GROUPS
 from vzip.errors import ConfigError, VzipError, nearest
 from vzip.evaluation.answering.batching import check_batch_size
+from vzip.evaluation.answering.visuals import EncodedCache
 from vzip.evaluation.lmms_eval.model import VzipLmms
 from vzip.keys import raise_all
 from vzip.methods import MethodFile, method_files
@@ -172,10 +173,14 @@ def load_from_arg_string(arg_string: str, from_command_line: Mapping[str, Any]) 
         batch_size = check_batch_size(int(batch_size) if str(batch_size).isdecimal() else batch_size)
     except ConfigError as error:
         problems.append(str(error))
+    of_adapter = {key: args[key] for key in ("visual_cache_gib",) if key in args}
+    try:
+        EncodedCache(of_adapter.get("visual_cache_gib", 0))
+    except ConfigError as error:
+        problems.append(str(error))
     raise_all(problems)
     if (pruner := build_pruner(args)) is not None:
         loader["pruner"] = pruner
     compressor = build_compressor(args)
     vlm = vzip.load_vlm(str(args["pretrained"]), compressor=compressor, **loader)
-    of_adapter = {key: args[key] for key in ("visual_cache_gib",) if key in args}
     return {"vlm": vlm, "batch_size": batch_size, "system_prompt": args.get("system_prompt"), **of_adapter}

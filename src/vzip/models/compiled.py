@@ -13,13 +13,14 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn import functional
 from transformers import PreTrainedModel, StaticCache
 
@@ -154,7 +155,8 @@ def check_compiler(parts: Sequence[Part], device: torch.device) -> None:
     """Raises MissingPackageError where torch.compile lacks a compiler of its own on this machine."""
     if not parts:
         return
-    kind, usual = ("C++", ("g++", "clang++", "c++")) if device.type == "cpu" else ("C", ("gcc", "clang", "cc"))
+    of_cpu = ("clang++",) if sys.platform == "darwin" else ("g++",)  # the one that torch looks for
+    kind, usual = ("C++", of_cpu) if device.type == "cpu" else ("C", ("gcc", "clang", "cc"))
     named = os.environ.get("CXX" if device.type == "cpu" else "CC")
     if sys.platform != "win32" and not any(map(shutil.which, [named] if named else usual)):
         raise MissingPackageError(
@@ -185,9 +187,31 @@ def check_generation(parts: Sequence[Part], settings: Mapping[str, Any], of_mode
         )
 
 
-def many_graphs() -> AbstractContextManager[None]:
-    """Lets a function have as many graphs as there are shapes, where torch would stop at 8."""
-    return torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS, accumulated_recompile_limit=8 * _MAX_GRAPHS)
+@contextmanager
+def many_graphs(part: Part, of: str = "") -> Iterator[None]:
+    """Lets a function have as many graphs as there are shapes, where torch would stop at 8.
+
+    Args:
+        part: that the function is.
+        of: what else tells what is compiled, for messages.
+
+    Raises:
+        ConfigError: more shapes than may be, or something that no graph can hold.
+    """
+    try:
+        with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS, accumulated_recompile_limit=8 * _MAX_GRAPHS):
+            yield
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise ConfigError(
+            f"model.compile: {part} met more than {_MAX_GRAPHS} shapes, and each is a graph of its own: of tower the"
+            f" images of a pass, how each is cut, and for a text-aware method their questions' lengths. Take {part} out"
+            " of model.compile."
+        ) from error
+    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError, GuardOnDataDependentSymNode) as error:
+        what = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.compile: {part}{of} is no single graph ({what}). Take {part} out of model.compile."
+        ) from error
 
 
 class CompiledEncoder:
@@ -206,15 +230,8 @@ class CompiledEncoder:
         Raises:
             ConfigError: a method that does what no graph can hold.
         """
-        try:
-            with many_graphs():
-                tokens: list[VisualTokens] = self._run(visual, compressor)
-        except torch._dynamo.exc.Unsupported as error:
-            what = str(error).strip().splitlines()[0]
-            raise ConfigError(
-                f"model.compile: pixels to visual tokens by compressor={type(compressor).__name__} are no single graph"
-                f" ({what}). Take tower out of model.compile."
-            ) from error
+        with many_graphs("tower", f" with compressor={type(compressor).__name__}"):
+            tokens: list[VisualTokens] = self._run(visual, compressor)
         return tokens
 
 
@@ -297,7 +314,7 @@ class CompiledLanguageModel:
         own = column[:padded, None]
         # Padding attends to itself: a softmax over nothing would be NaN, and enter the cache.
         mask = (allowed[:, None, None] & (column <= own)) | (column == own)
-        with many_graphs():
+        with many_graphs("prefill"):
             logits = self._prefill(embeds, self._as_taken(mask), position_ids, cache)
         return Reading(logits[:num_prompts], cache, allowed, position_ids[..., -1:], padded, num_prompts)
 
@@ -308,7 +325,7 @@ class CompiledLanguageModel:
         reading.allowed[:, reading.length] = True
         reading.position_ids = reading.position_ids + 1
         mask = self._as_taken(reading.allowed[:, None, None])
-        with many_graphs():
+        with many_graphs("decode"):
             logits = self._decode(self._embed(ids[:, None]), mask, reading.position_ids, reading.cache)
         reading.logits = logits[: reading.num_prompts]
         reading.length += 1

@@ -33,17 +33,21 @@ def first_device(device_map: Any) -> torch.device:
     return torch.device("cuda" if isinstance(first, int) or first in _PLACED_BY_ACCELERATE else first)
 
 
+def pinned(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors where they may wait to be sent to a device: for a GPU in pinned memory of the host."""
+    return {
+        name: tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The tensors on a device; to a GPU from pinned memory, so that whoever sends them need not wait.
 
     The copy is queued where the GPU's other work is: what is computed from it afterwards has it.
     """
-    if device.type != "cuda":
-        return {name: tensor.to(device) for name, tensor in tensors.items()}
-    return {
-        name: (tensor.pin_memory() if tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
-        for name, tensor in tensors.items()
-    }
+    waiting = pinned(tensors, device)
+    return {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in waiting.items()}
 
 
 def has_placement_hooks(module: nn.Module) -> bool:

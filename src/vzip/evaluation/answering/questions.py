@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vzip.errors import ImageError, VideoError
 from vzip.evaluation.answering.messages import read_messages
+from vzip.models.devices import sent
 
 from .batching import VISUAL_CACHE_GIB, cut
 from .generation import GenerationSettings, settings_for
@@ -179,7 +180,7 @@ def write_prompts(vlm: CompressedVlm, loaded: Sequence[LoadedQuestion], visuals:
     written = visuals.written([key for one in loaded for key in one.shown[len(one.images) :]])
     num_images, num_videos = [len(one.images) for one in loaded], [len(one.videos) for one in loaded]
     prompts = vlm.write_prompts([one.prompt for one in loaded], num_images, num_videos, written)
-    return {name: tensor.to(vlm.device) for name, tensor in prompts.items()}
+    return sent(prompts, vlm.device)
 
 
 class Preparer:
@@ -217,8 +218,8 @@ class Preparer:
         Args:
             section: its batches.
             chunk_size: questions answered at once, and whose images go through the vision tower at once, at most.
-            known: questions that are answered already. They are opened all the same, for what goes through the tower
-                together must be what it is where none is answered.
+            known: questions that are answered already. They are opened and preprocessed all the same, for what goes
+                through the tower together must be what it is where none is answered.
 
         Raises:
             PromptError, UnsupportedModelError: see ``read_messages``.
@@ -241,9 +242,11 @@ class Preparer:
         visuals.arrange(chunk_size)
         left = [one for batch in batches for one in batch]
         with NamingTheQuestion(names_of(left)):
-            unusable = visuals.preprocess({key for one in left for key in one.shown})
+            unusable = visuals.preprocess()
         if len(section) > 1 and visuals.num_bytes > self.cache_gib * BYTES_PER_GIB:
-            parts = [self.prepare([batch], chunk_size, known) for batch in section]
+            del visuals  # whose inputs are made anew, batch by batch
+            unanswered = [batch for batch in section if any(question.key not in known for question in batch)]
+            parts = [self.prepare([batch], chunk_size, known) for batch in unanswered]
             for part in parts:
                 problems |= part.problems
             return PreparedSection([batch for part in parts for batch in part.batches], problems)

@@ -133,18 +133,21 @@ class AnswerStore:
         digest, log = self.kept.answers.get(question.key, ("", None))
         return log if digest == question.digest else None
 
-    def add(self, batch: Sequence[tuple[Question, SampleLog]], sizes: Sequence[int]) -> None:
+    def add(
+        self, batch: Sequence[tuple[Question, SampleLog]], sizes: Sequence[int], chunk_size: int | None = None
+    ) -> None:
         """Keeps one more batch, at once on disk: all of it or nothing.
 
         Args:
             batch: questions and what happened to them.
             sizes: how many of them were generated at once each time.
+            chunk_size: to which batches have been halved, or None.
 
         Raises:
             RunWriteError: it cannot be written.
         """
         answers = [{"key": question.key, "digest": question.digest, **vars(log)} for question, log in batch]
-        content = to_json({"answers": answers, "sizes": list(sizes)})
+        content = to_json({"answers": answers, "sizes": list(sizes), "chunk_size": chunk_size})
         left = memoryview(b'{"crc32": %d, "batch": %b}\n' % (zlib.crc32(content), content))
         with naming_the_file(self.path):
             while left:  # a disk that is almost full takes a part first
@@ -197,8 +200,8 @@ def _read(path: Path, head: str, kept: KeptAnswers) -> list[str]:
             log = SampleLog(answer["prompt"], answer["answer"], answer["num_visual_tokens"], answer.get("layers"))
             kept.answers[task, doc_id, copy] = (answer["digest"], log)
         kept.sizes.update(batch["sizes"])
-        if len(batch["sizes"]) > 1:
-            kept.chunk_size = min(max(batch["sizes"]), kept.chunk_size or max(batch["sizes"]))
+        if (chunk_size := batch.get("chunk_size")) is not None:
+            kept.chunk_size = min(chunk_size, kept.chunk_size or chunk_size)
     if damaged:
         kept.num_damaged += len(damaged)
         shown = ", ".join(map(str, damaged[:10])) + (", ..." if len(damaged) > 10 else "")

@@ -19,6 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from vzip.errors import ConfigError, ImageError, VideoError
+from vzip.media.images import load_image
+from vzip.models.devices import pinned, sent
 from vzip.models.families.places import EncodedVisuals
 
 from .batching import cut
@@ -65,7 +67,7 @@ def _content(source: Image.Image | VideoSource) -> tuple[Hashable, ...]:
         path = Path(source)
         state = path.stat() if path.is_file() else None  # one that is missing is refused where it is opened
         return str(source), *(() if state is None else (state.st_size, state.st_mtime_ns))
-    return ("frames", *(_content(frame) for frame in source))
+    return ("frames", *(_content(load_image(frame)) for frame in source))  # of a palette image the indices say nothing
 
 
 @dataclass
@@ -74,7 +76,7 @@ class _Pass:
 
     Attributes:
         visuals: by key.
-        inputs: the processor's outputs in host memory; None: not made, or no longer needed.
+        inputs: the processor's outputs in host memory, for a GPU pinned; None: not made, or no longer needed.
         written: of each video what prompts have in its place, where the family writes it; None: not known yet.
     """
 
@@ -137,20 +139,19 @@ class Visuals:
     def _is(self, key: Hashable, kind: str) -> bool:
         return self._visuals[key].kind == kind
 
-    def preprocess(self, needed: Collection[Hashable]) -> dict[Hashable, BaseException]:
-        """Makes the inputs of every pass in which something is needed.
+    def preprocess(self) -> dict[Hashable, BaseException]:
+        """Makes the inputs of every pass.
 
         Returns:
             what cannot be used, and why; it is left out of its pass.
         """
         unusable: dict[Hashable, BaseException] = {}
         for one in self._passes:
-            if not one.visuals.keys().isdisjoint(needed):
-                try:
-                    self._preprocess(one)
-                except UNUSABLE:
-                    unusable |= self._leave_out(one)
-                    self._preprocess(one)
+            try:
+                self._preprocess(one)
+            except UNUSABLE:
+                unusable |= self._leave_out(one)
+                self._preprocess(one)
         return unusable
 
     def _leave_out(self, one: _Pass) -> dict[Hashable, BaseException]:
@@ -179,7 +180,7 @@ class Visuals:
                 of_videos = self.vlm.preprocess_videos(files)
                 one.written = dict(zip(videos, self.vlm.adapter.video_texts(of_videos) or (), strict=False))
                 inputs |= of_videos
-            one.inputs = inputs
+            one.inputs = pinned(inputs, self.vlm.device)
             if inputs:
                 self.largest = max(self.largest, *self.vlm.visual_bytes(**inputs))
         except torch.OutOfMemoryError:  # tried again when their turn comes
@@ -222,7 +223,7 @@ class Visuals:
             raise torch.OutOfMemoryError("the device's memory does not suffice for the pixels")
         asked = [visual.asked for visual in one.visuals.values()]
         with torch.no_grad():
-            encoded = self.vlm.encode(asked, **{name: value.to(self.vlm.device) for name, value in one.inputs.items()})
+            encoded = self.vlm.encode(asked, **sent(one.inputs, self.vlm.device))
         one.inputs = None
         own = [EncodedVisuals(images=[each]) for each in encoded.images]
         own += [EncodedVisuals(videos=[each]) for each in encoded.videos]

@@ -240,7 +240,8 @@ class VzipLmms(lmms):
                     asked = [one.question for one in loaded if one.question.key not in answerer.problems]
                     answered = list(zip(asked, logs, strict=True))
                     if self.store is not None and answered:
-                        self.store.add(answered, sizes)
+                        halved = answerer.chunk_size if answerer.chunk_size < self.batch_size else None
+                        self.store.add(answered, sizes, halved)
                     self.samples.update({question.key: log for question, log in answered})
                     self.batch_sizes.update(sizes)
                     for key, problem in answerer.problems.items():
