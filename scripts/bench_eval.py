@@ -38,7 +38,7 @@ from vzip.evaluation.answering.batching import cut, planned_size
 from vzip.evaluation.run import evaluate
 from vzip.progress import Progress
 from vzip.results import provenance
-from vzip.results.files import check_writable, write_json
+from vzip.results.files import make_folder, write_json
 from vzip.results.record import read_samples
 
 BUDGET = vzip.TokenBudget(num_dominant=54, num_contextual=10)
@@ -108,7 +108,7 @@ def main(words: list[str] | None = None) -> int:
     args = parser.parse_args(words)
     if args.out.exists() and not args.overwrite:
         raise RunExistsError(f"{args.out} exists: name another file with --out, or replace it with --overwrite.")
-    check_writable(args.out.parent)
+    make_folder(args.out.parent)
     vlm = vzip.load_vlm(args.model, compressor=vzip.Identity(), device_map=args.device)
     folder, seconds, answers = benchmark.prepare(), dict[str, float](), dict[str, Answers]()
     for name, took, said in measure(vlm, folder, args.limit):

@@ -16,7 +16,7 @@ def test_every_side_answers_the_same_questions(
 ) -> None:
     pytest.importorskip("lmms_eval")
     monkeypatch.setattr(bench_eval.benchmark, "prepare", lambda: small_benchmark)
-    out = tmp_path / "speed.json"
+    out = tmp_path / "runs" / "speed.json"
     assert bench_eval.main(["--limit", "2", "--out", str(out)]) == 0
     record = json.loads(out.read_text())
     assert record["num_questions"] == 8 and record["batch_size"] == 8

@@ -17,7 +17,14 @@ from vzip.demo.render import render
 from vzip.serving import ARCHITECTURES
 
 # One process, so that an error comes out as it is raised; a fixed cache, so that several engines fit.
-SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+# vLLM reads its environment once in a process, so what the test of two processes needs stands here.
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else each process would want a NUMA node of its own
+}
 BUDGET = {"num_dominant": 54, "num_contextual": 10}
 NUM_NEW_TOKENS = 8
 _alive: list[Any] = []  # an engine that is collected takes the process group of the others with it

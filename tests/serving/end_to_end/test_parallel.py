@@ -9,8 +9,6 @@ from tests.serving.end_to_end.engines import check, scene_questions
 pytestmark = pytest.mark.serve
 
 
-def test_tensor_parallel_of_two(tiny_path, tiny_vlm, monkeypatch):
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else each would want a NUMA node of its own
+def test_tensor_parallel_of_two(tiny_path, tiny_vlm):
     engine = engines.start(tiny_path, tensor_parallel_size=2, distributed_executor_backend="mp", max_num_seqs=8)
     check(engine, tiny_vlm, scene_questions(12))
