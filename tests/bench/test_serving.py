@@ -113,7 +113,8 @@ def test_both_engines_are_asked_the_same_in_turns_and_compared_level_by_level(tm
     assert ratios["kv_blocks"] == 19 / 3
     for level in ("1", "4"):
         assert ratios["by_concurrency"][level] == {"requests_per_s": 4.0, "ttft_p50": 4.0, "tpot_p50": 4.0}
-    plain = json.loads(serving.to_text(result))
+    result.write(tmp_path / "new" / "serve.json")
+    plain = json.loads((tmp_path / "new" / "serve.json").read_text())
     assert plain["methods"]["stock"]["levels"][1]["ttft_p99_ms"] == 1000 and plain["ratios"]["kv_blocks"] == 19 / 3
     assert plain["methods"]["compressed"]["kv_blocks"] == [3] * 4
     assert any("4.00x the requests a second" in line for line in serving.summary(result))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+from vzip.results.files import make_folder, write_json
 
 SCHEMA_VERSION = 1
 
@@ -31,3 +34,8 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         """Returns plain values for ``json.dump``."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    def write(self, path: Path) -> None:
+        """Writes the whole measurement, samples included; RunWriteError if that cannot be."""
+        make_folder(path.parent)
+        write_json(path, self.to_json())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vzip.bench.device_memory import GIB
-from vzip.bench.measurement import Measurement
 from vzip.bench.run import BenchResult, MethodResult
 from vzip.bench.stages import STAGES
 from vzip.bench.timing import Timing
 from vzip.installed import missing_package
-from vzip.results.files import make_folder, replace_file, written_aside
+from vzip.results.files import make_folder, written_aside
 
 if TYPE_CHECKING:
     from vzip.bench.training import SideResult
@@ -230,12 +228,6 @@ def _time(t: Timing) -> str:
     if len(t.samples_ms) == 1:
         return f"{t.median_ms:.{digits}f}"
     return f"{t.median_ms:.{digits}f} [{t.q1_ms:.{digits}f}-{t.q3_ms:.{digits}f}]"
-
-
-def write_json(result: Measurement, path: Path) -> None:
-    """Writes the whole measurement, samples included."""
-    make_folder(path.parent)
-    replace_file(path, json.dumps(result.to_json(), indent=1) + "\n")
 
 
 def write_plot(result: BenchResult, path: Path) -> None:

@@ -7,7 +7,6 @@ as one ends the next is handed in, its image's preparation included. There is no
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections import deque
@@ -489,8 +488,3 @@ def write_plot(result: ServingResult, path: Path) -> None:
     make_folder(path.parent)
     with written_aside(path) as aside:
         figure.savefig(aside, dpi=150)
-
-
-def to_text(result: ServingResult) -> str:
-    """What is written to ``serve.json``."""
-    return json.dumps(result.to_json(), indent=1) + "\n"

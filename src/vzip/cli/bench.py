@@ -97,7 +97,7 @@ def _run(chosen: settings.BenchSettings, mode: settings.Mode, path: Path) -> int
     if isinstance(result, CurvesResult):
         return _write_curves(result, path, console)
     report.print_result(result, console)
-    report.write_json(result, path)
+    result.write(path)
     console.print(f"wrote {path}", highlight=False)
     if not isinstance(result, BenchResult):
         return 0
@@ -112,9 +112,7 @@ def _run(chosen: settings.BenchSettings, mode: settings.Mode, path: Path) -> int
 
 def _write_curves(result: CurvesResult, path: Path, console: Console) -> int:
     """The record, its table, and a figure of each axis where matplotlib is installed."""
-    from vzip.bench.report import write_json
-
-    write_json(result, path)
+    result.write(path)
     from vzip.report.curves import tables
     from vzip.report.figures.curves import draw
     from vzip.report.figures.drawing import write_drawing

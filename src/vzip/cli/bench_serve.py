@@ -24,7 +24,7 @@ from vzip.config.serving import ServePlan, check_vllm, serve_plan
 from vzip.errors import ConfigError, MissingPackageError, RunExistsError
 from vzip.keys import describe
 from vzip.progress import Progress
-from vzip.results.files import check_writable, make_folder, replace_file
+from vzip.results.files import check_writable
 from vzip.results.owner import owning
 
 
@@ -73,8 +73,7 @@ def main(args: argparse.Namespace) -> int:
         console.print(serving.table(result))
         for line in serving.summary(result):
             console.print(f"  {line}", highlight=False, soft_wrap=True)
-        make_folder(directory)
-        replace_file(path, serving.to_text(result))
+        result.write(path)
         console.print(f"wrote {path}", highlight=False)
         try:
             serving.write_plot(result, directory / "serve.png")

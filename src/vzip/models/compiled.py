@@ -28,6 +28,7 @@ from vzip.compressors.base import Compressor
 from vzip.errors import ConfigError, MissingPackageError, nearest
 from vzip.keys import raise_all
 from vzip.pruners.base import Pruner
+from vzip.pruners.context import generation_values
 
 from .devices import has_placement_hooks
 from .families import Adapter, VisualInputs
@@ -170,14 +171,9 @@ def check_generation(parts: Sequence[Part], settings: Mapping[str, Any], of_mode
 
     Args:
         parts: from ``check_parts``.
-        settings: arguments of ``generate``.
-        of_model: the model's generation config, which holds where they say nothing.
+        settings, of_model: see ``generation_values``.
     """
-    chosen = settings.get("generation_config") or of_model
-
-    def value(name: str) -> Any:
-        return settings[name] if settings.get(name) is not None else getattr(chosen, name, None)
-
+    value = generation_values(settings, of_model)
     problems = [f"{name}={value(name)}: must be 1" for name in _SINGLE if (value(name) or 1) != 1]
     problems += [f"{name}={value(name)}: must be left out" for name in _NOT_COMPILED if value(name)]
     if problems:

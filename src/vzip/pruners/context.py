@@ -9,7 +9,7 @@ columns of the whole sequence, on the CPU, one stage for all layers from one cut
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -447,18 +447,20 @@ _UNSERVED = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"
 _CACHES = (None, "dynamic", "static")
 
 
-def refuse_generation(settings: Mapping[str, Any], of_model: Any) -> None:
-    """Raises ConfigError for kinds of generation that a pruner cannot serve, all at once.
+def generation_values(settings: Mapping[str, Any], of_model: Any) -> Callable[[str], Any]:
+    """Name -> the value with which ``generate`` would run, None where there is none.
 
     Args:
-        settings: arguments of ``generate``.
+        settings: its arguments.
         of_model: the model's generation config, which holds where they say nothing.
     """
     chosen = settings.get("generation_config") or of_model
+    return lambda name: settings[name] if settings.get(name) is not None else getattr(chosen, name, None)
 
-    def value(name: str) -> Any:
-        return settings[name] if settings.get(name) is not None else getattr(chosen, name, None)
 
+def refuse_generation(settings: Mapping[str, Any], of_model: Any) -> None:
+    """Raises ConfigError for kinds of generation that a pruner cannot serve, all at once; see ``generation_values``."""
+    value = generation_values(settings, of_model)
     problems = [f"{name}={value(name)}: must be 1" for name in _SINGLE if (value(name) or 1) != 1]
     given = {name: value(name) for name in _UNSERVED if value(name) is not None}
     shown = {name: it if isinstance(it, int | str) else type(it).__name__ for name, it in given.items()}
